@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from lofit_lens import HeadSet, Lofit, io
 from lofit_lens.errors import AdapterError, InputError
-from lofit_lens.interventions.lofit import CONFIG_FILE, WEIGHTS_FILE
+from lofit_lens.interventions.base import CONFIG_FILE, WEIGHTS_FILE
 from lofit_lens.models import logits_of
 from tests.adapters import CHOSEN, random_adapter
 

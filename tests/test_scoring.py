@@ -50,9 +50,9 @@ def passes(monkeypatch):
     """Every cached pass from here on, as (whether it starts from nothing, real tokens it runs)."""
     ran, inner = [], running._run
 
-    def spy(model, state, tokens, mask, **kwargs):
+    def spy(model, state, tokens, mask, borders, **kwargs):
         ran.append((state is None, int(mask.sum())))
-        return inner(model, state, tokens, mask, **kwargs)
+        return inner(model, state, tokens, mask, borders, **kwargs)
 
     monkeypatch.setattr(running, "_run", spy)
     return ran

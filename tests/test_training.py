@@ -10,7 +10,7 @@ import lofit_lens as ll
 from lofit_lens import HeadSet, Lofit, Task, TrainConfig
 from lofit_lens.errors import DataError, InputError, TrainingDiverged
 from lofit_lens.models import ModelInfo, hooked_class, logits_of, tokenizer_of
-from lofit_lens.training import lofit as steps
+from lofit_lens.training import fitting, objective
 from lofit_lens.training.config import preset
 from tests import golden
 from tests.adapters import CHOSEN
@@ -112,7 +112,7 @@ def test_the_model_is_left_as_it_was(llama, monkeypatch, fails):
     wanted.requires_grad_(True)
     llama.blocks[0].training = True
     if fails:
-        monkeypatch.setattr(steps, "sft_loss", lambda *batch: steps.l1_norm(batch[0]) * float("nan"))
+        monkeypatch.setattr(objective, "sft_loss", lambda *batch: batch[0].sum() * float("nan"))
     try:
         ll.tune_offsets(llama, golden.sft_task(), CHOSEN, config=SHORT, progress=False)
         assert not fails
@@ -156,13 +156,13 @@ def test_the_penalty_counts_in_step_one_only(llama):
 
 def test_the_reference_is_the_model_without_the_adapter(llama, monkeypatch):
     """Computed once, before training, with nothing attached: no init shows in it, however large."""
-    calls, inner = [], steps.reference_log_probs
+    calls, inner = [], objective.reference_log_probs
 
     def spy(model, encoded, **options):
         calls.append(sum(len(p.fwd_hooks) for p in model.hook_dict.values()))
         return inner(model, encoded, **options)
 
-    monkeypatch.setattr(steps, "reference_log_probs", spy)
+    monkeypatch.setattr(objective, "reference_log_probs", spy)
     large = SHORT.with_changes(init_std=0.5, max_steps=1)
     first = ll.tune_offsets(llama, golden.dpo_task(), CHOSEN, config=large, progress=False).meta.history[0]
     assert calls == [0]
@@ -199,13 +199,13 @@ def test_the_first_dpo_loss_by_a_slow_loop(llama):
 
 def test_training_examples_are_drawn_as_the_official_code_draws_them(llama, monkeypatch):
     """n_train rows are random.Random(seed).sample(rows, n), in that order; the count is recorded."""
-    seen, inner = [], steps.task_loss
+    seen, inner = [], fitting.task_loss
 
     def spy(model, examples, **options):
         seen.append(examples)
         return inner(model, examples, **options)
 
-    monkeypatch.setattr(steps, "task_loss", spy)
+    monkeypatch.setattr(fitting, "task_loss", spy)
     task = golden.sft_task()
     lofit = ll.tune_offsets(llama, task, CHOSEN, seed=3, n_train=6, config=SHORT, progress=False)
     assert list(seen[0]) == random.Random(3).sample(list(task.training["train"]), 6)
@@ -291,13 +291,13 @@ def test_a_stopped_training_hands_over_its_adapter(bridge_llama, monkeypatch):
         "t", train=[{"prompt": f"w {i}:", "answer": " yes"} for i in range(8)], test=[{"prompt": "w", "answer": "y"}]
     )
     config = TrainConfig(lr=1e-2, batch_size=1, epochs=1)
-    plain, calls = steps.sft_loss, []
+    plain, calls = objective.sft_loss, []
 
     def breaking(*args):
         calls.append(1)
         return plain(*args) * (float("nan") if len(calls) == 3 else 1)
 
-    monkeypatch.setattr(steps, "sft_loss", breaking)
+    monkeypatch.setattr(objective, "sft_loss", breaking)
     with pytest.raises(TrainingDiverged, match=r"error\.adapter") as e:
         ll.tune_offsets(bridge_llama, task, ["L1H2"], config=config, progress=False)
     monkeypatch.undo()

@@ -12,7 +12,7 @@ from lofit_lens.evaluation.generation import generate
 from lofit_lens.evaluation.judges import Judge, judged
 from lofit_lens.evaluation.multiple_choice import mc_metrics, option_metrics
 from lofit_lens.evaluation.result import EvalResult, Metric
-from lofit_lens.evaluation.scoring import TOKEN_BUDGET, count_merges, longest, score_encoded
+from lofit_lens.evaluation.scoring import TOKEN_BUDGET, count_merges, count_unreached, longest, score_encoded
 from lofit_lens.evaluation.stats import RESAMPLES
 from lofit_lens.models import context_length, model_info, tokenizer_of
 from lofit_lens.tasks.base import ChoiceExample, GenerationExample, OptionExample, Task, TestExample
@@ -137,6 +137,8 @@ def _scored(
     run = [answers if ok else () for answers, ok in zip(encoded, fits, strict=True)]
     if merged := count_merges(run):
         counted["answers sharing a token with their prompt"] = merged
+    if unreached := count_unreached(model, run):
+        counted["answers that the edit cannot reach"] = unreached
     scores = score_encoded(model, run, token_budget=token_budget, progress=progress)
     return [_row(e, s if ok else None) for e, s, ok in zip(examples, scores, fits, strict=True)]
 

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from lofit_lens.errors import DataError, InputError
 from lofit_lens.evaluation.prefix import NO_FRONT, SharedFront, shared_front
-from lofit_lens.models import context_length, device_of, frozen, remember, step, tokenizer_of
+from lofit_lens.models import Borders, context_length, device_of, frozen, remember, step, tokenizer_of
 from lofit_lens.tasks.collate import encode, pad, pad_id
 
 
@@ -38,7 +38,8 @@ def generate(
 ) -> str | list[str]:
     """Continue prompts greedily, up to the end token or `max_new_tokens`.
 
-    What is attached must act alike on every position: each pass sees the new tokens only.
+    Interventions of this package may act on certain positions only (`models.Positions`); a hook of one's own must act alike on
+    every position, since each pass sees the new tokens only.
 
     Args:
         model: any HookedTransformer or TransformerBridge, with whatever is attached to it.
@@ -91,7 +92,8 @@ def decode_ids(
     end = tokenizer.eos_token_id
     own = [p[len(front) :] for p in prompts]
     tokens, mask = pad(own, side="left", pad_id=pad_id(tokenizer), device=device_of(model))
-    scores, state = remember(model, front.rows(len(prompts)), tokens, mask)
+    borders = Borders(torch.tensor([len(p) for p in prompts]))
+    scores, state = remember(model, front.rows(len(prompts)), tokens, mask, borders)
     running = torch.ones(len(prompts), dtype=torch.bool, device=tokens.device)
     new: list[list[int]] = [[] for _ in prompts]
     for i in range(max_new_tokens):

@@ -9,7 +9,16 @@ from typing import Any
 
 import torch
 
-from lofit_lens.models import KVState, attention_window, device_of, gaps_are_exact, remember, tokenizer_of
+from lofit_lens.models import (
+    Borders,
+    KVState,
+    attention_window,
+    device_of,
+    gaps_are_exact,
+    positions_of,
+    remember,
+    tokenizer_of,
+)
 from lofit_lens.tasks.collate import common_length, pad, pad_id
 
 LEAST = 8  # tokens; a shorter front costs more to keep than to run again
@@ -38,9 +47,10 @@ NO_FRONT = SharedFront(())
 def shared_front(model: Any, rows: Sequence[Sequence[int]], *, longest: int) -> SharedFront:
     """Run what all rows begin with, once, and leave each row a token of its own; interventions that are attached act on it.
 
-    Also tries the model's cache (see `gaps_are_exact`). Empty where it would be shorter than `LEAST`, for a single row, and
-    where padding between front and rest would count: in models that do not count positions over real tokens, and where
-    `longest` (places, new ones included) exceeds a window that the model attends over.
+    Rows keep more tokens of their own where something attached treats the end of a prompt apart. Also tries the model's cache
+    (see `gaps_are_exact`). Empty where it would be shorter than `LEAST`, for a single row, and where padding between front and
+    rest would count: in models that do not count positions over real tokens, and where `longest` (places, new ones included)
+    exceeds a window that the model attends over.
 
     Args:
         model: any HookedTransformer or TransformerBridge.
@@ -53,9 +63,12 @@ def shared_front(model: Any, rows: Sequence[Sequence[int]], *, longest: int) -> 
     window, exact = attention_window(model), gaps_are_exact(model)
     if not exact or len(rows) < 2 or (window is not None and longest > window):
         return NO_FRONT
-    n = min(common_length(rows), min(map(len, rows)) - 1)
+    own = max([1, *(p.tail for p in positions_of(model))])
+    shortest = min(map(len, rows))
+    n = min(common_length(rows), shortest - own)
     if n < LEAST:
         return NO_FRONT
     ids = tuple(rows[0][:n])
     tokens, mask = pad([ids], side="left", pad_id=pad_id(tokenizer_of(model)), device=device_of(model))
-    return SharedFront(ids, remember(model, None, tokens, mask)[1])
+    borders = Borders(torch.tensor([shortest]), torch.tensor([shortest + 1]))
+    return SharedFront(ids, remember(model, None, tokens, mask, borders)[1])

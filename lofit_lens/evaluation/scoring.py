@@ -3,7 +3,7 @@
 score(c | p) = sum over the tokens of c of log p(token | p, earlier tokens of c), in nats, no length normalisation.
 
 Three levels share their work: the front of all prompts (a primer) runs once, each prompt once, all continuations of a
-prompt as rows of one batch. Interventions that are attached act on every position, prompts included.
+prompt as rows of one batch. Interventions that are attached act where they say (`models.Positions`), prompts included.
 """
 
 import logging
@@ -17,7 +17,18 @@ from tqdm.auto import tqdm
 
 from lofit_lens.errors import DataError, InputError
 from lofit_lens.evaluation.prefix import SharedFront, shared_front
-from lofit_lens.models import context_length, device_of, frozen, peek, remember, tokenizer_of
+from lofit_lens.models import (
+    Borders,
+    Layout,
+    Positions,
+    context_length,
+    device_of,
+    frozen,
+    peek,
+    positions_of,
+    remember,
+    tokenizer_of,
+)
 from lofit_lens.tasks.collate import Encoded, collate, encode_continuations, pad, pad_id
 from lofit_lens.training.losses import NO_LABEL, token_log_probs
 
@@ -38,9 +49,10 @@ def score_continuations(
 ) -> list[list[float]]:
     """Summed log-prob (nats) of every continuation of every prefix.
 
-    What is attached must act alike on every position: prompts run once for all their continuations, and each pass counts its
-    own positions. Prefix and continuation are tokenised joined. Where the tokenizer merges across their border, the
-    continuation is scored from the merged token on, and a warning says how many there were.
+    Interventions of this package may act on certain positions only (`models.Positions`); a hook of one's own must act alike on
+    every position, since prompts run once for all their continuations and each pass sees its own tokens only. Prefix and
+    continuation are tokenised joined. Where the tokenizer merges across their border, the continuation is scored from the
+    merged token on, and a warning says how many there were.
 
     Args:
         model: any HookedTransformer or TransformerBridge.
@@ -68,6 +80,7 @@ def score_continuations(
                 f"{longest(answers)} tokens in {prefix[-80:]!r}; the context of {model.cfg.model_name} is {limit}"
             )
     count_merges(encoded)
+    count_unreached(model, encoded)
     return score_encoded(model, encoded, token_budget=token_budget, progress=progress)
 
 
@@ -87,6 +100,36 @@ def count_merges(encoded: Sequence[Sequence[Encoded]]) -> int:
             sum(map(len, encoded)),
         )
     return n
+
+
+def count_unreached(model: Any, encoded: Sequence[Sequence[Encoded]]) -> int:
+    """Number of answers whose score cannot change by what is attached, since no edited position comes before a scored token.
+
+    So it is with an edit of the last position alone, which predicts nothing of the answer, and with an edit from the answer on
+    where the answer is one token. Says so if there are any; 0 where something is attached that acts everywhere.
+    """
+    listed = positions_of(model)
+    if not listed or any(p.everywhere for p in listed):
+        return 0
+    n = 0
+    for answers in encoded:
+        prompt = len(_prompt(answers))
+        n += sum(not any(_reaches(p, prompt, len(e.ids)) for p in listed) for e in answers)
+    if n:
+        log.warning(
+            "%d of %d answers keep the unmodified model's score: what is attached acts on positions %s, and none of those comes "
+            "before a scored token; use positions 'predicting' or 'all'",
+            n,
+            sum(map(len, encoded)),
+            ", ".join(sorted({str(p) for p in listed})),
+        )
+    return n
+
+
+def _reaches(positions: Positions, prompt: int, length: int) -> bool:
+    whole = torch.ones(1, length, dtype=torch.long)
+    borders = Borders(torch.tensor([prompt]), torch.tensor([length]))
+    return bool(positions.mask(Layout.of(whole, whole, length, borders))[0, : length - 1].any())
 
 
 @torch.no_grad()
@@ -155,7 +198,8 @@ def _score_group(
 ) -> list[list[float]]:
     fill, device = pad_id(tokenizer_of(model)), device_of(model)
     tokens, mask = pad([p[len(front) :] for p in prompts], side="left", pad_id=fill, device=device)
-    last, state = remember(model, front.rows(len(prompts)), tokens, mask)
+    ends = torch.tensor([len(p) for p in prompts])
+    last, state = remember(model, front.rows(len(prompts)), tokens, mask, Borders(ends, ends + 1))
     owner = [q for q, answers in enumerate(questions) for _ in answers]
     rest = [
         Encoded(e.ids[len(p) :], e.start - len(p))
@@ -170,7 +214,8 @@ def _score_group(
     for chunk in _groups(longer, lengths, budget, cached=state.mask.shape[1], after=nothing, limit=limit):
         batch = collate([Encoded(rest[i].ids[:-1], 0) for i in chunk], pad_id=fill, device=device)
         rows = torch.tensor([owner[i] for i in chunk], device=device)
-        logits = peek(model, state, rows, batch.tokens, batch.mask)
+        borders = Borders(ends[rows.cpu()], torch.tensor([len(prompts[owner[i]]) + len(rest[i].ids) for i in chunk]))
+        logits = peek(model, state, rows, batch.tokens, batch.mask, borders)
         for i, value in zip(chunk, _later(logits, [rest[i] for i in chunk]), strict=True):
             values[i] += value
     it = iter(values)

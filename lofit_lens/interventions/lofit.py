@@ -5,38 +5,22 @@ inference. Step 1 trains A on every head and ranks heads by the L2 norm of A; st
 chosen heads alone.
 """
 
-import contextlib
 import html
-import logging
 import warnings
-import weakref
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from lofit_lens import io
-from lofit_lens.errors import AdapterError, DataError, InputError
+from lofit_lens.errors import AdapterError, InputError
 from lofit_lens.heads import Head, HeadScores, HeadSet
-from lofit_lens.models import (
-    ModelInfo,
-    device_of,
-    head_size,
-    hook_z,
-    hooked,
-    model_info,
-    same_weights,
-    value_biases_folded,
-)
+from lofit_lens.interventions.base import Adapter, AdapterMeta, Edit, check_tensors
+from lofit_lens.models import device_of, head_size, hook_z, model_info, value_biases_folded
 
-logger = logging.getLogger(__name__)
-
-SCHEMA = 1
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 INIT_STD = 1e-3
 Component = Literal["A", "v"]
 
@@ -54,21 +38,7 @@ def edit_z(
     return (z * (1 + A) + v).to(z.dtype)
 
 
-@dataclass
-class LofitMeta:
-    """Where an adapter comes from: base model, task, seed, hyperparameters, versions, training history."""
-
-    model: ModelInfo | None = None
-    task: str = ""
-    data_hash: str = ""
-    seed: int | None = None
-    config: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
-    history: list[dict[str, float]] = field(default_factory=list)
-    n_train: int | None = None
-
-
-class Lofit(nn.Module):
+class Lofit(Adapter):
     """Scalings `A` and offsets `v` for the chosen heads of one model.
 
     Args:
@@ -87,19 +57,20 @@ class Lofit(nn.Module):
         InputError: a head outside the shape, or an empty head set.
     """
 
+    method: ClassVar[str] = "lofit"
+    title: ClassVar[str] = "LoFiT"
     A: nn.Parameter
     v: nn.Parameter
     mask: Tensor
 
     def __init__(
-        self, shape: tuple[int, int, int], heads: HeadSet | None = None, meta: LofitMeta | None = None
+        self, shape: tuple[int, int, int], heads: HeadSet | None = None, meta: AdapterMeta | None = None
     ) -> None:
-        super().__init__()
+        super().__init__(meta)
         grid = (shape[0], shape[1])
         chosen = HeadSet.all(grid) if heads is None else heads
         _check_heads(chosen, grid)
         self.heads = HeadSet(chosen.heads, chosen.scores, grid, chosen.label)
-        self.meta = meta or LofitMeta()
         self.A = nn.Parameter(torch.zeros(shape), requires_grad=False)
         self.v = nn.Parameter(torch.zeros(shape), requires_grad=False)
         self.register_buffer("mask", self.heads.mask(), persistent=False)
@@ -119,7 +90,7 @@ class Lofit(nn.Module):
             heads = heads if isinstance(heads, HeadSet) else HeadSet(heads)
             _check_heads(heads, (info.n_layers, info.n_heads))
         d_head = head_size(model, None if heads is None else heads.layers)
-        made = cls((info.n_layers, info.n_heads, d_head), heads, LofitMeta(model=info, versions=io.environment()))
+        made = cls((info.n_layers, info.n_heads, d_head), heads, AdapterMeta(model=info, versions=io.environment()))
         return made.to(device_of(model))
 
     @torch.no_grad()
@@ -177,58 +148,39 @@ class Lofit(nn.Module):
 
     # ---------------------------------------------------------------------------------------- attaching
 
-    @contextlib.contextmanager
-    def attached(self, model: Any) -> Iterator["Lofit"]:
-        """Edit z in this model for the length of the block; removed at its end, also after an exception.
-
-        The hooks are permanent in TransformerLens' sense: `run_with_hooks`, `run_with_cache` and
-        `reset_hooks()` inside the block keep them, and other people's hooks are never touched.
-
-        Raises:
-            AdapterError: made for another shape, or already attached.
-                Also: scaling a model whose value biases were folded away.
-        """
-        self.attach_check(model)
-        _attached.add(self)
-        try:
-            with contextlib.ExitStack() as stack:
-                for layer in self.heads.layers:
-                    stack.enter_context(hooked(hook_z(model, layer), self._edit(layer)))
-                yield self
-        finally:
-            _attached.discard(self)
-
-    def attach_check(self, model: Any) -> None:
-        """Raise unless this adapter fits this model; warns of another base model's name."""
+    def _check_shape(self, model: Any) -> None:
         info = model_info(model)
-        if self in _attached:
-            raise AdapterError("this adapter is already attached; leave its `with` block first, or attach a copy")
         if (info.n_layers, info.n_heads) != self.shape[:2]:
-            made_for = f" (made for {self.meta.model.name})" if self.meta.model else ""
             raise AdapterError(
-                f"this adapter has {self.shape[0]} layers of {self.shape[1]} heads{made_for}; "
+                f"this adapter has {self.shape[0]} layers of {self.shape[1]} heads{self._made_for}; "
                 f"{info.name} has {info.n_layers} of {info.n_heads}. Load the model it was made for"
             )
         d_head = head_size(model, self.heads.layers)
         if d_head != self.d_head:
             raise AdapterError(f"this adapter has d_head {self.d_head}; {info.name} has {d_head}")
-        made_for = self.meta.model
-        if made_for and not same_weights(made_for, info):
-            logger.warning("this adapter was made for %s; it is now attached to %s", made_for.name, info.name)
+
+    def attach_check(self, model: Any) -> None:
+        """Raise unless this adapter fits this model; warns of another base model's name and of processed weights.
+
+        Raises:
+            AdapterError: made for another shape, already attached, or scaling a model whose value biases were folded away.
+        """
+        super().attach_check(model)
         if value_biases_folded(model):
+            name = model_info(model).name
             if self.A.requires_grad or bool(self.A.detach().any()):
                 raise AdapterError(
-                    f"{info.name} was loaded with processed weights: its value biases are folded into b_O, so that "
+                    f"{name} was loaded with processed weights: its value biases are folded into b_O, so that "
                     "scaling z means something else than in the original model. Load it without processing "
                     "(lofit_lens.load_model, or from_pretrained_no_processing)"
                 )
-            warnings.warn(
-                f"{info.name} has processed weights; offsets are unaffected, scalings would not be", stacklevel=3
-            )
+            warnings.warn(f"{name} has processed weights; offsets are unaffected, scalings would not be", stacklevel=3)
 
-    def _edit(self, layer: int) -> Any:
-        def edit(z: Tensor, hook: Any) -> Tensor:
-            # Nothing is kept between calls: a tensor made in inference mode would poison later training.
+    def _points(self, model: Any) -> Iterable[tuple[Any, Edit]]:
+        return [(hook_z(model, layer), self._edit(layer)) for layer in self.heads.layers]
+
+    def _edit(self, layer: int) -> Edit:
+        def edit(z: Tensor) -> Tensor:
             keep = self.mask[layer].to(z.device)[:, None]
             A = torch.where(keep, self.A[layer].to(z.device), 0.0)
             v = torch.where(keep, self.v[layer].to(z.device), 0.0)
@@ -263,7 +215,7 @@ class Lofit(nn.Module):
     def _with_values(self, heads: HeadSet, A: Tensor, v: Tensor, how: str, *sources: "Lofit") -> "Lofit":
         of = [{"task": s.meta.task, "seed": s.meta.seed, "config": s.meta.config} for s in sources]
         tasks = list(dict.fromkeys(s.meta.task for s in sources if s.meta.task))
-        meta = LofitMeta(
+        meta = AdapterMeta(
             self.meta.model, " and ".join(tasks), config={"made_by": how, "of": of}, versions=io.environment()
         )
         made = Lofit(self.shape, heads, meta).to(self.A.device)
@@ -274,83 +226,21 @@ class Lofit(nn.Module):
 
     # ------------------------------------------------------------------------------------------- saving
 
-    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> Path:
-        """Write `adapter_config.json` and `adapter_model.safetensors` (only the chosen heads' numbers).
-
-        Raises:
-            InputError: the folder exists (and not `overwrite`) or cannot be written.
-        """
+    def _tensors(self) -> Mapping[str, Tensor]:
         order = self._index()
-        tensors = {"A": self.A[order], "v": self.v[order]}
-        meta = self.meta
-        record = {
-            "lofit_lens_schema": SCHEMA,
-            "method": "lofit",
-            "base_model": meta.model.to_dict() if meta.model else None,
-            "shape": list(self.shape),
-            "heads": self.heads.to_dict(),
-            "task": meta.task, "data_hash": meta.data_hash, "n_train": meta.n_train, "seed": meta.seed,
-            "config": meta.config, "versions": meta.versions or io.environment(), "history": meta.history,
-        }  # fmt: skip
-        with io.new_folder(folder, overwrite=overwrite) as temporary:
-            io.save_tensors(temporary / WEIGHTS_FILE, tensors, {"format": "pt"})
-            io.write_json(temporary / CONFIG_FILE, record)
-        return Path(folder)
+        return {"A": self.A[order], "v": self.v[order]}
+
+    def _settings(self) -> dict[str, Any]:
+        return {"shape": list(self.shape), "heads": self.heads.to_dict()}
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, model: Any = None) -> "Lofit":
-        """Read an adapter folder; with `model`, check that it fits and put it on the model's device.
-
-        Raises:
-            AdapterError: a file missing, damaged, of a newer schema, or tensors that do not match the heads;
-                or (with `model`) another shape.
-        """
-        folder = Path(folder)
-        if not (folder / CONFIG_FILE).is_file():
-            raise AdapterError(f"{folder} is not an adapter folder: it has no {CONFIG_FILE}")
-        try:
-            record = io.read_json(folder / CONFIG_FILE)
-        except DataError as e:
-            raise AdapterError(str(e)) from e
-        made = cls._from_record(record, io.load_tensors(folder / WEIGHTS_FILE), folder)
-        if model is not None:
-            made.attach_check(model)
-            made.to(device_of(model))
-        return made
-
-    @classmethod
-    def _from_record(cls, record: Any, tensors: dict[str, Tensor], folder: Path) -> "Lofit":
-        where = folder / CONFIG_FILE
-        if not isinstance(record, dict) or record.get("method") != "lofit":
-            raise AdapterError(f"{where} does not describe a LoFiT adapter")
-        schema = record.get("lofit_lens_schema")
-        if not isinstance(schema, int) or schema < 1:
-            raise AdapterError(f"{where} has schema {schema!r}; this version reads 1 to {SCHEMA}")
-        if schema > SCHEMA:
-            raise AdapterError(f"{where} was written by a newer version (schema {schema}); update lofit-lens")
-        try:
-            shape = tuple(int(n) for n in record["shape"])
-            heads = HeadSet.from_dict(record["heads"], where=str(where))
-            base = ModelInfo(**record["base_model"]) if record["base_model"] else None
-            meta = LofitMeta(
-                base, record["task"], record["data_hash"], record["seed"], record["config"], record["versions"],
-                record["history"], record["n_train"],
-            )  # fmt: skip
-        except (KeyError, TypeError, ValueError) as e:
-            raise AdapterError(f"{where} is incomplete: {e}") from e
+    def _made_from(cls, record: dict[str, Any], tensors: dict[str, Tensor], meta: AdapterMeta, where: Path) -> "Lofit":
+        shape = tuple(int(n) for n in record["shape"])
+        heads = HeadSet.from_dict(record["heads"], where=str(where))
         if len(shape) != 3 or min(shape) < 1:
             raise AdapterError(f"{where}: shape {shape} is not (n_layers, n_heads, d_head)")
         made = cls((shape[0], shape[1], shape[2]), heads, meta)
-        expected = (len(heads), shape[2])
-        if set(tensors) != {"A", "v"}:
-            raise AdapterError(f"{folder / WEIGHTS_FILE} holds {sorted(tensors)}; expected A and v")
-        for name, t in tensors.items():
-            if tuple(t.shape) != expected or t.dtype != torch.float32:
-                raise AdapterError(
-                    f"{folder / WEIGHTS_FILE}: {name} is {t.dtype} {tuple(t.shape)}, expected torch.float32 {expected}"
-                )
-            if not torch.isfinite(t).all():
-                raise AdapterError(f"{folder / WEIGHTS_FILE}: {name} holds NaN or infinity")
+        check_tensors(tensors, dict.fromkeys(("A", "v"), (len(heads), shape[2])), where)
         order = made._index()
         with torch.no_grad():
             made.A[order] = tensors["A"]
@@ -371,10 +261,6 @@ class Lofit(nn.Module):
 
     def _repr_html_(self) -> str:
         return f"<p>{html.escape(repr(self))}</p>{self.heads._repr_html_()}"
-
-
-# Adapters that are attached now. Kept outside the module: an attribute would make the model its sub-module.
-_attached: "weakref.WeakSet[Lofit]" = weakref.WeakSet()
 
 
 def _check_heads(heads: HeadSet, grid: tuple[int, int]) -> None:

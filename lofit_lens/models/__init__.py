@@ -9,7 +9,7 @@ Weights are never processed (no layer-norm folding, no centring, no value-bias f
 equals the input of Hugging Face's `o_proj` and an adapter means the same thing in both.
 """
 
-from lofit_lens.models.hooks import frozen, head_size, hook_z, hooked
+from lofit_lens.models.hooks import Site, check_residual, frozen, head_size, hook_z, hooked, residual_point
 from lofit_lens.models.info import (
     Backend,
     ModelInfo,
@@ -26,11 +26,22 @@ from lofit_lens.models.info import (
     value_biases_folded,
 )
 from lofit_lens.models.loading import BACKENDS, ORGANISM, hooked_refusal, load_model, parse_device
+from lofit_lens.models.positions import (
+    ALL,
+    Borders,
+    Layout,
+    Positions,
+    before_each_pass,
+    declared,
+    layout_of,
+    positions_of,
+)
 from lofit_lens.models.running import KVState, extend, gaps_are_exact, logits_of, peek, prefill, remember, step
 
 __all__ = [
-    "BACKENDS", "ORGANISM", "Backend", "KVState", "ModelInfo", "attention_window", "backend_of", "bridge_class",
-    "context_length", "device_of", "extend", "frozen", "gaps_are_exact", "head_size", "hook_z", "hooked", "hooked_class",
-    "hooked_refusal", "is_processed", "load_model", "logits_of", "model_info", "parse_device", "peek", "prefill", "remember",
-    "same_weights", "step", "tokenizer_of", "value_biases_folded",
+    "ALL", "BACKENDS", "ORGANISM", "Backend", "Borders", "KVState", "Layout", "ModelInfo", "Positions", "Site",
+    "attention_window", "backend_of", "before_each_pass", "bridge_class", "check_residual", "context_length", "declared",
+    "device_of", "extend", "frozen", "gaps_are_exact", "head_size", "hook_z", "hooked", "hooked_class", "hooked_refusal",
+    "is_processed", "layout_of", "load_model", "logits_of", "model_info", "parse_device", "peek", "positions_of",
+    "prefill", "remember", "residual_point", "same_weights", "step", "tokenizer_of", "value_biases_folded",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Access to `hook_z`, and keeping a model frozen.
+"""Access to `hook_z` and to the residual stream, and keeping a model frozen.
 
 A hook is permanent in TransformerLens' sense and removed by its own handle, so that nobody else's hooks are touched; the
 HookPoint object is never replaced (on the bridge a new one would silently never fire).
@@ -6,8 +6,8 @@ HookPoint object is never replaced (on the bridge a new one would silently never
 
 import contextlib
 import weakref
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from lofit_lens.errors import ModelError
 from lofit_lens.models.info import backend_of, device_of
 
 _probed: "weakref.WeakKeyDictionary[nn.Module, dict[int, int]]" = weakref.WeakKeyDictionary()
+_probed_sites: "weakref.WeakKeyDictionary[nn.Module, set[tuple[int, str]]]" = weakref.WeakKeyDictionary()
 
 
 def hook_z(model: Any, layer: int) -> Any:
@@ -34,6 +35,46 @@ def hook_z(model: Any, layer: int) -> Any:
     return points[name]
 
 
+Site = Literal["hook_resid_post", "hook_mlp_out"]
+
+
+def residual_point(model: Any, layer: int, site: Site) -> Any:
+    """The HookPoint of a block's output (`hook_resid_post`) or of its MLP's output before the residual add (`hook_mlp_out`).
+
+    Both hold `[batch, pos, d_model]`.
+
+    Raises:
+        ModelError: this block has none.
+    """
+    name = f"blocks.{layer}.{site}"
+    if name not in model.hook_dict:
+        raise ModelError(
+            f"block {layer} of {model.cfg.model_name} has no {name} (TransformerLens does not split this architecture "
+            "there); choose other layers, or a method that edits heads"
+        )
+    return model.hook_dict[name]
+
+
+def check_residual(model: Any, layers: Iterable[int], site: Site) -> None:
+    """See by one probe forward of two tokens that a site fires once in each layer with `[batch, pos, d_model]`; remembered.
+
+    Raises:
+        ModelError: it does not, or a block has no such site.
+    """
+    width, known = int(model.cfg.d_model), _probed_sites.setdefault(model, set())
+    wanted = [layer for layer in layers if (layer, site) not in known]
+    if not wanted:
+        return
+    for layer, seen in _fired(model, {layer: residual_point(model, layer, site) for layer in wanted}).items():
+        if len(seen) != 1 or seen[0] != (1, 2, width):
+            raise ModelError(
+                f"{site} of layer {layer} of {model.cfg.model_name} fired {len(seen)} times in one forward"
+                + (f" with shape {seen[0]}" if seen else "")
+                + f"; it must fire once with [batch, pos, {width}]"
+            )
+        known.add((layer, site))
+
+
 def head_size(model: Any, layers: Iterable[int] | None = None) -> int:
     """d_head, read from z itself by one probe forward of two tokens; remembered for each model and layer.
 
@@ -50,15 +91,7 @@ def head_size(model: Any, layers: Iterable[int] | None = None) -> int:
     wanted = tuple(range(n_layers)) if layers is None else tuple(layers)
     known = _probed.setdefault(model, {})
     if any(layer not in known for layer in wanted):
-        shapes: dict[int, list[tuple[int, ...]]] = {layer: [] for layer in wanted}
-        with contextlib.ExitStack() as stack:
-            for layer in wanted:
-                point = hook_z(model, layer)
-                stack.enter_context(hooked(point, _recorder(shapes[layer])))
-            tokens = torch.zeros((1, 2), dtype=torch.long, device=device_of(model))
-            with torch.no_grad():
-                model(tokens, attention_mask=torch.ones_like(tokens))
-        for layer, seen in shapes.items():
+        for layer, seen in _fired(model, {layer: hook_z(model, layer) for layer in wanted}).items():
             if len(seen) != 1:
                 raise ModelError(f"hook_z of layer {layer} fired {len(seen)} times in one forward; it must fire once")
             if len(seen[0]) != 4 or seen[0][2] != n_heads:
@@ -71,6 +104,18 @@ def head_size(model: Any, layers: Iterable[int] | None = None) -> int:
     if len(sizes) > 1:
         raise ModelError(f"layers differ in d_head ({sorted(sizes)}); choose heads of layers that share one")
     return sizes.pop()
+
+
+def _fired(model: Any, points: Mapping[int, Any]) -> dict[int, list[tuple[int, ...]]]:
+    """Shapes that each point saw in one forward of two tokens."""
+    shapes: dict[int, list[tuple[int, ...]]] = {layer: [] for layer in points}
+    with contextlib.ExitStack() as stack:
+        for layer, point in points.items():
+            stack.enter_context(hooked(point, _recorder(shapes[layer])))
+        tokens = torch.zeros((1, 2), dtype=torch.long, device=device_of(model))
+        with torch.no_grad():
+            model(tokens, attention_mask=torch.ones_like(tokens))
+    return shapes
 
 
 def _recorder(seen: list[tuple[int, ...]]) -> Any:

@@ -12,13 +12,18 @@ from torch import Tensor, nn
 
 from lofit_lens.errors import ModelError
 from lofit_lens.models.info import backend_of, device_of
+from lofit_lens.models.positions import Borders, Layout, laid_out
 
 
 def logits_of(
-    model: Any, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"]
+    model: Any, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], borders: Borders | None = None
 ) -> Float[Tensor, "batch pos d_vocab"]:
-    """One full forward; the mask (1 = token, 0 = padding on either side) is always passed."""
-    return model(tokens, attention_mask=mask).to(tokens.device)
+    """One full forward; the mask (1 = token, 0 = padding on either side) is always passed.
+
+    `borders` tells where prompts end, for edits that act on certain positions only.
+    """
+    with laid_out(model, Layout.of(tokens, mask, tokens.shape[1], borders)):
+        return model(tokens, attention_mask=mask).to(tokens.device)
 
 
 _gaps: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
@@ -26,25 +31,42 @@ _gaps: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary(
 
 @dataclass
 class KVState:
-    """Keys and values of tokens already run, on either class; made by `prefill`, grown by `extend`."""
+    """Keys and values of tokens already run, on either class; made by `prefill`, grown by `extend`.
+
+    Attributes:
+        cache: the class's own.
+        tokens: ids of what was run, padding included.
+        mask: 1 = token, 0 = padding.
+        borders: where the prompts end, as far as it was said; a later pass may say it anew.
+    """
 
     cache: Any
+    tokens: Int[Tensor, "batch pos"]
     mask: Int[Tensor, "batch pos"]
+    borders: Borders | None = None
 
     def select(self, rows: Int[Tensor, " n"]) -> "KVState":
         """These rows of the batch (repeats allowed); the original stays usable. Copied only when new tokens join them."""
-        return KVState(_select_rows(self.cache, rows, keep=True), self.mask[rows])
+        return self._rows(rows, keep=True)
+
+    def _rows(self, rows: Int[Tensor, " n"], *, keep: bool) -> "KVState":
+        borders = None if self.borders is None else self.borders.select(rows)
+        return KVState(_select_rows(self.cache, rows, keep=keep), self.tokens[rows], self.mask[rows], borders)
 
 
 def prefill(
-    model: Any, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"]
+    model: Any, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], borders: Borders | None = None
 ) -> tuple[Float[Tensor, "batch pos d_vocab"], KVState]:
     """Run prompts and keep their keys and values. Prompts of different lengths are padded on the left."""
-    return _run(model, None, tokens, mask)
+    return _run(model, None, tokens, mask, borders)
 
 
 def extend(
-    model: Any, state: KVState, tokens: Int[Tensor, "batch new"], mask: Int[Tensor, "batch new"] | None = None
+    model: Any,
+    state: KVState,
+    tokens: Int[Tensor, "batch new"],
+    mask: Int[Tensor, "batch new"] | None = None,
+    borders: Borders | None = None,
 ) -> tuple[Float[Tensor, "batch new d_vocab"], KVState]:
     """Run further tokens behind a state and return the grown state; the one passed in must not be used again.
 
@@ -52,17 +74,21 @@ def extend(
     gap inside a row changes nothing, unless the model counts otherwise (see `gaps_are_exact`, `attention_window`). All places,
     padding included, must lie within the context.
     """
-    return _run(model, state, tokens, torch.ones_like(tokens) if mask is None else mask)
+    return _run(model, state, tokens, torch.ones_like(tokens) if mask is None else mask, borders)
 
 
 def remember(
-    model: Any, state: KVState | None, tokens: Int[Tensor, "batch new"], mask: Int[Tensor, "batch new"]
+    model: Any,
+    state: KVState | None,
+    tokens: Int[Tensor, "batch new"],
+    mask: Int[Tensor, "batch new"],
+    borders: Borders | None = None,
 ) -> tuple[Float[Tensor, "batch d_vocab"], KVState]:
     """`prefill` (no state) or `extend` with logits at the last place only, so that rows must be padded on the left.
 
     Logits of a long prompt are large, and only the last ones are of use to go on from it.
     """
-    logits, state = _run(model, state, tokens, mask, last_only=True)
+    logits, state = _run(model, state, tokens, mask, borders, last_only=True)
     return logits[:, -1], state
 
 
@@ -72,10 +98,10 @@ def peek(
     rows: Int[Tensor, " batch"],
     tokens: Int[Tensor, "batch new"],
     mask: Int[Tensor, "batch new"],
+    borders: Borders | None = None,
 ) -> Float[Tensor, "batch new d_vocab"]:
     """Logits of new tokens behind chosen rows of a state, which stays as it is; nothing is remembered of them."""
-    chosen = KVState(_select_rows(state.cache, rows, keep=False), state.mask[rows])
-    return extend(model, chosen, tokens, mask)[0]
+    return extend(model, state._rows(rows, keep=False), tokens, mask, borders)[0]
 
 
 def _run(
@@ -83,18 +109,25 @@ def _run(
     state: KVState | None,
     tokens: Int[Tensor, "batch new"],
     mask: Int[Tensor, "batch new"],
+    borders: Borders | None,
     *,
     last_only: bool = False,
 ) -> tuple[Float[Tensor, "batch some d_vocab"], KVState]:
-    whole = mask if state is None else torch.cat([state.mask, mask], dim=1)
-    if backend_of(model) == "bridge":
-        options: dict[str, Any] = {} if state is None else {"past_key_values": state.cache}
-        if last_only and "logits_to_keep" in inspect.signature(model.original_model.forward).parameters:
-            options["logits_to_keep"] = torch.tensor([tokens.shape[1] - 1])  # on the CPU: fits any device
-        logits, cache = model(tokens, attention_mask=whole, return_type="logits_and_cache", use_cache=True, **options)
-    else:
-        logits, cache = _run_hooked(model, state, tokens, mask, last_only)
-    return logits.to(tokens.device), KVState(cache, whole)
+    whole, ids = mask, tokens
+    if state is not None:
+        whole, ids = torch.cat([state.mask, mask], dim=1), torch.cat([state.tokens, tokens], dim=1)
+        borders = state.borders if borders is None else borders
+    with laid_out(model, Layout.of(ids, whole, tokens.shape[1], borders)):
+        if backend_of(model) == "bridge":
+            options: dict[str, Any] = {} if state is None else {"past_key_values": state.cache}
+            if last_only and "logits_to_keep" in inspect.signature(model.original_model.forward).parameters:
+                options["logits_to_keep"] = torch.tensor([tokens.shape[1] - 1])  # on the CPU: fits any device
+            logits, cache = model(
+                tokens, attention_mask=whole, return_type="logits_and_cache", use_cache=True, **options
+            )
+        else:
+            logits, cache = _run_hooked(model, state, tokens, mask, last_only)
+    return logits.to(tokens.device), KVState(cache, ids, whole, borders)
 
 
 def _run_hooked(
@@ -123,7 +156,7 @@ def gaps_are_exact(model: Any) -> bool:
     """Whether padding between what is cached and what follows changes nothing; tried once a model on a few tokens.
 
     It does where distances are counted in places of the cache (some ALiBi models) instead of real tokens, and no one can tell
-    while something is attached that acts on certain positions only: then False, and tried again next time.
+    while somebody's own hook is in place that acts on certain positions only: then False, and tried again next time.
 
     Raises:
         ModelError: going on from cached keys fails, or gives other logits than one full pass even without padding.
@@ -132,13 +165,14 @@ def gaps_are_exact(model: Any) -> bool:
         device = device_of(model)
         ids = torch.arange(8, device=device)[None] % int(model.cfg.d_vocab)
         ones, gap = torch.ones_like(ids), torch.zeros(1, 3, dtype=ids.dtype, device=device)
-        whole = logits_of(model, ids, ones)[:, 4:]
+        borders = Borders(torch.tensor([4]), torch.tensor([8]))
+        whole = logits_of(model, ids, ones, borders)[:, 4:]
         exact, scale = whole.dtype in (torch.float32, torch.float64), whole.float().std()
         off = []
         for n in (0, 3):
             tokens, mask = torch.cat([gap[:, :n], ids[:, 4:]], 1), torch.cat([gap[:, :n], ones[:, 4:]], 1)
             try:
-                state = prefill(model, ids[:, :4], ones[:, :4])[1]
+                state = prefill(model, ids[:, :4], ones[:, :4], borders)[1]
                 behind = extend(model, state, tokens, mask)[0][:, n:]
             except RuntimeError as e:
                 raise ModelError(

@@ -177,15 +177,21 @@ class Task:
         Raises:
             InputError: unknown split, no training rows at all, or `n` outside 1..rows.
         """
+        drawn = self.drawn(split, n=n, seed=seed)
+        rows = self._split(self.training, split)
+        return tuple(rows[i] for i in drawn)
+
+    def drawn(self, split: str = "train", *, n: int | None = None, seed: int = 42) -> tuple[int, ...]:
+        """Indices of the rows that `training_examples` gives; arguments and errors as there."""
         if not self.training:
             raise InputError(f"{self.name} has no training rows: {self.no_training or 'it is for evaluation only'}")
         rows = self._split(self.training, split)
         if split != "train":
-            return self._limited(rows, n)
+            return self._limited(tuple(range(len(rows))), n)
         n = self.n_train if n is None else n
         usable = [i for i in range(len(rows)) if i not in self.leaked]
         if n is None:
-            return tuple(rows[i] for i in usable)
+            return tuple(usable)
         if n < 1 or n > len(usable):
             raise InputError(
                 f"{n} training examples asked for; {self.name} has {len(usable)}, so give 1 to {len(usable)}"
@@ -196,7 +202,7 @@ class Task:
         if len(kept) < n:
             left = [i for i in usable if i not in set(drawn)]
             kept += draw.sample(left, n - len(kept))
-        return tuple(rows[i] for i in kept)
+        return tuple(kept)
 
     def _split(self, splits: Mapping[str, tuple[Any, ...]], split: str) -> tuple[Any, ...]:
         if split not in splits:

@@ -1,0 +1,193 @@
+"""Where an edit acts: at every position, or at certain places of prompt and answer.
+
+A pass of the scorer or of the decoder runs only a part of each sequence (the rest is cached), so an edit cannot see from z
+alone which tokens it has before it. Whoever runs a pass states the `Borders` of its sequences; the pass knows its `Layout`;
+`Positions` turn that into the positions to edit.
+"""
+
+import contextlib
+import re
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from lofit_lens.errors import unknown
+
+NAMES = ("all", "answer", "predicting", "last")
+
+
+@dataclass(frozen=True)
+class Borders:
+    """Where the prompt of each sequence ends, and the sequence itself.
+
+    Attributes:
+        prompt: number of prompt tokens (BOS included); the answer follows.
+        length: number of all tokens; None where the answer is still being decoded.
+    """
+
+    prompt: Int[Tensor, " batch"]
+    length: Int[Tensor, " batch"] | None = None
+
+    def select(self, rows: Int[Tensor, " n"]) -> "Borders":
+        """Those of some rows."""
+        at = rows.to(self.prompt.device)
+        return Borders(self.prompt[at], None if self.length is None else self.length[at])
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What one pass runs.
+
+    Attributes:
+        place: place of each token in its own sequence, from 0 (BOS included), padding not counted; -1 = padding.
+        tokens: ids of the whole sequences so far, those of this pass last; padding where `mask` is 0.
+        mask: 1 = token, 0 = padding, for `tokens`.
+        borders: of the sequences; None for plain text, which has no prompt.
+    """
+
+    place: Int[Tensor, "batch new"]
+    tokens: Int[Tensor, "batch whole"]
+    mask: Int[Tensor, "batch whole"]
+    borders: Borders | None = None
+
+    @classmethod
+    def of(
+        cls, tokens: Int[Tensor, "batch whole"], mask: Int[Tensor, "batch whole"], n_new: int, borders: Borders | None
+    ) -> "Layout":
+        """The layout of a pass over the last `n_new` columns."""
+        place = torch.where(mask.bool(), mask.cumsum(dim=1) - 1, -1)[:, mask.shape[1] - n_new :]
+        return cls(place, tokens, mask, borders)
+
+    @property
+    def end(self) -> Int[Tensor, "batch 1"]:
+        """Number of tokens of each sequence, as far as it is known."""
+        known = self.borders.length if self.borders is not None else None
+        return (self.mask.sum(dim=1) if known is None else known.to(self.place.device))[:, None]
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Which positions an edit acts on. Made by `Positions.parse`.
+
+    - `all`: every token, prompt included.
+    - `answer`: the answer's tokens (ITI's multiple choice). The first of them is predicted from the prompt's last token,
+      which stays as it is. While decoding: from the prompt's last token on, as in ITI's generation.
+    - `predicting`: from the prompt's last token on: all places that an answer's token is predicted from.
+    - `last`: the last token of the sequence; while decoding, the newest one of each step.
+    - `f7+l7` (any numbers): the prompt's first 7 and last 7 tokens (ReFT); the answer is not edited.
+
+    Plain text has no prompt: `answer` and `predicting` then mean every token, `f7+l7` the text's first and last ones.
+    """
+
+    name: str
+    first: int = 0
+    final: int = 0
+
+    @classmethod
+    def parse(cls, text: "str | Positions") -> "Positions":
+        """Read a name.
+
+        Raises:
+            InputError: an unknown name, or first and last prompt tokens that are none.
+        """
+        if isinstance(text, Positions):
+            return text
+        found = re.fullmatch(r"f(\d+)\+l(\d+)", text)
+        if found and (int(found[1]) or int(found[2])):
+            return cls(text, int(found[1]), int(found[2]))
+        if text not in NAMES:
+            raise unknown("positions", text, (*NAMES, "f7+l7"), hint="f7+l7: the prompt's first 7 and last 7 tokens.")
+        return cls(text)
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether every token is edited, so that nothing needs to be known about the sequence."""
+        return self.name == "all"
+
+    @property
+    def tail(self) -> int:
+        """Prompt tokens, counted from the prompt's end, that may be treated otherwise than those in front of them."""
+        return self.final or (0 if self.everywhere else 1)
+
+    def mask(self, layout: Layout) -> Bool[Tensor, "batch new"]:
+        """True where the edit acts; padding is False."""
+        place, borders = layout.place, layout.borders
+        real = place >= 0
+        prompt = None if borders is None else borders.prompt.to(place.device)[:, None]
+        decoding = borders is not None and borders.length is None
+        if self.first or self.final:
+            end = layout.end if prompt is None else prompt
+            return real & (place < end) & ((place < self.first) | (place >= end - self.final))
+        if self.name == "last" and not decoding:
+            return real & (place == layout.end - 1)
+        if self.everywhere or prompt is None:
+            return real
+        before = 0 if self.name == "answer" and not decoding else 1
+        return real & (place >= prompt - before)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+ALL = Positions("all")
+
+_running: "weakref.WeakKeyDictionary[nn.Module, Layout]" = weakref.WeakKeyDictionary()
+_declared: "weakref.WeakKeyDictionary[nn.Module, list[Positions]]" = weakref.WeakKeyDictionary()
+_before: "weakref.WeakKeyDictionary[nn.Module, list[Callable[[Layout], None]]]" = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def laid_out(model: Any, layout: Layout) -> Iterator[None]:
+    """State what the pass inside the block runs; everything registered with `before_each_pass` is told first."""
+    for tell in _before.get(model, ()):
+        tell(layout)
+    outer = _running.get(model)
+    _running[model] = layout
+    try:
+        yield
+    finally:
+        if outer is None:
+            del _running[model]
+        else:
+            _running[model] = outer
+
+
+def layout_of(model: Any, batch: int, pos: int, device: torch.device) -> Layout:
+    """Layout of the pass that runs now; a call that stated none is taken as text without padding and cache."""
+    found = _running.get(model)
+    if found is not None:
+        return found
+    whole = torch.ones(batch, pos, dtype=torch.long, device=device)
+    return Layout.of(torch.zeros_like(whole), whole, pos, None)
+
+
+@contextlib.contextmanager
+def declared(model: Any, positions: Positions) -> Iterator[None]:
+    """Make known, for the length of the block, that something attached acts on these positions."""
+    listed = _declared.setdefault(model, [])
+    listed.append(positions)
+    try:
+        yield
+    finally:
+        listed.remove(positions)
+
+
+def positions_of(model: Any) -> tuple[Positions, ...]:
+    """Positions of everything attached that declared them."""
+    return tuple(_declared.get(model, ()))
+
+
+@contextlib.contextmanager
+def before_each_pass(model: Any, tell: Callable[[Layout], None]) -> Iterator[None]:
+    """Have a function called with the layout of each pass before it runs."""
+    listed = _before.setdefault(model, [])
+    listed.append(tell)
+    try:
+        yield
+    finally:
+        listed.remove(tell)

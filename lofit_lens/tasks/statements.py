@@ -1,0 +1,104 @@
+"""A task's questions as statements that are true or false: what probes and reading vectors are fitted on.
+
+A statement is a prompt with one answer, labelled right or wrong:
+
+- multiple choice: the prompt of the training form with every true and every false answer (on TruthfulQA ITI's form,
+  `Q: {question} A: {answer}`, without the six-shot primer),
+- options: the right option, and every other one,
+- generation, where the task has no other form: the learned answer, and for a wrong one the answer of another row of the
+  split, drawn by seed. (Neither ITI nor RepE says what a wrong answer is there; this is a choice of this project.)
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lofit_lens.errors import DataError
+from lofit_lens.tasks.base import (
+    ChoiceExample,
+    OptionExample,
+    PairExample,
+    SFTExample,
+    Task,
+    TestExample,
+    TrainingExample,
+)
+
+
+@dataclass(frozen=True)
+class Statement:
+    """A prompt, an answer as it continues the prompt, whether it is right, and the row it comes from."""
+
+    prompt: str
+    answer: str
+    right: bool
+    row: int
+
+
+def statements(task: Task, split: str = "train", *, n: int | None = None, seed: int = 42) -> tuple[Statement, ...]:
+    """Statements of the rows that `task.training_examples(split, n=n, seed=seed)` gives, row by row, right ones first.
+
+    Args:
+        task: with training rows, and a test form of the same rows where it asks for choices or options.
+        split: `"train"` or `"val"`.
+        n: rows; as in `training_examples`.
+        seed: of the draw of rows and of wrong answers.
+
+    Raises:
+        InputError: as `training_examples`.
+        DataError: no wrong answer can be had, since all rows have the same answer.
+    """
+    drawn, draw, found = task.drawn(split, n=n, seed=seed), random.Random(seed), []
+    training, asked = task.training[split], _choices(task, split)
+    for i in drawn:
+        prompt, right, wrong = _sides(training[i], asked[i] if asked else None)
+        if not wrong:
+            wrong = (_other_answer(training, drawn, i, draw, task.name),)
+        found += [Statement(prompt, a, True, i) for a in right]
+        found += [Statement(prompt, a, False, i) for a in wrong]
+    return tuple(found)
+
+
+def pairs(listed: Sequence[Statement]) -> tuple[tuple[Statement, Statement], ...]:
+    """The first right and the first wrong statement of each row."""
+    first: dict[tuple[int, bool], Statement] = {}
+    for s in listed:
+        first.setdefault((s.row, s.right), s)
+    rows = dict.fromkeys(s.row for s in listed)
+    return tuple((first[r, True], first[r, False]) for r in rows if (r, True) in first and (r, False) in first)
+
+
+def _choices(task: Task, split: str) -> Sequence[TestExample]:
+    """The split's rows in a form that names wrong answers, if the task has one of the same rows."""
+    for rows in (task.test.get(split, ()), *(form.test.get(split, ()) for form in task.forms.values())):
+        if rows and isinstance(rows[0], ChoiceExample | OptionExample) and len(rows) == len(task.training[split]):
+            return rows
+    return ()
+
+
+def _sides(trained: TrainingExample, asked: TestExample | None) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+    """Prompt, right and wrong answers that the row itself has."""
+    if isinstance(asked, ChoiceExample):
+        return trained.prompt, tuple(dict.fromkeys((asked.best, *asked.true))), tuple(dict.fromkeys(asked.false))
+    if isinstance(asked, OptionExample):
+        wrong = tuple(o for i, o in enumerate(asked.options) if i != asked.right)
+        return asked.prompt, (asked.options[asked.right],), wrong
+    if isinstance(trained, PairExample):
+        return trained.prompt, (trained.chosen,), (trained.rejected,)
+    return trained.prompt, (trained.answer,), ()
+
+
+def _other_answer(
+    training: Sequence[TrainingExample], drawn: Sequence[int], row: int, draw: random.Random, name: str
+) -> str:
+    mine = training[row]
+    assert isinstance(mine, SFTExample)
+    own = mine.answer.strip().lower()
+    others = sorted({a for i in drawn if (a := _answer(training[i])).strip().lower() != own})
+    if not others:
+        raise DataError(f"{name}: all {len(drawn)} training rows have the answer {mine.answer!r}; none is a wrong one")
+    return draw.choice(others)
+
+
+def _answer(example: TrainingExample) -> str:
+    return example.answer if isinstance(example, SFTExample) else example.chosen

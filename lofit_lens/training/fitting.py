@@ -1,0 +1,83 @@
+"""Train any adapter on a task: the part that all methods share."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lofit_lens import io
+from lofit_lens.errors import TrainingDiverged
+from lofit_lens.interventions.base import AdapterMeta
+from lofit_lens.models import frozen, model_info
+from lofit_lens.tasks.base import Task
+from lofit_lens.training.config import TrainConfig
+from lofit_lens.training.loop import train
+from lofit_lens.training.objective import task_loss
+
+
+def fit(
+    adapter: Any,
+    model: Any,
+    task: Task,
+    config: TrainConfig,
+    *,
+    seed: int,
+    n_train: int | None = None,
+    penalty: Callable[[], Tensor] | None = None,
+    identity: dict[str, Any] | None = None,
+    label: str = "",
+    checkpoint: str | Path | None = None,
+    progress: bool = True,
+) -> None:
+    """Train an adapter's trainable parameters on a task, in place, and write its `meta`.
+
+    The model is frozen and in eval mode meanwhile; DPO's reference is the model as it stands, with this adapter off.
+
+    Args:
+        adapter: an `Adapter` (or `Lora`) with the parameters to train set to `requires_grad`; at the end none is.
+        model: the model it belongs to.
+        task: what to learn.
+        config: hyperparameters.
+        seed: of the draw of examples and of the row order.
+        n_train: training examples drawn; None = the task's own number.
+        penalty: added to the loss as `config.l1 * penalty()`.
+        identity: what tells this run from others, for the checkpoint; beside method, task, data and model.
+        label: text in front of the bar.
+        checkpoint: state file for Ctrl-C and resume; see `training.loop.train`.
+        progress: show a bar.
+
+    Raises:
+        DataError: a training row longer than the model's context.
+        TrainingDiverged: NaN or infinity. It and Ctrl-C's KeyboardInterrupt carry the adapter as it was after the last good
+            step in `.adapter`.
+    """
+    examples = task.training_examples("train", n=n_train, seed=seed)
+    info = model_info(model)
+    adapter.meta = AdapterMeta(
+        info, task.name, task.data_hash, seed, config.to_dict(), io.environment(), n_train=len(examples)
+    )
+    adapter.attach_check(model)
+    run = {**(identity or {}), "task": task.name, "data_hash": task.data_hash, "model": info.to_dict()}
+    wanted = [p for p in adapter.parameters() if p.requires_grad]
+    with frozen(model):
+        loss_of = task_loss(model, examples, beta=config.beta, batch_size=config.batch_size)
+        for p in wanted:  # an adapter inside the model (LoRA) was frozen with it
+            p.requires_grad_(True)
+        with _kept(adapter), adapter.attached(model):
+            train(
+                adapter, len(examples), loss_of, config, seed=seed, penalty=penalty, identity=run,
+                history=adapter.meta.history, checkpoint=checkpoint, progress=progress, label=f"{label} {task.name}".strip(),
+            )  # fmt: skip
+    adapter.requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _kept(adapter: nn.Module) -> Iterator[None]:
+    """Hand the adapter over with whatever stops its training."""
+    try:
+        yield
+    except (TrainingDiverged, KeyboardInterrupt) as e:
+        e.adapter = adapter.requires_grad_(False)  # pyright: ignore[reportAttributeAccessIssue]
+        raise
