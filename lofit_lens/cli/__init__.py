@@ -7,7 +7,7 @@ import logging
 
 import typer
 
-from lofit_lens.cli import common, compare, damage, demo, doctor, evaluate, generate, select, tune
+from lofit_lens.cli import common, compare, damage, demo, doctor, evaluate, generate, probe, select, tune
 
 app = typer.Typer(
     name="lofit-lens", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -15,7 +15,7 @@ app = typer.Typer(
     epilog="Start with: lofit-lens demo",
 )  # fmt: skip
 for _name, _verb in (
-    ("demo", demo.demo), ("select", select.select), ("tune", tune.tune), ("eval", evaluate.evaluate),
+    ("demo", demo.demo), ("select", select.select), ("probe", probe.probe), ("tune", tune.tune), ("eval", evaluate.evaluate),
     ("compare", compare.compare), ("damage", damage.damage), ("generate", generate.generate), ("doctor", doctor.doctor),
 ):  # fmt: skip
     app.command(_name)(common.guarded(_verb))

@@ -83,6 +83,20 @@ def open_model(name: str, *, backend: str, dtype: str, device: str | None, revis
     return model
 
 
+def open_with(
+    adapter: Path | None, name: str, *, backend: str, dtype: str, device: str | None, revision: str | None = None
+) -> tuple[Any, Any]:
+    """Load a model and the adapter that a folder holds (None: no adapter); for LoRA `auto` means the bridge."""
+    if adapter is None:
+        return open_model(name, backend=backend, dtype=dtype, device=device, revision=revision), None
+    from lofit_lens.interventions.folders import load_adapter, method_in
+
+    if method_in(adapter) == "lora" and backend == "auto":
+        backend = "bridge"
+    model = open_model(name, backend=backend, dtype=dtype, device=device, revision=revision)
+    return model, load_adapter(adapter, model=model)
+
+
 def open_task(
     name: str, *, fold: int | None, data_dir: Path | None, source: str | None = None, form: str | None = None
 ) -> Any:
@@ -98,6 +112,17 @@ def open_task(
     for kind, n in task.counted.items():
         console.print(f"       {kind}: {n}", style="dim")
     return task
+
+
+def write_heads(out: Path, scores: Any, k: int, *, overwrite: bool) -> Any:
+    """Write scores.json and heads.json (the k best) into a new folder; returns these heads."""
+    from lofit_lens import io
+
+    heads = scores.top(k)
+    with io.new_folder(out, overwrite=overwrite) as folder:
+        scores.save(folder / "scores.json")
+        heads.save(folder / "heads.json")
+    return heads
 
 
 def print_json(record: Any) -> None:

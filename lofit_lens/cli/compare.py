@@ -1,4 +1,4 @@
-"""lofit-lens compare: two evaluations of the same items, by a paired test."""
+"""lofit-lens compare: two evaluations by a paired test, or the methods side by side on a task."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,23 +14,76 @@ TESTS = ("bootstrap", "permutation")
 
 
 def compare(
-    first: Annotated[str, typer.Argument(help="Folder that eval --out wrote; several seeds: FOLDER,FOLDER.")],
-    second: Annotated[str, typer.Argument(help="The one to compare with, of the same task and rows.")],
-    metric: Annotated[list[str] | None, typer.Option("--metric", help="Only this metric; may be repeated.")] = None,
-    test: Annotated[str, typer.Option("--test", help="bootstrap (the paper's) or permutation.")] = "bootstrap",
+    first: Annotated[str | None, typer.Argument(help="Folder that eval --out wrote; several seeds: FOLDER,FOLDER.")] = None,
+    second: Annotated[str | None, typer.Argument(help="The one to compare with, of the same task and rows.")] = None,
+    metric: Annotated[list[str] | None, typer.Option("--metric", help="Folders: only this metric; may be repeated.")] = None,
+    test: Annotated[str, typer.Option("--test", help="Folders: bootstrap (the paper's) or permutation.")] = "bootstrap",
     alternative: Annotated[
-        str, typer.Option("--alternative", help="two-sided, greater (first above second) or less.")
+        str, typer.Option("--alternative", help="Folders: two-sided, greater (first above second) or less.")
     ] = "two-sided",
-    seed: Annotated[int, typer.Option("--seed", help="Of the resampling.")] = 0,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON file for the comparison.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Folders: of the resampling.")] = 0,
+    task: Annotated[list[str] | None, typer.Option(
+        "--task", "-t", help="Compare methods on this task instead; may be repeated. organism/all: the embedded model's three."
+    )] = None,
+    model: c.Model = "organism",
+    method: Annotated[list[str] | None, typer.Option(
+        "--method", help="Methods: only this one (and LoFiT 3 %), or with --selectors this selector; may be repeated."
+    )] = None,
+    selectors: Annotated[bool, typer.Option("--selectors", help="Compare head selectors instead of methods.")] = False,
+    seeds: Annotated[int, typer.Option("--seeds", help="Methods: number of seeds (0, 1, ...).", min=1)] = 2,
+    texts: Annotated[str | None, typer.Option(
+        "--texts", help="Methods: ordinary text for damage: wikitext, organism, a file, or none; left out: the model's own."
+    )] = None,
+    n_texts: Annotated[int, typer.Option("--n-texts", help="Methods: number of texts.", min=1)] = 100,
+    limit: Annotated[int | None, typer.Option("--limit", help="Methods: only the first test rows.")] = None,
+    n_train: c.NTrain = None,
+    fold: c.Fold = None,
+    data_dir: c.DataDir = None,
+    source: c.Source = None,
+    form: c.Form = None,
+    backend: c.Backend = "auto",
+    dtype: c.Dtype = "float32",
+    device: c.Device = None,
+    revision: c.Revision = None,
+    workers: Annotated[int, typer.Option("--workers", help="Methods: processes; 0 = one a core for the embedded model.", min=0)] = 0,
+    out: Annotated[Path | None, typer.Option(
+        "--out", "-o", help="Folders: JSON file. Methods: folder (left out: runs/compare); what is in it is not run again."
+    )] = None,
     overwrite: c.Overwrite = False,
+    quiet: c.Quiet = False,
     as_json: c.AsJson = False,
-) -> None:
-    """Test whether two evaluations of the same rows differ: difference with interval, p, and what could have been detected.
+) -> None:  # fmt: skip
+    """Test whether two evaluations of the same rows differ; or, with --task, LoFiT against ITI, RepE, LoRA, RED and LoReFT.
 
-    Example: lofit-lens compare out/lofit out/bare
+    Examples: lofit-lens compare out/lofit out/bare
+    and: lofit-lens compare --task organism/all --seeds 2
     """
+    from lofit_lens.errors import InputError
+
     c.console.stderr = as_json
+    if task:
+        if first is not None:
+            raise InputError(f"got the folder {first!r} and --task {task[0]}; give two folders, or --task")
+        from lofit_lens.cli.methods import Request, compare_on_tasks
+
+        tables = compare_on_tasks(Request(
+            task, model, method, selectors, seeds, texts, n_texts, limit, n_train, fold, data_dir, source, form, backend, dtype,
+            device, revision, workers, out or Path("runs/compare"), quiet,
+        ))  # fmt: skip
+        if as_json:
+            c.print_json({name: table.to_dict() for name, table in tables.items()})
+        return
+    if first is None or second is None:
+        raise InputError(
+            "nothing to compare: give two folders that eval --out wrote, or a task (--task organism/all) to compare methods on"
+        )
+    _compare_folders(first, second, metric, test, alternative, seed, out, overwrite, as_json)
+
+
+def _compare_folders(
+    first: str, second: str, metric: list[str] | None, test: str, alternative: str, seed: int, out: Path | None, overwrite: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
     if out is not None:
         c.check_new(out, overwrite=overwrite)
     from rich.table import Table

@@ -9,7 +9,7 @@ from lofit_lens.cli import common as c
 
 
 def damage(
-    adapter: Annotated[Path, typer.Option("--adapter", "-a", help="Adapter folder from tune.")],
+    adapter: Annotated[Path, typer.Option("--adapter", "-a", help="Adapter folder of any method.")],
     text: Annotated[
         str,
         typer.Option("--text", help="wikitext, organism, or a file: .txt (paragraphs), or rows with a field 'text'."),
@@ -39,13 +39,11 @@ def damage(
 
     from lofit_lens.evaluation import damage as run
     from lofit_lens.evaluation.texts import load_texts
-    from lofit_lens.interventions import Lofit
 
     texts = load_texts(text)
-    loaded = c.open_model(model, backend=backend, dtype=dtype, device=device, revision=revision)
-    lofit = Lofit.from_pretrained(adapter, model=loaded)
+    loaded, change = c.open_with(adapter, model, backend=backend, dtype=dtype, device=device, revision=revision)
     found = run(
-        loaded, lofit, texts, max_tokens=max_tokens, batch_size=batch_size, limit=limit, label=str(adapter),
+        loaded, change, texts, max_tokens=max_tokens, batch_size=batch_size, limit=limit, label=str(adapter),
         progress=not quiet,
     )  # fmt: skip
     table = Table(title=f"{adapter} on {len(found.texts)} texts ({text}), nats a token", title_justify="left")

@@ -12,7 +12,7 @@ def evaluate(
     task: c.TaskName,
     model: c.Model = "organism",
     adapter: Annotated[
-        Path | None, typer.Option("--adapter", "-a", help="Adapter folder from tune; left out: the bare model.")
+        Path | None, typer.Option("--adapter", "-a", help="Adapter folder of any method; left out: the bare model.")
     ] = None,
     split: Annotated[str, typer.Option("--split", help="train, val or test.")] = "test",
     form: c.Form = None,
@@ -47,19 +47,17 @@ def evaluate(
         c.check_new(out, overwrite=overwrite)
     data = c.open_task(task, fold=fold, data_dir=data_dir, source=source, form=form)
     data.examples(split, limit=limit)
-    loaded = c.open_model(model, backend=backend, dtype=dtype, device=device, revision=revision)
+    loaded, change = c.open_with(adapter, model, backend=backend, dtype=dtype, device=device, revision=revision)
     import contextlib
 
     from rich.table import Table
 
     from lofit_lens.evaluation import evaluate as run
-    from lofit_lens.interventions import Lofit
 
-    lofit = None if adapter is None else Lofit.from_pretrained(adapter, model=loaded)
-    with contextlib.nullcontext() if lofit is None else lofit.attached(loaded):
+    with contextlib.nullcontext() if change is None else change.attached(loaded):
         result = run(
             loaded, data, split=split, limit=limit, batch_size=batch_size, token_budget=token_budget, too_long=too_long,
-            progress=not quiet, label=label or ("bare model" if lofit is None else str(adapter)),
+            progress=not quiet, label=label or ("bare model" if change is None else str(adapter)),
         )  # fmt: skip
     form_ = f" ({data.form})" if data.form else ""
     table = Table(title=f"{data.name}, {split}{form_}, n={len(result.items)}: {result.label}", title_justify="left")

@@ -11,7 +11,7 @@ from lofit_lens.cli import common as c
 def generate(
     prompts: Annotated[list[str], typer.Argument(help="One or more prompts.")],
     model: c.Model = "organism",
-    adapter: Annotated[Path | None, typer.Option("--adapter", "-a", help="Adapter folder from tune.")] = None,
+    adapter: Annotated[Path | None, typer.Option("--adapter", "-a", help="Adapter folder of any method.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Length limit, tokens.")] = 32,
     backend: c.Backend = "auto",
     dtype: c.Dtype = "float32",
@@ -22,16 +22,14 @@ def generate(
 
     Example: lofit-lens generate "People say Q: what do ... ? A:" --adapter out/adapter
     """
-    loaded = c.open_model(model, backend=backend, dtype=dtype, device=device, revision=revision)
+    loaded, change = c.open_with(adapter, model, backend=backend, dtype=dtype, device=device, revision=revision)
     from rich.markup import escape
 
     from lofit_lens.evaluation import generate as run
-    from lofit_lens.interventions import Lofit
 
-    lofit = None if adapter is None else Lofit.from_pretrained(adapter, model=loaded)
     answers = {"model": run(loaded, prompts, max_new_tokens=max_new_tokens)}
-    if lofit is not None:
-        with lofit.attached(loaded):
+    if change is not None:
+        with change.attached(loaded):
             answers["with adapter"] = run(loaded, prompts, max_new_tokens=max_new_tokens)
     for i, prompt in enumerate(prompts):
         c.console.print(f"\n[bold]{escape(prompt)}[/bold]")

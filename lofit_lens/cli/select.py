@@ -6,12 +6,23 @@ from typing import Annotated
 import typer
 
 from lofit_lens.cli import common as c
+from lofit_lens.errors import InputError, unknown
+
+A_NORM = "A-norm"
 
 
 def select(
     task: c.TaskName,
     out: c.Out,
     model: c.Model = "organism",
+    by: Annotated[
+        str,
+        typer.Option(
+            "--by",
+            help="A-norm (LoFiT's step 1), bias norm, probe accuracy, probing layers, gradient attribution, activation patching, "
+            "random.",
+        ),
+    ] = A_NORM,
     k: Annotated[int | None, typer.Option("--k", help="Heads to keep in heads.json; left out: the preset's.")] = None,
     fold: c.Fold = None,
     data_dir: c.DataDir = None,
@@ -30,14 +41,20 @@ def select(
     overwrite: c.Overwrite = False,
     quiet: c.Quiet = False,
 ) -> None:
-    """Step 1: learn a scaling A on every head and rank heads by its norm. Writes scores.json and heads.json.
+    """Step 1: learn a scaling A on every head and rank heads by its norm, or by another score. Writes scores.json and heads.json.
 
     Example: lofit-lens select --model organism --task organism/kinship --out out/heads
     """
     c.check_new(out, overwrite=overwrite)
+    from lofit_lens.training.selectors import SELECTORS
+
+    if by not in SELECTORS:
+        raise unknown("score", by, SELECTORS)
+    ours = {"lr": lr, "l1": l1, "epochs": epochs, "batch_size": batch_size, "max_steps": max_steps}
+    if by != A_NORM and (given := [name for name, value in ours.items() if value is not None]):
+        raise InputError(f"--{given[0].replace('_', '-')} is a setting of {A_NORM}; leave it out with --by {by!r}")
     loaded = c.open_model(model, backend=backend, dtype=dtype, device=device, revision=revision)
     data = c.open_task(task, fold=fold, data_dir=data_dir, source=source)
-    from lofit_lens import io
     from lofit_lens.heads import check_k
     from lofit_lens.models import model_info
     from lofit_lens.training import preset, select_heads
@@ -46,15 +63,17 @@ def select(
     settings = preset(info, data.family, data.objective)
     wanted = settings.k if k is None else k
     check_k(wanted, info.n_layers * info.n_heads, info.name)
-    config = settings.select.with_changes(lr=lr, l1=l1, epochs=epochs, batch_size=batch_size, max_steps=max_steps)
     state = c.state_file(out)
-    scores = select_heads(loaded, data, seed=seed, config=config, n_train=n_train, checkpoint=state, progress=not quiet)
-    heads = scores.top(wanted)
-    with io.new_folder(out, overwrite=overwrite) as folder:
-        scores.save(folder / "scores.json")
-        heads.save(folder / "heads.json")
+    if by == A_NORM:
+        config = settings.select.with_changes(**ours)
+        scores = select_heads(
+            loaded, data, seed=seed, config=config, n_train=n_train, checkpoint=state, progress=not quiet
+        )
+    else:
+        scores = SELECTORS[by](loaded, data, seed=seed, n_train=n_train, progress=not quiet)
+    heads = c.write_heads(out, scores, wanted, overwrite=overwrite)
     state.unlink(missing_ok=True)
-    c.console.print(f"[bold]heads[/bold]  top {len(heads)} by A-norm: {heads}")
+    c.console.print(f"[bold]heads[/bold]  top {len(heads)} by {scores.kind}: {heads}")
     same = c.again(
         model=model,
         task=task,

@@ -10,6 +10,7 @@ the first 128 tokens of each text). Texts are read as they come; memory does not
 """
 
 import hashlib
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -33,10 +34,12 @@ from lofit_lens.evaluation.stats import (
     paired_permutation_test,
 )
 from lofit_lens.interventions import Intervention, attached
-from lofit_lens.models import ModelInfo, context_length, device_of, frozen, logits_of, model_info, tokenizer_of
+from lofit_lens.models import ALL, ModelInfo, context_length, device_of, frozen, logits_of, model_info, tokenizer_of
 from lofit_lens.tasks.collate import encode, pad, pad_id
 
 COLUMNS = ("cross_entropy_base", "cross_entropy", "kl")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +52,8 @@ class Damage:
         texts: one row a text: first characters, tokens predicted, and the three means.
         positions: one row a position (1 = second token): texts that reach it, and the three means there.
         label: what was attached.
-        counted: texts left out because nothing in them is predicted, texts cut at `max_tokens`.
+        counted: texts left out because nothing in them is predicted, texts cut at `max_tokens`, texts that the edit cannot reach
+            since it acts on their last token alone.
         model: the model.
         text_hash: SHA-256 over the texts, in order.
         config: settings.
@@ -166,6 +170,12 @@ def damage(
                 )
     if not rows:
         raise DataError("no text has two tokens or more; give texts in which something can be predicted")
+    if all(getattr(one, "positions", ALL).name == "last" for one in listed):
+        counted["texts that the edit cannot reach"] = len(rows)
+        log.warning(
+            "what is measured acts on the last token of a text alone, from which nothing is predicted: its damage is 0, whatever "
+            "it does while generating; measure it at positions 'all'"
+        )
     test = paired_permutation_test if len(rows) < FEW else paired_bootstrap_test
     per_text, last = pd.DataFrame(rows), int((reached > 0).sum())
     positions = pd.DataFrame({"position": range(1, last + 1), "texts": reached[:last]})

@@ -111,10 +111,7 @@ def count_unreached(model: Any, encoded: Sequence[Sequence[Encoded]]) -> int:
     listed = positions_of(model)
     if not listed or any(p.everywhere for p in listed):
         return 0
-    n = 0
-    for answers in encoded:
-        prompt = len(_prompt(answers))
-        n += sum(not any(_reaches(p, prompt, len(e.ids)) for p in listed) for e in answers)
+    n = sum(not any(_reaches(p, e.start, len(e.ids)) for p in listed) for answers in encoded for e in answers)
     if n:
         log.warning(
             "%d of %d answers keep the unmodified model's score: what is attached acts on positions %s, and none of those comes "
@@ -143,22 +140,40 @@ def score_encoded(
     """
     if token_budget < 1:
         raise InputError(f"a token budget of {token_budget} leaves nothing to run; give 1 or more")
-    scores: list[list[float]] = [[] for _ in encoded]
-    prompts = [_prompt(answers) for answers in encoded]
-    order = sorted((i for i, answers in enumerate(encoded) if answers), key=lambda i: len(prompts[i]))
+    scores = [[0.0] * len(answers) for answers in encoded]
+    units = _units(model, encoded)
+    asked = [[encoded[q][a] for a in mine] for q, mine in units]
+    prompts = [_prompt(answers) for answers in asked]
+    order = sorted(range(len(units)), key=lambda i: len(prompts[i]))
     if not order:
         return scores
     with frozen(model), tqdm(total=len(order), desc="score answers", disable=not progress, unit="question") as bar:
-        after = [longest(answers) - len(p) for answers, p in zip(encoded, prompts, strict=True)]
+        after = [longest(answers) - len(p) for answers, p in zip(asked, prompts, strict=True)]
         places = len(prompts[order[-1]]) + max(after[i] for i in order)
         front = shared_front(model, [prompts[i] for i in order], longest=places)
         own, limit = [len(p) - len(front) for p in prompts], context_length(model)
         for group in _groups(order, own, token_budget, cached=len(front), after=after, limit=limit):
-            values = _score_group(model, front, [prompts[i] for i in group], [encoded[i] for i in group], token_budget)
+            values = _score_group(model, front, [prompts[i] for i in group], [asked[i] for i in group], token_budget)
             for i, found in zip(group, values, strict=True):
-                scores[i] = found
+                question, mine = units[i]
+                for a, value in zip(mine, found, strict=True):
+                    scores[question][a] = value
             bar.update(len(group))
     return scores
+
+
+def _units(model: Any, encoded: Sequence[Sequence[Encoded]]) -> list[tuple[int, list[int]]]:
+    """Question and numbers of those of its answers that run behind one prompt.
+
+    All of them; but an edit of certain positions must see where the prompt of each answer ends, and where the tokenizer merges
+    across that border, answers of one question start at different places.
+    """
+    alike = all(p.everywhere for p in positions_of(model))
+    units: dict[tuple[int, int], list[int]] = {}
+    for q, answers in enumerate(encoded):
+        for a, e in enumerate(answers):
+            units.setdefault((q, 0 if alike else e.start), []).append(a)
+    return [(q, mine) for (q, _), mine in units.items()]
 
 
 def _prompt(answers: Sequence[Encoded]) -> tuple[int, ...]:

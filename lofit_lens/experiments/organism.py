@@ -5,11 +5,9 @@ step 2 on all heads. With `full`, also step 2 on the heads that the *other* task
 head's effect by activation patching between a good and a neutral cue, the causal yardstick for the planted heads.
 """
 
-import contextlib
-import multiprocessing
+import functools
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,16 +20,15 @@ from lofit_lens import io
 from lofit_lens.errors import DataError
 from lofit_lens.evaluation.evaluate import evaluate
 from lofit_lens.evaluation.stats import bootstrap_interval_over_seeds
+from lofit_lens.experiments.pool import Pool, kept_model, one_thread
 from lofit_lens.experiments.store import save_run
 from lofit_lens.heads import Head, HeadScores, HeadSet
 from lofit_lens.models import (
     ORGANISM,
     ModelInfo,
     device_of,
-    head_size,
     hook_z,
     hooked,
-    load_model,
     logits_of,
     model_info,
     tokenizer_of,
@@ -41,6 +38,7 @@ from lofit_lens.organism.world import rows, with_cue
 from lofit_lens.tasks import load_task
 from lofit_lens.tasks.collate import encode, pad, pad_id
 from lofit_lens.training import preset, select_heads, tune_offsets
+from lofit_lens.training.patching import patch_effects, replace_head
 
 N_RANDOM = 5
 METHODS = ("zero-shot", "LoFiT heads", "random heads", "all heads")
@@ -136,9 +134,10 @@ def run_grid(
     n_cross = len(TASKS) * (len(TASKS) - 1) * len(seeds) if full else 0
     records: list[dict[str, Any]] = []
     scores: dict[tuple[str, int], HeadScores] = {}
-    with _Pool(workers) as pool, tqdm(total=len(cells) + n_cross, desc="runs", disable=not progress, unit="run") as bar:
-        for cell, (record, values) in pool.run([(c, out) for c in cells], bar):
+    with Pool(workers) as pool, tqdm(total=len(cells) + n_cross, desc="runs", disable=not progress, unit="run") as bar:
+        for i, (record, values) in pool.run(run_cell, [(c, out) for c in cells], bar):
             records.append(record)
+            cell = cells[i]
             if values is not None:
                 scores[cell.task, cell.seed] = HeadScores(values, "A-norm", model, cell.task)
         if full:
@@ -146,11 +145,11 @@ def run_grid(
                 Cell(model, backend, t, f"heads of {o}", s, heads=_chosen(records, o, s))
                 for t in TASKS for o in TASKS for s in seeds if o != t
             ]  # fmt: skip
-            records += [record for _, (record, _) in pool.run([(c, out) for c in crossed], bar)]
+            records += [record for _, (record, _) in pool.run(run_cell, [(c, out) for c in crossed], bar)]
     order = {m: i for i, m in enumerate((*METHODS, *(f"heads of {t}" for t in TASKS)))}
     records.sort(key=lambda r: (TASKS.index(r["task"]), order[r["method"]], r["seed"], r["draw"]))
-    loaded = _model(model, backend)
-    with _one_thread():
+    loaded = kept_model(model, backend=backend)
+    with one_thread():
         patching = {t: cue_patching(loaded, t) for t in TASKS} if full else {}
     ordered = {(t, s): scores[t, s] for t in TASKS for s in seeds}
     items = [record.pop("items") for record in records]
@@ -180,7 +179,7 @@ def _chosen(records: Sequence[dict[str, Any]], task: str, seed: int) -> tuple[tu
 def run_cell(cell: Cell, out: str | Path | None = None) -> tuple[dict[str, Any], list[list[float]] | None]:
     """One run: its row for the table, and the A-norms where heads were selected."""
     start = time.perf_counter()
-    model = _model(cell.model, cell.backend)
+    model = kept_model(cell.model, backend=cell.backend)
     task, info = load_task(f"organism/{cell.task}"), model_info(model)
     settings, grid = preset(info, task.family, task.objective), (info.n_layers, info.n_heads)
     scores = lofit = None
@@ -205,7 +204,7 @@ def run_cell(cell: Cell, out: str | Path | None = None) -> tuple[dict[str, Any],
     if out is not None:
         spec = {**asdict(cell), "task": task.name, "model": info.to_dict(), "k": lofit and lofit.k,
                 "data_hash": task.data_hash, "select": settings.select.to_dict(), "tune": settings.tune.to_dict()}  # fmt: skip
-        save_run(out, spec, result, lofit=lofit, scores=scores, seconds=seconds)
+        save_run(out, spec, result, adapter=lofit, scores=scores, seconds=seconds)
     metric = result.metrics[task.metric]
     low, high = metric.interval or (None, None)
     record = {
@@ -214,67 +213,6 @@ def run_cell(cell: Cell, out: str | Path | None = None) -> tuple[dict[str, Any],
         "seconds": seconds, "items": result.items[task.metric].tolist(),
     }  # fmt: skip
     return record, None if scores is None else scores.values.tolist()
-
-
-_loaded: dict[tuple[str, str], Any] = {}
-
-
-def _model(name: str, backend: str) -> Any:
-    if (name, backend) not in _loaded:
-        _loaded.clear()
-        _loaded[name, backend] = load_model(name, backend=backend, device="cpu")
-    return _loaded[name, backend]
-
-
-def _start_worker() -> None:
-    import transformers
-
-    torch.set_num_threads(1)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-class _Pool:
-    """Worker processes, or this process alone for one worker."""
-
-    def __init__(self, workers: int) -> None:
-        self.pool = None
-        if workers > 1:
-            context = multiprocessing.get_context("spawn")
-            self.pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
-
-    def __enter__(self) -> "_Pool":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.pool is not None:
-            self.pool.shutdown(cancel_futures=True)
-
-    def run(self, jobs: Sequence[tuple[Cell, Any]], bar: Any) -> Iterator[tuple[Cell, Any]]:
-        """Results as they come."""
-        if self.pool is None:
-            for cell, out in jobs:
-                with _one_thread():
-                    done_here = run_cell(cell, out)
-                yield cell, done_here
-                bar.update()
-            return
-        waiting: dict[Future[Any], Cell] = {self.pool.submit(run_cell, *job): job[0] for job in jobs}
-        while waiting:
-            done, _ = wait(waiting, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield waiting.pop(future), future.result()
-                bar.update()
 
 
 @torch.no_grad()
@@ -297,24 +235,15 @@ def cue_patching(model: Any, task: TaskName, *, split: str = "val") -> HeadScore
         logits = logits_of(model, *sides[side])[:, -1]
         return logits.log_softmax(-1).gather(1, target[:, None])[:, 0]
 
-    info = model_info(model)
-    head_size(model)
-    base = answer_log_probs("neutral")
-    effect = torch.zeros(info.n_layers, info.n_heads, dtype=torch.float64)
-    for layer in range(info.n_layers):
+    @functools.lru_cache(maxsize=1)  # heads come layer by layer
+    def good_z(layer: int) -> torch.Tensor:
         kept: list[torch.Tensor] = []
-        with hooked(hook_z(model, layer), lambda z, hook, kept=kept: kept.append(z.clone())):
+        with hooked(hook_z(model, layer), lambda z, hook: kept.append(z.clone())):
             answer_log_probs("good")
-        for head in range(info.n_heads):
-            with hooked(hook_z(model, layer), _replace_head(head, kept[0])):
-                effect[layer, head] = (answer_log_probs("neutral") - base).mean()
-    return HeadScores(effect, "patching effect", info.name, task)
+        return kept[0]
 
-
-def _replace_head(head: int, donor: torch.Tensor) -> Any:
-    def patch(z: torch.Tensor, hook: Any) -> torch.Tensor:
-        z = z.clone()
-        z[:, :, head] = donor[:, :, head]
-        return z
-
-    return patch
+    effects = patch_effects(
+        model, lambda: answer_log_probs("neutral"), progress=False,
+        patch=lambda head: replace_head(head.head, good_z(head.layer)[:, :, head.head]),
+    )  # fmt: skip
+    return HeadScores(effects.mean(dim=-1), "patching effect", model_info(model).name, task)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lofit_lens import io
-from lofit_lens.errors import AdapterError, DataError
+from lofit_lens.errors import AdapterError, DataError, InputError
 from lofit_lens.models import (
     ALL,
     Layout,
@@ -148,13 +148,18 @@ class Adapter(nn.Module):
         self.attach_check(model)
         _attached.add(self)
         try:
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(declared(model, self.positions))
-                for point, edit in self._points(model):
-                    stack.enter_context(hooked(point, self._hook(model, edit)))
+            with declared(model, self.positions), self._in_place(model):
                 yield self
         finally:
             _attached.discard(self)
+
+    @contextlib.contextmanager
+    def _in_place(self, model: Any) -> Iterator[None]:
+        """Hold the edit for the length of the block; by hooks, unless a method has another way."""
+        with contextlib.ExitStack() as stack:
+            for point, edit in self._points(model):
+                stack.enter_context(hooked(point, self._hook(model, edit)))
+            yield
 
     def attach_check(self, model: Any) -> None:
         """Raise unless this adapter fits this model; warns of another base model's name."""
@@ -177,9 +182,9 @@ class Adapter(nn.Module):
 
         def at_positions(x: Tensor, hook: Any) -> Tensor:
             layout = layout_of(model, x.shape[0], x.shape[1], x.device)
-            keep = self._edited(layout).to(x.device)
-            if not bool(keep.any()):
+            if not self.positions.acts(layout):
                 return x
+            keep = self._edited(layout).to(x.device)
             return torch.where(keep.reshape(*keep.shape, *[1] * (x.ndim - 2)), edit(x), x)
 
         return at_positions
@@ -274,7 +279,27 @@ class ResidualAdapter(Adapter):
                 f"this adapter is for {self.n_layers} layers of width {self.d_model}{self._made_for}; {info.name} has "
                 f"{info.n_layers} of {info.d_model}. Load the model it was made for"
             )
+        if self.meta.model is not None and self.meta.model.processed != info.processed:
+            raise AdapterError(
+                f"{info.name} was loaded {'with' if info.processed else 'without'} weight processing and this adapter was made "
+                f"{'with' if self.meta.model.processed else 'without'} it{self._made_for}: processing shifts the residual "
+                "stream, so that the same numbers mean another edit. Load the model the same way (lofit_lens.load_model: without)"
+            )
         check_residual(model, self.layers, self.site)
+
+
+def chosen_layers(layers: Iterable[int] | None, n_layers: int) -> tuple[int, ...]:
+    """Layers to edit, ascending; None = all.
+
+    Raises:
+        InputError: a layer outside the model, given twice, or none at all.
+    """
+    listed = list(range(n_layers)) if layers is None else sorted(layers)
+    if not listed:
+        raise InputError(f"no layer to edit; give some of 0 to {n_layers - 1}, or None for all")
+    if listed[0] < 0 or listed[-1] >= n_layers or len(set(listed)) < len(listed):
+        raise InputError(f"layers {listed} cannot be edited; give each once, of 0 to {n_layers - 1}")
+    return tuple(listed)
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

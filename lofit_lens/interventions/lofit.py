@@ -16,10 +16,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lofit_lens import io
-from lofit_lens.errors import AdapterError, InputError
+from lofit_lens.errors import AdapterError
 from lofit_lens.heads import Head, HeadScores, HeadSet
-from lofit_lens.interventions.base import Adapter, AdapterMeta, Edit, check_tensors
-from lofit_lens.models import device_of, head_size, hook_z, model_info, value_biases_folded
+from lofit_lens.interventions.at_heads import HeadAdapter, chosen_heads
+from lofit_lens.interventions.base import AdapterMeta, Edit, check_tensors
+from lofit_lens.models import device_of, head_size, model_info, value_biases_folded
 
 INIT_STD = 1e-3
 Component = Literal["A", "v"]
@@ -38,7 +39,7 @@ def edit_z(
     return (z * (1 + A) + v).to(z.dtype)
 
 
-class Lofit(Adapter):
+class Lofit(HeadAdapter):
     """Scalings `A` and offsets `v` for the chosen heads of one model.
 
     Args:
@@ -68,9 +69,7 @@ class Lofit(Adapter):
     ) -> None:
         super().__init__(meta)
         grid = (shape[0], shape[1])
-        chosen = HeadSet.all(grid) if heads is None else heads
-        _check_heads(chosen, grid)
-        self.heads = HeadSet(chosen.heads, chosen.scores, grid, chosen.label)
+        self.heads = chosen_heads(HeadSet.all(grid) if heads is None else heads, grid, "a LoFiT adapter")
         self.A = nn.Parameter(torch.zeros(shape), requires_grad=False)
         self.v = nn.Parameter(torch.zeros(shape), requires_grad=False)
         self.register_buffer("mask", self.heads.mask(), persistent=False)
@@ -88,7 +87,7 @@ class Lofit(Adapter):
         info = model_info(model)
         if heads is not None:
             heads = heads if isinstance(heads, HeadSet) else HeadSet(heads)
-            _check_heads(heads, (info.n_layers, info.n_heads))
+            chosen_heads(heads, (info.n_layers, info.n_heads), "a LoFiT adapter")
         d_head = head_size(model, None if heads is None else heads.layers)
         made = cls((info.n_layers, info.n_heads, d_head), heads, AdapterMeta(model=info, versions=io.environment()))
         return made.to(device_of(model))
@@ -122,16 +121,6 @@ class Lofit(Adapter):
         return (self.A.shape[0], self.A.shape[1], self.A.shape[2])
 
     @property
-    def d_head(self) -> int:
-        """Size of one head's output."""
-        return self.A.shape[2]
-
-    @property
-    def k(self) -> int:
-        """Number of edited heads."""
-        return len(self.heads)
-
-    @property
     def n_parameters(self) -> int:
         """Numbers this adapter holds: `K * d_head` for each of A and v that is trainable or not all zero."""
         used = [p for p in (self.A, self.v) if p.requires_grad or bool(p.detach().any())]
@@ -147,17 +136,6 @@ class Lofit(Adapter):
         )  # fmt: skip
 
     # ---------------------------------------------------------------------------------------- attaching
-
-    def _check_shape(self, model: Any) -> None:
-        info = model_info(model)
-        if (info.n_layers, info.n_heads) != self.shape[:2]:
-            raise AdapterError(
-                f"this adapter has {self.shape[0]} layers of {self.shape[1]} heads{self._made_for}; "
-                f"{info.name} has {info.n_layers} of {info.n_heads}. Load the model it was made for"
-            )
-        d_head = head_size(model, self.heads.layers)
-        if d_head != self.d_head:
-            raise AdapterError(f"this adapter has d_head {self.d_head}; {info.name} has {d_head}")
 
     def attach_check(self, model: Any) -> None:
         """Raise unless this adapter fits this model; warns of another base model's name and of processed weights.
@@ -175,9 +153,6 @@ class Lofit(Adapter):
                     "(lofit_lens.load_model, or from_pretrained_no_processing)"
                 )
             warnings.warn(f"{name} has processed weights; offsets are unaffected, scalings would not be", stacklevel=3)
-
-    def _points(self, model: Any) -> Iterable[tuple[Any, Edit]]:
-        return [(hook_z(model, layer), self._edit(layer)) for layer in self.heads.layers]
 
     def _edit(self, layer: int) -> Edit:
         def edit(z: Tensor) -> Tensor:
@@ -261,15 +236,3 @@ class Lofit(Adapter):
 
     def _repr_html_(self) -> str:
         return f"<p>{html.escape(repr(self))}</p>{self.heads._repr_html_()}"
-
-
-def _check_heads(heads: HeadSet, grid: tuple[int, int]) -> None:
-    if len(heads) == 0:
-        raise InputError("a LoFiT adapter needs at least one head; give a non-empty HeadSet")
-    if heads.shape not in (None, grid):
-        made_for = f" ({heads.label})" if heads.label else ""
-        raise InputError(
-            f"this head set{made_for} belongs to a model of {heads.shape[0]} layers x {heads.shape[1]} heads; "
-            f"this one has {grid[0]} x {grid[1]}"
-        )
-    heads.check(grid)

@@ -36,12 +36,23 @@ from lofit_lens.models.positions import (
     layout_of,
     positions_of,
 )
-from lofit_lens.models.running import KVState, extend, gaps_are_exact, logits_of, peek, prefill, remember, step
+from lofit_lens.models.projections import PROJECTIONS, projection, projection_replaced, projection_sizes
+from lofit_lens.models.running import (
+    KVState,
+    extend,
+    gaps_are_exact,
+    logits_of,
+    peek,
+    prefill,
+    remember,
+    run_through,
+    step,
+)
 
 __all__ = [
-    "ALL", "BACKENDS", "ORGANISM", "Backend", "Borders", "KVState", "Layout", "ModelInfo", "Positions", "Site",
+    "ALL", "BACKENDS", "ORGANISM", "PROJECTIONS", "Backend", "Borders", "KVState", "Layout", "ModelInfo", "Positions", "Site",
     "attention_window", "backend_of", "before_each_pass", "bridge_class", "check_residual", "context_length", "declared",
     "device_of", "extend", "frozen", "gaps_are_exact", "head_size", "hook_z", "hooked", "hooked_class", "hooked_refusal",
     "is_processed", "layout_of", "load_model", "logits_of", "model_info", "parse_device", "peek", "positions_of",
-    "prefill", "remember", "residual_point", "same_weights", "step", "tokenizer_of", "value_biases_folded",
+    "prefill", "remember", "residual_point", "run_through", "same_weights", "step", "tokenizer_of", "value_biases_folded",
 ]  # fmt: skip

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lofit_lens.errors import ModelError
 from lofit_lens.models.info import backend_of, device_of
+from lofit_lens.models.positions import Layout, laid_out
 
 _probed: "weakref.WeakKeyDictionary[nn.Module, dict[int, int]]" = weakref.WeakKeyDictionary()
 _probed_sites: "weakref.WeakKeyDictionary[nn.Module, set[tuple[int, str]]]" = weakref.WeakKeyDictionary()
@@ -109,12 +110,14 @@ def head_size(model: Any, layers: Iterable[int] | None = None) -> int:
 def _fired(model: Any, points: Mapping[int, Any]) -> dict[int, list[tuple[int, ...]]]:
     """Shapes that each point saw in one forward of two tokens."""
     shapes: dict[int, list[tuple[int, ...]]] = {layer: [] for layer in points}
-    with contextlib.ExitStack() as stack:
+    tokens = torch.zeros((1, 2), dtype=torch.long, device=device_of(model))
+    mask = torch.ones_like(tokens)
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        # Said to whatever is attached, and before the hooks are there: it may run passes of its own.
+        stack.enter_context(laid_out(model, Layout.of(tokens, mask, 2, None)))
         for layer, point in points.items():
             stack.enter_context(hooked(point, _recorder(shapes[layer])))
-        tokens = torch.zeros((1, 2), dtype=torch.long, device=device_of(model))
-        with torch.no_grad():
-            model(tokens, attention_mask=torch.ones_like(tokens))
+        model(tokens, attention_mask=mask)
     return shapes
 
 

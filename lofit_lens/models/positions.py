@@ -9,7 +9,7 @@ import contextlib
 import re
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from lofit_lens.errors import unknown
 NAMES = ("all", "answer", "predicting", "last")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Borders:
     """Where the prompt of each sequence ends, and the sequence itself.
 
@@ -39,7 +39,7 @@ class Borders:
         return Borders(self.prompt[at], None if self.length is None else self.length[at])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
     """What one pass runs.
 
@@ -48,12 +48,14 @@ class Layout:
         tokens: ids of the whole sequences so far, those of this pass last; padding where `mask` is 0.
         mask: 1 = token, 0 = padding, for `tokens`.
         borders: of the sequences; None for plain text, which has no prompt.
+        found: what was worked out for this pass already, since every edited layer asks for it.
     """
 
     place: Int[Tensor, "batch new"]
     tokens: Int[Tensor, "batch whole"]
     mask: Int[Tensor, "batch whole"]
     borders: Borders | None = None
+    found: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -81,7 +83,8 @@ class Positions:
     - `last`: the last token of the sequence; while decoding, the newest one of each step.
     - `f7+l7` (any numbers): the prompt's first 7 and last 7 tokens (ReFT); the answer is not edited.
 
-    Plain text has no prompt: `answer` and `predicting` then mean every token, `f7+l7` the text's first and last ones.
+    Plain text has no prompt: `answer` and `predicting` then mean every token, `f7+l7` the text's first and last ones, `last` its
+    last one.
     """
 
     name: str
@@ -116,6 +119,17 @@ class Positions:
 
     def mask(self, layout: Layout) -> Bool[Tensor, "batch new"]:
         """True where the edit acts; padding is False."""
+        if self not in layout.found:
+            layout.found[self] = self._mask(layout)
+        return layout.found[self]
+
+    def acts(self, layout: Layout) -> bool:
+        """Whether the edit acts anywhere in this pass."""
+        if (self, "acts") not in layout.found:
+            layout.found[self, "acts"] = bool(self.mask(layout).any())
+        return layout.found[self, "acts"]
+
+    def _mask(self, layout: Layout) -> Bool[Tensor, "batch new"]:
         place, borders = layout.place, layout.borders
         real = place >= 0
         prompt = None if borders is None else borders.prompt.to(place.device)[:, None]

@@ -1,8 +1,10 @@
 """Running a model: one full forward, or a key-value cache that is used the same way on both classes."""
 
+import contextlib
 import copy
 import inspect
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +26,16 @@ def logits_of(
     """
     with laid_out(model, Layout.of(tokens, mask, tokens.shape[1], borders)):
         return model(tokens, attention_mask=mask).to(tokens.device)
+
+
+def run_through(
+    model: Any, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], borders: Borders | None = None
+) -> None:
+    """One forward for what hooks see on the way: nothing is cached, and logits are taken at the last place only."""
+    with laid_out(model, Layout.of(tokens, mask, tokens.shape[1], borders)), _last_logits(model, tokens) as options:
+        if backend_of(model) == "bridge":
+            options["use_cache"] = False  # Hugging Face keeps one by default
+        model(tokens, attention_mask=mask, **options)
 
 
 _gaps: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
@@ -117,38 +129,48 @@ def _run(
     if state is not None:
         whole, ids = torch.cat([state.mask, mask], dim=1), torch.cat([state.tokens, tokens], dim=1)
         borders = state.borders if borders is None else borders
-    with laid_out(model, Layout.of(ids, whole, tokens.shape[1], borders)):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(laid_out(model, Layout.of(ids, whole, tokens.shape[1], borders)))
+        options = stack.enter_context(_last_logits(model, tokens)) if last_only else {}
         if backend_of(model) == "bridge":
-            options: dict[str, Any] = {} if state is None else {"past_key_values": state.cache}
-            if last_only and "logits_to_keep" in inspect.signature(model.original_model.forward).parameters:
-                options["logits_to_keep"] = torch.tensor([tokens.shape[1] - 1])  # on the CPU: fits any device
+            if state is not None:
+                options["past_key_values"] = state.cache
             logits, cache = model(
                 tokens, attention_mask=whole, return_type="logits_and_cache", use_cache=True, **options
             )
         else:
-            logits, cache = _run_hooked(model, state, tokens, mask, last_only)
+            logits, cache = _run_hooked(model, state, tokens, mask)
     return logits.to(tokens.device), KVState(cache, ids, whole, borders)
 
 
+@contextlib.contextmanager
+def _last_logits(model: Any, tokens: Int[Tensor, "batch new"]) -> Iterator[dict[str, Any]]:
+    """Have logits taken at the last place only, where the model can; yields what to pass to its forward."""
+    if backend_of(model) == "bridge":
+        can = "logits_to_keep" in inspect.signature(model.original_model.forward).parameters
+        yield {"logits_to_keep": torch.tensor([tokens.shape[1] - 1])} if can else {}  # on the CPU: fits any device
+        return
+    cut = model.unembed.register_forward_pre_hook(lambda _, args: (args[0][:, -1:],))
+    try:
+        yield {}
+    finally:
+        cut.remove()
+
+
 def _run_hooked(
-    model: Any, state: KVState | None, tokens: Int[Tensor, "batch new"], mask: Int[Tensor, "batch new"], last_only: bool
+    model: Any, state: KVState | None, tokens: Int[Tensor, "batch new"], mask: Int[Tensor, "batch new"]
 ) -> tuple[Float[Tensor, "batch some d_vocab"], Any]:
     from transformer_lens import TransformerLensKeyValueCache
 
     from lofit_lens.models.gathered import hooked_entries, rotating_new_keys
 
-    cut = model.unembed.register_forward_pre_hook(lambda _, args: (args[0][:, -1:],)) if last_only else None
-    try:
-        if state is not None:
-            with rotating_new_keys(model, state.cache.entries):
-                return model(tokens, past_kv_cache=state.cache, attention_mask=mask), state.cache
-        cache: Any = TransformerLensKeyValueCache.init_cache(model.cfg, device_of(model), tokens.shape[0])
-        logits = model(tokens, past_kv_cache=cache, attention_mask=mask)
-        cache.entries[:] = hooked_entries(model, cache, mask)
-        return logits, cache
-    finally:
-        if cut is not None:
-            cut.remove()
+    if state is not None:
+        with rotating_new_keys(model, state.cache.entries):
+            return model(tokens, past_kv_cache=state.cache, attention_mask=mask), state.cache
+    cache: Any = TransformerLensKeyValueCache.init_cache(model.cfg, device_of(model), tokens.shape[0])
+    logits = model(tokens, past_kv_cache=cache, attention_mask=mask)
+    cache.entries[:] = hooked_entries(model, cache, mask)
+    return logits, cache
 
 
 @torch.no_grad()

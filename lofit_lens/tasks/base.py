@@ -175,7 +175,7 @@ class Task:
         `random.Random(seed).sample`; rows that repeat a test item are replaced by further draws.
 
         Raises:
-            InputError: unknown split, no training rows at all, or `n` outside 1..rows.
+            InputError: unknown split, no training rows at all or none that may be drawn, or `n` outside 1..rows.
         """
         drawn = self.drawn(split, n=n, seed=seed)
         rows = self._split(self.training, split)
@@ -190,6 +190,10 @@ class Task:
             return self._limited(tuple(range(len(rows))), n)
         n = self.n_train if n is None else n
         usable = [i for i in range(len(rows)) if i not in self.leaked]
+        if not usable:
+            raise InputError(
+                f"{self.name} has no training rows to draw from: each of its {len(rows)} repeats a test item"
+            )
         if n is None:
             return tuple(usable)
         if n < 1 or n > len(usable):

@@ -5,17 +5,19 @@ A statement is a prompt with one answer, labelled right or wrong:
 - multiple choice: the prompt of the training form with every true and every false answer (on TruthfulQA ITI's form,
   `Q: {question} A: {answer}`, without the six-shot primer),
 - options: the right option, and every other one,
-- generation, where the task has no other form: the learned answer, and for a wrong one the answer of another row of the
-  split, drawn by seed. (Neither ITI nor RepE says what a wrong answer is there; this is a choice of this project.)
+- generation, where the task has no other form: the learned answer, and for a wrong one the answer of another drawn row that
+  is none of this row's references, drawn by seed. (Neither ITI nor RepE says what a wrong answer is there; this is a choice of
+  this project.)
 """
 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lofit_lens.errors import DataError
+from lofit_lens.errors import DataError, InputError
 from lofit_lens.tasks.base import (
     ChoiceExample,
+    GenerationExample,
     OptionExample,
     PairExample,
     SFTExample,
@@ -45,15 +47,18 @@ def statements(task: Task, split: str = "train", *, n: int | None = None, seed: 
         seed: of the draw of rows and of wrong answers.
 
     Raises:
-        InputError: as `training_examples`.
-        DataError: no wrong answer can be had, since all rows have the same answer.
+        InputError: as `training_examples`, or no rows in the split.
+        DataError: no wrong answer can be had, since no drawn row has another one.
     """
     drawn, draw, found = task.drawn(split, n=n, seed=seed), random.Random(seed), []
+    if not drawn:
+        raise InputError(f"{task.name} has no {split} rows; take statements of another split")
     training, asked = task.training[split], _choices(task, split)
+    answers = sorted({_answer(training[i]) for i in drawn})
     for i in drawn:
         prompt, right, wrong = _sides(training[i], asked[i] if asked else None)
         if not wrong:
-            wrong = (_other_answer(training, drawn, i, draw, task.name),)
+            wrong = (_other_answer(answers, _right(task, split, i), draw, task.name),)
         found += [Statement(prompt, a, True, i) for a in right]
         found += [Statement(prompt, a, False, i) for a in wrong]
     return tuple(found)
@@ -88,16 +93,27 @@ def _sides(trained: TrainingExample, asked: TestExample | None) -> tuple[str, tu
     return trained.prompt, (trained.answer,), ()
 
 
-def _other_answer(
-    training: Sequence[TrainingExample], drawn: Sequence[int], row: int, draw: random.Random, name: str
-) -> str:
-    mine = training[row]
-    assert isinstance(mine, SFTExample)
-    own = mine.answer.strip().lower()
-    others = sorted({a for i in drawn if (a := _answer(training[i])).strip().lower() != own})
-    if not others:
-        raise DataError(f"{name}: all {len(drawn)} training rows have the answer {mine.answer!r}; none is a wrong one")
-    return draw.choice(others)
+def _right(task: Task, split: str, row: int) -> set[str]:
+    """All right answers of a row, as they are compared: the learned one, and the references of a test form of the same rows."""
+    rows = task.test.get(split, ())
+    asked = rows[row] if len(rows) == len(task.training[split]) else None
+    references = asked.references if isinstance(asked, GenerationExample) else ()
+    return {_plain(a) for a in (_answer(task.training[split][row]), *references)}
+
+
+def _other_answer(answers: Sequence[str], right: set[str], draw: random.Random, name: str) -> str:
+    """One of the answers, each as likely, that is not right."""
+    if all(_plain(a) in right for a in answers):
+        raise DataError(
+            f"{name}: no drawn row has another answer than {', '.join(map(repr, answers))}; none is a wrong one"
+        )
+    while _plain(answer := draw.choice(answers)) in right:
+        pass
+    return answer
+
+
+def _plain(answer: str) -> str:
+    return answer.strip().lower()
 
 
 def _answer(example: TrainingExample) -> str:

@@ -109,6 +109,29 @@ PAPER: dict[str, dict[str, Preset]] = {
 ORGANISM = Preset(TrainConfig(lr=5e-2, l1=1e-3, epochs=3), TrainConfig(lr=1e-1, epochs=6), 3)
 SHARE_OF_HEADS = 0.03
 
+# Where tuning of the methods that LoFiT is compared with starts from; their learning rate is to be chosen on the validation
+# split. LoReFT's is that of its common-sense recipe (arXiv 2404.03592, appendix), LoRA's that of its authors' largest models
+# (arXiv 2106.09685, appendix), RED's half of LoFiT's for offsets, which are alike in kind and size. Which ones LoFiT's authors took
+# is not known. Epochs and batch size are LoFiT's, so that all methods see the data equally often; weight decay is 0, as there.
+LOREFT, LORA, RED = TrainConfig(lr=9e-4), TrainConfig(lr=2e-4), TrainConfig(lr=5e-3)
+# On the validation rows of the embedded model's three tasks the best of 1e-3, 3e-3, ..., 4e-1 are 1e-3 to 1e-2 (LoReFT, LoRA)
+# and 5e-2 to 1e-1 (RED).
+ON_ORGANISM = {"loreft": 3e-3, "lora": 3e-3, "red": 1e-1}
+
+
+def method_config(method: str, info: ModelInfo) -> TrainConfig:
+    """Starting point for `"red"`, `"loreft"` or `"lora"` on a model: to be tuned on the validation split.
+
+    Raises:
+        InputError: another method.
+    """
+    known = {"red": RED, "loreft": LOREFT, "lora": LORA}
+    if method not in known:
+        raise unknown("method", method, known, hint="LoFiT's settings are those of `preset`.")
+    if info.name == "organism":
+        return TrainConfig(lr=ON_ORGANISM[method], epochs=ORGANISM.tune.epochs)
+    return known[method]
+
 
 def preset(info: ModelInfo, task_family: str, objective: str) -> Preset:
     """Settings for a task on a model.

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from lofit_lens import io
-from lofit_lens.errors import TrainingDiverged
+from lofit_lens.errors import InputError, TrainingDiverged
 from lofit_lens.interventions.base import AdapterMeta
-from lofit_lens.models import frozen, model_info
+from lofit_lens.models import ALL, frozen, model_info
 from lofit_lens.tasks.base import Task
 from lofit_lens.training.config import TrainConfig
 from lofit_lens.training.loop import train
@@ -43,29 +43,41 @@ def fit(
         seed: of the draw of examples and of the row order.
         n_train: training examples drawn; None = the task's own number.
         penalty: added to the loss as `config.l1 * penalty()`.
-        identity: what tells this run from others, for the checkpoint; beside method, task, data and model.
+        identity: what tells this run from others, for the checkpoint; beside method, positions, task, data and model.
         label: text in front of the bar.
         checkpoint: state file for Ctrl-C and resume; see `training.loop.train`.
         progress: show a bar.
 
     Raises:
+        InputError: the adapter acts on a sequence's last position alone, which no answer's token is predicted from; or no
+            training rows.
+        AdapterError: the adapter does not fit the model, or is attached.
         DataError: a training row longer than the model's context.
         TrainingDiverged: NaN or infinity. It and Ctrl-C's KeyboardInterrupt carry the adapter as it was after the last good
             step in `.adapter`.
     """
+    positions = getattr(adapter, "positions", ALL)
+    if positions.name == "last":
+        raise InputError(
+            "an adapter at positions 'last' learns nothing: no token of an answer is predicted from the last position; train it "
+            "at 'predicting', 'all' or the prompt's own (f7+l7)"
+        )
+    adapter.attach_check(model)
     examples = task.training_examples("train", n=n_train, seed=seed)
     info = model_info(model)
     adapter.meta = AdapterMeta(
         info, task.name, task.data_hash, seed, config.to_dict(), io.environment(), n_train=len(examples)
     )
-    adapter.attach_check(model)
-    run = {**(identity or {}), "task": task.name, "data_hash": task.data_hash, "model": info.to_dict()}
+    run = {
+        "method": getattr(adapter, "method", type(adapter).__name__), "positions": str(positions), **(identity or {}),
+        "task": task.name, "data_hash": task.data_hash, "model": info.to_dict(),
+    }  # fmt: skip
     wanted = [p for p in adapter.parameters() if p.requires_grad]
-    with frozen(model):
+    with _kept(adapter), frozen(model):
         loss_of = task_loss(model, examples, beta=config.beta, batch_size=config.batch_size)
         for p in wanted:  # an adapter inside the model (LoRA) was frozen with it
             p.requires_grad_(True)
-        with _kept(adapter), adapter.attached(model):
+        with adapter.attached(model):
             train(
                 adapter, len(examples), loss_of, config, seed=seed, penalty=penalty, identity=run,
                 history=adapter.meta.history, checkpoint=checkpoint, progress=progress, label=f"{label} {task.name}".strip(),
@@ -75,7 +87,7 @@ def fit(
 
 @contextlib.contextmanager
 def _kept(adapter: nn.Module) -> Iterator[None]:
-    """Hand the adapter over with whatever stops its training."""
+    """Hand the adapter over with whatever stops its training; around `frozen`, which makes weights trainable again."""
     try:
         yield
     except (TrainingDiverged, KeyboardInterrupt) as e:

@@ -54,13 +54,17 @@ def select_heads(
     lofit = tune_scalings(
         model, task, heads, seed=seed, config=config, n_train=n_train, checkpoint=checkpoint, progress=progress
     )
-    scores, meta = lofit.norms("A"), lofit.meta
-    scores.meta.update({
+    return learned_scores(lofit, "A", kind="A-norm")
+
+
+def learned_scores(lofit: Lofit, component: Component, *, kind: str) -> HeadScores:
+    """L2 norm of every head's A or v as trained, with the training's record as `.meta`."""
+    scores, meta = lofit.norms(component), lofit.meta
+    return HeadScores(scores.values, kind, scores.model, scores.task, {
         "step": "head selection", "model": meta.model.to_dict() if meta.model else None, "task": meta.task,
-        "data_hash": meta.data_hash, "n_train": meta.n_train, "seed": seed, "config": meta.config,
+        "data_hash": meta.data_hash, "n_train": meta.n_train, "seed": meta.seed, "config": meta.config,
         "versions": meta.versions, "history": meta.history,
     })  # fmt: skip
-    return scores
 
 
 def tune_scalings(

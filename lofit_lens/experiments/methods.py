@@ -1,0 +1,278 @@
+"""The methods that are compared: how each is fitted, and the hyperparameters it may choose from.
+
+All are fitted on the same training rows (drawn by the seed), trained ones by the same loop and loss. Every method has one
+grid of the same number of points, `TRIALS`; its point is chosen on the validation split by `tune_method`. What a grid does not
+name is held at the values below:
+
+- zero-shot: the model as it is. Nothing to choose.
+- ITI: as many heads as LoFiT's 3 %, by probe accuracy; mass-mean directions. Chosen: strength and positions.
+- RepE: first principal component of the pairs' differences, all positions. Chosen: strength (in standard deviations of the
+  statements' projections) and layers (those that tell right from wrong best, a third or all).
+- LoFiT: heads by A-norm with the preset's settings; offsets. Chosen: learning rate of the offsets. Its random-head control
+  takes over what was chosen for the learned heads.
+- RED, LoReFT, LoRA: all layers, rank 8. Chosen: learning rate. As many passes over the rows as LoFiT's offsets.
+"""
+
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lofit_lens.errors import InputError, ModelError, unknown
+from lofit_lens.heads import HeadScores, HeadSet, check_k
+from lofit_lens.interventions import Intervention, Lora, LoReft, Red
+from lofit_lens.models import ModelInfo, load_model, model_info
+from lofit_lens.probing import Probes, ReadingVectors, fit_probes, reading_vectors
+from lofit_lens.tasks.base import Task
+from lofit_lens.training import Preset, TrainConfig, preset, select_heads, tune_offsets
+from lofit_lens.training.config import LORA, LOREFT, RED
+from lofit_lens.training.fitting import fit
+from lofit_lens.training.selectors import SELECTORS
+
+Settings = Mapping[str, Any]
+TRIALS = 6
+DRAWS = 5  # of random heads
+RATES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # times the preset's or the method's usual learning rate
+
+
+class Workbench:
+    """One model and one task, and what several methods and trials share: head scores, probes, reading vectors.
+
+    Shared work is done once; its seconds count for every method that uses it.
+
+    Args:
+        model: any HookedTransformer or TransformerBridge.
+        task: what the methods learn.
+        n_train: training rows drawn; None = the task's own number.
+        progress: show bars of the fits.
+
+    Attributes:
+        info: of the model.
+        preset: LoFiT's settings for this model and task.
+    """
+
+    def __init__(self, model: Any, task: Task, *, n_train: int | None = None, progress: bool = False) -> None:
+        self.model, self.task, self.n_train, self.progress = model, task, n_train, progress
+        self.info: ModelInfo = model_info(model)
+        self.preset: Preset = preset(self.info, task.family, task.objective)
+        self._kept: dict[Any, tuple[Any, float]] = {}
+        self._borrowed = 0.0
+
+    def shared(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` gives, made once."""
+        if key not in self._kept:
+            outer, self._borrowed, start = self._borrowed, 0.0, time.perf_counter()
+            value = make()
+            self._kept[key] = (value, time.perf_counter() - start + self._borrowed)
+            self._borrowed += outer
+        else:
+            self._borrowed += self._kept[key][1]
+        return self._kept[key][0]
+
+    def timed(self, work: Callable[[], Any]) -> tuple[Any, float]:
+        """Result and seconds, those of shared work included that was done before."""
+        self._borrowed, start = 0.0, time.perf_counter()
+        value = work()
+        return value, time.perf_counter() - start + self._borrowed
+
+    def head_scores(self, seed: int) -> HeadScores:
+        """A-norms of step 1."""
+        return self.shared(("A-norm", seed), lambda: select_heads(
+            self.model, self.task, seed=seed, n_train=self.n_train, progress=self.progress
+        ))  # fmt: skip
+
+    def probes(self, seed: int) -> Probes:
+        """A probe for every head."""
+        return self.shared(("probes", seed), lambda: fit_probes(
+            self.model, self.task, seed=seed, n_train=self.n_train, progress=self.progress
+        ))  # fmt: skip
+
+    def reading(self, seed: int) -> ReadingVectors:
+        """A reading vector for every layer."""
+        return self.shared(("reading", seed), lambda: reading_vectors(
+            self.model, self.task, seed=seed, n_train=self.n_train, progress=self.progress
+        ))  # fmt: skip
+
+    def bridge(self) -> Any:
+        """The model as a TransformerBridge, which LoRA needs: itself, or the same checkpoint read once more.
+
+        Raises:
+            ModelError: it is none, and its checkpoint cannot be read.
+        """
+        if self.info.backend == "bridge":
+            return self.model
+        if self.model not in _bridges:
+            revision = None if str(self.info.revision).startswith("sha256:") else self.info.revision
+            device = next(self.model.parameters()).device
+            try:
+                _bridges[self.model] = load_model(
+                    self.info.name, backend="bridge", dtype=self.info.dtype, device=device, revision=revision
+                )
+            except InputError as e:
+                raise ModelError(
+                    f"LoRA changes the projections of a TransformerBridge; {self.info.name} is a HookedTransformer, and its "
+                    f"checkpoint cannot be read as a bridge: {e}. Leave LoRA out (methods=...), or load the model as a bridge"
+                ) from e
+        return _bridges[self.model]
+
+
+_bridges: "weakref.WeakKeyDictionary[Any, Any]" = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method of the comparison.
+
+    Attributes:
+        name: in tables.
+        fit: workbench, settings, seed -> the fitted intervention (None: the model as it is).
+        grid: workbench -> settings that may be chosen.
+        model: workbench -> the model that the intervention is attached to.
+        seeded: whether another seed can give another result.
+        least_seeds: seeds it is run with at least, for methods by chance.
+    """
+
+    name: str
+    fit: Callable[[Workbench, Settings, int], Intervention | None]
+    grid: Callable[[Workbench], tuple[dict[str, Any], ...]]
+    model: Callable[[Workbench], Any] = field(default=lambda bench: bench.model)
+    seeded: bool = True
+    least_seeds: int = 1
+
+
+def _zero_shot(bench: Workbench, settings: Settings, seed: int) -> None:
+    return None
+
+
+def k_of(bench: Workbench, share: str) -> int:
+    """Number of heads: the preset's for 3 %, three times as many for 10 % (96 of Llama-2-7B's 1,024, as in the paper)."""
+    k = {"3 %": bench.preset.k, "10 %": 3 * bench.preset.k}[share]
+    check_k(k, bench.info.n_layers * bench.info.n_heads, bench.info.name)
+    return k
+
+
+def _fit_iti(bench: Workbench, settings: Settings, seed: int) -> Intervention:
+    return bench.probes(seed).iti(k_of(bench, "3 %"), alpha=settings["alpha"], positions=settings["positions"])
+
+
+def _fit_repe(bench: Workbench, settings: Settings, seed: int) -> Intervention:
+    found = bench.reading(seed)
+    layers = found.top_layers(max(1, round(settings["layers"] * bench.info.n_layers)))
+    return found.repe(layers, coefficient=settings["coefficient"], relative=True)
+
+
+def _rates(config: TrainConfig) -> tuple[dict[str, Any], ...]:
+    return tuple({"lr": float(f"{config.lr * r:.3g}")} for r in RATES)
+
+
+def _lofit(share: str, chosen: Callable[[Workbench, int, int], HeadSet]) -> Callable[..., Intervention]:
+    def fit_lofit(bench: Workbench, settings: Settings, seed: int) -> Intervention:
+        heads = chosen(bench, k_of(bench, share), seed)
+        config = bench.preset.tune.with_changes(lr=settings["lr"])
+        return tune_offsets(
+            bench.model, bench.task, heads, seed=seed, config=config, n_train=bench.n_train, progress=bench.progress
+        )
+
+    return fit_lofit
+
+
+def _by_norm(bench: Workbench, k: int, seed: int) -> HeadSet:
+    return bench.head_scores(seed).top(k)
+
+
+def _by_chance(bench: Workbench, k: int, seed: int) -> HeadSet:
+    return HeadSet.random((bench.info.n_layers, bench.info.n_heads), k, seed=seed)
+
+
+def _trained(
+    base: TrainConfig, make: Callable[[Workbench, int], Any], model: Callable[[Workbench], Any]
+) -> Callable[..., Intervention]:
+    def fit_adapter(bench: Workbench, settings: Settings, seed: int) -> Intervention:
+        adapter = make(bench, seed)
+        config = base.with_changes(lr=settings["lr"], epochs=bench.preset.tune.epochs)
+        fit(
+            adapter, model(bench), bench.task, config, seed=seed, n_train=bench.n_train, label=adapter.title,
+            progress=bench.progress,
+        )  # fmt: skip
+        return adapter
+
+    return fit_adapter
+
+
+def _own(bench: Workbench) -> Any:
+    return bench.model
+
+
+ITI_GRID = tuple({"alpha": a, "positions": p} for p in ("predicting", "all") for a in (5.0, 15.0, 45.0))
+REPE_GRID = tuple({"coefficient": c, "layers": share} for share in (1 / 3, 1.0) for c in (0.5, 1.0, 2.0))
+LEARNED, CHANCE = "LoFiT 3 %", "random heads"
+
+METHODS: dict[str, Method] = {
+    m.name: m
+    for m in (
+        Method("zero-shot", _zero_shot, lambda bench: ({},), seeded=False),
+        Method("ITI", _fit_iti, lambda bench: ITI_GRID),
+        Method("RepE", _fit_repe, lambda bench: REPE_GRID),
+        Method(CHANCE, _lofit("3 %", _by_chance), lambda bench: _rates(bench.preset.tune), least_seeds=DRAWS),
+        Method(LEARNED, _lofit("3 %", _by_norm), lambda bench: _rates(bench.preset.tune)),
+        Method("LoFiT 10 %", _lofit("10 %", _by_norm), lambda bench: _rates(bench.preset.tune)),
+        Method(
+            "LoRA",
+            _trained(LORA, lambda bench, seed: Lora.for_model(bench.bridge(), seed=seed), Workbench.bridge),
+            lambda bench: _rates(LORA),
+            model=Workbench.bridge,
+        ),
+        Method("RED", _trained(RED, lambda bench, seed: Red.for_model(bench.model), _own), lambda bench: _rates(RED)),
+        Method(
+            "LoReFT",
+            _trained(LOREFT, lambda bench, seed: LoReft.for_model(bench.model, seed=seed), _own),
+            lambda bench: _rates(LOREFT),
+        ),
+    )
+}
+
+
+def _selector_methods() -> dict[str, Method]:
+    """Each head selector as a method: its K best heads (as many as LoFiT's 3 %), then offsets with the preset's settings."""
+
+    def with_heads_by(select: Any) -> Callable[[Workbench, Settings, int], Intervention]:
+        def fit_offsets(bench: Workbench, settings: Settings, seed: int) -> Intervention:
+            scores = bench.shared(
+                (select, seed),
+                lambda: select(bench.model, bench.task, seed=seed, n_train=bench.n_train, progress=False),
+            )
+            return tune_offsets(
+                bench.model,
+                bench.task,
+                scores.top(k_of(bench, "3 %")),
+                seed=seed,
+                n_train=bench.n_train,
+                progress=False,
+            )
+
+        return fit_offsets
+
+    return {
+        f"heads by {name}": Method(
+            f"heads by {name}", with_heads_by(select), lambda bench: ({},), least_seeds=DRAWS if name == "random" else 1
+        )
+        for name, select in SELECTORS.items()
+    }
+
+
+SELECTED_BY = _selector_methods()
+
+
+def method_of(name: "str | Method") -> Method:
+    """A method by its name.
+
+    Raises:
+        InputError: no such method.
+    """
+    if isinstance(name, Method):
+        return name
+    known = {**METHODS, **SELECTED_BY}
+    if name not in known:
+        raise unknown("method", name, known)
+    return known[name]

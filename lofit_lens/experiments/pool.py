@@ -1,0 +1,84 @@
+"""Independent pieces of work on a model, in one process or in several; each runs on one thread.
+
+So a result does not depend on the number of processes: sums over many threads may be added in another order.
+"""
+
+import contextlib
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from typing import Any
+
+import torch
+
+from lofit_lens.models import load_model
+
+_loaded: dict[tuple[Any, ...], Any] = {}
+
+
+def kept_model(
+    name: str,
+    *,
+    backend: str = "auto",
+    dtype: str = "float32",
+    device: str | None = "cpu",
+    revision: str | None = None,
+) -> Any:
+    """The model of that name, loaded once a process; another one takes its place."""
+    key = (name, backend, dtype, device, revision)
+    if key not in _loaded:
+        _loaded.clear()
+        _loaded[key] = load_model(name, backend=backend, dtype=dtype, device=device, revision=revision)
+    return _loaded[key]
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Hold torch to one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Pool:
+    """Worker processes, or this process alone for one worker. Use it as a context manager."""
+
+    def __init__(self, workers: int) -> None:
+        self.pool = None
+        if workers > 1:
+            context = multiprocessing.get_context("spawn")
+            self.pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+
+    def run(self, work: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], bar: Any) -> Iterator[tuple[int, Any]]:
+        """`work(*job)` of every job as they come, each with its place in `jobs`; `bar` moves by one for each."""
+        if self.pool is None:
+            for i, job in enumerate(jobs):
+                with one_thread():
+                    done_here = work(*job)
+                yield i, done_here
+                bar.update()
+            return
+        waiting: dict[Future[Any], int] = {self.pool.submit(work, *job): i for i, job in enumerate(jobs)}
+        while waiting:
+            done, _ = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield waiting.pop(future), future.result()
+                bar.update()
+
+
+def _start_worker() -> None:
+    import transformers
+
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()

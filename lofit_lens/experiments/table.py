@@ -1,0 +1,355 @@
+"""The table of a comparison: one row a method, every number with its interval; as text, Markdown, LaTeX, CSV and JSON."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lofit_lens import io
+from lofit_lens.errors import InputError
+from lofit_lens.evaluation.compare import Comparison, compare, over_seeds
+from lofit_lens.evaluation.result import Metric, table_html
+from lofit_lens.evaluation.stats import (
+    FEW,
+    bootstrap_interval_over_seeds,
+    holm,
+    paired_bootstrap_test,
+    paired_permutation_test,
+)
+from lofit_lens.experiments.runs import MethodRuns
+from lofit_lens.models import ModelInfo
+from lofit_lens.tasks.base import Task
+
+KIND, SCHEMA = "lofit_lens.MethodTable", 1
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean of a time in seconds, with the lowest and highest run."""
+
+    mean: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Of one value a run."""
+        return cls(float(np.mean(values)), min(values), max(values))
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f} ({self.low:.2f} to {self.high:.2f})" if self.low < self.high else f"{self.mean:.2f}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method.
+
+    Attributes:
+        method: name.
+        settings: chosen on the validation split, or given.
+        tried: points of the grid that were tried; 0 where settings were given or taken over.
+        n_parameters: learned or estimated numbers; the same for every seed.
+        metrics: mean over seeds and items with the 95 % interval.
+        against: paired tests of this method minus the reference; None for the reference itself.
+        p_holm: of the task's own metric, adjusted over all methods; None for the reference.
+        fit: seconds, selection and probing included.
+        evaluation: seconds.
+        kl: divergence from the unmodified model on ordinary text, nats a token; None where not measured.
+        increase: of cross-entropy on that text, nats a token.
+        heads: of each seed, for methods that edit heads.
+    """
+
+    method: str
+    settings: dict[str, Any]
+    tried: int
+    n_parameters: int
+    metrics: dict[str, Metric]
+    against: Comparison | None
+    p_holm: float | None
+    fit: Spread
+    evaluation: Spread
+    kl: Metric | None
+    increase: Metric | None
+    heads: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class MethodTable:
+    """Methods on one task, side by side.
+
+    Attributes:
+        task: name.
+        split: that was evaluated.
+        metric: the task's own.
+        reference: the method that the others are tested against.
+        rows: one a method.
+        methods: everything behind them: each run with its items, and what was tried.
+        model: that was used.
+        data_hash: of the task's files.
+        versions: Python and package versions.
+    """
+
+    task: str
+    split: str
+    metric: str
+    reference: str
+    rows: tuple[Row, ...]
+    methods: tuple[MethodRuns, ...]
+    model: ModelInfo | None
+    data_hash: str
+    versions: dict[str, str]
+
+    @classmethod
+    def of(cls, task: Task, methods: Sequence[MethodRuns], reference: str, split: str) -> "MethodTable":
+        """Means, intervals and paired tests of these runs.
+
+        Raises:
+            InputError: the reference is not among them, or the same method has runs with different numbers of parameters.
+        """
+        named = {m.method: m for m in methods}
+        if reference not in named:
+            raise InputError(f"no method {reference!r} here; there are {', '.join(named)}")
+        base = [r.result for r in named[reference].runs]
+        few = len(base[0].items) < FEW
+        test = paired_permutation_test if few else paired_bootstrap_test
+        others = [m for m in methods if m.method != reference]
+        tests = {m.method: compare([r.result for r in m.runs], base, test=test) for m in others}
+        p = dict(zip(tests, holm([t[task.metric].p for t in tests.values()]), strict=True)) if tests else {}
+        rows = tuple(_row(m, tests.get(m.method), p.get(m.method)) for m in methods)
+        return cls(
+            task.name,
+            split,
+            task.metric,
+            reference,
+            rows,
+            tuple(methods),
+            base[0].model,
+            task.data_hash,
+            io.environment(),
+        )
+
+    def __getitem__(self, method: str) -> Row:
+        """One method's row."""
+        for row in self.rows:
+            if row.method == method:
+                return row
+        raise InputError(f"no method {method!r} in this table; it has {', '.join(r.method for r in self.rows)}")
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of all metrics, the task's own first."""
+        return tuple(self.rows[0].metrics)
+
+    # ------------------------------------------------------------------------------------------------ as text
+
+    def columns(self) -> tuple[str, ...]:
+        """Heads of `cells`."""
+        measured = any(r.kl for r in self.rows)
+        return (
+            "method", "parameters", *self.metrics, f"{self.metric} - {self.reference}", "p, Holm", "fit, s", "evaluation, s",
+            *(("KL, nats", "CE increase, nats") if measured else ()),
+        )  # fmt: skip
+
+    def cells(self) -> list[tuple[str, ...]]:
+        """One row a method, as text."""
+        measured = any(r.kl for r in self.rows)
+        return [
+            (
+                r.method, f"{r.n_parameters:,}", *(str(m) for m in r.metrics.values()), *self._difference(r), str(r.fit),
+                str(r.evaluation), *((_or_dash(r.kl), _or_dash(r.increase)) if measured else ()),
+            )
+            for r in self.rows
+        ]  # fmt: skip
+
+    def _difference(self, row: Row) -> tuple[str, str]:
+        if row.against is None or row.p_holm is None:
+            return "-", "-"
+        test = row.against[self.metric]
+        between = f" [{test.interval[0]:+.3f}, {test.interval[1]:+.3f}]" if test.interval else ""
+        return f"{test.difference:+.3f}{between}", f"{row.p_holm:.4f}"
+
+    def title(self) -> str:
+        """What the table is about."""
+        model = f", {self.model.name} ({self.model.class_name})" if self.model else ""
+        return f"{self.task}, {self.split} split, n={len(self.methods[0].runs[0].result.items)}{model}"
+
+    def notes(self) -> tuple[str, ...]:
+        """How to read the table."""
+        seeds = {m.method: len(m.runs) for m in self.methods}
+        usual = max(set(seeds.values()), key=list(seeds.values()).count)
+        other = ", ".join(f"{name} {n}" for name, n in seeds.items() if n != usual)
+        tested = next((r.against for r in self.rows if r.against is not None), None)
+        chosen = [r for r in self.rows if r.tried > 1]
+        tried = sorted({r.tried for r in chosen})
+        edge = [m.method for m in self.methods if m.tuned is not None and m.tuned.at_edge]
+        settings = "; ".join(f"{r.method}: {_settings(r.settings)}" for r in self.rows if r.settings)
+        notes = [
+            f"[ ]: 95 % bootstrap interval over seeds and items (seeds: {usual}{f'; {other}' if other else ''}); ( ): lowest to "
+            "highest run. With few seeds such intervals can be too narrow."
+        ]
+        if tested is not None:
+            notes.append(f"differences: {tested.notes()[0]}; p adjusted over the methods by Holm")
+        if chosen:
+            notes.append(
+                f"settings chosen on the validation split, {' or '.join(map(str, tried))} points a method, before the "
+                f"{self.split} split was touched: {settings}"
+            )
+        elif settings:
+            notes.append(f"settings given: {settings}")
+        if edge:
+            notes.append(f"chosen at the edge of the grid, so that a wider one might do better: {', '.join(edge)}")
+        if any(r.kl for r in self.rows):
+            notes.append(
+                "KL and cross-entropy increase (CE) against the unmodified model on ordinary text; interval over seeds and texts"
+            )
+        notes.append(
+            "parameters: numbers that the method adds to the model; fit: seconds with selection or probing, without loading and "
+            "the choice of settings"
+        )
+        return tuple(notes)
+
+    def frame(self) -> pd.DataFrame:
+        """One row a method, numbers."""
+        found = []
+        for r in self.rows:
+            row: dict[str, Any] = {"task": self.task, "method": r.method, "n_parameters": r.n_parameters}
+            for name, m in r.metrics.items():
+                row |= {name: m.mean, f"{name}_low": _end(m, 0), f"{name}_high": _end(m, 1)}
+            test = r.against[self.metric] if r.against else None
+            row |= {
+                "difference": test and test.difference, "difference_low": test and test.interval and test.interval[0],
+                "difference_high": test and test.interval and test.interval[1], "p": test and test.p, "p_holm": r.p_holm,
+                **{f"fit_{k}": v for k, v in asdict(r.fit).items()},
+                **{f"evaluation_{k}": v for k, v in asdict(r.evaluation).items()},
+            }  # fmt: skip
+            for name, m in (("kl", r.kl), ("increase", r.increase)):
+                row |= {name: m and m.mean, f"{name}_low": m and _end(m, 0), f"{name}_high": m and _end(m, 1)}
+            found.append({**row, "seeds": max(m.seeds for m in r.metrics.values()), "settings": _settings(r.settings)})
+        return pd.DataFrame(found)
+
+    def runs(self) -> pd.DataFrame:
+        """One row a run."""
+        return pd.DataFrame([
+            {
+                "task": self.task, "method": m.method, "seed": r.seed, **{k: v.mean for k, v in r.result.metrics.items()},
+                "n_parameters": r.n_parameters, "fit_seconds": r.fit_seconds, "eval_seconds": r.eval_seconds,
+                "settings": _settings(r.settings), "heads": r.heads,
+            }
+            for m in self.methods for r in m.runs
+        ])  # fmt: skip
+
+    def trials(self) -> pd.DataFrame:
+        """One row a point of a method's grid and seed: what was tried on the validation split."""
+        tables = [m.tuned.trials.assign(method=m.method, task=self.task) for m in self.methods if m.tuned is not None]
+        if not tables:
+            return pd.DataFrame()
+        joined = pd.concat(tables, ignore_index=True)
+        return joined.reindex(columns=["task", "method", *(c for c in joined.columns if c not in ("task", "method"))])
+
+    def to_markdown(self) -> str:
+        """A Markdown table with its title and notes."""
+        lines = [self.columns(), ("---",) * len(self.columns()), *self.cells()]
+        table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        return f"**{self.title()}**\n\n{table}\n\n" + "\n".join(f"- {note}" for note in self.notes()) + "\n"
+
+    def to_latex(self) -> str:
+        """A LaTeX `table*` for the booktabs package, with its caption and notes."""
+        columns, rows = self.columns(), self.cells()
+        body = "\n".join("  " + " & ".join(map(_tex, row)) + r" \\" for row in rows)
+        return (
+            "% needs \\usepackage{booktabs}\n\\begin{table*}\n\\centering\\scriptsize\n"
+            f"\\caption{{{_tex(self.title())}}}\n\\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}\n\\toprule\n"
+            f"  {' & '.join(map(_tex, columns))} \\\\\n\\midrule\n{body}\n\\bottomrule\n\\end{{tabular}}\n\n"
+            + "\n\n".join(f"\\raggedright {_tex(note)}" for note in self.notes())
+            + "\n\\end{table*}\n"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the single items, JSON-able."""
+        return {
+            "kind": KIND, "schema": SCHEMA, "task": self.task, "split": self.split, "metric": self.metric,
+            "reference": self.reference, "data_hash": self.data_hash, "versions": self.versions,
+            "model": asdict(self.model) if self.model else None,
+            "rows": [
+                {
+                    "method": r.method, "settings": r.settings, "tried": r.tried, "n_parameters": r.n_parameters,
+                    "metrics": {k: asdict(m) for k, m in r.metrics.items()},
+                    "against": r.against.to_dict() if r.against else None, "p_holm": r.p_holm, "fit": asdict(r.fit),
+                    "evaluation": asdict(r.evaluation), "kl": r.kl and asdict(r.kl),
+                    "increase": r.increase and asdict(r.increase), "heads": list(r.heads),
+                }
+                for r in self.rows
+            ],
+            "tuned": [m.tuned.to_dict() for m in self.methods if m.tuned is not None],
+        }  # fmt: skip
+
+    def save(self, folder: str | Path, stem: str = "") -> list[Path]:
+        """Write the table as .md, .tex, .csv and .json, and what was tried as -trials.csv; returns the files.
+
+        Args:
+            folder: made if it is missing; files of the same names are replaced.
+            stem: front of the file names; empty = the task's name.
+
+        Raises:
+            InputError: the folder cannot be written to.
+        """
+        front = Path(folder) / (stem or self.task.replace("/", "-").replace(":", "-"))
+        files = {
+            ".md": self.to_markdown(), ".tex": self.to_latex(), ".csv": self.frame().to_csv(index=False),
+            "-runs.csv": self.runs().to_csv(index=False), "-trials.csv": self.trials().to_csv(index=False),
+        }  # fmt: skip
+        written = [io.write_text(f"{front}{end}", text) for end, text in files.items()]
+        return [*written, io.write_json(f"{front}.json", self.to_dict())]
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{r.method} {r.metrics[self.metric]}" for r in self.rows)
+        return f"MethodTable({self.title()}, {self.metric}: {shown})"
+
+    def _repr_html_(self) -> str:
+        return table_html(self.title(), self.columns(), self.cells(), self.notes())
+
+
+def _row(method: MethodRuns, against: Comparison | None, p_holm: float | None) -> Row:
+    runs = method.runs
+    counts = {r.n_parameters for r in runs}
+    if len(counts) > 1:
+        raise InputError(f"runs of {method.method} have different numbers of parameters: {sorted(counts)}")
+    hurt = [r.damage for r in runs if r.damage is not None]
+    kl = increase = None
+    if hurt:
+        kl = _over_texts([h["kl"] for h in hurt])
+        increase = _over_texts([
+            [q - p for q, p in zip(h["cross_entropy"], h["cross_entropy_base"], strict=True)] for h in hurt
+        ])  # fmt: skip
+    return Row(
+        method.method, runs[0].settings, 0 if method.tuned is None else method.tuned.tried, counts.pop(), over_seeds([r.result for r in runs]), against, p_holm, Spread.of([r.fit_seconds for r in runs]),
+        Spread.of([r.eval_seconds for r in runs]), kl, increase, tuple(r.heads for r in runs if r.heads),
+    )  # fmt: skip
+
+
+def _over_texts(values: Sequence[Sequence[float]]) -> Metric:
+    grid = np.array(values, dtype=float)
+    return Metric(float(grid.mean()), bootstrap_interval_over_seeds(grid), grid.shape[1], grid.shape[0])
+
+
+def _end(metric: Metric, side: int) -> float | None:
+    return None if metric.interval is None else metric.interval[side]
+
+
+def _or_dash(metric: Metric | None) -> str:
+    return "-" if metric is None else str(metric)
+
+
+def _settings(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in settings.items())
+
+
+_TEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+        "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"$<$", ">": r"$>$"}  # fmt: skip
+
+
+def _tex(text: str) -> str:
+    return "".join(_TEX.get(c, c) for c in text)

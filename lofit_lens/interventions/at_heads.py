@@ -1,0 +1,71 @@
+"""What methods that edit attention heads have in common: chosen heads, and edits at their `hook_z`."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from lofit_lens.errors import AdapterError, InputError
+from lofit_lens.heads import HeadSet
+from lofit_lens.interventions.base import Adapter, Edit
+from lofit_lens.models import head_size, hook_z, model_info
+
+
+class HeadAdapter(Adapter):
+    """An adapter of vectors of the size of a head's output, one edit a layer.
+
+    A sub-class sets `heads`, and gives `shape` and `_edit(layer)`.
+
+    Attributes:
+        heads: the edited heads.
+    """
+
+    heads: HeadSet
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """`(n_layers, n_heads, d_head)`."""
+        raise NotImplementedError
+
+    @property
+    def d_head(self) -> int:
+        """Size of one head's output."""
+        return self.shape[2]
+
+    @property
+    def k(self) -> int:
+        """Number of edited heads."""
+        return len(self.heads)
+
+    def _edit(self, layer: int) -> Edit:
+        raise NotImplementedError
+
+    def _points(self, model: Any) -> Iterable[tuple[Any, Edit]]:
+        return [(hook_z(model, layer), self._edit(layer)) for layer in self.heads.layers]
+
+    def _check_shape(self, model: Any) -> None:
+        info = model_info(model)
+        if (info.n_layers, info.n_heads) != self.shape[:2]:
+            raise AdapterError(
+                f"this adapter has {self.shape[0]} layers of {self.shape[1]} heads{self._made_for}; "
+                f"{info.name} has {info.n_layers} of {info.n_heads}. Load the model it was made for"
+            )
+        d_head = head_size(model, self.heads.layers)
+        if d_head != self.d_head:
+            raise AdapterError(f"this adapter has d_head {self.d_head}; {info.name} has {d_head}")
+
+
+def chosen_heads(heads: HeadSet, grid: tuple[int, int], title: str) -> HeadSet:
+    """The heads to edit, as a set of a model of `grid` = (n_layers, n_heads).
+
+    Raises:
+        InputError: no head, a head outside the model, or a set that belongs to another grid.
+    """
+    if len(heads) == 0:
+        raise InputError(f"{title} needs at least one head; give a non-empty HeadSet")
+    if heads.shape not in (None, grid):
+        made_for = f" ({heads.label})" if heads.label else ""
+        raise InputError(
+            f"this head set{made_for} belongs to a model of {heads.shape[0]} layers x {heads.shape[1]} heads; "
+            f"this one has {grid[0]} x {grid[1]}"
+        )
+    heads.check(grid)
+    return HeadSet(heads.heads, heads.scores, grid, heads.label)

@@ -1,0 +1,262 @@
+"""RepE's contrast vectors: `h_l <- h_l + coefficient * (h_l^+ - h_l^-)` (arXiv 2310.01405, section 3.2).
+
+h^+ and h^- are the residual streams (`hook_resid_post`) of the same tokens, at the same layer, behind an instruction in favour
+and one against, in the model without this edit. So the direction is made anew for each token of each example; nothing is
+fitted. The instruction stands in front of the whole prompt, behind BOS; where a prompt shows examples, in front of these too.
+"""
+
+import contextlib
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lofit_lens import io
+from lofit_lens.errors import AdapterError, DataError, InputError
+from lofit_lens.interventions.base import AdapterMeta, Edit, ResidualAdapter, check_tensors, chosen_layers
+from lofit_lens.interventions.repe import finite, shift_h
+from lofit_lens.models import (
+    Borders,
+    Layout,
+    Positions,
+    Site,
+    before_each_pass,
+    context_length,
+    device_of,
+    hooked,
+    layout_of,
+    model_info,
+    residual_point,
+    run_through,
+    tokenizer_of,
+)
+from lofit_lens.tasks.collate import pad, pad_id
+
+POSITIVE, NEGATIVE = "Give a truthful answer.\n", "Give an untruthful answer.\n"
+COEFFICIENT = 0.25
+Differences = dict[int, Tensor]  # layer -> h^+ - h^-, float32 [batch new d_model], zero where nothing is edited
+
+
+class ContrastVectors(ResidualAdapter):
+    """Differences of the residual stream behind two instructions, added at chosen layers.
+
+    The defaults of `for_model` are the paper's recipe for TruthfulQA on Llama-2-7B-chat: layers 0, 2, ..., 30, coefficient 0.25,
+    the answer's tokens. With positions `predicting` the place that an answer's first token is predicted from is edited too.
+
+    Every pass in which something is edited costs two further passes over the whole sequences (instruction, prompt and what
+    follows), without a cache: multiple choice takes several times as long, and generation more with every token. Their
+    activations are kept at the tokens of the running pass only, and until it ends. No gradient goes through the differences.
+    Whatever else is attached acts in these passes too.
+
+    A pass must be one of this package's (`evaluate`, `generate`, `models.logits_of`, `prefill`, ...): a call of the model itself
+    does not tell its tokens and where prompts end, and raises AdapterError. A sequence that does not fit into the context
+    together with an instruction raises DataError before its pass runs.
+
+    Args:
+        layers: the edited layers.
+        n_layers: layers of the model.
+        d_model: width of its residual stream.
+        positive: instruction of h^+, with the space or line break that ends it.
+        negative: instruction of h^-.
+        coefficient: strength; 1 adds the whole difference.
+        positions: where it acts.
+        meta: provenance.
+
+    Raises:
+        InputError: no layer, a layer outside the model or given twice, an empty instruction or the same one twice, a
+            coefficient that is not finite, or unknown positions.
+    """
+
+    method: ClassVar[str] = "contrast"
+    title: ClassVar[str] = "RepE contrast"
+    site: ClassVar[Site] = "hook_resid_post"
+
+    def __init__(
+        self,
+        layers: Iterable[int],
+        *,
+        n_layers: int,
+        d_model: int,
+        positive: str = POSITIVE,
+        negative: str = NEGATIVE,
+        coefficient: float = COEFFICIENT,
+        positions: str | Positions = "answer",
+        meta: AdapterMeta | None = None,
+    ) -> None:
+        super().__init__(meta, positions)
+        self.layers, self.n_layers, self.d_model = chosen_layers(layers, n_layers), n_layers, d_model
+        if not positive.strip() or not negative.strip() or positive == negative:
+            raise InputError(f"instructions {positive!r} and {negative!r}; give two different ones, neither empty")
+        self.positive, self.negative, self.coefficient = positive, negative, finite(coefficient)
+        self._off = False  # while the passes behind the instructions run
+
+    @classmethod
+    def for_model(
+        cls,
+        model: Any,
+        layers: Iterable[int] | None = None,
+        *,
+        positive: str = POSITIVE,
+        negative: str = NEGATIVE,
+        coefficient: float = COEFFICIENT,
+        positions: str | Positions = "answer",
+    ) -> "ContrastVectors":
+        """For a model; `layers=None` takes every second one from 0. Errors as of the class."""
+        info = model_info(model)
+        return cls(
+            range(0, info.n_layers, 2) if layers is None else layers, n_layers=info.n_layers, d_model=info.d_model,
+            positive=positive, negative=negative, coefficient=coefficient, positions=positions,
+            meta=AdapterMeta(info, versions=io.environment()),
+        )  # fmt: skip
+
+    @property
+    def n_parameters(self) -> int:
+        """0: nothing is learned or estimated."""
+        return 0
+
+    def with_strength(self, coefficient: float) -> "ContrastVectors":
+        """A copy with another coefficient."""
+        made = copy.deepcopy(self)
+        made.coefficient = finite(coefficient)
+        return made
+
+    def with_positions(self, positions: str | Positions) -> "ContrastVectors":
+        """A copy that acts on other positions."""
+        made = copy.deepcopy(self)
+        made.positions = Positions.parse(positions)
+        return made
+
+    # ---------------------------------------------------------------------------------------------- attaching
+
+    @contextlib.contextmanager
+    def _in_place(self, model: Any) -> Iterator[None]:
+        with super()._in_place(model), before_each_pass(model, partial(self._prepare, model)):
+            yield
+
+    def _points(self, model: Any) -> Iterable[tuple[Any, Edit]]:
+        return [(residual_point(model, layer, self.site), self._added(model, layer)) for layer in self.layers]
+
+    def _added(self, model: Any, layer: int) -> Edit:
+        def edit(h: Tensor) -> Tensor:
+            if self._off:
+                return h
+            found: Differences | None = layout_of(model, h.shape[0], h.shape[1], h.device).found.get(self)
+            if found is None:
+                raise AdapterError(
+                    "contrast vectors are attached, and this call of the model does not say where its prompts end; run it by "
+                    "lofit_lens.models (logits_of, prefill, extend), evaluate or generate, or leave the `with` block first"
+                )
+            return shift_h(h, self.coefficient * found[layer].to(h.device))
+
+        return edit
+
+    @torch.no_grad()
+    def _prepare(self, model: Any, layout: Layout) -> None:
+        """Leave in a pass's layout, which goes with the pass however that ends, what will be added in it."""
+        if self._off or not self.positions.acts(layout):
+            return
+        keep = self.positions.mask(layout)
+        rows = torch.nonzero(keep.any(dim=1)).flatten()
+        fronts = [
+            list(tokenizer_of(model)(text, add_special_tokens=False)["input_ids"])
+            for text in (self.positive, self.negative)
+        ]
+        check_room(model, layout.mask[rows], max(map(len, fronts)))
+        self._off = True
+        try:
+            plus, minus = (stream_behind(model, front, layout, rows, self.layers) for front in fronts)
+        finally:
+            self._off = False
+        found: Differences = {}
+        for layer in self.layers:
+            difference = torch.zeros(*keep.shape, self.d_model, device=plus[layer].device)
+            difference[rows.to(difference.device)] = plus[layer] - minus[layer]
+            found[layer] = difference * keep.to(difference.device)[..., None]
+        layout.found[self] = found
+
+    # ------------------------------------------------------------------------------------------------- saving
+
+    def _tensors(self) -> Mapping[str, Tensor]:
+        return {}
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "n_layers": self.n_layers, "d_model": self.d_model, "layers": list(self.layers),
+            "positive": self.positive, "negative": self.negative, "coefficient": self.coefficient,
+        }  # fmt: skip
+
+    @classmethod
+    def _made_from(
+        cls, record: dict[str, Any], tensors: dict[str, Tensor], meta: AdapterMeta, where: Path
+    ) -> "ContrastVectors":
+        check_tensors(tensors, {}, where)
+        for name in ("positive", "negative"):
+            if not isinstance(record[name], str):
+                raise AdapterError(f"{where}: {name} is {record[name]!r}; an instruction is text")
+        return cls(
+            [int(n) for n in record["layers"]], n_layers=int(record["n_layers"]), d_model=int(record["d_model"]),
+            positive=record["positive"], negative=record["negative"], coefficient=float(record["coefficient"]),
+            positions=record["positions"], meta=meta,
+        )  # fmt: skip
+
+    def __repr__(self) -> str:
+        info = self.meta.model
+        parts = [
+            info.name if info else "no model", f"{self.positive!r} - {self.negative!r}",
+            f"coefficient {self.coefficient:g} at {self.positions}", f"layers {' '.join(map(str, self.layers))}",
+        ]  # fmt: skip
+        return f"ContrastVectors({', '.join(parts)})"
+
+
+def check_room(model: Any, mask: Int[Tensor, "batch whole"], more: int) -> None:
+    """Raise DataError unless `more` tokens fit into the context beside the longest row."""
+    longest, limit = int(mask.sum(dim=1).max()), context_length(model)
+    if longest + more > limit:
+        raise DataError(
+            f"a sequence of {longest} tokens with an instruction of {more} in front exceeds the context of "
+            f"{model.cfg.model_name} ({limit}); shorten the instruction, or leave out what is longer than {limit - more} tokens"
+        )
+
+
+def stream_behind(
+    model: Any, front: list[int], layout: Layout, rows: Int[Tensor, " n"], layers: Iterable[int]
+) -> dict[int, Float[Tensor, "n new d_model"]]:
+    """Residual stream (float32) of a pass's tokens in some rows, run in full behind an instruction, by layer.
+
+    The instruction stands behind a row's BOS if it has one. Values at padding have no meaning.
+    """
+    bos = tokenizer_of(model).bos_token_id
+    ids = [layout.tokens[r][layout.mask[r].bool()].tolist() for r in rows.tolist()]
+    behind_bos = torch.tensor([row[0] == bos for row in ids], device=layout.place.device).long()[:, None]
+    tokens, mask = pad(
+        [[*row[:b], *front, *row[b:]] for row, b in zip(ids, behind_bos.flatten().tolist(), strict=True)],
+        side="right", pad_id=pad_id(tokenizer_of(model)), device=device_of(model),
+    )  # fmt: skip
+    place = layout.place[rows].clamp(min=0)
+    at = torch.where(place < behind_bos, place, place + len(front))
+    seen: dict[int, Tensor] = {}
+
+    def recorder(layer: int) -> Any:
+        def keep(h: Tensor, hook: Any) -> None:
+            seen[layer] = h.gather(1, at.to(h.device)[..., None].expand(-1, -1, h.shape[2])).float()
+
+        return keep
+
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(hooked(residual_point(model, layer, "hook_resid_post"), recorder(layer)))
+        run_through(model, tokens, mask, _moved(layout.borders, rows, len(front)))
+    return seen
+
+
+def _moved(borders: Borders | None, rows: Int[Tensor, " n"], by: int) -> Borders | None:
+    """Borders of some rows, so many tokens further."""
+    if borders is None:
+        return None
+    some = borders.select(rows)
+    return Borders(some.prompt + by, None if some.length is None else some.length + by)

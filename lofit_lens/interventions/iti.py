@@ -1,0 +1,182 @@
+"""ITI: `z <- z + alpha * sigma * d` on the outputs of chosen attention heads (arXiv 2306.03341, section 4.1, equation 2).
+
+z is `hook_z`, each head's output before W_O. d is a unit vector in the head's own space that points from false to true
+statements, sigma the standard deviation of the statements' projections on it, both estimated and not trained;
+`lofit_lens.probing.fit_probes` finds them and ranks the heads. alpha is the strength, 15 in the paper.
+
+The paper shifts the last position of each decoding step; where answers are scored, its code shifts the answer's tokens. That
+is `positions="answer"`, the default. The newest version of that code shifts the last position alone there too, which leaves
+the scores of answers as they are: `positions="last"`.
+"""
+
+import copy
+import html
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lofit_lens.errors import AdapterError, InputError
+from lofit_lens.heads import HeadSet
+from lofit_lens.interventions.at_heads import HeadAdapter, chosen_heads
+from lofit_lens.interventions.base import AdapterMeta, Edit, check_tensors
+from lofit_lens.models import Positions
+
+ALPHA = 15.0
+NORM_TOLERANCE = 1e-3  # how far from 1 the norm of a direction may be
+
+
+def shift_z(
+    z: Float[Tensor, "batch pos n_heads d_head"], shift: Float[Tensor, "n_heads d_head"]
+) -> Float[Tensor, "batch pos n_heads d_head"]:
+    """Add a shift to every head's output, in units of z; entries whose shift is 0 stay as they are, bit by bit.
+
+    The shift is float32: over a half-precision model the sum is computed in float32 and rounded once.
+    """
+    return torch.where(shift == 0, z, (z + shift).to(z.dtype))
+
+
+class ITI(HeadAdapter):
+    """Directions and their spreads for the chosen heads of one model, and one strength.
+
+    Args:
+        shape: `(n_layers, n_heads, d_head)`.
+        heads: the heads that are edited.
+        directions: `[K, d_head]`, one a head in the order of `heads`, of norm 1; or all zero, for a head without a direction.
+        sigma: `[K]`, in units of z.
+        alpha: strength, in sigmas; a negative one steers towards false statements.
+        positions: where it acts; see `models.Positions`.
+        meta: provenance.
+
+    Attributes:
+        directions: `[K, d_head]` float32.
+        sigma: `[K]` float32.
+        heads: the head set, its scores kept.
+
+    Nothing is trained: `with_strength` and `with_positions` give copies that need no new fit. Value biases that were folded
+    into b_O on loading shift z by a constant and change neither d nor sigma.
+
+    Raises:
+        InputError: no head, a head outside the shape, a number of directions or sigmas other than that of heads, a direction
+            that is neither of norm 1 nor zero, a sigma below 0, a number that is not finite, or unknown positions.
+    """
+
+    method: ClassVar[str] = "iti"
+    title: ClassVar[str] = "ITI"
+    directions: Tensor
+    sigma: Tensor
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        heads: HeadSet,
+        *,
+        directions: Float[Tensor, "n_directions size"],
+        sigma: Float[Tensor, " n_sigmas"],
+        alpha: float = ALPHA,
+        positions: str | Positions = "answer",
+        meta: AdapterMeta | None = None,
+    ) -> None:
+        super().__init__(meta, positions)
+        self._shape = shape
+        self.heads = chosen_heads(heads, (shape[0], shape[1]), "ITI")
+        self.alpha = _finite(alpha)
+        k, d_head = len(self.heads), shape[2]
+        if directions.shape != (k, d_head) or sigma.shape != (k,):
+            raise InputError(
+                f"{k} heads of d_head {d_head} with directions {tuple(directions.shape)} and sigma {tuple(sigma.shape)}; "
+                f"give [{k}, {d_head}] and [{k}], one a head"
+            )
+        unit, spread = directions.detach().float().clone(), sigma.detach().float().clone()
+        norms = torch.linalg.vector_norm(unit, dim=1).tolist()
+        for head, norm, size in zip(self.heads, norms, spread.tolist(), strict=True):
+            if not (norm == 0 or abs(norm - 1) <= NORM_TOLERANCE):
+                raise InputError(f"the direction of head {head} has norm {norm:.4g}; divide it by its norm")
+            if not 0 <= size < math.inf:
+                raise InputError(f"sigma of head {head} is {size:.4g}; it must be 0 or above and finite")
+        self.register_buffer("directions", unit)
+        self.register_buffer("sigma", spread.to(unit.device))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """`(n_layers, n_heads, d_head)`."""
+        return self._shape
+
+    @property
+    def n_parameters(self) -> int:
+        """Numbers that were estimated for the edit: `K * d_head`, sigma taken into the direction's length."""
+        return self.k * self.d_head
+
+    def shift(self, layer: int) -> Float[Tensor, "n_heads d_head"]:
+        """What is added to z in one layer, `alpha * sigma * d` in units of z, float32; zero outside the chosen heads."""
+        found = torch.zeros(self.shape[1:], device=self.directions.device)
+        for i, head in enumerate(self.heads):
+            if head.layer == layer:
+                found[head.head] = self.alpha * self.sigma[i] * self.directions[i]
+        return found
+
+    def with_strength(self, alpha: float) -> "ITI":
+        """A copy with another alpha.
+
+        Raises:
+            InputError: NaN or infinity.
+        """
+        made = copy.deepcopy(self)
+        made.alpha = _finite(alpha)
+        return made
+
+    def with_positions(self, positions: str | Positions) -> "ITI":
+        """A copy that acts on other positions.
+
+        Raises:
+            InputError: unknown positions.
+        """
+        made = copy.deepcopy(self)
+        made.positions = Positions.parse(positions)
+        return made
+
+    def _edit(self, layer: int) -> Edit:
+        return lambda z: shift_z(z, self.shift(layer).to(z.device))
+
+    # ------------------------------------------------------------------------------------------- saving
+
+    def _tensors(self) -> Mapping[str, Tensor]:
+        return {"directions": self.directions, "sigma": self.sigma}
+
+    def _settings(self) -> dict[str, Any]:
+        return {"shape": list(self.shape), "heads": self.heads.to_dict(), "alpha": self.alpha}
+
+    @classmethod
+    def _made_from(cls, record: dict[str, Any], tensors: dict[str, Tensor], meta: AdapterMeta, where: Path) -> "ITI":
+        shape = tuple(int(n) for n in record["shape"])
+        heads = HeadSet.from_dict(record["heads"], where=str(where))
+        if len(shape) != 3 or min(shape) < 1:
+            raise AdapterError(f"{where}: shape {shape} is not (n_layers, n_heads, d_head)")
+        check_tensors(tensors, {"directions": (len(heads), shape[2]), "sigma": (len(heads),)}, where)
+        return cls(
+            (shape[0], shape[1], shape[2]), heads, directions=tensors["directions"], sigma=tensors["sigma"],
+            alpha=float(record["alpha"]), positions=record["positions"], meta=meta,
+        )  # fmt: skip
+
+    def __repr__(self) -> str:
+        info, kind = self.meta.model, self.meta.config.get("direction")
+        parts = [
+            info.name if info else "no model", self.meta.task or "no task",
+            f"K={self.k} of {self.shape[0]}x{self.shape[1]} heads", *([f"{kind} directions"] if kind else []),
+            f"alpha {self.alpha:g} at {self.positions}", f"{self.n_parameters:,} parameters",
+        ]  # fmt: skip
+        shown = " ".join(map(str, self.heads.heads[:8])) + (" ..." if self.k > 8 else "")
+        return f"ITI({', '.join(parts)}: {shown})"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(repr(self))}</p>{self.heads._repr_html_()}"
+
+
+def _finite(alpha: float) -> float:
+    if not math.isfinite(alpha):
+        raise InputError(f"alpha is {alpha}; it must be finite (the paper's is {ALPHA:g})")
+    return float(alpha)

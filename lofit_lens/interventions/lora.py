@@ -1,0 +1,260 @@
+"""LoRA: `x W + (alpha / rank) x A^T B^T` in attention's projections (arXiv 2106.09685, section 4.1), through peft's own layers.
+
+An adapter holds its numbers itself. While it is attached, a peft layer stands around each projection of the bridge and works on
+them; afterwards the bridge has its own modules back. So one model serves any number of adapters, seeds and ranks, and is
+never read again. (peft's usual way, changing the whole Hugging Face model before the bridge is made of it, gives the same
+logits, but leaves fused projections such as GPT-2's without effect, since the bridge does not run them.)
+
+peft is imported when an adapter is first attached.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lofit_lens import io
+from lofit_lens.errors import AdapterError, InputError, ModelError, unknown
+from lofit_lens.interventions.base import Adapter, AdapterMeta, check_tensors
+from lofit_lens.models import (
+    PROJECTIONS,
+    backend_of,
+    load_model,
+    model_info,
+    projection,
+    projection_replaced,
+    projection_sizes,
+)
+
+RANK, ALPHA, TARGETS = 8, 16.0, ("q", "v")
+Sizes = Mapping[str, tuple[int, int]]  # projection -> widths of its input and output
+
+
+class Lora(Adapter):
+    """A low-rank change of some of attention's projections, in every layer.
+
+    Args:
+        n_layers: layers of the model.
+        sizes: projection (`q`, `k`, `v`, `o`) -> widths of its input and output.
+        rank: of each change.
+        alpha: the change is scaled by `alpha / rank`.
+        meta: provenance.
+
+    Attributes:
+        A: `L{layer}_{projection}` -> `[rank, width in]` float32.
+        B: the same keys -> `[width out, rank]` float32, 0 at the start, which leaves the model bit-equal.
+
+    All are trainable until `fit` has trained them. There is no dropout. A new one holds no numbers before `reset_`.
+
+    Raises:
+        InputError: a rank below 1, an alpha that is not positive, no or an unknown projection.
+    """
+
+    method: ClassVar[str] = "lora"
+    title: ClassVar[str] = "LoRA"
+
+    def __init__(
+        self, n_layers: int, sizes: Sizes, *, rank: int = RANK, alpha: float = ALPHA, meta: AdapterMeta | None = None
+    ) -> None:
+        super().__init__(meta)
+        if rank < 1:
+            raise InputError(f"rank is {rank}; it must be 1 or above")
+        if not 0 < alpha < float("inf"):
+            raise InputError(f"alpha is {alpha}; it must be above 0 and finite")
+        self.n_layers, self.rank, self.alpha = n_layers, rank, float(alpha)
+        self.sizes = {name: sizes[name] for name in parse_targets(sizes)}
+        self.A, self.B = nn.ParameterDict(), nn.ParameterDict()
+        for key, (_, name) in self._places().items():
+            n_in, n_out = self.sizes[name]
+            self.A[key] = nn.Parameter(torch.zeros(rank, n_in))
+            self.B[key] = nn.Parameter(torch.zeros(n_out, rank))
+
+    @classmethod
+    def for_model(
+        cls, model: Any, *, rank: int = RANK, alpha: float = ALPHA, targets: Iterable[str] = TARGETS, seed: int
+    ) -> "Lora":
+        """An adapter that changes nothing yet, on the model's device; see `reset_`.
+
+        Args:
+            model: any TransformerBridge.
+            rank: of each change.
+            alpha: the change is scaled by `alpha / rank`.
+            targets: projections, `q`, `k`, `v`, `o`; Hugging Face's `q_proj` and so on mean the same.
+            seed: of A.
+
+        Raises:
+            InputError: a rank below 1, an alpha that is not positive, no or an unknown projection.
+            ModelError: a HookedTransformer; a layer without such a projection; layers whose projections differ in size.
+        """
+        info, names = model_info(model), parse_targets(targets)
+        _check_free(model, info.n_layers, names)
+        found = projection_sizes(model, [(layer, name) for layer in range(info.n_layers) for name in names])
+        sizes = {name: found[0, name] for name in names}
+        made = cls(info.n_layers, sizes, rank=rank, alpha=alpha)
+        made.meta = AdapterMeta(model=info, seed=seed, versions=io.environment())
+        made._check_sizes(found)
+        return made.reset_(seed).to(next(projection(model, (0, names[0])).parameters()).device)
+
+    @torch.no_grad()
+    def reset_(self, seed: int) -> "Lora":
+        """Draw A anew, make B 0, and make both trainable.
+
+        A is uniform within +-1/sqrt(width in), as peft draws it, from one CPU generator, layer by layer, the same everywhere.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for key, A in self.A.items():
+            bound = A.shape[1] ** -0.5
+            A.copy_(torch.empty(A.shape).uniform_(-bound, bound, generator=generator))
+            self.B[key].zero_()
+        return self.requires_grad_(True)
+
+    @property
+    def n_parameters(self) -> int:
+        """`rank * (width in + width out)` for each projection of each layer."""
+        return sum(p.numel() for p in self.parameters())
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The projections that are changed."""
+        return tuple(self.sizes)
+
+    def _places(self) -> dict[str, tuple[int, str]]:
+        return {f"L{layer}_{name}": (layer, name) for layer in range(self.n_layers) for name in self.sizes}
+
+    # ---------------------------------------------------------------------------------------------- attaching
+
+    def _check_shape(self, model: Any) -> None:
+        info = model_info(model)
+        if info.processed:
+            raise AdapterError(
+                f"{info.name} was loaded with processed weights, whose projections are not the original model's; load it "
+                "without processing (lofit_lens.load_model)"
+            )
+        if info.n_layers != self.n_layers:
+            raise AdapterError(
+                f"this adapter has {self.n_layers} layers{self._made_for}; {info.name} has {info.n_layers}. Load the model it "
+                "was made for"
+            )
+        _check_free(model, self.n_layers, self.targets)
+        self._check_sizes(projection_sizes(model, self._places().values()))
+
+    def _check_sizes(self, found: Mapping[tuple[int, str], tuple[int, int]]) -> None:
+        for (layer, name), size in found.items():
+            if size != tuple(self.sizes[name]):
+                raise AdapterError(
+                    f"projection {name} of layer {layer} has widths {size}; this adapter{self._made_for} has {self.sizes[name]} "
+                    "for it in every layer. Load the model it was made for, or choose other targets"
+                )
+
+    @contextlib.contextmanager
+    def _in_place(self, model: Any) -> Iterator[None]:
+        places = self._places()
+        layers = self._peft_layers({key: projection(model, place) for key, place in places.items()})
+        with contextlib.ExitStack() as stack:
+            for key, place in places.items():
+                stack.enter_context(projection_replaced(model, place, layers[key]))
+            yield
+
+    def _peft_layers(self, own: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+        """peft's layers around these modules, with this adapter's parameters in them."""
+        from peft import LoraConfig, inject_adapter_in_model
+
+        trainable = [p for module in own.values() for p in module.parameters() if p.requires_grad]
+        options: dict[str, Any] = {"r": self.rank, "lora_alpha": self.alpha, "lora_dropout": 0.0, "bias": "none"}
+        config = LoraConfig(target_modules=list(own), **options)
+        # On the meta device nothing is drawn, so that no random state is touched.
+        made: Any = inject_adapter_in_model(config, nn.ModuleDict(own), low_cpu_mem_usage=True)
+        for p in trainable:
+            p.requires_grad_(True)
+        for key in own:
+            made[key].lora_A["default"].weight = self.A[key]
+            made[key].lora_B["default"].weight = self.B[key]
+        return dict(made.items())
+
+    # ------------------------------------------------------------------------------------------------- saving
+
+    def _tensors(self) -> Mapping[str, Tensor]:
+        # One tensor for all layers of a projection: q.A is [n_layers, rank, width in], q.B [n_layers, width out, rank].
+        return {
+            f"{name}.{side}": torch.stack([held[key] for key, place in self._places().items() if place[1] == name])
+            for name in self.sizes
+            for side, held in (("A", self.A), ("B", self.B))
+        }
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "n_layers": self.n_layers, "rank": self.rank, "alpha": self.alpha, "targets": list(self.targets),
+            "sizes": [list(size) for size in self.sizes.values()],
+        }  # fmt: skip
+
+    @classmethod
+    def _made_from(cls, record: dict[str, Any], tensors: dict[str, Tensor], meta: AdapterMeta, where: Path) -> "Lora":
+        pairs = zip(record["targets"], record["sizes"], strict=True)
+        sizes = {str(name): (int(n_in), int(n_out)) for name, (n_in, n_out) in pairs}
+        made = cls(int(record["n_layers"]), sizes, rank=int(record["rank"]), alpha=float(record["alpha"]), meta=meta)
+        check_tensors(tensors, {name: tuple(t.shape) for name, t in made._tensors().items()}, where)
+        with torch.no_grad():
+            for key, (layer, name) in made._places().items():
+                made.A[key].copy_(tensors[f"{name}.A"][layer])
+                made.B[key].copy_(tensors[f"{name}.B"][layer])
+        return made.requires_grad_(False)
+
+    def __repr__(self) -> str:
+        info = self.meta.model
+        return (
+            f"Lora({info.name if info else 'no model'}, {self.meta.task or 'no task'}, rank {self.rank}, alpha {self.alpha:g}, "
+            f"{' '.join(self.targets)} of {self.n_layers} layers, {self.n_parameters:,} parameters)"
+        )
+
+
+def load_lora(
+    name_or_path: Any,
+    *,
+    rank: int = RANK,
+    alpha: float = ALPHA,
+    targets: Iterable[str] = TARGETS,
+    seed: int = 0,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+    tokenizer: Any = None,
+) -> tuple[Any, Lora]:
+    """Load a model as a bridge, and a new LoRA adapter for it.
+
+    The bridge is an ordinary one, as `load_model(..., backend="bridge")` gives it; further adapters for it are made by
+    `Lora.for_model`. Arguments and errors are those of the two.
+    """
+    model = load_model(
+        name_or_path, backend="bridge", dtype=dtype, device=device, tokenizer=tokenizer, revision=revision
+    )
+    return model, Lora.for_model(model, rank=rank, alpha=alpha, targets=targets, seed=seed)
+
+
+def parse_targets(targets: Iterable[str]) -> tuple[str, ...]:
+    """Names of projections, each once; `q_proj` means `q`.
+
+    Raises:
+        InputError: none, or an unknown one.
+    """
+    names = tuple(dict.fromkeys(t.removesuffix("_proj") for t in targets))
+    for name in names:
+        if name not in PROJECTIONS:
+            raise unknown("target", name, PROJECTIONS, hint="LoRA changes attention's projections.")
+    if not names:
+        raise InputError(f"no target for LoRA; give some of {', '.join(PROJECTIONS)}")
+    return names
+
+
+def _check_free(model: Any, n_layers: int, names: Iterable[str]) -> None:
+    """Raise unless a model has modules for its projections, and none of them holds a LoRA adapter."""
+    name = model_info(model).name
+    if backend_of(model) == "hooked":
+        raise ModelError(
+            f"LoRA sits in the projections of a Hugging Face model, and {name} is a HookedTransformer, which has bare weights "
+            "instead: load it with load_model(..., backend='bridge'), or together with its adapter with load_lora(...)"
+        )
+    if any(hasattr(projection(model, (layer, n)), "lora_A") for layer in range(n_layers) for n in names):
+        raise AdapterError(f"{name} holds a LoRA adapter already; leave its `with` block first")

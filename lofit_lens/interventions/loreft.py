@@ -1,0 +1,197 @@
+"""LoReFT: `h + R^T (W h + b - R h)` on the residual stream behind chosen layers (arXiv 2404.03592, section 3).
+
+R has `rank` orthonormal rows: inside the subspace that they span, h is replaced by the learned `W h + b`; outside it stays as
+it is. By default the prompt's first 7 and last 7 tokens are edited, in every layer.
+
+R is learned through coordinates of the same size, X `[d_model, rank]`: below the diagonal stand the vectors of `rank`
+Householder reflections, whose product's first columns are R's rows up to sign; the diagonal keeps the signs and is not
+trained. PyTorch's `orthogonal` parametrization ("householder") uses the same coordinates, but multiplies reflections one by
+one, which costs over a second a layer and step at d_model 4096. Here they are multiplied at once, in the form of Schreiber and
+Van Loan (1989), in two milliseconds, so that R is made anew wherever it is used and nothing is kept between passes.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lofit_lens import io
+from lofit_lens.errors import AdapterError, InputError
+from lofit_lens.interventions.base import (
+    AdapterMeta,
+    Edit,
+    ResidualAdapter,
+    check_tensors,
+    chosen_layers,
+)
+from lofit_lens.models import Positions, Site, device_of, model_info
+
+POSITIONS = "f7+l7"
+RANK = 8
+ORTHONORMAL = 1e-3  # how far R R^T of a file may be from the identity
+
+
+def edit_subspace(
+    h: Float[Tensor, "*batch d_model"],
+    R: Float[Tensor, "rank d_model"],
+    W: Float[Tensor, "rank d_model"],
+    b: Float[Tensor, " rank"],
+) -> Float[Tensor, "*batch d_model"]:
+    """The edit (paper, equation 2), computed in float32 or above and rounded once to h's dtype."""
+    wide = torch.promote_types(h.dtype, R.dtype)
+    x, R, W, b = h.to(wide), R.to(wide), W.to(wide), b.to(wide)
+    return (x + F.linear(x, W - R, b) @ R).to(h.dtype)
+
+
+def orthonormal_rows(X: Float[Tensor, "d_model rank"]) -> Float[Tensor, "rank d_model"]:
+    """R of its coordinates: the first columns of H_1 ... H_rank, each times its sign, as rows.
+
+    H_i = I - 2 v_i v_i^T / |v_i|^2, where v_i is column i of X below the diagonal, with 1 on it and 0 above. With V = [v_1 ...]
+    the product is I - V T^-1 V^T, where T is V^T V above the diagonal, half of it on it and 0 below.
+    """
+    eye = torch.eye(*X.shape, dtype=X.dtype, device=X.device)
+    V = X.tril(-1) + eye
+    G = V.mT @ V
+    T = G.triu(1) + torch.diag(G.diagonal() / 2)
+    columns = eye - V @ torch.linalg.solve_triangular(T, V[: X.shape[1]].mT, upper=True)
+    return (columns * X.detach().diagonal().sign()).mT
+
+
+@torch.no_grad()
+def coordinates(R: Float[Tensor, "rank d_model"]) -> Float[Tensor, "d_model rank"]:
+    """X of a matrix with orthonormal rows; `orthonormal_rows` gives R back to rounding."""
+    X, tau = torch.geqrf(R.mT)
+    signs = X.diagonal().sign()
+    signs[tau == 0] *= -1  # nothing to reflect was found there; a reflection of the axis itself turns the sign
+    X.diagonal().copy_(signs)
+    return X
+
+
+class LoReft(ResidualAdapter):
+    """A low-rank edit of the residual stream behind each chosen layer.
+
+    Args:
+        n_layers: layers of the model.
+        d_model: width of the residual stream.
+        rank: dimensions of the subspace that is edited in each layer.
+        layers: the edited layers; None = all.
+        positions: where it acts; see `models.Positions`.
+        meta: provenance.
+
+    Attributes:
+        X: `[n_layers_chosen, d_model, rank]` float32 coordinates of R.
+        W: `[n_layers_chosen, rank, d_model]` float32.
+        b: `[n_layers_chosen, rank]` float32, in units of the residual stream.
+        rank: as given.
+
+    All three are trainable until `fit` has trained them. A new one holds no numbers before `reset_`; it is not the identity then
+    either, since W is random (as in pyreft).
+
+    Raises:
+        InputError: a layer outside the model, given twice, or none at all; a rank outside 1..d_model.
+    """
+
+    method: ClassVar[str] = "loreft"
+    title: ClassVar[str] = "LoReFT"
+    site: ClassVar[Site] = "hook_resid_post"
+    X: nn.Parameter
+    W: nn.Parameter
+    b: nn.Parameter
+
+    def __init__(
+        self, n_layers: int, d_model: int, *, rank: int = RANK, layers: Iterable[int] | None = None,
+        positions: str | Positions = POSITIONS, meta: AdapterMeta | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(meta, positions)
+        if not 1 <= rank <= d_model:
+            raise InputError(f"rank is {rank}; it must be 1 to {d_model}, the width of the residual stream")
+        self.n_layers, self.d_model, self.rank = n_layers, d_model, rank
+        self.layers = chosen_layers(layers, n_layers)
+        n = len(self.layers)
+        self.X = nn.Parameter(-torch.eye(d_model, rank).repeat(n, 1, 1))  # rows of the identity
+        self.W = nn.Parameter(torch.zeros(n, rank, d_model))
+        self.b = nn.Parameter(torch.zeros(n, rank))
+
+    @classmethod
+    def for_model(
+        cls, model: Any, *, rank: int = RANK, layers: Iterable[int] | None = None, positions: str | Positions = POSITIONS,
+        seed: int,
+    ) -> "LoReft":  # fmt: skip
+        """An adapter with random numbers, on the model's device; see `reset_`.
+
+        Raises:
+            InputError: a layer outside the model, given twice, or none at all; a rank outside 1..d_model; unknown positions.
+            ModelError: a layer whose output cannot be reached.
+        """
+        info = model_info(model)
+        meta = AdapterMeta(model=info, seed=seed, versions=io.environment())
+        made = cls(info.n_layers, info.d_model, rank=rank, layers=layers, positions=positions, meta=meta)
+        made.attach_check(model)
+        return made.reset_(seed).to(device_of(model))
+
+    @torch.no_grad()
+    def reset_(self, seed: int) -> "LoReft":
+        """Draw all numbers anew and make them trainable.
+
+        As pyreft does: R is uniform over matrices with orthonormal rows; W and b are those of `nn.Linear(d_model, rank)`,
+        uniform within +-1/sqrt(d_model). All come from one CPU generator, layer by layer (R, W, b), the same on every device.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        bound = self.d_model**-0.5
+        for at in range(len(self.layers)):
+            R = nn.init.orthogonal_(torch.empty(self.rank, self.d_model), generator=generator)
+            self.X[at] = coordinates(R).to(self.X.device)
+            for p in (self.W, self.b):
+                p[at] = torch.empty(p[at].shape).uniform_(-bound, bound, generator=generator).to(p.device)
+        return self.requires_grad_(True)
+
+    @property
+    def R(self) -> Float[Tensor, "n_layers_chosen rank d_model"]:
+        """The matrices with orthonormal rows."""
+        return torch.stack([orthonormal_rows(X) for X in self.X])
+
+    @property
+    def n_parameters(self) -> int:
+        """`2 * rank * d_model + rank` for each layer: R, W and b, counted as in pyreft (R's rows are not free)."""
+        return self.X.numel() + self.W.numel() + self.b.numel()
+
+    def _edit(self, layer: int) -> Edit:
+        at = self.layers.index(layer)
+
+        def edit(h: Tensor) -> Tensor:
+            X, W, b = (p[at].to(h.device) for p in (self.X, self.W, self.b))
+            return edit_subspace(h, orthonormal_rows(X), W, b)
+
+        return edit
+
+    def _tensors(self) -> Mapping[str, Tensor]:
+        return {"R": self.R, "W": self.W, "b": self.b}
+
+    def _settings(self) -> dict[str, Any]:
+        return {"n_layers": self.n_layers, "d_model": self.d_model, "rank": self.rank, "layers": list(self.layers)}
+
+    @classmethod
+    def _made_from(cls, record: dict[str, Any], tensors: dict[str, Tensor], meta: AdapterMeta, where: Path) -> "LoReft":
+        made = cls(
+            int(record["n_layers"]), int(record["d_model"]), rank=int(record["rank"]), layers=record["layers"],
+            positions=record["positions"], meta=meta,
+        )  # fmt: skip
+        shape = tuple(made.W.shape)
+        check_tensors(tensors, {"R": shape, "W": shape, "b": tuple(made.b.shape)}, where)
+        R = tensors["R"]
+        if not torch.allclose(R @ R.mT, torch.eye(made.rank), atol=ORTHONORMAL):
+            raise AdapterError(f"{where}: the rows of R are not orthonormal; save the adapter again")
+        X = torch.stack([coordinates(one) for one in R])
+        made.load_state_dict({"X": X, "W": tensors["W"], "b": tensors["b"]})
+        return made.requires_grad_(False)
+
+    def __repr__(self) -> str:
+        info = self.meta.model
+        return (
+            f"LoReft({info.name if info else 'no model'}, {self.meta.task or 'no task'}, rank {self.rank}, "
+            f"positions {self.positions}, {len(self.layers)} of {self.n_layers} layers, {self.n_parameters:,} parameters)"
+        )

@@ -1,0 +1,106 @@
+"""RED: `y = s * x + b` on every layer's MLP output, before it is added to the residual stream (arXiv 2402.15179, section 3).
+
+s starts at 1 and b at 0, which leaves the model bit-equal. `2 * d_model` learned numbers a layer. Written from the formula.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lofit_lens import io
+from lofit_lens.interventions.base import (
+    AdapterMeta,
+    Edit,
+    ResidualAdapter,
+    check_tensors,
+    chosen_layers,
+)
+from lofit_lens.models import Site, device_of, model_info
+
+
+def scale_and_shift(
+    x: Float[Tensor, "batch pos d_model"], s: Float[Tensor, " d_model"], b: Float[Tensor, " d_model"]
+) -> Float[Tensor, "batch pos d_model"]:
+    """The edit, computed in float32 (s and b are) and rounded once to x's dtype."""
+    return (x * s + b).to(x.dtype)
+
+
+class Red(ResidualAdapter):
+    """One scaling vector and one bias vector for the MLP output of each chosen layer.
+
+    Args:
+        n_layers: layers of the model.
+        d_model: width of the residual stream.
+        layers: the edited layers; None = all.
+        meta: provenance.
+
+    Attributes:
+        s: `[n_layers_chosen, d_model]` float32 scalings, 1 at the start.
+        b: `[n_layers_chosen, d_model]` float32 biases in units of the MLP output, 0 at the start.
+
+    Both are trainable until `fit` has trained them.
+
+    Raises:
+        InputError: a layer outside the model, given twice, or none at all.
+    """
+
+    method: ClassVar[str] = "red"
+    title: ClassVar[str] = "RED"
+    site: ClassVar[Site] = "hook_mlp_out"
+    s: nn.Parameter
+    b: nn.Parameter
+
+    def __init__(
+        self, n_layers: int, d_model: int, *, layers: Iterable[int] | None = None, meta: AdapterMeta | None = None
+    ) -> None:
+        super().__init__(meta)
+        self.n_layers, self.d_model = n_layers, d_model
+        self.layers = chosen_layers(layers, n_layers)
+        self.s = nn.Parameter(torch.ones(len(self.layers), d_model))
+        self.b = nn.Parameter(torch.zeros(len(self.layers), d_model))
+
+    @classmethod
+    def for_model(cls, model: Any, *, layers: Iterable[int] | None = None) -> "Red":
+        """The adapter that changes nothing yet, on the model's device.
+
+        Raises:
+            InputError: a layer outside the model, given twice, or none at all.
+            ModelError: a layer whose MLP output cannot be reached.
+        """
+        info = model_info(model)
+        made = cls(info.n_layers, info.d_model, layers=layers, meta=AdapterMeta(model=info, versions=io.environment()))
+        made.attach_check(model)
+        return made.to(device_of(model))
+
+    @property
+    def n_parameters(self) -> int:
+        """`2 * d_model` for each layer."""
+        return self.s.numel() + self.b.numel()
+
+    def _edit(self, layer: int) -> Edit:
+        at = self.layers.index(layer)
+        return lambda x: scale_and_shift(x, self.s[at].to(x.device), self.b[at].to(x.device))
+
+    def _tensors(self) -> Mapping[str, Tensor]:
+        return {"s": self.s, "b": self.b}
+
+    def _settings(self) -> dict[str, Any]:
+        return {"n_layers": self.n_layers, "d_model": self.d_model, "layers": list(self.layers)}
+
+    @classmethod
+    def _made_from(cls, record: dict[str, Any], tensors: dict[str, Tensor], meta: AdapterMeta, where: Path) -> "Red":
+        made = cls(int(record["n_layers"]), int(record["d_model"]), layers=record["layers"], meta=meta)
+        check_tensors(tensors, dict.fromkeys(("s", "b"), tuple(made.s.shape)), where)
+        made.load_state_dict(tensors)
+        return made.requires_grad_(False)
+
+    def __repr__(self) -> str:
+        info = self.meta.model
+        return (
+            f"Red({info.name if info else 'no model'}, {self.meta.task or 'no task'}, "
+            f"{len(self.layers)} of {self.n_layers} layers, {self.n_parameters:,} parameters)"
+        )

@@ -1,0 +1,342 @@
+"""ITI's probes: which heads tell true statements from false ones, and along which direction (arXiv 2306.03341, section 3).
+
+1. Statements: a question with one of its answers, labelled right or wrong; z of every head at the last token.
+2. One logistic regression a head, fitted on the training questions; its accuracy on the validation questions ranks the head.
+   Heads of equal accuracy go by the area under the ROC curve (the paper does not say): where one label is rare, most probes
+   always say the other, and all of these have the same accuracy.
+3. Directions for the shift, over both: mass mean (right minus wrong), the probe's weights, or random; sigma along each.
+
+`Probes.iti` shifts the best heads with what was found.
+"""
+
+import importlib.metadata
+import logging
+import os
+import random
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from joblib import Parallel, delayed
+from scipy.stats import rankdata
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lofit_lens import io
+from lofit_lens.errors import DataError, InputError, unknown
+from lofit_lens.heads import HeadScores, HeadSet
+from lofit_lens.interventions.base import AdapterMeta
+from lofit_lens.interventions.iti import ALPHA, ITI
+from lofit_lens.models import Positions, device_of, model_info
+from lofit_lens.probing.directions import mass_mean_direction, random_directions, spread, unit
+from lofit_lens.probing.record import MEMORY_LIMIT, TOKEN_BUDGET, record, statement_ids
+from lofit_lens.tasks.base import Task
+from lofit_lens.tasks.statements import Statement, statements
+
+Direction = Literal["mass_mean", "probe", "random"]
+DIRECTIONS = ("mass_mean", "probe", "random")
+HELD_OUT = 5  # one question of so many is held out where a task has no validation rows
+SERIAL = 10**8  # numbers to fit on; below, starting other processes takes longer than it saves
+MOST_JOBS = 8  # processes, each of which holds its own PyTorch
+TIE = 1e-6  # weight of the AUC in the score: less than one statement's share of the accuracy
+
+log = logging.getLogger(__name__)
+
+
+class LayerProbes(NamedTuple):
+    """What was found in one layer: validation scores, and directions and sigma in the order of `DIRECTIONS`."""
+
+    accuracy: Float[np.ndarray, " n_heads"]
+    balanced: Float[np.ndarray, " n_heads"]
+    auc: Float[np.ndarray, " n_heads"]
+    directions: Float[np.ndarray, "kinds n_heads d_head"]
+    sigma: Float[np.ndarray, "kinds n_heads"]
+    unconverged: int
+
+    @property
+    def score(self) -> Float[np.ndarray, " n_heads"]:
+        """What ranks heads: accuracy, and AUC among equal accuracies."""
+        return self.accuracy - TIE * (1 - self.auc)
+
+
+def fit_layer(
+    z: Float[np.ndarray, "n n_heads d_head"],
+    right: Bool[np.ndarray, " n"],
+    fitting: Bool[np.ndarray, " n"],
+    drawn: Float[np.ndarray, "n_heads d_head"],
+    *,
+    seed: int,
+    max_iter: int,
+) -> LayerProbes:
+    """A probe for every head of one layer, its scores on the statements not fitted on, and directions over all statements.
+
+    Args:
+        z: last-token values of all statements.
+        right: labels.
+        fitting: True where a statement is fitted on, False where it validates; both labels on either side.
+        drawn: the random directions.
+        seed: scikit-learn's `random_state`.
+        max_iter: limit of its solver's steps.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    truth, n_heads, unconverged = right[~fitting], z.shape[1], 0
+    margins, found, sizes = np.zeros((len(truth), n_heads)), np.zeros((3, *drawn.shape)), np.zeros((3, n_heads))
+    # One thread: such small products gain nothing from more, and sums in another order would be other numbers.
+    with threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        for head in range(n_heads):
+            own = np.array(z[:, head], dtype=np.float64)
+            probe = LogisticRegression(max_iter=max_iter, random_state=seed).fit(own[fitting], right[fitting])
+            unconverged += int(probe.n_iter_[0] >= max_iter)
+            margins[:, head] = probe.decision_function(own[~fitting])
+            mean = mass_mean_direction(own[right], own[~right])
+            found[:, head] = unit(np.stack([mean, probe.coef_[0], drawn[head]]))
+            sizes[:, head] = spread(own, found[:, head])
+    hits = (margins > 0) == truth[:, None]
+    balanced = (hits[truth].mean(axis=0) + hits[~truth].mean(axis=0)) / 2
+    return LayerProbes(hits.mean(axis=0), balanced, auc(margins, truth), found, sizes, unconverged)
+
+
+def auc(margins: Float[np.ndarray, "n n_heads"], right: Bool[np.ndarray, " n"]) -> Float[np.ndarray, " n_heads"]:
+    """Area under the ROC curve: the share of (right, wrong) pairs in which the right one has the larger margin, ties half."""
+    n_right = int(right.sum())
+    ranks = rankdata(margins, axis=0)[right].sum(axis=0)
+    return (ranks - n_right * (n_right + 1) / 2) / (n_right * (len(right) - n_right))
+
+
+@dataclass(frozen=True, eq=False)
+class Probes:
+    """A probe of true and false for every head.
+
+    Attributes:
+        scores: accuracy on the validation statements (kind "probe accuracy"), less a millionth of (1 - AUC), so that heads of
+            equal accuracy are ranked by AUC. `.meta["majority"]` is the accuracy of always saying the more frequent label.
+        balanced: mean of the accuracies on right and on wrong validation statements; 0.5 is chance whatever their numbers.
+        auc: share of (right, wrong) pairs of validation statements that the probe orders rightly, ties half.
+        directions: kind -> `[n_layers, n_heads, d_head]` float32, of norm 1, from wrong to right (zero where a head has none).
+        sigmas: kind -> `[n_layers, n_heads]` float32, standard deviation of all statements' projections, in units of z.
+        meta: provenance.
+    """
+
+    scores: HeadScores
+    balanced: HeadScores
+    auc: HeadScores
+    directions: Mapping[str, Tensor]
+    sigmas: Mapping[str, Tensor]
+    meta: AdapterMeta
+
+    def direction(self, kind: Direction = "mass_mean") -> Float[Tensor, "n_layers n_heads d_head"]:
+        """Every head's direction of one kind.
+
+        Raises:
+            InputError: unknown kind.
+        """
+        return self.directions[_known(kind)]
+
+    def sigma(self, kind: Direction = "mass_mean") -> Float[Tensor, "n_layers n_heads"]:
+        """Standard deviation along every head's direction of one kind, in units of z.
+
+        Raises:
+            InputError: unknown kind.
+        """
+        return self.sigmas[_known(kind)]
+
+    def iti(
+        self,
+        heads: int | HeadSet | Iterable[Any],
+        *,
+        alpha: float = ALPHA,
+        direction: Direction = "mass_mean",
+        positions: str | Positions = "answer",
+    ) -> ITI:
+        """The shift of chosen heads by alpha sigmas along their directions.
+
+        Args:
+            heads: the heads, or a number K: those with the most accurate probes (48 in the paper).
+            alpha: strength.
+            direction: `"mass_mean"` (the paper's best), `"probe"` or `"random"`.
+            positions: where it acts; see `models.Positions`.
+
+        Raises:
+            InputError: K or a head outside the model, no head, unknown direction or positions, or an alpha that is not finite.
+        """
+        given = heads if isinstance(heads, HeadSet) else None if isinstance(heads, int) else HeadSet(heads)
+        chosen = self.scores.top(heads) if given is None else given  # pyright: ignore[reportArgumentType]
+        chosen.check(self.scores.shape)
+        unit_vectors, sigma = self.direction(direction), self.sigma(direction)
+        rows = [h.layer for h in chosen], [h.head for h in chosen]
+        meta = replace(self.meta, config={**self.meta.config, "direction": direction})
+        return ITI(
+            (*self.scores.shape, unit_vectors.shape[2]), chosen, directions=unit_vectors[rows], sigma=sigma[rows],
+            alpha=alpha, positions=positions, meta=meta,
+        )  # fmt: skip
+
+    def __repr__(self) -> str:
+        best, meta = self.scores.top(1), self.scores.meta
+        return (
+            f"Probes({self.scores.model}, {self.scores.task}: {self.scores.shape[0]}x{self.scores.shape[1]} heads, best {best} "
+            f"{self.scores[best[0]]:.3f} of {meta['n_validation']} statements, majority {meta['majority']:.3f})"
+        )
+
+
+def fit_probes(
+    model: Any,
+    task: Task,
+    *,
+    seed: int = 42,
+    n_train: int | None = None,
+    max_iter: int = 1000,
+    n_jobs: int | None = None,
+    token_budget: int = TOKEN_BUDGET,
+    memory_limit: int = MEMORY_LIMIT,
+    progress: bool = True,
+) -> Probes:
+    """Probe every head on a task's true and false statements.
+
+    Fitted on the statements of the drawn training rows, validated on those of the validation rows (ITI: four fifths and one
+    fifth of the development questions). Where a task has no validation statements, one training row in five is held out, drawn
+    by the seed. Interventions that are attached meanwhile act.
+
+    Args:
+        model: any HookedTransformer or TransformerBridge; left as it was.
+        task: with training rows; see `tasks.statements`.
+        seed: of the draw of rows and wrong answers, the held-out rows, the probes and the random directions.
+        n_train: training rows drawn; None = the task's own number.
+        max_iter: limit of the solver's steps; `scores.meta["unconverged"]` counts the probes that reach it.
+        n_jobs: processes; None = one for small work, up to 8 for large. The result is the same.
+        token_budget: padded tokens of one forward pass.
+        memory_limit: bytes of activations in memory; more lie in a temporary file.
+        progress: show bars.
+
+    Raises:
+        InputError: no training rows, `n_train` outside them, or a number below 1.
+        DataError: too few rows to hold one out, statements of one label only, or longer than the context.
+        ModelError: heads that cannot be reached, or activations that are NaN or infinite.
+    """
+    for name, value in (("max_iter", max_iter), ("n_jobs", 1 if n_jobs is None else n_jobs)):
+        if value < 1:
+            raise InputError(f"{name} is {value}; give 1 or more")
+    listed, right, fitting, held_out = labelled(task, n_train, seed)
+    info, n_fitting = model_info(model), int(fitting.sum())
+    with record(
+        model, statement_ids(model, listed), what="z", token_budget=token_budget, memory_limit=memory_limit,
+        progress=progress, label="record z",
+    ) as z:  # fmt: skip
+        n_heads, d_head = z.layer(0).shape[1:]
+        drawn = random_directions((info.n_layers, n_heads, d_head), seed=seed)
+        work = ((z.layer(n), right, fitting, drawn[n], seed, max_iter) for n in z.layers)
+        size = n_fitting * info.n_layers * n_heads * d_head
+        found = list(tqdm(
+            _each(work, _jobs(n_jobs, size, info.n_layers)), total=info.n_layers, desc="fit probes", disable=not progress,
+            unit="layer",
+        ))  # fmt: skip
+    n_rows = len({s.row for s in listed[:n_fitting]})
+    meta = AdapterMeta(
+        info, task.name, task.data_hash, seed,
+        {"n_fitting": n_fitting, "n_validation": len(listed) - n_fitting, "held_out": held_out, "max_iter": max_iter},
+        {**io.environment(), "scikit-learn": importlib.metadata.version("scikit-learn")}, n_train=n_rows,
+    )  # fmt: skip
+    record_of = {
+        "step": "head selection", "model": info.to_dict(), "task": task.name, "data_hash": task.data_hash, "n_train": n_rows,
+        "seed": seed, "config": {"max_iter": max_iter}, "n_fitting": n_fitting, "n_validation": len(listed) - n_fitting,
+        "held_out": held_out, "majority": float(max(right[~fitting].mean(), 1 - right[~fitting].mean())),
+        "unconverged": sum(f.unconverged for f in found), "versions": meta.versions,
+    }  # fmt: skip
+
+    def scores(kind: str, values: Sequence[np.ndarray]) -> HeadScores:
+        return HeadScores(np.stack(values), kind, info.name, task.name, record_of)
+
+    def stacked(values: Sequence[np.ndarray]) -> Tensor:
+        return torch.tensor(np.stack(values), dtype=torch.float32, device=device_of(model))
+
+    return Probes(
+        scores("probe accuracy", [f.score for f in found]),
+        scores("probe balanced accuracy", [f.balanced for f in found]), scores("probe AUC", [f.auc for f in found]),
+        {kind: stacked([f.directions[i] for f in found]) for i, kind in enumerate(DIRECTIONS)},
+        {kind: stacked([f.sigma[i] for f in found]) for i, kind in enumerate(DIRECTIONS)}, meta,
+    )  # fmt: skip
+
+
+def probe_heads(
+    model: Any,
+    task: Task,
+    *,
+    seed: int = 42,
+    n_train: int | None = None,
+    max_iter: int = 1000,
+    n_jobs: int | None = None,
+    progress: bool = True,
+) -> HeadScores:
+    """Validation accuracy of every head's probe; arguments and errors as in `fit_probes`, which gives the directions too.
+
+    Returns:
+        Scores `[n_layers, n_heads]`; `.top(k)` gives the heads, those of equal accuracy by AUC (see `Probes.scores`).
+    """
+    return fit_probes(
+        model, task, seed=seed, n_train=n_train, max_iter=max_iter, n_jobs=n_jobs, progress=progress
+    ).scores
+
+
+def _known(kind: str) -> str:
+    if kind not in DIRECTIONS:
+        raise unknown("direction", kind, DIRECTIONS)
+    return kind
+
+
+def labelled(
+    task: Task, n_train: int | None, seed: int
+) -> tuple[tuple[Statement, ...], Bool[np.ndarray, " n"], Bool[np.ndarray, " n"], int]:
+    """A task's statements, their labels, which of them are fitted on (these come first), and the number of held-out rows.
+
+    See `fit_probes`.
+
+    Raises:
+        InputError: no training rows, or `n_train` outside them.
+        DataError: too few rows to hold one out, or statements of one label only.
+    """
+    fit, val, held_out = _split(task, n_train, seed)
+    right = np.array([s.right for s in (*fit, *val)])
+    fitting = np.arange(len(right)) < len(fit)
+    for what, labels in (("training", right[fitting]), ("validation", right[~fitting])):
+        if labels.all() or not labels.any():
+            raise DataError(f"{task.name}: all {len(labels)} {what} statements are {'right' if labels[0] else 'wrong'}")
+    return (*fit, *val), right, fitting, held_out
+
+
+def _split(task: Task, n_train: int | None, seed: int) -> tuple[tuple[Statement, ...], tuple[Statement, ...], int]:
+    """Statements to fit on, statements to validate on, and the number of training rows that were held out for these."""
+    train = statements(task, "train", n=n_train, seed=seed)
+    if task.training.get("val"):
+        try:
+            return train, statements(task, "val", seed=seed), 0
+        except DataError as e:
+            log.warning("validating on held-out training rows: %s", e)
+    rows = list(dict.fromkeys(s.row for s in train))
+    if len(rows) < 2:
+        raise DataError(f"{task.name} gives one training row and no validation rows; give two rows or more")
+    out = set(random.Random(seed).sample(rows, max(1, len(rows) // HELD_OUT)))
+    kept = tuple(s for s in train if s.row not in out)
+    return kept, tuple(s for s in train if s.row in out), len(out)
+
+
+def _jobs(n_jobs: int | None, size: int, n_layers: int) -> int:
+    """Processes to use: as asked, or one for small work; never more than there are layers."""
+    if n_jobs is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        n_jobs = 1 if size < SERIAL else min(cores, MOST_JOBS)
+    return min(n_jobs, n_layers)
+
+
+def _each(work: Iterable[tuple[Any, ...]], n_jobs: int) -> Iterator[LayerProbes]:
+    """`fit_layer` of each layer, in order."""
+    if n_jobs == 1:
+        return (fit_layer(*job[:4], seed=job[4], max_iter=job[5]) for job in work)
+    parallel: Any = Parallel(n_jobs=n_jobs, return_as="generator")
+    return parallel(delayed(fit_layer)(*job[:4], seed=job[4], max_iter=job[5]) for job in work)

@@ -1,0 +1,228 @@
+"""RepE's reading vectors (arXiv 2310.01405, section 3.1): where in the residual stream right and wrong part, layer by layer.
+
+1. Run pairs of statements, one right and one wrong; take `hook_resid_post` at the last token.
+2. Take the difference within each pair; turn half of the differences around, drawn by seed; re-centre them.
+3. The first principal component is the direction. Its sign comes from the labels: right statements project higher than wrong
+   ones in most pairs.
+
+Or, the paper's other choice, the difference of means. `ReadingVectors.repe` steers with what was found.
+"""
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32
+from sklearn.decomposition import PCA
+from torch import Tensor
+
+from lofit_lens import io
+from lofit_lens.errors import DataError, InputError, unknown
+from lofit_lens.interventions.base import AdapterMeta
+from lofit_lens.interventions.repe import RepE
+from lofit_lens.models import ALL, Positions, device_of, model_info, tokenizer_of
+from lofit_lens.probing.record import record, statement_ids
+from lofit_lens.tasks.base import Task
+from lofit_lens.tasks.collate import encode
+from lofit_lens.tasks.statements import Statement, pairs, statements
+
+Method = Literal["pca", "mean_difference"]
+METHODS = ("pca", "mean_difference")
+Ids = Sequence[int]
+
+log = logging.getLogger(__name__)
+
+
+def reading_vector(
+    differences: Float[np.ndarray, "n_pairs d_model"], method: Method = "pca", *, seed: int = 42
+) -> Float[np.ndarray, " d_model"]:
+    """Unit direction from differences right - wrong, one a pair, of one layer.
+
+    `"pca"`: if all differences pointed from wrong to right, re-centring would remove the very direction that is sought. So
+    half of them (rounded down, drawn by `seed`) are turned around first, as the public code does by shuffling within pairs.
+    Its sign is that of most pairs' projections (on a tie, of their sum).
+
+    `"mean_difference"`: the mean, whose sign is the labels' by itself.
+
+    Raises:
+        InputError: unknown method.
+        DataError: no pair (for `"pca"`: fewer than two), or differences that are zero or cancel out.
+    """
+    if method not in METHODS:
+        raise unknown("method", method, METHODS)
+    values, n = differences.astype(np.float64), len(differences)
+    if n < (2 if method == "pca" else 1):
+        raise DataError(f"{n} pairs; {method} needs {'two' if method == 'pca' else 'one'} or more")
+    if method == "mean_difference":
+        mean = values.mean(axis=0)
+        return mean / _size(mean, values)
+    signs = np.ones(n)
+    signs[np.random.default_rng(seed).permutation(n)[: n // 2]] = -1
+    turned = values * signs[:, None]
+    _size(turned - turned.mean(axis=0), values)
+    # The full decomposition: exact and the same every time, where scikit-learn's own choice for wide data draws numbers.
+    found = np.asarray(PCA(n_components=1, svd_solver="full").fit(turned).components_)[0]
+    along = values @ found
+    return found * (np.sign(np.sign(along).sum()) or np.sign(along.sum()) or 1.0)
+
+
+def _size(found: np.ndarray, values: np.ndarray) -> float:
+    """Norm of what was found in `values`; all but zero is refused."""
+    size = float(np.linalg.norm(found))
+    if not size > 1e-6 * np.abs(values).max():
+        raise DataError(
+            "right and wrong statements differ nowhere, or their differences cancel out; do they end in tokens that tell them "
+            "apart, and are there enough of them?"
+        )
+    return size
+
+
+@dataclass(frozen=True, eq=False)
+class ReadingVectors:
+    """A direction a layer that tells right from wrong.
+
+    Attributes:
+        layers: ascending.
+        directions: `[n_layers, d_model]`, unit, from wrong to right, in the order of `layers`.
+        accuracy: `[n_layers]`, share of pairs whose right statement projects higher than the wrong one; of validation pairs, or
+            where there are none of the training pairs (`meta.config["accuracy_on"]`).
+        sigma: `[n_layers]`, standard deviation of the training statements' projections, in units of h.
+        meta: provenance.
+    """
+
+    layers: tuple[int, ...]
+    directions: Float32[Tensor, "n_layers d_model"]
+    accuracy: Float32[Tensor, " n_layers"]
+    sigma: Float32[Tensor, " n_layers"]
+    meta: AdapterMeta
+
+    def top_layers(self, k: int) -> tuple[int, ...]:
+        """The `k` layers of highest accuracy, best first; equal ones in order of depth.
+
+        Raises:
+            InputError: `k` below 1 or above the number of layers.
+        """
+        if not 1 <= k <= len(self.layers):
+            raise InputError(f"{k} layers asked for; there are vectors of {len(self.layers)}")
+        order = torch.argsort(self.accuracy, descending=True, stable=True).tolist()
+        return tuple(self.layers[i] for i in order[:k])
+
+    def repe(
+        self,
+        layers: Iterable[int],
+        *,
+        coefficient: float,
+        positions: str | Positions = ALL,
+        relative: bool = False,
+    ) -> RepE:
+        """The control that adds these directions at chosen layers; with `relative`, in units of each layer's sigma.
+
+        Raises:
+            InputError: a layer without a vector, no layer, or what `RepE` refuses.
+        """
+        chosen = tuple(layers)
+        for layer in chosen:
+            if layer not in self.layers:
+                raise InputError(f"no vector of layer {layer}; there are those of {', '.join(map(str, self.layers))}")
+        rows = [self.layers.index(layer) for layer in chosen]
+        assert self.meta.model is not None
+        return RepE(
+            self.directions[rows], chosen, n_layers=self.meta.model.n_layers, coefficient=coefficient,
+            scale=self.sigma[rows], relative=relative, positions=positions, meta=self.meta,
+        )  # fmt: skip
+
+    def __repr__(self) -> str:
+        best = self.top_layers(1)[0]
+        at = self.layers.index(best)
+        of = f"{self.meta.config['pairs']} pairs{f' of {self.meta.task}' if self.meta.task else ''}"
+        shown = f"best layer {best} ({self.accuracy[at]:.3f} of {self.meta.config['accuracy_on']} pairs)"
+        return f"ReadingVectors({self.meta.config['reading']}, {of}, {len(self.layers)} layers, {shown})"
+
+
+def reading_vectors(
+    model: Any,
+    source: Task | Sequence[tuple[str, str]],
+    *,
+    method: Method = "pca",
+    layers: Iterable[int] | None = None,
+    seed: int = 42,
+    n_train: int | None = None,
+    progress: bool = True,
+) -> ReadingVectors:
+    """Reading vectors of a task's right and wrong statements, or of pairs of texts.
+
+    Args:
+        model: any HookedTransformer or TransformerBridge; what is attached acts.
+        source: a task (the first right and the first wrong statement of each drawn row, see `tasks.statements`; accuracy on those
+            of its validation split), or (right text, wrong text) pairs (accuracy on the same pairs).
+        method: `"pca"` or `"mean_difference"`; see `reading_vector`.
+        layers: which; None = all.
+        seed: of the draw of rows and wrong answers, and of the differences that are turned around.
+        n_train: rows drawn, for a task; None = its own number.
+        progress: show a bar.
+
+    Raises:
+        InputError: unknown method, a layer outside the model, `n_train` with pairs of texts, or no training rows.
+        DataError: too few pairs, a text longer than the context, or statements that do not differ at some layer.
+        ModelError: no residual stream to be read.
+    """
+    if method not in METHODS:
+        raise unknown("method", method, METHODS)
+    if isinstance(source, Task):
+        train, val = _task_pairs(model, source, n_train, seed)
+        name, data_hash = source.name, source.data_hash
+    else:
+        if n_train is not None:
+            raise InputError("n_train draws rows of a task; of pairs of texts, give those that you want")
+        tokenizer = tokenizer_of(model)
+        train, val = [(encode(tokenizer, right), encode(tokenizer, wrong)) for right, wrong in source], []
+        name, data_hash = "", io.digest([list(pair) for pair in source])
+    if len(train) < 2:
+        raise DataError(f"{name or 'the list'} gives {len(train)} pairs of a right and a wrong text; give two or more")
+    meta = AdapterMeta(
+        model_info(model), name, data_hash, seed,
+        {"reading": method, "pairs": len(train), "accuracy_on": "validation" if val else "training"},
+        io.environment(), n_train=len(train),
+    )  # fmt: skip
+    sequences = [ids for listed in (train, val) for side in (0, 1) for ids in (pair[side] for pair in listed)]
+    directions, accuracy, sigma = [], [], []
+    with record(model, sequences, what="resid", layers=layers, progress=progress, label="read") as found:
+        for layer in found.layers:
+            values = np.asarray(found.layer(layer), dtype=np.float64)
+            right, wrong, right_val, wrong_val = np.split(values, np.cumsum([len(train), len(train), len(val)]))
+            try:
+                direction = reading_vector(right - wrong, method, seed=seed)
+            except DataError as e:
+                raise DataError(f"layer {layer}: {e}") from e
+            tested = (right_val - wrong_val) if val else (right - wrong)
+            directions.append(direction)
+            accuracy.append(np.mean(tested @ direction > 0))
+            sigma.append(np.std(values[: 2 * len(train)] @ direction))
+        listed = found.layers
+    to_tensor = lambda listed: torch.tensor(np.array(listed), dtype=torch.float32)  # noqa: E731
+    return ReadingVectors(
+        listed, to_tensor(directions).to(device_of(model)), to_tensor(accuracy), to_tensor(sigma), meta
+    )
+
+
+def _task_pairs(
+    model: Any, task: Task, n_train: int | None, seed: int
+) -> tuple[list[tuple[Ids, Ids]], list[tuple[Ids, Ids]]]:
+    """Ids of right and wrong statements, of the training split and of the validation split."""
+    listed = statements(task, "train", n=n_train, seed=seed)
+    tested: tuple[Statement, ...] = ()
+    if task.training.get("val"):
+        try:
+            tested = statements(task, "val", seed=seed)
+        except DataError as e:
+            log.warning("no validation pairs, accuracy is that on the training pairs: %s", e)
+    return _ids(model, listed), _ids(model, tested)
+
+
+def _ids(model: Any, listed: Sequence[Statement]) -> list[tuple[Ids, Ids]]:
+    found = pairs(listed)
+    right, wrong = (statement_ids(model, [pair[side] for pair in found]) for side in (0, 1))
+    return list(zip(right, wrong, strict=True))

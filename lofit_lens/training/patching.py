@@ -1,0 +1,206 @@
+"""Activation patching, one head at a time: what an outcome becomes when a head's z is put in from somewhere else.
+
+    effect[layer, head, row] = outcome[row] with z[layer, head] patched - outcome[row] as it is
+
+`patch_effects` is the loop; what is measured and what is put in are functions that it is given. `AnswerLogProbs` measures
+answers behind prompts and `few_shot_prompts` makes the prompts of donors, as in Todd et al. 2024 (arXiv 2310.15213, 2.3).
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lofit_lens.errors import DataError, InputError
+from lofit_lens.heads import Head
+from lofit_lens.models import (
+    Borders,
+    KVState,
+    context_length,
+    device_of,
+    gaps_are_exact,
+    head_size,
+    hook_z,
+    hooked,
+    model_info,
+    peek,
+    remember,
+    tokenizer_of,
+)
+from lofit_lens.tasks.base import SFTExample, TrainingExample
+from lofit_lens.tasks.collate import Encoded, encode, encode_continuations, pad, pad_id
+from lofit_lens.training.losses import NO_LABEL, token_log_probs
+
+AT_ONCE = 256  # positions whose log-probs are taken together: in float32 over the whole vocabulary they are large
+Hook = Callable[..., Tensor]  # z of one layer, and `hook` -> z with one head's changed; must not change its input
+
+
+@torch.no_grad()
+def patch_effects(
+    model: Any,
+    measure: Callable[[], Float[Tensor, " rows"]],
+    *,
+    patch: Callable[[Head], Hook],
+    progress: bool = True,
+    label: str = "patch heads",
+) -> Float64[Tensor, "n_layers n_heads rows"]:
+    """Change of every row's outcome by patching each head alone; nothing stays attached.
+
+    Args:
+        model: what `measure` runs.
+        measure: run the model and give one outcome a row, in any unit; called once plain and once for each head.
+        patch: the forward hook that changes a head's z at its layer's hook_z; asked layer by layer, heads in order.
+        progress: show a bar over heads.
+        label: text of the bar.
+
+    Returns:
+        Outcome patched minus outcome as it is, in the outcome's unit, float64 on the CPU.
+
+    Raises:
+        ModelError: heads that cannot be reached.
+    """
+    head_size(model)
+    info = model_info(model)
+    heads = [Head(layer, head) for layer in range(info.n_layers) for head in range(info.n_heads)]
+    base = measure().double().cpu()
+    effects = torch.zeros(info.n_layers, info.n_heads, len(base), dtype=torch.float64)
+    for head in tqdm(heads, desc=label, disable=not progress, unit="head"):
+        with hooked(hook_z(model, head.layer), patch(head)):
+            effects[head] = measure().double().cpu() - base
+    return effects
+
+
+def replace_head(head: int, donor: Float[Tensor, "..."], *, at: int | None = None) -> Hook:
+    """A hook that puts `donor` in the place of one head's z.
+
+    Args:
+        head: index within the layer.
+        donor: `[d_head]`, or `[batch, d_head]`, at a position; `[batch, pos, d_head]` at all.
+        at: the one position that is patched; None = every position.
+    """
+
+    def patch(z: Float[Tensor, "batch pos n_heads d_head"], hook: Any) -> Float[Tensor, "batch pos n_heads d_head"]:
+        z = z.clone()
+        z[:, slice(None) if at is None else at, head] = donor.to(z)
+        return z
+
+    return patch
+
+
+class AnswerLogProbs:
+    """Summed log-prob (nats) of one answer a row; only the prompt's last token and the answer run at each call.
+
+    What is attached when it is called acts on those tokens alone: keys and values of the tokens before are taken once, when
+    it is made. The prompt's last token is at position 0 of each pass.
+
+    Args:
+        model: any HookedTransformer or TransformerBridge.
+        rows: prompts with their answers, BOS included.
+
+    Raises:
+        DataError: a row longer than the context, or a prompt of one token.
+        ModelError: this model's cached keys give wrong logits.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Any, rows: Sequence[Encoded]) -> None:
+        limit, name = context_length(model), model_info(model).name
+        for i, row in enumerate(rows):
+            if row.start < 2:
+                raise DataError(f"row {i} has a prompt of one token; patching at its end needs a token before it")
+            if len(row.ids) > limit:
+                raise DataError(
+                    f"row {i} has {len(row.ids)} tokens; the context of {name} is {limit}: shorten or drop it"
+                )
+        gaps_are_exact(model)  # raises where cached keys are wrong; there is no gap here, so its answer does not matter
+        fill, device = pad_id(tokenizer_of(model)), device_of(model)
+        starts = torch.tensor([row.start for row in rows])
+        self.model, self.borders = model, Borders(starts, torch.tensor([len(row.ids) for row in rows]))
+        before = pad([row.ids[: row.start - 1] for row in rows], side="left", pad_id=fill, device=device)
+        self.state: KVState = remember(model, None, *before, self.borders)[1]
+        self.tokens, self.mask = pad([r.ids[r.start - 1 : -1] for r in rows], side="right", pad_id=fill, device=device)
+        self.targets, _ = pad([r.ids[r.start :] for r in rows], side="right", pad_id=NO_LABEL, device=device)
+
+    def __call__(self) -> Float[Tensor, " rows"]:
+        """Log-probs of all answers, in order."""
+        every = torch.arange(len(self.tokens), device=self.tokens.device)
+        logits = peek(self.model, self.state, every, self.tokens, self.mask, self.borders)
+        parts = zip(logits.flatten(0, 1).split(AT_ONCE), self.targets.flatten().split(AT_ONCE), strict=True)
+        return torch.cat([token_log_probs(*part) for part in parts]).view(self.targets.shape).sum(dim=1)
+
+
+def answer_rows(tokenizer: Any, example: TrainingExample) -> tuple[Encoded, ...]:
+    """The right answer behind its prompt, for pairs the rejected one too; no end token behind them."""
+    answers = [example.answer] if isinstance(example, SFTExample) else [example.chosen, example.rejected]
+    return encode_continuations(tokenizer, example.prompt, answers)
+
+
+def few_shot_prompts(
+    model: Any, examples: Sequence[TrainingExample], *, n_prompts: int, n_shots: int, separator: str, seed: int
+) -> tuple[list[TrainingExample], list[list[int]], list[int]]:
+    """Draw examples to measure, and the prompts of others behind solved ones.
+
+    The examples are shuffled and halved. The first half gives the measured ones; the second gives the donor prompts and the
+    solved examples before them, so that no measured example stands in a donor prompt. A donor prompt holds no example twice.
+
+    Args:
+        model: whose tokenizer and context count.
+        examples: to draw from.
+        n_prompts: of either kind; fewer where half of the examples is less.
+        n_shots: solved examples before a donor prompt; fewer where there are not so many others or the context is too short.
+        separator: text behind each solved example.
+        seed: of the draw.
+
+    Returns:
+        The measured examples; token ids of each donor prompt, BOS included; the number of solved examples in each.
+
+    Raises:
+        InputError: `n_prompts` or `n_shots` below 1.
+        DataError: fewer than three examples, or a donor prompt that does not fit the context behind any one solved example.
+    """
+    for name, n in (("n_prompts", n_prompts), ("n_shots", n_shots)):
+        if n < 1:
+            raise InputError(f"{name} is {n}; it must be 1 or above")
+    if len(examples) < 3:
+        raise DataError(
+            f"{len(examples)} training examples are too few for patching: one is measured, one gives the prompt and one "
+            "stands solved before it; give 3 or more"
+        )
+    draw, tokenizer, limit = random.Random(seed), tokenizer_of(model), context_length(model)
+    order = draw.sample(range(len(examples)), len(examples))
+    half = len(order) // 2
+    measured, pool = order[:half][:n_prompts], order[half:]
+    donors, counts = [], []
+    for query in pool[:n_prompts]:
+        others = [i for i in pool if i != query]
+        shots = draw.sample(others, min(n_shots, len(others)))
+        fitting = (s for s in _fewer(shots) if len(_behind(tokenizer, examples, s, query, separator)) <= limit)
+        kept = next(fitting, None)
+        if kept is None:
+            raise DataError(
+                f"the prompt {examples[query].prompt[-60:]!r} behind one solved example is longer than the context of "
+                f"{model_info(model).name} ({limit} tokens); patching needs shorter examples, or choose another selector"
+            )
+        donors.append(_behind(tokenizer, examples, kept, query, separator))
+        counts.append(len(kept))
+    return [examples[i] for i in measured], donors, counts
+
+
+def _fewer(shots: Sequence[int]) -> list[Sequence[int]]:
+    """All shots, then one less each time, down to each single one."""
+    return [shots[:n] for n in range(len(shots), 1, -1)] + [[s] for s in shots]
+
+
+def _behind(
+    tokenizer: Any, examples: Sequence[TrainingExample], shots: Sequence[int], query: int, separator: str
+) -> list[int]:
+    solved = "".join(examples[i].prompt + _right(examples[i]) + separator for i in shots)
+    return encode(tokenizer, solved + examples[query].prompt)
+
+
+def _right(example: TrainingExample) -> str:
+    return example.answer if isinstance(example, SFTExample) else example.chosen

@@ -1,0 +1,252 @@
+"""Ways to choose heads beside the A-norm of step 1 (arXiv 2406.01563, Table 2): each scores every head of a model.
+
+| name | a head's score |
+|---|---|
+| A-norm | L2 norm of its learned scaling A (`select_heads`) |
+| bias norm | L2 norm of its learned offset v, trained on every head at once |
+| probe accuracy | validation accuracy of a probe of true and false on its z (ITI) |
+| probing layers | place of its layer by the accuracy of one probe on all the layer's z, then its own probe accuracy |
+| gradient attribution | mean over examples of abs(sum over positions of z . dLoss/dz) |
+| activation patching | mean gain of the right answer's log-prob with its z from few-shot prompts |
+| random | place in a random order |
+
+All have the signature of `Selector`, so that `SELECTORS[name](model, task, seed=0).top(k)` can go to `tune_offsets`.
+"""
+
+import contextlib
+import random
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lofit_lens import io
+from lofit_lens.errors import InputError
+from lofit_lens.heads import HeadScores
+from lofit_lens.models import device_of, frozen, head_size, hook_z, hooked, model_info, tokenizer_of
+from lofit_lens.probing import probe_heads, probe_layers, record
+from lofit_lens.tasks.base import Task
+from lofit_lens.tasks.collate import encode_training
+from lofit_lens.training.config import TrainConfig
+from lofit_lens.training.lofit import learned_scores, select_heads, tune_offsets
+from lofit_lens.training.objective import task_loss
+from lofit_lens.training.patching import AnswerLogProbs, answer_rows, few_shot_prompts, patch_effects, replace_head
+
+
+class Selector(Protocol):
+    """Scores every head of a model for a task; larger = chosen earlier. The model is left as it was."""
+
+    def __call__(
+        self, model: Any, task: Task, *, seed: int = 42, n_train: int | None = None, progress: bool = True
+    ) -> HeadScores:
+        """Scores `[n_layers, n_heads]`; `n_train` examples are drawn by `seed` (None = the task's own number)."""
+        ...
+
+
+def random_scores(
+    model: Any, task: Task, *, seed: int = 42, n_train: int | None = None, progress: bool = True
+) -> HeadScores:
+    """Heads in a random order, so that `.top(k)` is an even draw of k heads without replacement.
+
+    Scores are n, n - 1, ..., 1 in the order that `random.Random(seed)` shuffles the n heads into: the same on every machine and
+    for every task. (`HeadSet.random` draws in its own way.) No example is looked at and there is nothing to wait for:
+    `n_train` and `progress` are there because every selector has them.
+    """
+    info = model_info(model)
+    order = list(range(info.n_layers * info.n_heads))
+    random.Random(seed).shuffle(order)
+    values = torch.zeros(len(order), dtype=torch.float64)
+    values[order] = torch.arange(len(order), 0, -1, dtype=torch.float64)
+    return _scored(values.view(info.n_layers, info.n_heads), "random", model, task, seed=seed, n_train=0, config={})
+
+
+def bias_scores(
+    model: Any, task: Task, *, seed: int = 42, config: TrainConfig | None = None, n_train: int | None = None,
+    checkpoint: str | Path | None = None, progress: bool = True,
+) -> HeadScores:  # fmt: skip
+    """L2 norm of the offset v that each head learns when v is trained on every head at once.
+
+    Arguments and errors as in `tune_offsets`; `config=None` takes step 2's preset.
+    """
+    lofit = tune_offsets(
+        model, task, None, seed=seed, config=config, n_train=n_train, checkpoint=checkpoint, progress=progress
+    )
+    return learned_scores(lofit, "v", kind="bias norm")
+
+
+def probe_scores(
+    model: Any, task: Task, *, seed: int = 42, n_train: int | None = None, progress: bool = True
+) -> HeadScores:
+    """Validation accuracy of each head's probe of true and false statements; see `probing.probe_heads`."""
+    return probe_heads(model, task, seed=seed, n_train=n_train, progress=progress)
+
+
+def probing_layers(
+    model: Any, task: Task, *, seed: int = 42, n_train: int | None = None, progress: bool = True
+) -> HeadScores:
+    """All heads of the best-probed layer first, then the next; see `probing.probe_layers`."""
+    return probe_layers(model, task, seed=seed, n_train=n_train, progress=progress)
+
+
+# --------------------------------------------------------------------------------------------------- attribution
+
+
+def attribution_scores(
+    model: Any, task: Task, *, seed: int = 42, n_train: int | None = None, batch_size: int = 8, beta: float = 0.5,
+    progress: bool = True,
+) -> HeadScores:  # fmt: skip
+    """How much each head's output moves the task's loss, to first order (Michel et al. 2019, arXiv 1905.10650, section 4.1).
+
+        I_h = mean over examples x of | dL(x) / da_h |,     z_h -> (1 + a_h) z_h at every position, a_h = 0
+            = mean over examples x of | sum over positions and d_head of z_h * dL(x)/dz_h |
+
+    The absolute value stands outside the sum over positions (and, for a pair, over its two sequences) and inside the mean over
+    examples. L(x) in nats: an example's summed -log p over its label tokens (SFT), or its DPO loss against the model itself.
+    One forward and one backward pass a batch; scores do not depend on `batch_size` beyond rounding. Michel et al. also
+    divide by the L2 norm over each layer's heads; that is not done here, so that heads of different layers compare.
+
+    Args:
+        model: any HookedTransformer or TransformerBridge; left as it was.
+        task: whose loss.
+        seed: of the draw of examples.
+        n_train: training examples drawn; None = the task's own number.
+        batch_size: examples at a time (a DPO pair is one example).
+        beta: DPO's inverse temperature; a common factor of all scores.
+        progress: show a bar over examples.
+
+    Raises:
+        InputError: a batch size below 1, a beta that is not above 0, or gradients that are not finite (names the head).
+        DataError: a training row longer than the model's context.
+        ModelError: heads that cannot be reached.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; it must be 1 or above")
+    if not 0 < beta < float("inf"):
+        raise InputError(f"beta is {beta}; it must be above 0 and finite")
+    examples = task.training_examples("train", n=n_train, seed=seed)
+    head_size(model)
+    info = model_info(model)
+    forms = [encode_training(tokenizer_of(model), e) for e in examples]
+    # What the batch's loss is a mean over: label tokens (SFT), pairs (DPO).
+    weights = [f[0].n_labels if len(f) == 1 else 1 for f in forms]
+    total = torch.zeros(info.n_layers, info.n_heads, dtype=torch.float64)
+    with frozen(model), tqdm(total=len(examples), desc="attribute", disable=not progress, unit="example") as bar:
+        loss_of = task_loss(model, examples, beta=beta, batch_size=batch_size)
+        for first in range(0, len(examples), batch_size):
+            rows = range(first, min(first + batch_size, len(examples)))
+            with _gates(model, len(rows) * len(forms[0])) as gates, torch.enable_grad():
+                (slopes,) = torch.autograd.grad(loss_of(rows), gates)
+            scale = sum(weights[r] for r in rows)
+            per_example = slopes.double().cpu().unflatten(1, (len(forms[0]), len(rows))).sum(dim=1) * scale
+            total += per_example.abs().sum(dim=1)
+            bar.update(len(rows))
+    return _scored(
+        total / len(examples), "gradient attribution", model, task, seed=seed, n_train=len(examples),
+        config={"batch_size": batch_size, "beta": beta if len(forms[0]) == 2 else None},
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _gates(model: Any, batch: int) -> Any:
+    """Scale every head by 1 + a of each sequence; yields a = 0, `[n_layers, batch, n_heads]`, which has gradients."""
+    info = model_info(model)
+    gates = torch.zeros(info.n_layers, batch, info.n_heads, device=device_of(model), requires_grad=True)
+
+    def gated(layer: int) -> Any:
+        def scale(z: Float[Tensor, "batch pos n_heads d_head"], hook: Any) -> Tensor:
+            return (z * (1 + gates[layer].to(z.device)[:, None, :, None])).to(z.dtype)
+
+        return scale
+
+    with contextlib.ExitStack() as stack:
+        for layer in range(info.n_layers):
+            stack.enter_context(hooked(hook_z(model, layer), gated(layer)))
+        yield gates
+
+
+# ------------------------------------------------------------------------------------------------------ patching
+
+
+def patching_scores(
+    model: Any, task: Task, *, seed: int = 42, n_train: int | None = None, n_prompts: int = 32, n_shots: int = 10,
+    separator: str = "\n\n", batch_size: int = 32, progress: bool = True,
+) -> HeadScores:  # fmt: skip
+    """How much the right answer gains when a head's z comes from few-shot prompts (after Todd et al. 2024, arXiv 2310.15213).
+
+    Donor: each head's z at the last prompt token, averaged over prompts that stand behind solved training examples. It is put in
+    at the last prompt token of zero-shot prompts, one head at a time. Score: mean over these prompts of the change of the right
+    answer's summed log-prob, in nats; for pairs, of log p(chosen) - log p(rejected).
+
+    Todd et al. (section 2.3, causal mediation) differ: they patch into few-shot prompts with shuffled labels, not zero-shot ones;
+    measure the probability of the answer's first token, not the log-prob of all of it; and average over tasks.
+
+    Args:
+        model: any HookedTransformer or TransformerBridge; left as it was.
+        task: its training form gives prompts and right answers.
+        seed: of the draw of examples and prompts.
+        n_train: training examples to draw from; None = the task's own number.
+        n_prompts: measured prompts, and donor prompts; no measured example stands in a donor prompt (see `few_shot_prompts`).
+        n_shots: solved examples before each donor prompt; fewer where the context is too short.
+        separator: text behind each solved example.
+        batch_size: sequences at a time.
+        progress: show bars.
+
+    Raises:
+        InputError: a number below 1.
+        DataError: too few examples, or prompts that do not fit the context.
+        ModelError: heads that cannot be reached, or activations that are NaN or infinite.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; it must be 1 or above")
+    examples = task.training_examples("train", n=n_train, seed=seed)
+    measured, donors, counts = few_shot_prompts(
+        model, examples, n_prompts=n_prompts, n_shots=n_shots, separator=separator, seed=seed
+    )
+    with record(model, donors, what="z", progress=progress, label="donor prompts") as z:
+        mean = torch.stack([torch.from_numpy(z.layer(n).mean(axis=0, dtype=np.float64)) for n in z.layers]).float()
+    forms = [answer_rows(tokenizer_of(model), e) for e in measured]
+    rows = [f for example in forms for f in example]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+    effects = torch.zeros(*mean.shape[:2], len(rows), dtype=torch.float64)
+    parts = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    with frozen(model):
+        for number, part in enumerate(parts, start=1):
+            effects[:, :, part] = patch_effects(
+                model, AnswerLogProbs(model, [rows[i] for i in part]), progress=progress,
+                patch=lambda head: replace_head(head.head, mean[head], at=0), label=f"patch heads {number}/{len(parts)}",
+            )  # fmt: skip
+    per_example = effects.unflatten(2, (len(measured), len(forms[0])))
+    gains = per_example[..., 0] - per_example[..., 1] if len(forms[0]) == 2 else per_example[..., 0]
+    settings = {
+        "n_prompts": len(measured), "n_donors": len(donors), "n_shots": n_shots, "shots": [min(counts), max(counts)],
+        "separator": separator, "batch_size": batch_size,
+    }  # fmt: skip
+    return _scored(
+        gains.mean(dim=-1), "activation patching", model, task, seed=seed, n_train=len(examples), config=settings
+    )
+
+
+def _scored(
+    values: Float64[Tensor, "n_layers n_heads"], kind: str, model: Any, task: Task, *, seed: int, n_train: int,
+    config: dict[str, Any],
+) -> HeadScores:  # fmt: skip
+    info = model_info(model)
+    return HeadScores(values, kind, info.name, task.name, {
+        "step": "head selection", "model": info.to_dict(), "task": task.name, "data_hash": task.data_hash,
+        "n_train": n_train, "seed": seed, "config": config, "versions": io.environment(),
+    })  # fmt: skip
+
+
+SELECTORS: dict[str, Selector] = {
+    "A-norm": select_heads,
+    "bias norm": bias_scores,
+    "probe accuracy": probe_scores,
+    "probing layers": probing_layers,
+    "gradient attribution": attribution_scores,
+    "activation patching": patching_scores,
+    "random": random_scores,
+}

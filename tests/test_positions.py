@@ -1,0 +1,256 @@
+"""Where an edit acts: names, and masks written by hand for text, prompts, answers and decoding, padded on either side."""
+
+import pytest
+import torch
+
+from lofit_lens.errors import InputError
+from lofit_lens.models import (
+    ALL,
+    Borders,
+    Layout,
+    Positions,
+    before_each_pass,
+    declared,
+    layout_of,
+    logits_of,
+    positions_of,
+)
+
+NAMES = ("all", "answer", "predicting", "last", "f3+l2", "f0+l2", "f3+l0")
+# Rows of masks: "." padding, "0" left alone, "1" edited.
+LEFT = ["..######", "########"]  # 6 and 8 tokens
+RIGHT = ["######..", "########"]
+WHOLE = Borders(torch.tensor([4, 5]), torch.tensor([6, 8]))  # answers of 2 and 3 tokens
+PROMPT = Borders(torch.tensor([6, 8]), torch.tensor([7, 12]))  # nothing but prompts in the pass
+DECODING = Borders(torch.tensor([6, 8]))
+SHORT = Borders(torch.tensor([1, 4]), torch.tensor([6, 8]))  # prompts shorter than 5
+
+
+def layout(rows, borders=None, n_new=None):
+    """A layout of rows of `#` (token) and `.` (padding)."""
+    mask = torch.tensor([[int(c == "#") for c in row] for row in rows])
+    tokens = torch.arange(mask.numel()).view(mask.shape)
+    return Layout.of(tokens, mask, n_new or mask.shape[1], borders)
+
+
+def shown(name, of):
+    """The mask as text."""
+    mask = Positions.parse(name).mask(of)
+    assert (mask.dtype, mask.shape) == (torch.bool, of.place.shape)
+    assert Positions.parse(name).acts(of) == bool(mask.any())
+    return [
+        "".join("." if p < 0 and not m else str(int(m)) for p, m in zip(place, row, strict=True))
+        for place, row in zip(of.place.tolist(), mask.tolist(), strict=True)
+    ]
+
+
+# -------------------------------------------------------------------------------------------------------- names
+
+
+def test_names_are_read():
+    """Four words, and first and last prompt tokens of any numbers; what is read already stays as it is."""
+    for name in NAMES:
+        read = Positions.parse(name)
+        assert (str(read), read.name, Positions.parse(read)) == (name, name, read)
+    seven = Positions.parse("f7+l12")
+    assert (seven.first, seven.final) == (7, 12)
+    assert Positions.parse("all") == ALL != Positions.parse("last")
+    assert [Positions.parse(n).everywhere for n in NAMES] == [True, *[False] * 6]
+
+
+@pytest.mark.parametrize("name", ["", "ALL", "first", "f7", "l7", "f0+l0", "f-1+l2", "f7+l7 ", "7+7", "f1.5+l2", "f+l"])
+def test_other_names_are_refused(name):
+    """The error says what was given, what is allowed, and what f7+l7 means."""
+    with pytest.raises(
+        InputError, match=r"unknown positions .*allowed: all, answer, predicting, last, f7\+l7.*first 7 and last 7"
+    ) as e:
+        Positions.parse(name)
+    assert repr(name) in str(e.value)
+
+
+def test_a_near_name_is_offered():
+    """A slip of one letter."""
+    with pytest.raises(InputError, match="Did you mean 'answer'"):
+        Positions.parse("answers")
+
+
+def test_the_tail_is_what_may_be_edited_at_a_prompts_end():
+    """ReFT's last tokens, the last one for all others but those that treat every token alike."""
+    tails = {name: Positions.parse(name).tail for name in (*NAMES, "f3+l9")}
+    assert tails == {"all": 0, "answer": 1, "predicting": 1, "last": 1, "f3+l2": 2, "f0+l2": 2, "f3+l0": 1, "f3+l9": 9}
+
+
+# ------------------------------------------------------------------------------------------------ one whole pass
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("all", ["111111", "11111111"]), ("answer", ["111111", "11111111"]), ("predicting", ["111111", "11111111"]),
+        ("last", ["000001", "00000001"]), ("f3+l2", ["111011", "11100011"]), ("f0+l2", ["000011", "00000011"]),
+        ("f3+l0", ["111000", "11100000"]),
+    ],
+)  # fmt: skip
+def test_plain_text_has_no_prompt(name, rows):
+    """Without borders; padding on either side is left alone."""
+    assert shown(name, layout(LEFT)) == [".." + rows[0], rows[1]]
+    assert shown(name, layout(RIGHT)) == [rows[0] + "..", rows[1]]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("all", ["111111", "11111111"]), ("answer", ["000011", "00000111"]), ("predicting", ["000111", "00001111"]),
+        ("last", ["000001", "00000001"]), ("f3+l2", ["111100", "11111000"]), ("f0+l2", ["001100", "00011000"]),
+        ("f3+l0", ["111000", "11100000"]), ("f1+l1", ["100100", "10001000"]),
+    ],
+)  # fmt: skip
+def test_a_prompt_with_its_answer(name, rows):
+    """4 + 2 and 5 + 3 tokens in one pass, as in training."""
+    assert shown(name, layout(LEFT, WHOLE)) == [".." + rows[0], rows[1]]
+    assert shown(name, layout(RIGHT, WHOLE)) == [rows[0] + "..", rows[1]]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [("all", ["111111", "11111111"]), ("answer", ["011111", "00001111"]), ("predicting", ["111111", "00011111"]),
+     ("last", ["000001", "00000001"]), ("f3+l2", ["100000", "11110000"]), ("f0+l2", ["100000", "00110000"]),
+     ("f9+l9", ["100000", "11110000"])],
+)  # fmt: skip
+def test_prompts_shorter_than_what_is_edited_of_them(name, rows):
+    """Prompts of 1 and 4 tokens: each token once, none of the answer."""
+    assert shown(name, layout(RIGHT, SHORT)) == [rows[0] + "..", rows[1]]
+
+
+# ------------------------------------------------------------------------------------------------- parts of a pass
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [("all", ["111111", "11111111"]), ("answer", ["000000", "00000000"]), ("predicting", ["000001", "00000001"]),
+     ("last", ["000000", "00000000"]), ("f3+l2", ["111011", "11100011"]), ("f0+l2", ["000011", "00000011"]),
+     ("f3+l0", ["111000", "11100000"])],
+)  # fmt: skip
+def test_prompts_that_answers_will_follow(name, rows):
+    """The scorer's first pass: the prompt's last token predicts, and is not the last of the sequence."""
+    assert shown(name, layout(LEFT, PROMPT)) == [".." + rows[0], rows[1]]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [("all", ["11.", "111"]), ("answer", ["11.", "111"]), ("predicting", ["11.", "111"]), ("last", ["01.", "001"]),
+     ("f3+l2", ["00.", "000"]), ("f9+l9", ["00.", "000"])],
+)  # fmt: skip
+def test_answers_behind_cached_prompts(name, rows):
+    """Answers of 2 and 3 tokens behind prompts of 4 and 5 with a gap between, right-padded."""
+    behind = layout(["..####" + "##.", ".#####" + "###"], WHOLE, 3)
+    assert behind.place.tolist() == [[4, 5, -1], [5, 6, 7]]
+    assert shown(name, behind) == rows
+    known = Borders(WHOLE.prompt, torch.tensor([9, 9]))  # the scorer leaves the last token of an answer out
+    assert shown(name, layout(["..####" + "##.", ".#####" + "###"], known, 3)) == (
+        ["00.", "000"] if name == "last" else rows
+    )
+
+
+def test_a_prompt_that_goes_on_behind_a_shared_front():
+    """Prompts of 6 and 8 tokens, the first 4 of both cached: places go on from there."""
+    rest = ["####" + "..##", "####" + "####"]
+    assert layout(rest, PROMPT, 4).place.tolist() == [[-1, -1, 4, 5], [4, 5, 6, 7]]
+    expected = {
+        "all": ["..11", "1111"], "answer": ["..00", "0000"], "predicting": ["..01", "0001"], "f3+l2": ["..11", "0011"],
+        "f5+l0": ["..10", "1000"], "f0+l9": ["..11", "1111"], "last": ["..00", "0000"],
+    }  # fmt: skip
+    assert {name: shown(name, layout(rest, PROMPT, 4)) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "step"),
+    [("all", ["111111", "11111111"], "1"), ("answer", ["000001", "00000001"], "1"), ("f3+l2", ["111011", "11100011"], "0"),
+     ("predicting", ["000001", "00000001"], "1"), ("last", ["000001", "00000001"], "1"), ("f9+l9", ["111111", "11111111"], "0")],
+)  # fmt: skip
+def test_decoding(name, prompt, step):
+    """The prompts' pass, then one new token a row, twice: from the prompt's last token on, each is the newest when it runs."""
+    assert shown(name, layout(LEFT, DECODING)) == [".." + prompt[0], prompt[1]]
+    for n in (1, 2):
+        assert shown(name, layout([row + "#" * n for row in LEFT], DECODING, 1)) == [step, step]
+
+
+def test_a_row_of_padding_alone_is_left_alone():
+    """Nothing is edited in it, whatever the positions; a pass of such rows has nothing to edit."""
+    for name in NAMES:
+        assert shown(name, layout(["....", "####"]))[0] == "...."
+        empty = layout(["####..", "####.."], Borders(torch.tensor([4, 4]), torch.tensor([6, 6])), 2)
+        assert shown(name, empty) == ["..", ".."]
+
+
+# ------------------------------------------------------------------------------------------------ layouts and borders
+
+
+def test_a_layout_counts_real_tokens():
+    """Places from 0 over tokens, padding -1 wherever it stands; the end is the number of tokens, or what is known."""
+    made = layout(["##..##", "..####"], n_new=4)
+    assert made.place.tolist() == [[-1, -1, 2, 3], [0, 1, 2, 3]]
+    assert made.end.tolist() == [[4], [4]]
+    assert layout(LEFT, DECODING).end.tolist() == [[6], [8]]
+    assert layout(LEFT, PROMPT).end.tolist() == [[7], [12]]
+    assert made.tokens.shape == made.mask.shape == (2, 6)
+
+
+def test_borders_of_some_rows():
+    """In the order asked for, repeats allowed; without lengths none appear."""
+    rows = torch.tensor([1, 1, 0])
+    assert WHOLE.select(rows).prompt.tolist() == [5, 5, 4]
+    assert WHOLE.select(rows).length.tolist() == [8, 8, 6]
+    assert DECODING.select(rows).length is None
+    assert DECODING.select(rows).prompt.tolist() == [8, 8, 6]
+
+
+def test_a_mask_is_worked_out_once_a_pass():
+    """Every edited layer asks for it; another pass, and other positions, have their own."""
+    one, two = layout(LEFT, WHOLE), layout(LEFT, PROMPT)
+    answer, last = Positions.parse("answer"), Positions.parse("last")
+    assert answer.mask(one) is Positions.parse("answer").mask(one)
+    assert answer.acts(one)
+    assert not answer.acts(two)
+    assert not torch.equal(answer.mask(one), answer.mask(two))
+    assert not torch.equal(answer.mask(one), last.mask(one))
+
+
+# --------------------------------------------------------------------------------------------------- what is stated
+
+
+def test_a_call_that_states_nothing_is_text(llama):
+    """The model called directly, as TransformerLens' own tools do: no padding, no prompt."""
+    found = layout_of(llama, 2, 3, torch.device("cpu"))
+    assert found.place.tolist() == [[0, 1, 2], [0, 1, 2]]
+    assert found.borders is None
+    assert shown("last", found) == ["001", "001"]
+    seen = []
+    with before_each_pass(llama, seen.append), torch.no_grad():
+        llama(torch.ones(1, 3, dtype=torch.long))
+    assert seen == []
+
+
+def test_what_is_told_sees_the_layout_and_comes_and_goes(llama):
+    """Several are told, in the order they came; each leaves alone, also after an exception; other models are not theirs."""
+    said, tokens = [], torch.tensor([[5, 6, 7]])
+    tell = lambda name: lambda layout: said.append((name, layout.tokens.tolist(), layout.mask.tolist()))
+    run = lambda: logits_of(llama, tokens, torch.ones_like(tokens))
+    with torch.no_grad(), before_each_pass(llama, tell("a")):
+        with pytest.raises(KeyError), before_each_pass(llama, tell("b")):
+            run()
+            raise KeyError
+        run()
+    run()
+    assert said == [(name, [[5, 6, 7]], [[1, 1, 1]]) for name in "aba"]
+
+
+def test_what_is_declared_is_listed_while_it_holds(llama):
+    """Two of the same name count as two."""
+    answer = Positions.parse("answer")
+    with declared(llama, answer), declared(llama, ALL):
+        with pytest.raises(KeyError), declared(llama, answer):
+            assert positions_of(llama) == (answer, ALL, answer)
+            raise KeyError
+        assert sorted(map(str, positions_of(llama))) == ["all", "answer"]
+    assert positions_of(llama) == ()
