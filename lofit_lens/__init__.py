@@ -12,26 +12,53 @@ from typing import Any
 
 from lofit_lens.evaluation import Damage, EvalResult, compare, damage, evaluate, generate, over_seeds
 from lofit_lens.heads import Head, HeadScores, HeadSet
-from lofit_lens.interventions import Intervention, Lofit, attached, edit_z
-from lofit_lens.models import load_model, model_info
+from lofit_lens.interventions import (
+    ITI,
+    ContrastVectors,
+    Intervention,
+    Lofit,
+    Lora,
+    LoReft,
+    Red,
+    RepE,
+    attached,
+    edit_z,
+    load_adapter,
+    load_lora,
+)
+from lofit_lens.models import Positions, load_model, model_info
 from lofit_lens.organism import tasks as _organism_tasks  # registers organism/...
 from lofit_lens.tasks import Task, load_task
-from lofit_lens.training import Preset, TrainConfig, preset, select_heads, tune_offsets, tune_scalings
+from lofit_lens.training import Preset, TrainConfig, fit, preset, select_heads, tune_offsets, tune_scalings
 
 del _organism_tasks
 
 
+_LATER = {
+    "compare_methods": "experiments.comparison", "compare_selectors": "experiments.comparison",
+    "fit_probes": "probing", "parameter_counts": "training.counts", "probe_heads": "probing", "reading_vectors": "probing",
+    "tune_method": "experiments.tuning",
+}  # fmt: skip
+
+
 def __getattr__(name: str) -> Any:
-    """`ll.plots` and `ll.experiments` without a further import; they are read when they are first asked for."""
-    if name in ("plots", "experiments"):
+    """Parts that need scikit-learn, plotly or peft are read when they are first asked for."""
+    if name in ("experiments", "plots", "probing"):
         return importlib.import_module(f"lofit_lens.{name}")
+    if name in _LATER:
+        return getattr(importlib.import_module(f"lofit_lens.{_LATER[name]}"), name)
     raise AttributeError(f"module 'lofit_lens' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_LATER, "experiments", "plots", "probing"})
 
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Damage", "EvalResult", "Head", "HeadScores", "HeadSet", "Intervention", "Lofit", "Preset", "Task", "TrainConfig",
-    "attached", "compare", "damage", "edit_z", "evaluate", "generate", "load_model", "load_task", "model_info",
-    "over_seeds", "preset", "select_heads", "tune_offsets", "tune_scalings",
+    "ITI", "ContrastVectors", "Damage", "EvalResult", "Head", "HeadScores", "HeadSet", "Intervention", "LoReft", "Lofit", "Lora",
+    "Positions", "Preset", "Red", "RepE", "Task", "TrainConfig", "attached", "compare", "damage", "edit_z", "evaluate", "fit",
+    "generate", "load_adapter", "load_lora", "load_model", "load_task", "model_info", "over_seeds", "preset", "select_heads",
+    "tune_offsets", "tune_scalings",
 ]  # fmt: skip

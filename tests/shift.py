@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lofit_lens.interventions.base import AdapterMeta, Edit, ResidualAdapter, check_tensors
 from lofit_lens.models import Site, model_info
 from tests.adapters import output_projection
+from tests.blocks import blocks
 
 POSITIONS = ("all", "answer", "predicting", "last", "f3+l2", "f2+l9")
 
@@ -77,14 +78,6 @@ def places(name, prompt, length):
 def decoded(name, prompt, length):
     """The same while answers are decoded with a cache: each step sees its newest token as the last one."""
     return places("predicting" if name in ("answer", "last") else name, prompt, length)
-
-
-def blocks(plain):
-    """The blocks of a Hugging Face model."""
-    for path in ("model.layers", "transformer.h", "gpt_neox.layers", "model.decoder.layers"):
-        with contextlib.suppress(AttributeError):
-            return plain.get_submodule(path)
-    raise AssertionError(type(plain))
 
 
 @contextlib.contextmanager

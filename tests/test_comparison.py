@@ -94,6 +94,24 @@ def test_every_point_with_every_seed_on_validation_only(model, asked):
     assert found.tried == 2
 
 
+@pytest.mark.parametrize(
+    ("by_x", "edge"),
+    [
+        (lambda x: x == 1, ["x"]),
+        (lambda x: x == 3, ["x"]),
+        (lambda x: x == 2, []),
+        (lambda x: x < 3, []),
+        (lambda x: 1, []),
+    ],
+)
+def test_a_choice_at_the_edge_is_said(model, monkeypatch, by_x, edge):
+    """The smallest or largest, if it beats the one next to it; no plateau, and no point within."""
+    values(monkeypatch, by_x)
+    grid = [{"x": x, "kind": "a"} for x in (1.0, 2.0, 3.0)]
+    assert tune_method(model, TASK, counted("m", []), grid=grid, progress=False).at_edge == edge
+    assert tune_method(model, TASK, counted("m", []), grid=grid[1:], progress=False).at_edge == []
+
+
 def test_mean_over_seeds_decides(model, monkeypatch):
     """A point that wins on one seed and loses on the other does not beat a steady one."""
     table = {(1.0, 0): 0.0, (1.0, 1): 1.0, (2.0, 0): 0.0, (2.0, 1): 0.0, (3.0, 0): 0.75, (3.0, 1): 0.75}

@@ -61,11 +61,10 @@ def test_names_are_read():
 @pytest.mark.parametrize("name", ["", "ALL", "first", "f7", "l7", "f0+l0", "f-1+l2", "f7+l7 ", "7+7", "f1.5+l2", "f+l"])
 def test_other_names_are_refused(name):
     """The error says what was given, what is allowed, and what f7+l7 means."""
-    with pytest.raises(
-        InputError, match=r"unknown positions .*allowed: all, answer, predicting, last, f7\+l7.*first 7 and last 7"
-    ) as e:
+    with pytest.raises(InputError, match=r"allowed: all, answer, predicting, last, f7\+l7") as e:
         Positions.parse(name)
-    assert repr(name) in str(e.value)
+    assert str(e.value).startswith(f"unknown positions {name!r}")
+    assert str(e.value).endswith("f7+l7: the prompt's first 7 and last 7 tokens.")
 
 
 def test_a_near_name_is_offered():
@@ -219,6 +218,10 @@ def test_a_mask_is_worked_out_once_a_pass():
 # --------------------------------------------------------------------------------------------------- what is stated
 
 
+class _Fails(Exception):
+    pass
+
+
 def test_a_call_that_states_nothing_is_text(llama):
     """The model called directly, as TransformerLens' own tools do: no padding, no prompt."""
     found = layout_of(llama, 2, 3, torch.device("cpu"))
@@ -237,9 +240,8 @@ def test_what_is_told_sees_the_layout_and_comes_and_goes(llama):
     tell = lambda name: lambda layout: said.append((name, layout.tokens.tolist(), layout.mask.tolist()))
     run = lambda: logits_of(llama, tokens, torch.ones_like(tokens))
     with torch.no_grad(), before_each_pass(llama, tell("a")):
-        with pytest.raises(KeyError), before_each_pass(llama, tell("b")):
-            run()
-            raise KeyError
+        with pytest.raises(_Fails, match="logits"), before_each_pass(llama, tell("b")):
+            raise _Fails("logits", run())
         run()
     run()
     assert said == [(name, [[5, 6, 7]], [[1, 1, 1]]) for name in "aba"]
@@ -249,8 +251,8 @@ def test_what_is_declared_is_listed_while_it_holds(llama):
     """Two of the same name count as two."""
     answer = Positions.parse("answer")
     with declared(llama, answer), declared(llama, ALL):
-        with pytest.raises(KeyError), declared(llama, answer):
-            assert positions_of(llama) == (answer, ALL, answer)
-            raise KeyError
+        with pytest.raises(_Fails) as e, declared(llama, answer):
+            raise _Fails(positions_of(llama))
+        assert e.value.args == ((answer, ALL, answer),)
         assert sorted(map(str, positions_of(llama))) == ["all", "answer"]
     assert positions_of(llama) == ()

@@ -115,15 +115,20 @@ def test_what_is_attached_acts_and_the_model_is_left_as_it_was(llama):
     assert np.array_equal(one_by_one(llama, "z"), before)
 
 
-def test_no_logits_of_other_places_and_no_cache(llama, monkeypatch):
-    """The unembedding sees one place a row: at 8,192 tokens and a large vocabulary all of them would take gigabytes."""
-    seen = []
-    handle = llama.unembed.register_forward_hook(lambda module, args, out: seen.append(out.shape[:2]))
+def test_no_logits_of_other_places_and_no_cache(llama, backend):
+    """The unembedding sees one place a row, and no keys are kept: at 8,192 tokens of a large model either takes gigabytes."""
+    seen, kept = [], []
+    handles = [llama.unembed.register_forward_hook(lambda module, args, out: seen.append(out.shape[:2]))]
+    if backend == "bridge":
+        inside = llama.original_model
+        handles.append(inside.register_forward_hook(lambda module, args, out: kept.append(out.past_key_values)))
     try:
         quiet(llama)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     assert seen == [(7, 1)]
+    assert kept == ([None] if backend == "bridge" else [])
 
 
 def test_half_precision_is_recorded_exactly(checkpoint, backend):

@@ -369,6 +369,8 @@ def test_control_takes_its_layers_vectors(bridge_llama):
     assert torch.allclose(repe.shift(7), 2 * 4.0 * found.directions[3])
     assert torch.allclose(repe.shift(2), 2 * 2.0 * found.directions[1])
     assert torch.allclose(found.repe((7,), coefficient=2.0).shift(7), 2 * found.directions[3])
+    repe.meta.config["reading"] = "other"
+    assert found.meta.config == {}
     with pytest.raises(InputError, match="no vector of layer 3; there are those of 1, 2, 4, 7"):
         found.repe((3,), coefficient=1.0)
 

@@ -20,7 +20,7 @@ def told(listed):
     return [(s.prompt, s.answer, s.right, s.row) for s in listed]
 
 
-def answers_task(answers, *, aliases=None, prompts=None, **splits):
+def answers_task(answers, *, aliases=None, **splits):
     """A generation task with these answers."""
     rows = [
         {"prompt": f"p{i}", "answer": a, **({"aliases": aliases[i]} if aliases and i in aliases else {})}
@@ -51,7 +51,7 @@ def test_truthfulqa_is_itis_form(tmp_path):
 
 def test_options_are_right_or_wrong_whichever_form_is_asked(tmp_path):
     """Instruction tasks: the option behind "the correct answer is" that is right, then the others in their order."""
-    task = load_task("siqa", data_dir=write(tmp_path, train=[row(right=3), row("Why?", right=1)], test=[row()]))
+    task = load_task("siqa", data_dir=write(tmp_path, train=[row(right=3), row("Why?", right=1)], test=[row("When?")]))
     instruction = "Please choose the correct answer to the question: {}\n\nAnswer1: Ann Answer2: Bob Answer3: Cy\n\n"
     prompts = [
         PROMPT.format(instruction.format(q) + "Answer format: answer1/answer2/answer3") + "the correct answer is"
@@ -67,10 +67,17 @@ def test_options_are_right_or_wrong_whichever_form_is_asked(tmp_path):
 
 def test_boolq_and_svamp(tmp_path):
     """True or false; a worked answer against that of another row."""
-    boolq = load_task("boolq", data_dir=write(tmp_path, train=[BOOLQ], test=[BOOLQ]))
+    boolq = load_task(
+        "boolq",
+        data_dir=write(
+            tmp_path, train=[BOOLQ], test=[{**BOOLQ, "instruction": BOOLQ["instruction"].replace("is it", "was it")}]
+        ),
+    )
     assert [(s.answer, s.right) for s in statements(boolq)] == [(" false", True), (" true", False)]
     five = {"instruction": "Bob has 5.", "output": "The answer is 5.", "answer": "5.0"}
-    svamp = load_task("svamp", data_dir=write(tmp_path, train=[SVAMP, five], test=[SVAMP]))
+    svamp = load_task(
+        "svamp", data_dir=write(tmp_path, train=[SVAMP, five], test=[{**SVAMP, "instruction": "Cy has 4."}])
+    )
     said = {s.right: s.answer for s in statements(svamp) if s.row == 0}
     assert said == {True: SVAMP["output"], False: "The answer is 5."}
 
@@ -136,11 +143,11 @@ def test_a_wrong_answer_is_another_rows():
 
 
 def test_every_other_answer_is_as_likely():
-    """Each text counts once, however many rows have it: for `a`, 600 draws of `b`, `c` and `d` are 200 each, within 4 sigma."""
+    """Each text counts once, however many rows have it: for `a`, 300 draws of `b`, `c` and `d` are 100 each, within 4 sigma."""
     task = answers_task(["a", "b", "b", "b", "b", "c", "d"])
-    said = Counter(statements(task, seed=s)[1].answer for s in range(600))
+    said = Counter(statements(task, seed=s)[1].answer for s in range(300))
     assert set(said) == set("bcd")
-    assert all(abs(n - 200) < 4 * (600 * 2 / 9) ** 0.5 for n in said.values())
+    assert all(abs(n - 100) < 4 * (300 * 2 / 9) ** 0.5 for n in said.values())
 
 
 def test_only_drawn_rows_give_wrong_answers():
@@ -260,7 +267,7 @@ def test_the_real_truthfulqa(data_dir):
 def test_the_real_generation_tasks(data_dir, name, n):
     """Every training row gives two statements; no wrong answer is a reference of its row, over several seeds."""
     task = load_task(name, data_dir=data_dir)
-    for seed in range(20):
+    for seed in range(6):
         made = statements(task, seed=seed)
         assert len(made) == 2 * n
         for _, wrong in pairs(made):

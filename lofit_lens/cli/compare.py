@@ -45,7 +45,7 @@ def compare(
     dtype: c.Dtype = "float32",
     device: c.Device = None,
     revision: c.Revision = None,
-    workers: Annotated[int, typer.Option("--workers", help="Methods: processes; 0 = one a core for the embedded model.", min=0)] = 0,
+    workers: Annotated[int, typer.Option("--workers", help="Methods: processes; 0 = one a core (embedded model).", min=0)] = 0,
     out: Annotated[Path | None, typer.Option(
         "--out", "-o", help="Folders: JSON file. Methods: folder (left out: runs/compare); what is in it is not run again."
     )] = None,

@@ -115,18 +115,22 @@ def _stem(table: "MethodTable", selectors: bool) -> str:
 
 
 def _print(table: "MethodTable") -> None:
-    """Two narrow tables: what a method reaches, and what it costs."""
+    """Narrow tables: what a method reaches, what it costs, what it harms."""
+    import re
+
     from rich.table import Table
 
     columns, cells = table.columns(), table.cells()
     n = 2 + len(table.metrics)
-    scores, costs = [0, 1, 2, n, n + 1], [0, *range(n + 2, len(columns))]
-    for title, wanted in ((table.title(), scores), ("cost", costs)):
+    parts = {table.title(): [0, 2, n, n + 1], "cost": [0, 1, n + 2, n + 3], "damage": [0, *range(n + 4, len(columns))]}
+    for title, wanted in parts.items():
+        if len(wanted) == 1:
+            continue
         shown = Table(title=title, title_justify="left")
         for i in wanted:
-            shown.add_column(columns[i], justify="left" if i == 0 else "right", no_wrap=i == 0)
+            shown.add_column(columns[i], justify="left" if i == 0 else "right")
         for row in cells:
-            shown.add_row(*(row[i] for i in wanted))
+            shown.add_row(*(re.sub(r"(?<![\d.])0\.", ".", row[i]) for i in wanted))
         c.console.print(shown)
     for note in table.notes():
         c.console.print(note, style="dim")

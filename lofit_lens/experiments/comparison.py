@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from lofit_lens.errors import InputError, unknown
 from lofit_lens.evaluation.damage import damage
 from lofit_lens.evaluation.evaluate import evaluate
-from lofit_lens.experiments.methods import CHANCE, LEARNED, METHODS, Method, Settings, Workbench, method_of, SELECTED_BY
+from lofit_lens.experiments.methods import CHANCE, LEARNED, METHODS, SELECTED_BY, Method, Settings, Workbench, method_of
 from lofit_lens.experiments.pool import Pool, kept_model
 from lofit_lens.experiments.runs import DAMAGE_COLUMNS, MethodRuns, Run
 from lofit_lens.experiments.store import load_run, save_run

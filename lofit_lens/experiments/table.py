@@ -325,7 +325,8 @@ def _row(method: MethodRuns, against: Comparison | None, p_holm: float | None) -
             [q - p for q, p in zip(h["cross_entropy"], h["cross_entropy_base"], strict=True)] for h in hurt
         ])  # fmt: skip
     return Row(
-        method.method, runs[0].settings, 0 if method.tuned is None else method.tuned.tried, counts.pop(), over_seeds([r.result for r in runs]), against, p_holm, Spread.of([r.fit_seconds for r in runs]),
+        method.method, runs[0].settings, 0 if method.tuned is None else method.tuned.tried, counts.pop(),
+        over_seeds([r.result for r in runs]), against, p_holm, Spread.of([r.fit_seconds for r in runs]),
         Spread.of([r.eval_seconds for r in runs]), kl, increase, tuple(r.heads for r in runs if r.heads),
     )  # fmt: skip
 

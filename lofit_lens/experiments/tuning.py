@@ -44,11 +44,19 @@ class Tuned:
 
     @property
     def at_edge(self) -> list[str]:
-        """Settings of three or more numbers of which the smallest or largest was chosen: a wider grid might do better."""
-        found = []
+        """Settings of which the smallest or largest of three or more numbers was chosen, and is better than the one next to it.
+
+        A wider grid might do better still.
+        """
+        found, names = [], list(self.settings)
+        means = self.trials.groupby(names, dropna=False)["value"].mean() if names else None
         for name, value in self.settings.items():
-            known = {v for v in self.trials[name] if isinstance(v, int | float)}
-            if len(known) > 2 and value in (min(known), max(known)):
+            known = sorted({v for v in self.trials[name] if isinstance(v, int | float)})
+            if means is None or len(known) < 3 or value not in (known[0], known[-1]):
+                continue
+            beside = {**self.settings, name: known[1] if value == known[0] else known[-2]}
+            here, there = (means.get(_key(point, names)) for point in (self.settings, beside))
+            if here is not None and not (there is not None and there >= here):
                 found.append(name)
         return found
 
@@ -124,6 +132,10 @@ def tune_method(
     for i, row in enumerate(rows):
         row["chosen"] = i // len(seeds) == best
     return Tuned(chosen.name, task.name, task.metric, points[best], len(points), pd.DataFrame(rows))
+
+
+def _key(point: Mapping[str, Any], names: Sequence[str]) -> Any:
+    return point[names[0]] if len(names) == 1 else tuple(point[n] for n in names)
 
 
 def _trial(

@@ -1,10 +1,16 @@
 """Interventions on a frozen model: each is attached for the length of a `with` block."""
 
-from lofit_lens.interventions.base import Intervention, attached
+from lofit_lens.interventions.base import Adapter, Intervention, attached
+from lofit_lens.interventions.contrast import ContrastVectors
+from lofit_lens.interventions.folders import load_adapter
 from lofit_lens.interventions.iti import ITI
 from lofit_lens.interventions.lofit import Lofit, edit_z
 from lofit_lens.interventions.lora import Lora, load_lora
 from lofit_lens.interventions.loreft import LoReft
 from lofit_lens.interventions.red import Red
+from lofit_lens.interventions.repe import RepE
 
-__all__ = ["ITI", "Intervention", "LoReft", "Lofit", "Lora", "Red", "attached", "edit_z", "load_lora"]
+__all__ = [
+    "ITI", "Adapter", "ContrastVectors", "Intervention", "LoReft", "Lofit", "Lora", "Red", "RepE", "attached", "edit_z",
+    "load_adapter", "load_lora",
+]  # fmt: skip

@@ -50,9 +50,10 @@ from lofit_lens.models.running import (
 )
 
 __all__ = [
-    "ALL", "BACKENDS", "ORGANISM", "PROJECTIONS", "Backend", "Borders", "KVState", "Layout", "ModelInfo", "Positions", "Site",
-    "attention_window", "backend_of", "before_each_pass", "bridge_class", "check_residual", "context_length", "declared",
-    "device_of", "extend", "frozen", "gaps_are_exact", "head_size", "hook_z", "hooked", "hooked_class", "hooked_refusal",
-    "is_processed", "layout_of", "load_model", "logits_of", "model_info", "parse_device", "peek", "positions_of",
-    "prefill", "remember", "residual_point", "run_through", "same_weights", "step", "tokenizer_of", "value_biases_folded",
+    "ALL", "BACKENDS", "ORGANISM", "PROJECTIONS", "Backend", "Borders", "KVState", "Layout", "ModelInfo", "Positions",
+    "Site", "attention_window", "backend_of", "before_each_pass", "bridge_class", "check_residual", "context_length",
+    "declared", "device_of", "extend", "frozen", "gaps_are_exact", "head_size", "hook_z", "hooked", "hooked_class",
+    "hooked_refusal", "is_processed", "layout_of", "load_model", "logits_of", "model_info", "parse_device", "peek",
+    "positions_of", "prefill", "projection", "projection_replaced", "projection_sizes", "remember", "residual_point",
+    "run_through", "same_weights", "step", "tokenizer_of", "value_biases_folded",
 ]  # fmt: skip

@@ -8,6 +8,7 @@
 Or, the paper's other choice, the difference of means. `ReadingVectors.repe` steers with what was found.
 """
 
+import copy
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -131,7 +132,7 @@ class ReadingVectors:
         assert self.meta.model is not None
         return RepE(
             self.directions[rows], chosen, n_layers=self.meta.model.n_layers, coefficient=coefficient,
-            scale=self.sigma[rows], relative=relative, positions=positions, meta=self.meta,
+            scale=self.sigma[rows], relative=relative, positions=positions, meta=copy.deepcopy(self.meta),
         )  # fmt: skip
 
     def __repr__(self) -> str:

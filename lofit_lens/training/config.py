@@ -111,8 +111,8 @@ SHARE_OF_HEADS = 0.03
 
 # Where tuning of the methods that LoFiT is compared with starts from; their learning rate is to be chosen on the validation
 # split. LoReFT's is that of its common-sense recipe (arXiv 2404.03592, appendix), LoRA's that of its authors' largest models
-# (arXiv 2106.09685, appendix), RED's half of LoFiT's for offsets, which are alike in kind and size. Which ones LoFiT's authors took
-# is not known. Epochs and batch size are LoFiT's, so that all methods see the data equally often; weight decay is 0, as there.
+# (arXiv 2106.09685, appendix), RED's half of LoFiT's for offsets, which are alike in kind and size. Which ones LoFiT's authors
+# took is not known. Epochs and batch size are LoFiT's, so that all methods see the data equally often; weight decay is 0.
 LOREFT, LORA, RED = TrainConfig(lr=9e-4), TrainConfig(lr=2e-4), TrainConfig(lr=5e-3)
 # On the validation rows of the embedded model's three tasks the best of 1e-3, 3e-3, ..., 4e-1 are 1e-3 to 1e-2 (LoReFT, LoRA)
 # and 5e-2 to 1e-1 (RED).

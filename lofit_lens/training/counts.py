@@ -40,12 +40,13 @@ def parameter_counts(
     """
     config, name = _read(config)
     text = config.get_text_config()
-    n_layers, n_heads, d_model = text.num_hidden_layers, text.num_attention_heads, text.hidden_size
+    try:
+        n_layers, n_heads, d_model = text.num_hidden_layers, text.num_attention_heads, text.hidden_size
+    except AttributeError as e:
+        raise ModelError(f"{name} has no attention heads to count ({e}); give a transformer's configuration") from e
     d_head = getattr(text, "head_dim", None) or d_model // n_heads
     if k is None:
-        k = preset(
-            ModelInfo(name, None, "bridge", False, "float32", n_layers, n_heads, d_model, text.vocab_size), "", "sft"
-        ).k
+        k = preset(ModelInfo(name, None, "bridge", False, "float32", n_layers, n_heads, d_model, 0), "", "sft").k
     grid, shape = (n_layers, n_heads), (n_layers, n_heads, d_head)
     check_k(3 * k, n_layers * n_heads, name)
 
