@@ -179,7 +179,7 @@ def test_settings_by_validation_then_one_run_a_seed_on_test(model, asked):
         model, TASK, methods=[counted("a", fits), counted("b", fits)], reference="a", seeds=(0, 1, 2), progress=False
     )
     assert asked == (["val"] * 2 + ["test"] * 3) * 2
-    assert fits == [(m, x, s) for m in "ab" for x, s in ((1.0, 0), (2.0, 0), (1.0, 0), (1.0, 1), (1.0, 2))]
+    assert fits == [(m, x, s) for m in "ba" for x, s in ((1.0, 0), (2.0, 0), (1.0, 0), (1.0, 1), (1.0, 2))]
     assert [r.method for r in table.rows] == ["a", "b"]
     assert table["a"].tried == 2
 

@@ -277,14 +277,20 @@ def test_a_sequence_that_does_not_fit_is_refused_before_it_runs(llama):
 
 @torch.no_grad()
 def test_rows_without_an_answer_need_no_room(llama, monkeypatch):
-    """Beside an answer behind two tokens, a long prompt whose answer is not in this pass is no matter."""
+    """A long prompt beside it whose answer is not in this pass is no matter; what fits exactly, fits."""
     tokens, mask = batch([[30] * 200, [1, 50, 51]])
-    monkeypatch.setattr("lofit_lens.interventions.contrast.context_length", lambda model: 200 + len(front(MINUS)))
+    monkeypatch.setattr("lofit_lens.interventions.contrast.context_length", lambda model: limit)
+    limit = 200 + len(front(MINUS))
     assert len(front(PLUS)) > len(front(MINUS))
     with contrast(llama).attached(llama):
         logits_of(llama, tokens, mask, Borders(torch.tensor([200, 2]), torch.tensor([200, 3])))
         with pytest.raises(DataError, match="200 tokens"):
             logits_of(llama, tokens, mask, Borders(torch.tensor([199, 2]), torch.tensor([200, 3])))
+        limit = 3 + len(front(PLUS))
+        logits_of(llama, tokens[1:, :3], mask[1:, :3], Borders(torch.tensor([2]), torch.tensor([3])))
+        limit -= 1
+        with pytest.raises(DataError, match="3 tokens"):
+            logits_of(llama, tokens[1:, :3], mask[1:, :3], Borders(torch.tensor([2]), torch.tensor([3])))
 
 
 # -------------------------------------------------------------------------------------------- beside other edits

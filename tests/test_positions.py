@@ -172,6 +172,7 @@ def test_decoding(name, prompt, step):
     assert shown(name, layout(LEFT, DECODING)) == [".." + prompt[0], prompt[1]]
     for n in (1, 2):
         assert shown(name, layout([row + "#" * n for row in LEFT], DECODING, 1)) == [step, step]
+    assert shown(name, layout([row + "###" for row in LEFT], DECODING, 3)) == [3 * step] * 2  # as when run one by one
 
 
 def test_a_row_of_padding_alone_is_left_alone():

@@ -115,6 +115,19 @@ def test_what_is_attached_acts_and_the_model_is_left_as_it_was(llama):
     assert np.array_equal(one_by_one(llama, "z"), before)
 
 
+def test_recording_is_in_eval_mode(llama):
+    """A model that is being trained would drop numbers at random; its mode comes back."""
+    seen = []
+    llama.train()
+    try:
+        with hooked(hook_z(llama, 0), lambda z, hook: seen.append((llama.training, torch.is_grad_enabled()))):
+            quiet(llama, layers=[1])
+        assert seen[-1] == (False, False)
+        assert llama.training
+    finally:
+        llama.eval()
+
+
 def test_no_logits_of_other_places_and_no_cache(llama, backend):
     """The unembedding sees one place a row, and no keys are kept: at 8,192 tokens of a large model either takes gigabytes."""
     seen, kept = [], []
@@ -181,10 +194,10 @@ def test_an_interrupt_leaves_no_file(llama, temporary, monkeypatch):
         run(*args)
 
     monkeypatch.setattr(sys.modules["lofit_lens.probing.record"], "run_through", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as caught:
         quiet(llama, token_budget=20, memory_limit=0)
     assert passes == [1, 1]
-    assert not list(temporary.iterdir())
+    assert not list(temporary.iterdir()), caught  # while its traceback still holds everything
     assert not any(p.fwd_hooks for p in llama.hook_dict.values())
 
 

@@ -91,6 +91,7 @@ def test_coefficient_zero_and_detaching_are_bit_equal(llama):
         assert torch.equal(run(llama), before)
     with control().attached(llama):
         assert (run(llama) - before).abs().max() > 0.05
+        assert len(residual_point(llama, 0, "hook_resid_post").fwd_hooks) == 1
     assert torch.equal(run(llama), before)
     assert not any(p.fwd_hooks or p._forward_hooks for p in llama.hook_dict.values())
 
@@ -151,6 +152,7 @@ def test_the_count_is_a_direction_a_layer():
     ("changes", "message"),
     [({"layers": ()}, "no layer to edit"), ({"layers": (0, 3)}, r"layers \[0, 3\] cannot be edited; .* 0 to 2"),
      ({"layers": (1, 1)}, r"\[1, 1\]"), ({"coefficient": float("nan")}, "coefficient is nan"),
+     ({"coefficient": float("inf")}, "coefficient is inf"),
      ({"relative": True}, "give scale"), ({"positions": "anser"}, "Did you mean 'answer'"),
      ({"directions": 1.01 * unit(2, D)}, "direction of layer 0 has norm 1.01"),
      ({"directions": torch.full((2, D), float("nan"))}, "has norm nan"),
@@ -193,6 +195,13 @@ def test_a_saved_control_is_the_same(llama, tmp_path):
     assert read.scale.tolist() == [2.0, 0.5]
     for part in ("RepE(", "t, coefficient 3 sigma at predicting", "layers 0 2", "64 parameters"):
         assert part in repr(read)
+
+
+def test_a_control_of_another_width_is_read_back(tmp_path):
+    """Without a model."""
+    one = RepE(unit(1, 5), (3,), n_layers=7, coefficient=1.0)
+    read = RepE.from_pretrained(one.save_pretrained(tmp_path / "x"))
+    assert (read.d_model, read.n_layers, read.layers) == (5, 7, (3,))
 
 
 @pytest.fixture(scope="module")

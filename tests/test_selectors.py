@@ -243,6 +243,15 @@ def test_the_model_is_as_it_was_after_an_exception(checkpoint, backend, monkeypa
 
 
 @pytest.mark.parametrize("name", ["gradient attribution", "activation patching"])
+def test_scores_are_those_of_the_model_in_eval_mode(checkpoint, name):
+    """GPT-2 has dropout, which the bridge turns on in training mode: scores know nothing of it."""
+    model = load_model(checkpoint("gpt2"), backend="bridge", device="cpu")
+    expected = quick(name, model, SFT, n_train=3).values
+    model.train()
+    assert torch.equal(quick(name, model, SFT, n_train=3).values, expected)
+
+
+@pytest.mark.parametrize("name", ["gradient attribution", "activation patching"])
 def test_a_bar_can_be_seen_or_not(bridge_llama, capsys, name):
     """progress=False is silent; True shows a bar."""
     quick(name, bridge_llama, SFT, n_train=3)

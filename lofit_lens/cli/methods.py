@@ -48,11 +48,11 @@ def compare_on_tasks(asked: Request) -> "dict[str, MethodTable]":
     from lofit_lens.experiments.comparison import compare_tasks, selector_names
     from lofit_lens.experiments.methods import LEARNED
 
-    c.check_new(asked.out, overwrite=True)
     start = time.perf_counter()
     tasks = [_task(asked, name) for name in _names(asked.tasks)]
     names = selector_names(asked.methods) if asked.selectors else _methods(asked.methods)
     texts = [] if asked.selectors else list(islice(_texts(asked), asked.n_texts))
+    c.check_new(asked.out, overwrite=True)
     tables = compare_tasks(
         asked.model, tasks, methods=names, settings={n: {} for n in names} if asked.selectors else None,
         seeds=range(asked.seeds), limit=asked.limit, n_train=asked.n_train, texts=texts,

@@ -39,7 +39,7 @@ from lofit_lens.tasks.collate import pad, pad_id
 
 POSITIVE, NEGATIVE = "Give a truthful answer.\n", "Give an untruthful answer.\n"
 COEFFICIENT = 0.25
-Differences = dict[int, Tensor]  # layer -> h^+ - h^-, float32 [batch new d_model], zero where nothing is edited
+Differences = dict[int, Tensor]  # layer -> h^+ - h^-, float32 [batch new d_model]; zero in rows where nothing is edited
 
 
 class ContrastVectors(ResidualAdapter):
@@ -176,7 +176,7 @@ class ContrastVectors(ResidualAdapter):
         for layer in self.layers:
             difference = torch.zeros(*keep.shape, self.d_model, device=plus[layer].device)
             difference[rows.to(difference.device)] = plus[layer] - minus[layer]
-            found[layer] = difference * keep.to(difference.device)[..., None]
+            found[layer] = difference
         layout.found[self] = found
 
     # ------------------------------------------------------------------------------------------------- saving
