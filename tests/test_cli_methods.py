@@ -26,9 +26,7 @@ def own_task(tmp_path_factory):
     folder = tmp_path_factory.mktemp("task") / "caps"
     folder.mkdir()
     for split, n in (("train", 6), ("val", 4), ("test", 5)):
-        rows = [
-            {"prompt": f"{split} {i}:", "chosen": ANSWERS[i % 2], "rejected": ANSWERS[1 - i % 2]} for i in range(n)
-        ]
+        rows = [{"prompt": f"{split} {i}:", "chosen": ANSWERS[i % 2], "rejected": ANSWERS[1 - i % 2]} for i in range(n)]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (folder / "texts.txt").write_text("Ann asked her son.\n\nBob met his aunt.\n")
     return folder
@@ -127,7 +125,10 @@ def test_selectors_side_by_side(shell, llama, own_task, tmp_path):
         (("compare", "--task", "organism/truth", "--texts", "nowhere"), "unknown text"),
         (("compare", "--task", "organism/trut"), "Did you mean 'organism/truth'"),
         (("select", "-t", "organism/truth", "--by", "norm", "--out", "x"), "allowed: A-norm"),
-        (("select", "-t", "organism/truth", "--by", "random", "--lr", "1", "--out", "x"), "--lr is a setting of A-norm"),
+        (
+            ("select", "-t", "organism/truth", "--by", "random", "--lr", "1", "--out", "x"),
+            "--lr is a setting of A-norm",
+        ),
     ],
     ids=lambda a: " ".join(a)[:40] if isinstance(a, tuple) else None,
 )

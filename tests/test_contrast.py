@@ -13,7 +13,7 @@ from lofit_lens import Task, attached, evaluate, generate
 from lofit_lens.errors import AdapterError, DataError, InputError
 from lofit_lens.evaluation.scoring import score_continuations
 from lofit_lens.interventions.base import CONFIG_FILE, WEIGHTS_FILE
-from lofit_lens.interventions.contrast import ContrastVectors
+from lofit_lens.interventions.contrast import ContrastVectors, stream_behind
 from lofit_lens.interventions.repe import RepE
 from lofit_lens.models import (
     Borders,
@@ -293,6 +293,25 @@ def test_rows_without_an_answer_need_no_room(llama, monkeypatch):
             logits_of(llama, tokens[1:, :3], mask[1:, :3], Borders(torch.tensor([2]), torch.tensor([3])))
 
 
+@torch.no_grad()
+def test_differences_are_float32_over_half_precision(checkpoint, backend):
+    """Streams are subtracted in float32; the model's own type comes out, and a coefficient of 0 is bit-equal."""
+    model = load_model(checkpoint("llama"), backend=backend, dtype="bfloat16", device="cpu")
+    (tokens, mask), seen = batch(ROWS), []
+    before, one = logits_of(model, tokens, mask, BORDERS), contrast(model)
+    with one.attached(model), before_each_pass(model, seen.append):
+        inside = logits_of(model, tokens, mask, BORDERS)
+    plus, minus = (stream_behind(model, front(t), seen[-1], torch.arange(3), LAYERS) for t in (PLUS, MINUS))
+    at = slice(5, 8)  # the first row's answer
+    for layer in LAYERS:
+        assert plus[layer].dtype == torch.float32
+        assert torch.equal(seen[-1].found[one][layer][0, at], plus[layer][0, at] - minus[layer][0, at])
+    assert inside.dtype == torch.bfloat16
+    assert (inside - before).abs().max() > 0.05
+    with contrast(model, coefficient=0.0).attached(model):
+        assert torch.equal(logits_of(model, tokens, mask, BORDERS), before)
+
+
 # -------------------------------------------------------------------------------------------- beside other edits
 
 
@@ -337,9 +356,11 @@ def test_another_adapter_may_follow(checkpoint, backend):
         ):
             logits_of(model, tokens, mask, BORDERS)
         with contrast(model).attached(model), random_adapter(model).train_only("v").attached(model) as lofit:
-            with torch.enable_grad():
+            graphs = []
+            with torch.enable_grad(), before_each_pass(model, lambda layout: graphs.append(torch.is_grad_enabled())):
                 logits_of(model, tokens, mask, BORDERS).logsumexp(-1).sum().backward()
             assert lofit.v.grad.abs().sum() > 0
+    assert graphs == [False, False, True]  # none through the differences
 
 
 # ------------------------------------------------------------------------------------------------- object and files
@@ -353,13 +374,9 @@ def test_the_defaults_are_the_papers_recipe(bridge_llama):
     assert ContrastVectors(range(0, 32, 2), n_layers=32, d_model=4096).layers == tuple(range(0, 32, 2))
     for part in ("ContrastVectors(", "'Give a truthful answer.\\n' - ", "coefficient 0.25 at answer", "layers 0 2"):
         assert part in repr(one)
-    other = one.with_strength(2.0).with_positions("last")
-    assert (other.coefficient, str(other.positions), one.coefficient, str(one.positions)) == (
-        2.0,
-        "last",
-        0.25,
-        "answer",
-    )
+    strong, last = one.with_strength(2.0), one.with_positions("last")
+    found = [(each.coefficient, str(each.positions)) for each in (one, strong, last)]
+    assert found == [(0.25, "answer"), (2.0, "answer"), (0.25, "last")]
 
 
 @pytest.mark.parametrize(
@@ -373,6 +390,14 @@ def test_what_is_refused(changes, message):
     given = {"layers": (0,), "n_layers": 3, "d_model": 32, "positive": PLUS, **changes}
     with pytest.raises(InputError, match=message):
         ContrastVectors(given.pop("layers"), **given)
+
+
+def test_instructions_of_the_same_tokens_are_refused(llama):
+    """Where a tokenizer drops or does not know what tells them apart, nothing would be added."""
+    one = contrast(llama, positive="x", negative="y")
+    one.negative = "x"
+    with pytest.raises(AdapterError, match=r"reads 'x' and 'x' as the same tokens \(\[\d+\]\)"), one.attached(llama):
+        pass
 
 
 def test_another_shape_is_refused(llama):

@@ -40,6 +40,7 @@ def random(model, *, seed=0, **options):
 # ------------------------------------------------------------------------------------------------------ it is peft's
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
 @pytest.mark.parametrize("architecture", ["llama-gqa", "gemma", "opt"])
 @torch.no_grad()
 def test_logits_are_those_of_a_peft_model(loaded, architecture):
@@ -228,12 +229,14 @@ def test_projections_of_other_sizes_are_refused(loaded):
         lora.attach_check(loaded("llama", "bridge"))
 
 
-def test_layers_that_differ_are_refused():
+def test_layers_that_differ_are_refused(bridge_llama, monkeypatch):
     """One size a projection is kept, so a model whose layers differ is not for it."""
-    lora = Lora(2, {"q": (32, 32)})
-    lora._check_sizes({(0, "q"): (32, 32), (1, "q"): (32, 32)})
+    monkeypatch.setattr(
+        "lofit_lens.interventions.lora.projection_sizes",
+        lambda model, places: {p: (32, 32 + 32 * p[0]) for p in places},
+    )
     with pytest.raises(AdapterError, match=r"q of layer 1 has widths \(32, 64\)"):
-        lora._check_sizes({(0, "q"): (32, 32), (1, "q"): (32, 64)})
+        Lora.for_model(bridge_llama, seed=0)
 
 
 def test_a_model_that_goes_round_its_projections_is_refused(checkpoint):

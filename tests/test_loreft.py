@@ -44,15 +44,21 @@ def test_only_the_subspace_changes():
 
 
 def test_the_paper_s_formula_in_float64():
-    """h + R^T (W h + b - R h) term by term, and the result has h's type."""
+    """h + R^T (W h + b - R h) term by term; numbers are float32, the result is of h's type."""
     generator = torch.Generator().manual_seed(3)
     R, W, b = rows(4, 16), torch.randn(4, 16, generator=generator), torch.randn(4, generator=generator)
     h = torch.randn(2, 5, 16, generator=generator, dtype=torch.float64)
     wide = [t.double() for t in (R, W, b)]
     expected = h + (h @ wide[1].T + wide[2] - h @ wide[0].T) @ wide[0]
-    assert torch.allclose(edit_subspace(h, R, W, b), expected, atol=1e-12)
-    assert edit_subspace(h.bfloat16(), R, W, b).dtype == torch.bfloat16
-    assert torch.allclose(edit_subspace(h.bfloat16(), R, W, b).double(), expected, atol=0.1)
+    assert torch.allclose(edit_subspace(h, R, W, b), expected, rtol=0, atol=1e-12)
+
+
+def test_half_precision_is_rounded_once():
+    """Over bfloat16 the result is the float32 one of the same h, rounded."""
+    generator = torch.Generator().manual_seed(3)
+    R, W, b = rows(4, 16), torch.randn(4, 16, generator=generator), torch.randn(4, generator=generator)
+    h = torch.randn(2, 5, 16, generator=generator).bfloat16()
+    assert torch.equal(edit_subspace(h, R, W, b), edit_subspace(h.float(), R, W, b).bfloat16())
 
 
 def test_the_edit_is_pyreft_s():
@@ -152,7 +158,7 @@ def test_the_start_is_that_of_linear_layers_and_random_rows():
     assert all(p.requires_grad for p in adapter.parameters())
 
 
-def test_the_seed_makes_the_start():
+def test_the_seed_makes_the_start(bridge_llama):
     """The same seed the same numbers, another seed others; a second draw forgets the first, and training may begin again."""
     adapter = LoReft(2, 16, rank=2).reset_(1)
     first = {n: p.clone() for n, p in adapter.named_parameters()}
@@ -160,6 +166,9 @@ def test_the_seed_makes_the_start():
     assert all(not torch.equal(p, first[n]) and p.requires_grad for n, p in adapter.named_parameters())
     adapter.reset_(1)
     assert all(torch.equal(p, first[n]) for n, p in adapter.named_parameters())
+    made, wanted = LoReft.for_model(bridge_llama, seed=5, rank=2), LoReft(3, 32, rank=2).reset_(5)
+    assert all(torch.equal(a, b) for a, b in zip(made.parameters(), wanted.parameters(), strict=True))
+    assert (made.meta.seed, made.meta.model.n_layers) == (5, 3)
 
 
 def test_the_count():

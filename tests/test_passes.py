@@ -209,6 +209,8 @@ def test_each_pass_is_told_once_with_its_sequences(llama):
     assert told[1].borders.prompt.tolist() == [len(prompts[shorter]), len(prompts[longer])]
     assert (told[1].end[:, 0] > told[1].borders.prompt).all()  # an answer follows
     assert sorted(told[2].end[:, 0].tolist()) == sorted(map(len, ids))
+    ends = {tuple(ids[0][:-1]): len(prompts[0]), tuple(ids[1][:-1]): len(prompts[1])}
+    assert told[2].borders.prompt.tolist() == [ends[tuple(row)] for row in whole(told[2])]
 
 
 def test_each_step_of_decoding_is_told(llama):

@@ -101,8 +101,9 @@ def test_chosen_layers_alone_are_kept(llama):
         found.layer(1)
 
 
-def test_what_is_attached_acts_and_the_model_is_left_as_it_was(llama):
+def test_what_is_attached_acts_and_the_model_is_left_as_it_was(checkpoint, backend):
     """Recorded z is the edited one; no hook, mode or trainable weight is left behind."""
+    llama = load_model(checkpoint("llama"), backend=backend, device="cpu")
     before, lofit = one_by_one(llama, "z"), random_adapter(llama)
     llama.requires_grad_(True)
     with lofit.attached(llama):

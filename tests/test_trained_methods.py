@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import lofit_lens as ll
 from lofit_lens import HeadSet, Task, TrainConfig, attached, io
-from lofit_lens.errors import AdapterError, DataError, InputError, TrainingDiverged
+from lofit_lens.errors import AdapterError, DataError, InputError, ModelError, TrainingDiverged
 from lofit_lens.evaluation import generate, score_continuations
 from lofit_lens.interventions import Lora, LoReft, Red
 from lofit_lens.interventions.base import CONFIG_FILE, WEIGHTS_FILE
@@ -480,6 +480,19 @@ def test_layers_that_are_none_are_refused(bridge_llama, method, layers):
     """Outside the model, given twice, none at all: what may be given is said."""
     with pytest.raises(InputError, match=r"0 to 2"):
         new(method, bridge_llama, layers=layers)
+
+
+@pytest.mark.parametrize("method", CLASSES)
+def test_places_that_cannot_be_reached_are_told_at_making(bridge_llama, monkeypatch, method):
+    """Not only when it is attached."""
+
+    def refuse(*args):
+        raise ModelError("no such place")
+
+    monkeypatch.setattr("lofit_lens.interventions.base.check_residual", refuse)
+    monkeypatch.setattr("lofit_lens.interventions.lora.projection_sizes", refuse)
+    with pytest.raises(ModelError, match="no such place"):
+        new(method, bridge_llama)
 
 
 @pytest.mark.parametrize("method", ["red", "loreft"])

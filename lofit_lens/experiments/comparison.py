@@ -199,7 +199,9 @@ def compare_tasks(
     groups = _groups(wanted)
     for m in [] if by_name else wanted:
         m.model(Workbench(model, tasks[0]))
-    jobs = [(task, [m.name if by_name else m for m in group]) for group in reversed(groups) for task in tasks]  # long ones first
+    jobs = [
+        (task, [m.name if by_name else m for m in group]) for group in reversed(groups) for task in tasks
+    ]  # long ones first
     load = {"backend": backend, "dtype": dtype, "device": device, "revision": revision}
     found: dict[str, list[MethodRuns]] = {task.name: [] for task in tasks}
     with Pool(workers) as pool, tqdm(total=len(jobs), desc="compare", disable=not progress, unit="job") as bar:

@@ -49,14 +49,17 @@ class Tuned:
         A wider grid might do better still.
         """
         found, names = [], list(self.settings)
-        means = self.trials.groupby(names, dropna=False)["value"].mean() if names else None
+        means: dict[Any, float] = (
+            self.trials.groupby(names)["value"].mean().to_dict()
+            if names
+            else {}  # a tuple a point, one name: its value
+        )
         for name, value in self.settings.items():
             known = sorted({v for v in self.trials[name] if isinstance(v, int | float)})
-            if means is None or len(known) < 3 or value not in (known[0], known[-1]):
+            if len(known) < 3 or value not in (known[0], known[-1]):
                 continue
             beside = {**self.settings, name: known[1] if value == known[0] else known[-2]}
-            here, there = (means.get(_key(point, names)) for point in (self.settings, beside))
-            if here is not None and not (there is not None and there >= here):
+            if not means.get(_key(beside, names), float("-inf")) >= means[_key(self.settings, names)]:
                 found.append(name)
         return found
 

@@ -133,6 +133,28 @@ class ContrastVectors(ResidualAdapter):
 
     # ---------------------------------------------------------------------------------------------- attaching
 
+    def attach_check(self, model: Any) -> None:
+        """Raise unless this adapter fits this model, and its tokenizer tells the instructions apart.
+
+        Raises:
+            AdapterError: made for another shape, already attached, or instructions of the same tokens.
+        """
+        super().attach_check(model)
+        plus, minus = self._fronts(model)
+        if plus == minus:
+            raise AdapterError(
+                f"{model_info(model).name} reads {self.positive!r} and {self.negative!r} as the same tokens ({plus}), so that "
+                "there is no difference to add; word the instructions otherwise"
+            )
+
+    def _fronts(self, model: Any) -> tuple[list[int], list[int]]:
+        """Token ids of both instructions, without BOS."""
+        plus, minus = (
+            list(tokenizer_of(model)(text, add_special_tokens=False)["input_ids"])
+            for text in (self.positive, self.negative)
+        )
+        return plus, minus
+
     @contextlib.contextmanager
     def _in_place(self, model: Any) -> Iterator[None]:
         with super()._in_place(model), before_each_pass(model, partial(self._prepare, model)):
@@ -162,10 +184,7 @@ class ContrastVectors(ResidualAdapter):
             return
         keep = self.positions.mask(layout)
         rows = torch.nonzero(keep.any(dim=1)).flatten()
-        fronts = [
-            list(tokenizer_of(model)(text, add_special_tokens=False)["input_ids"])
-            for text in (self.positive, self.negative)
-        ]
+        fronts = self._fronts(model)
         check_room(model, layout.mask[rows], max(map(len, fronts)))
         self._off = True
         try:

@@ -58,7 +58,7 @@ def orthonormal_rows(X: Float[Tensor, "d_model rank"]) -> Float[Tensor, "rank d_
     G = V.mT @ V
     T = G.triu(1) + torch.diag(G.diagonal() / 2)
     columns = eye - V @ torch.linalg.solve_triangular(T, V[: X.shape[1]].mT, upper=True)
-    return (columns * X.detach().diagonal().sign()).mT
+    return (columns * X.diagonal().sign()).mT
 
 
 @torch.no_grad()

@@ -66,11 +66,11 @@ def patch_effects(
     head_size(model)
     info = model_info(model)
     heads = [Head(layer, head) for layer in range(info.n_layers) for head in range(info.n_heads)]
-    base = measure().double().cpu()
+    base = measure().cpu().double()
     effects = torch.zeros(info.n_layers, info.n_heads, len(base), dtype=torch.float64)
     for head in tqdm(heads, desc=label, disable=not progress, unit="head"):
         with hooked(hook_z(model, head.layer), patch(head)):
-            effects[head] = measure().double().cpu() - base
+            effects[head] = measure().cpu().double() - base
     return effects
 
 

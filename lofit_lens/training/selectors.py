@@ -106,8 +106,9 @@ def attribution_scores(
 
     The absolute value stands outside the sum over positions (and, for a pair, over its two sequences) and inside the mean over
     examples. L(x) in nats: an example's summed -log p over its label tokens (SFT), or its DPO loss against the model itself.
-    One forward and one backward pass a batch; scores do not depend on `batch_size` beyond rounding. Michel et al. also
-    divide by the L2 norm over each layer's heads; that is not done here, so that heads of different layers compare.
+    One forward and one backward pass a batch (pairs: one more forward for the reference); scores do not depend on `batch_size`
+    beyond rounding. Michel et al. also divide by the L2 norm over each layer's heads; that is not done here, so that heads of
+    different layers compare.
 
     Args:
         model: any HookedTransformer or TransformerBridge; left as it was.
@@ -141,7 +142,7 @@ def attribution_scores(
             with _gates(model, len(rows) * len(forms[0])) as gates, torch.enable_grad():
                 (slopes,) = torch.autograd.grad(loss_of(rows), gates)
             scale = sum(weights[r] for r in rows)
-            per_example = slopes.double().cpu().unflatten(1, (len(forms[0]), len(rows))).sum(dim=1) * scale
+            per_example = slopes.cpu().double().unflatten(1, (len(forms[0]), len(rows))).sum(dim=1) * scale
             total += per_example.abs().sum(dim=1)
             bar.update(len(rows))
     return _scored(
