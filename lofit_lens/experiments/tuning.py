@@ -1,12 +1,13 @@
 """Choice of hyperparameters on the validation split: the same number of trials and the same seeds for every method."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
@@ -48,18 +49,16 @@ class Tuned:
 
         A wider grid might do better still.
         """
-        found, names = [], list(self.settings)
-        means: dict[Any, float] = (
-            self.trials.groupby(names)["value"].mean().to_dict()
-            if names
-            else {}  # a tuple a point, one name: its value
-        )
+        found, values = [], {}
+        for row in self.trials.to_dict("records"):
+            values.setdefault(_key(row, self.settings), []).append(row["value"])
+        means = {point: float(np.mean([np.nan if v is None else v for v in of])) for point, of in values.items()}
         for name, value in self.settings.items():
             known = sorted({v for v in self.trials[name] if isinstance(v, int | float)})
             if len(known) < 3 or value not in (known[0], known[-1]):
                 continue
             beside = {**self.settings, name: known[1] if value == known[0] else known[-2]}
-            if not means.get(_key(beside, names), float("-inf")) >= means[_key(self.settings, names)]:
+            if not means.get(_key(beside, self.settings), np.nan) >= means[_key(self.settings, self.settings)]:
                 found.append(name)
         return found
 
@@ -137,8 +136,8 @@ def tune_method(
     return Tuned(chosen.name, task.name, task.metric, points[best], len(points), pd.DataFrame(rows))
 
 
-def _key(point: Mapping[str, Any], names: Sequence[str]) -> Any:
-    return point[names[0]] if len(names) == 1 else tuple(point[n] for n in names)
+def _key(point: Mapping[Any, Any], names: Iterable[str]) -> tuple[Any, ...]:
+    return tuple(point[n] for n in names)
 
 
 def _trial(
