@@ -26,14 +26,14 @@ from lofit_lens.models import ModelInfo, load_model, model_info
 from lofit_lens.probing import Probes, ReadingVectors, fit_probes, reading_vectors
 from lofit_lens.tasks.base import Task
 from lofit_lens.training import Preset, TrainConfig, preset, select_heads, tune_offsets
-from lofit_lens.training.config import LORA, LOREFT, RED
+from lofit_lens.training.config import method_config
 from lofit_lens.training.fitting import fit
 from lofit_lens.training.selectors import SELECTORS
 
 Settings = Mapping[str, Any]
 TRIALS = 6
 DRAWS = 5  # of random heads
-RATES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # times the preset's or the method's usual learning rate
+RATES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # times the preset's or the method's usual learning rate
 
 
 class Workbench:
@@ -186,10 +186,11 @@ def _by_chance(bench: Workbench, k: int, seed: int) -> HeadSet:
 
 
 def _trained(
-    base: TrainConfig, make: Callable[[Workbench, int], Any], model: Callable[[Workbench], Any]
+    name: str, make: Callable[[Workbench, int], Any], model: Callable[[Workbench], Any]
 ) -> Callable[..., Intervention]:
     def fit_adapter(bench: Workbench, settings: Settings, seed: int) -> Intervention:
         adapter = make(bench, seed)
+        base = method_config(name, bench.info)
         config = base.with_changes(lr=settings["lr"], epochs=bench.preset.tune.epochs)
         fit(
             adapter, model(bench), bench.task, config, seed=seed, n_train=bench.n_train, label=adapter.title,
@@ -219,15 +220,19 @@ METHODS: dict[str, Method] = {
         Method("LoFiT 10 %", _lofit("10 %", _by_norm), lambda bench: _rates(bench.preset.tune)),
         Method(
             "LoRA",
-            _trained(LORA, lambda bench, seed: Lora.for_model(bench.bridge(), seed=seed), Workbench.bridge),
-            lambda bench: _rates(LORA),
+            _trained("lora", lambda bench, seed: Lora.for_model(bench.bridge(), seed=seed), Workbench.bridge),
+            lambda bench: _rates(method_config("lora", bench.info)),
             model=Workbench.bridge,
         ),
-        Method("RED", _trained(RED, lambda bench, seed: Red.for_model(bench.model), _own), lambda bench: _rates(RED)),
+        Method(
+            "RED",
+            _trained("red", lambda bench, seed: Red.for_model(bench.model), _own),
+            lambda bench: _rates(method_config("red", bench.info)),
+        ),
         Method(
             "LoReFT",
-            _trained(LOREFT, lambda bench, seed: LoReft.for_model(bench.model, seed=seed), _own),
-            lambda bench: _rates(LOREFT),
+            _trained("loreft", lambda bench, seed: LoReft.for_model(bench.model, seed=seed), _own),
+            lambda bench: _rates(method_config("loreft", bench.info)),
         ),
     )
 }
