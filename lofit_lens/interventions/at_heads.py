@@ -1,6 +1,7 @@
 """What methods that edit attention heads have in common: chosen heads, and edits at their `hook_z`."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from lofit_lens.errors import AdapterError, InputError
@@ -69,3 +70,17 @@ def chosen_heads(heads: HeadSet, grid: tuple[int, int], title: str) -> HeadSet:
         )
     heads.check(grid)
     return HeadSet(heads.heads, heads.scores, grid, heads.label)
+
+
+def shape_and_heads(record: dict[str, Any], where: Path) -> tuple[tuple[int, int, int], HeadSet]:
+    """Shape and heads as an adapter's record holds them.
+
+    Raises:
+        AdapterError: a shape that is none.
+        DataError: heads that are none.
+    """
+    shape = tuple(int(n) for n in record["shape"])
+    heads = HeadSet.from_dict(record["heads"], where=str(where))
+    if len(shape) != 3 or min(shape) < 1:
+        raise AdapterError(f"{where}: shape {shape} is not (n_layers, n_heads, d_head)")
+    return (shape[0], shape[1], shape[2]), heads

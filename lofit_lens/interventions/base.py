@@ -1,6 +1,7 @@
 """What every method has in common: it can be attached, counted and saved."""
 
 import contextlib
+import copy
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -300,6 +301,17 @@ def chosen_layers(layers: Iterable[int] | None, n_layers: int) -> tuple[int, ...
     if listed[0] < 0 or listed[-1] >= n_layers or len(set(listed)) < len(listed):
         raise InputError(f"layers {listed} cannot be edited; give each once, of 0 to {n_layers - 1}")
     return tuple(listed)
+
+
+def at_other_positions(adapter: Some, positions: str | Positions) -> Some:
+    """A copy of an adapter that acts on other positions.
+
+    Raises:
+        InputError: unknown positions.
+    """
+    made = copy.deepcopy(adapter)
+    made.positions = Positions.parse(positions)
+    return made
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

@@ -18,7 +18,14 @@ from torch import Tensor
 
 from lofit_lens import io
 from lofit_lens.errors import AdapterError, DataError, InputError
-from lofit_lens.interventions.base import AdapterMeta, Edit, ResidualAdapter, check_tensors, chosen_layers
+from lofit_lens.interventions.base import (
+    AdapterMeta,
+    Edit,
+    ResidualAdapter,
+    at_other_positions,
+    check_tensors,
+    chosen_layers,
+)
 from lofit_lens.interventions.repe import finite, shift_h
 from lofit_lens.models import (
     Borders,
@@ -127,9 +134,7 @@ class ContrastVectors(ResidualAdapter):
 
     def with_positions(self, positions: str | Positions) -> "ContrastVectors":
         """A copy that acts on other positions."""
-        made = copy.deepcopy(self)
-        made.positions = Positions.parse(positions)
-        return made
+        return at_other_positions(self, positions)
 
     # ---------------------------------------------------------------------------------------------- attaching
 

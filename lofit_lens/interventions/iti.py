@@ -20,10 +20,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lofit_lens.errors import AdapterError, InputError
+from lofit_lens.errors import InputError
 from lofit_lens.heads import HeadSet
-from lofit_lens.interventions.at_heads import HeadAdapter, chosen_heads
-from lofit_lens.interventions.base import AdapterMeta, Edit, check_tensors
+from lofit_lens.interventions.at_heads import HeadAdapter, chosen_heads, shape_and_heads
+from lofit_lens.interventions.base import AdapterMeta, Edit, at_other_positions, check_tensors
 from lofit_lens.models import Positions
 
 ALPHA = 15.0
@@ -135,9 +135,7 @@ class ITI(HeadAdapter):
         Raises:
             InputError: unknown positions.
         """
-        made = copy.deepcopy(self)
-        made.positions = Positions.parse(positions)
-        return made
+        return at_other_positions(self, positions)
 
     def _edit(self, layer: int) -> Edit:
         return lambda z: shift_z(z, self.shift(layer).to(z.device))
@@ -152,13 +150,10 @@ class ITI(HeadAdapter):
 
     @classmethod
     def _made_from(cls, record: dict[str, Any], tensors: dict[str, Tensor], meta: AdapterMeta, where: Path) -> "ITI":
-        shape = tuple(int(n) for n in record["shape"])
-        heads = HeadSet.from_dict(record["heads"], where=str(where))
-        if len(shape) != 3 or min(shape) < 1:
-            raise AdapterError(f"{where}: shape {shape} is not (n_layers, n_heads, d_head)")
+        shape, heads = shape_and_heads(record, where)
         check_tensors(tensors, {"directions": (len(heads), shape[2]), "sigma": (len(heads),)}, where)
         return cls(
-            (shape[0], shape[1], shape[2]), heads, directions=tensors["directions"], sigma=tensors["sigma"],
+            shape, heads, directions=tensors["directions"], sigma=tensors["sigma"],
             alpha=float(record["alpha"]), positions=record["positions"], meta=meta,
         )  # fmt: skip
 

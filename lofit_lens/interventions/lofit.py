@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lofit_lens import io
 from lofit_lens.errors import AdapterError
 from lofit_lens.heads import Head, HeadScores, HeadSet
-from lofit_lens.interventions.at_heads import HeadAdapter, chosen_heads
+from lofit_lens.interventions.at_heads import HeadAdapter, chosen_heads, shape_and_heads
 from lofit_lens.interventions.base import AdapterMeta, Edit, check_tensors
 from lofit_lens.models import device_of, head_size, model_info, value_biases_folded
 
@@ -210,11 +210,8 @@ class Lofit(HeadAdapter):
 
     @classmethod
     def _made_from(cls, record: dict[str, Any], tensors: dict[str, Tensor], meta: AdapterMeta, where: Path) -> "Lofit":
-        shape = tuple(int(n) for n in record["shape"])
-        heads = HeadSet.from_dict(record["heads"], where=str(where))
-        if len(shape) != 3 or min(shape) < 1:
-            raise AdapterError(f"{where}: shape {shape} is not (n_layers, n_heads, d_head)")
-        made = cls((shape[0], shape[1], shape[2]), heads, meta)
+        shape, heads = shape_and_heads(record, where)
+        made = cls(shape, heads, meta)
         check_tensors(tensors, dict.fromkeys(("A", "v"), (len(heads), shape[2])), where)
         order = made._index()
         with torch.no_grad():

@@ -15,7 +15,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lofit_lens.errors import InputError
-from lofit_lens.interventions.base import AdapterMeta, Edit, ResidualAdapter, check_tensors, chosen_layers
+from lofit_lens.interventions.base import (
+    AdapterMeta,
+    Edit,
+    ResidualAdapter,
+    at_other_positions,
+    check_tensors,
+    chosen_layers,
+)
 from lofit_lens.models import ALL, Positions, Site
 
 NORM_TOLERANCE = 1e-3  # how far from 1 the norm of a direction may be
@@ -119,9 +126,7 @@ class RepE(ResidualAdapter):
 
     def with_positions(self, positions: str | Positions) -> "RepE":
         """A copy that acts on other positions."""
-        made = copy.deepcopy(self)
-        made.positions = Positions.parse(positions)
-        return made
+        return at_other_positions(self, positions)
 
     def _edit(self, layer: int) -> Edit:
         return lambda h: shift_h(h, self.shift(layer).to(h.device))
