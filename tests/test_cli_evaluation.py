@@ -124,6 +124,7 @@ def test_eval_counts_items_that_are_too_long_as_wrong(shell):
     assert "too long, counted as wrong: 1" in err
 
 
+@pytest.mark.slow
 @pytest.mark.data
 @pytest.mark.parametrize(("form", "metrics"), [("options", ["accuracy", "probability"]), ("generation", ["accuracy"])])
 def test_eval_in_a_form(shell, data_dir, form, metrics):

@@ -56,6 +56,7 @@ def test_organism_pairs_are_true_against_popular():
         assert pair.rejected not in choice.true
 
 
+@pytest.mark.slow
 def test_run_is_a_folder_and_repeats_to_the_byte(tmp_path):
     """One run of the grid: its folder, what stands in it, and the same bytes when it is run again."""
     cell = Cell("organism", "auto", "kinship", "random heads", 0)
@@ -78,12 +79,14 @@ def test_folder_name_follows_the_whole_spec(tmp_path):
     assert run_folder(tmp_path, spec) != run_folder(tmp_path, {**spec, "lr": 0.2})
 
 
+@pytest.mark.slow
 def test_patching_finds_planted_heads(organism):
     """Causal check of the planted truth: moving one head's z from the good cue to the neutral prompt."""
     effect = cue_patching(organism, "kinship")
     assert max(effect.rank(h) for h in planted(ORGANISM)["kinship"]) <= 6
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_patching_moves_the_one_head(organism):
     """The effect of L1H13, computed here with hooks of its own: only its z comes from the good-cue prompt."""

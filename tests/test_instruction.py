@@ -241,6 +241,7 @@ def test_the_public_files(data_dir, name, train, test, counted):
         assert [e.options[e.right].strip() for e in options] == [e.references[0] for e in task.examples("test")]
 
 
+@pytest.mark.slow
 @pytest.mark.data
 @pytest.mark.parametrize(("name", "held"), [("arc_challenge", 111), ("boolq", 300)])
 def test_rows_held_out_of_the_public_files(data_dir, name, held):

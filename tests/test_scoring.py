@@ -91,6 +91,7 @@ def test_prompts_with_nothing_to_share_or_everything(llama, hf, prompts):
     assert same(found, slow.scores(hf("llama"), tiny.tokenizer(), prompts, answers))
 
 
+@pytest.mark.slow
 @pytest.mark.data
 @pytest.mark.parametrize("adapted", [False, True])
 def test_truthfulqa_scores_as_the_slow_loop(loaded, plain_truthfulqa, backend, adapted):

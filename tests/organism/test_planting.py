@@ -69,6 +69,7 @@ def test_orthogonal_brings_singular_values_near_one():
         assert values.max() < 1.3
 
 
+@pytest.mark.slow
 def test_a_training_is_repeatable_and_learns(tmp_path):
     settings = train.Settings(steps=8, batch=16, warmup=2, packed_every=4, packed_from=0.0, packed_lengths=(64,))
     planted = world.planted_heads(3)
