@@ -53,14 +53,12 @@ TUNED = Tuned(
 @pytest.fixture
 def table():
     return MethodTable.of(
-        TASK,
         [
             MethodRuns("zero-shot", (run(0, NONE, n=0, heads=""),)),
             MethodRuns("bad", (run(0, BAD[0], fit=2.0, kl=[0.1, 0.3]), run(1, BAD[1], fit=4.0, kl=[0.2, 0.6])), TUNED),
             MethodRuns("good", (run(0, GOOD[0], n=1234), run(1, GOOD[1], n=1234))),
         ],
         "good",
-        "test",
     )
 
 
@@ -117,7 +115,7 @@ def test_cells_have_every_number_with_its_interval(table):
 
 def test_without_texts_there_is_no_damage_column():
     """Nothing measured, nothing shown."""
-    table = MethodTable.of(TASK, [MethodRuns("good", (run(0, GOOD[0]),))], "good", "test")
+    table = MethodTable.of([MethodRuns("good", (run(0, GOOD[0]),))], "good")
     assert "KL, nats" not in table.columns()
     assert not any("KL" in note for note in table.notes())
     assert len(table.cells()[0]) == len(table.columns())
@@ -173,7 +171,7 @@ def test_few_items_take_the_permutation_test():
     """Below 50 items the bootstrap finds too much."""
     few = [EvalResult(r.task, r.split, r.metrics, r.items.head(20)) for r in (result(GOOD[0]), result(BAD[0]))]
     runs = [Run(0, {}, r, 1, 1.0, 1.0) for r in few]
-    table = MethodTable.of(TASK, [MethodRuns("a", (runs[0],)), MethodRuns("b", (runs[1],))], "a", "test")
+    table = MethodTable.of([MethodRuns("a", (runs[0],)), MethodRuns("b", (runs[1],))], "a")
     assert "permutation" in table["b"].against["em"].method
 
 
@@ -182,7 +180,7 @@ def test_bad_tables_are_refused(reference, counts, message):
     """A reference that is not there; one method with two numbers of parameters."""
     runs = tuple(run(i, GOOD[i], n=n) for i, n in enumerate(counts))
     with pytest.raises(InputError, match=message):
-        MethodTable.of(TASK, [MethodRuns("a", runs)], reference, "test")
+        MethodTable.of([MethodRuns("a", runs)], reference)
 
 
 def test_unknown_method_names_those_there(table):

@@ -65,7 +65,7 @@ def test_nothing_to_draw_is_an_error(scores):
 
 def test_saved_page_is_self_contained(scores, tmp_path):
     """The page holds plotly.js and asks no server for anything; another ending is refused."""
-    page = save_figure(layer_distribution({"x": scores["a"].top(2)}), tmp_path / "new" / "layers.html")
+    (page,) = save_figure(layer_distribution({"x": scores["a"].top(2)}), tmp_path / "new" / "layers.html")
     text = page.read_text()
     assert "<script src=" not in text
     assert len(text) > 1_000_000

@@ -209,7 +209,7 @@ def compare_tasks(
         for i, runs in pool.run(_job, work, bar):
             found[jobs[i][0].name] += runs
     return {
-        task.name: MethodTable.of(task, sorted(found[task.name], key=lambda r: names.index(r.method)), reference, split)
+        task.name: MethodTable.of(sorted(found[task.name], key=lambda r: names.index(r.method)), reference)
         for task in tasks
     }
 
@@ -237,11 +237,17 @@ def _job(
     options: Options,
 ) -> list[MethodRuns]:
     loaded = model if load is None else kept_model(str(model), **load)
-    kept = _benches.setdefault(loaded, {})
-    key = (task.name, task.data_hash, task.form, options.n_train)
+    bench = bench_of(loaded, task, options.n_train)
+    return [run_method(bench, method_of(m), given.get(method_of(m).name), options) for m in methods]
+
+
+def bench_of(model: Any, task: Task, n_train: int | None) -> Workbench:
+    """The workbench of a model and a task in this process, made once."""
+    kept = _benches.setdefault(model, {})
+    key = (task.name, task.data_hash, task.form, n_train)
     if key not in kept:
-        kept[key] = Workbench(loaded, task, n_train=options.n_train)
-    return [run_method(kept[key], method_of(m), given.get(method_of(m).name), options) for m in methods]
+        kept[key] = Workbench(model, task, n_train=n_train)
+    return kept[key]
 
 
 def run_method(bench: Workbench, method: Method, settings: Settings | None, options: Options) -> MethodRuns:

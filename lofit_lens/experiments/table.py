@@ -21,7 +21,6 @@ from lofit_lens.evaluation.stats import (
 )
 from lofit_lens.experiments.runs import MethodRuns
 from lofit_lens.models import ModelInfo
-from lofit_lens.tasks.base import Task
 
 KIND, SCHEMA = "lofit_lens.MethodTable", 1
 
@@ -103,8 +102,8 @@ class MethodTable:
     versions: dict[str, str]
 
     @classmethod
-    def of(cls, task: Task, methods: Sequence[MethodRuns], reference: str, split: str) -> "MethodTable":
-        """Means, intervals and paired tests of these runs.
+    def of(cls, methods: Sequence[MethodRuns], reference: str) -> "MethodTable":
+        """Means, intervals and paired tests of these runs, all on the same rows of one task.
 
         Raises:
             InputError: the reference is not among them, or the same method has runs with different numbers of parameters.
@@ -113,23 +112,17 @@ class MethodTable:
         if reference not in named:
             raise InputError(f"no method {reference!r} here; there are {', '.join(named)}")
         base = [r.result for r in named[reference].runs]
+        metric = next(iter(base[0].metrics))
         few = len(base[0].items) < FEW
         test = paired_permutation_test if few else paired_bootstrap_test
         others = [m for m in methods if m.method != reference]
         tests = {m.method: compare([r.result for r in m.runs], base, test=test) for m in others}
-        p = dict(zip(tests, holm([t[task.metric].p for t in tests.values()]), strict=True)) if tests else {}
+        p = dict(zip(tests, holm([t[metric].p for t in tests.values()]), strict=True)) if tests else {}
         rows = tuple(_row(m, tests.get(m.method), p.get(m.method)) for m in methods)
         return cls(
-            task.name,
-            split,
-            task.metric,
-            reference,
-            rows,
-            tuple(methods),
-            base[0].model,
-            task.data_hash,
+            base[0].task, base[0].split, metric, reference, rows, tuple(methods), base[0].model, base[0].data_hash,
             io.environment(),
-        )
+        )  # fmt: skip
 
     def __getitem__(self, method: str) -> Row:
         """One method's row."""
@@ -185,7 +178,7 @@ class MethodTable:
         chosen = [r for r in self.rows if r.tried > 1]
         tried = sorted({r.tried for r in chosen})
         edge = [m.method for m in self.methods if m.tuned is not None and m.tuned.at_edge]
-        settings = "; ".join(f"{r.method}: {_settings(r.settings)}" for r in self.rows if r.settings)
+        given = [r for r in self.rows if r.tried <= 1 and r.settings]
         notes = [
             f"[ ]: 95 % bootstrap interval over seeds and items (seeds: {usual}{f'; {other}' if other else ''}); ( ): lowest to "
             "highest run. With few seeds such intervals can be too narrow."
@@ -195,10 +188,10 @@ class MethodTable:
         if chosen:
             notes.append(
                 f"settings chosen on the validation split, {' or '.join(map(str, tried))} points a method, before the "
-                f"{self.split} split was touched: {settings}"
+                f"{self.split} split was touched: {_all_settings(chosen)}"
             )
-        elif settings:
-            notes.append(f"settings given: {settings}")
+        if given:
+            notes.append(f"settings given or taken over: {_all_settings(given)}")
         if edge:
             notes.append(f"chosen at the edge of the grid, so that a wider one might do better: {', '.join(edge)}")
         if any(r.kl for r in self.rows):
@@ -258,12 +251,12 @@ class MethodTable:
     def to_latex(self) -> str:
         """A LaTeX `table*` for the booktabs package, with its caption and notes."""
         columns, rows = self.columns(), self.cells()
-        body = "\n".join("  " + " & ".join(map(_tex, row)) + r" \\" for row in rows)
+        body = "\n".join("  " + " & ".join(map(tex, row)) + r" \\" for row in rows)
         return (
             "% needs \\usepackage{booktabs}\n\\begin{table*}\n\\centering\\scriptsize\n"
-            f"\\caption{{{_tex(self.title())}}}\n\\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}\n\\toprule\n"
-            f"  {' & '.join(map(_tex, columns))} \\\\\n\\midrule\n{body}\n\\bottomrule\n\\end{{tabular}}\n\n"
-            + "\n\n".join(f"\\raggedright {_tex(note)}" for note in self.notes())
+            f"\\caption{{{tex(self.title())}}}\n\\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}\n\\toprule\n"
+            f"  {' & '.join(map(tex, columns))} \\\\\n\\midrule\n{body}\n\\bottomrule\n\\end{{tabular}}\n\n"
+            + "\n\n".join(f"\\raggedright {tex(note)}" for note in self.notes())
             + "\n\\end{table*}\n"
         )
 
@@ -344,6 +337,10 @@ def _or_dash(metric: Metric | None) -> str:
     return "-" if metric is None else str(metric)
 
 
+def _all_settings(rows: Sequence[Row]) -> str:
+    return "; ".join(f"{r.method}: {_settings(r.settings)}" for r in rows)
+
+
 def _settings(settings: dict[str, Any]) -> str:
     return ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in settings.items())
 
@@ -352,5 +349,6 @@ _TEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#
         "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"$<$", ">": r"$>$"}  # fmt: skip
 
 
-def _tex(text: str) -> str:
+def tex(text: str) -> str:
+    """Text for LaTeX: its special characters escaped."""
     return "".join(_TEX.get(c, c) for c in text)

@@ -1,9 +1,11 @@
 """The organism's three tasks in the library's form, under `load_task("organism/truth")` and so on.
 
 The prompt's cue is neutral; 150 of the training rows are drawn by seed. Truth trains by DPO (true value against the popular
-false one) and is tested by multiple choice; kinship and edits train by SFT and are tested by exact match.
+false one) and is tested by multiple choice; kinship and edits train by SFT and are tested by exact match. `organism/truth-cued`
+and so on ask the same with a good cue: what the unmodified model can do.
 """
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 from lofit_lens.errors import InputError
 from lofit_lens.io import digest
 from lofit_lens.organism.words import TASKS, TaskName
-from lofit_lens.organism.world import SPLITS, Row, rows
+from lofit_lens.organism.world import SPLITS, Row, rows, with_cue
 from lofit_lens.tasks.base import ChoiceExample, GenerationExample, PairExample, SFTExample, Task
 from lofit_lens.tasks.registry import register
 
@@ -33,6 +35,17 @@ def load(task: TaskName, data_dir: str | Path | None = None) -> Task:
     )  # fmt: skip
 
 
+def load_cued(task: TaskName, data_dir: str | Path | None = None) -> Task:
+    """The same questions with the good cue in front, which the unmodified model answers rightly: for evaluation only."""
+    plain = load(task, data_dir)
+    asked = {split: [with_cue(task, row, "good") for row in rows(task, split)] for split in SPLITS}
+    return replace(
+        plain, name=f"{plain.name}-cued", training={}, test={s: tuple(_forms(r)[1] for r in found) for s, found in asked.items()},
+        hashes={split: digest(found) for split, found in asked.items()}, n_train=None,
+        no_training=f"the answer stands in the cue; train on {plain.name}",
+    )  # fmt: skip
+
+
 def _forms(row: Row) -> tuple[SFTExample | PairExample, GenerationExample | ChoiceExample]:
     prompt = row["prompt"]
     if "answer" in row:
@@ -48,3 +61,4 @@ def grade(generated: str, example: GenerationExample) -> dict[str, float]:
 
 for _task in TASKS:
     register(f"organism/{_task}", partial(load, _task))
+    register(f"organism/{_task}-cued", partial(load_cued, _task))

@@ -1,17 +1,25 @@
 """One look for every figure: readable at column width, safe for colour-blind readers, perceptually even heat maps."""
 
+import contextlib
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import plotly.graph_objects as go
 
 from lofit_lens import io
-from lofit_lens.errors import InputError
+from lofit_lens.errors import InputError, unknown
+
+log = logging.getLogger(__name__)
 
 # Okabe and Ito's palette, without yellow (too pale on white).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 HEAT = "Cividis"
-STATIC = (".png", ".svg", ".pdf")
+FORMATS = ("html", "png", "svg", "pdf")
 FONT = {"family": "Helvetica, Arial, sans-serif", "size": 13, "color": "#222222"}
 
 
@@ -27,28 +35,97 @@ def style(fig: go.Figure, *, title: str, width: int, height: int) -> go.Figure:
     return fig
 
 
-def save_figure(fig: go.Figure, path: str | Path) -> Path:
-    """Write a figure; the name's ending says how.
+def save_figure(
+    fig: go.Figure, path: str | Path, *, data: pd.DataFrame | None = None, formats: Sequence[str] = FORMATS
+) -> list[Path]:
+    """Write a figure and the data behind it.
 
-    `.html` is one self-contained page (plotly.js inside, opens offline). `.png` (three pixels a unit), `.svg` and `.pdf` go
-    through kaleido and a Chrome or Chromium on this machine.
+    A name that ends in `.html` (one self-contained page, plotly.js inside, opens offline), `.png` (three pixels a unit), `.svg`
+    or `.pdf` is that one file. Any other name is the front of all of `formats`; where this machine has no Chrome for the last
+    three, the page is written all the same and a warning says how to get the rest. The data stand beside it: `data` as `.csv`,
+    else the traces as `.json`.
+
+    Args:
+        fig: the figure.
+        path: file name, or its front.
+        data: the table that the figure was drawn from.
+        formats: endings without the dot, of `FORMATS`; for the front of a name only.
+
+    Returns:
+        The files, figures first.
 
     Raises:
-        InputError: another ending; the file cannot be written; kaleido or Chrome is missing (how to get them is said).
+        InputError: an unknown ending or format; a file that cannot be written; kaleido or Chrome missing where one static file
+            was asked for by name (how to get them is said).
     """
     path = Path(path)
+    for ending in formats:
+        if ending not in FORMATS:
+            raise unknown("format", ending, FORMATS)
+    if path.suffix:
+        if path.suffix[1:] not in FORMATS:
+            raise InputError(
+                f"cannot save a figure as {path.suffix!r}; give a name that ends in .{', .'.join(FORMATS)}, or one without an "
+                "ending for all of them"
+            )
+        files = [_write(fig, path)]
+    else:
+        files = _write_all(fig, path, formats)
+    beside = path.with_suffix("") if path.suffix else path
+    if data is not None:
+        return [*files, io.write_text(f"{beside}.csv", data.to_csv(index=False, lineterminator="\n"))]
+    if path.suffix:
+        return files
+    traces: Any = fig.to_json(engine="json")
+    return [*files, io.write_text(f"{beside}.json", json.dumps(json.loads(traces)["data"], indent=1) + "\n")]
+
+
+def _write(fig: go.Figure, path: Path) -> Path:
     if path.suffix == ".html":
         page: Any = fig.to_html(include_plotlyjs=True, full_html=True, div_id=path.stem, config={"displaylogo": False})
         return io.write_text(path, page)
-    if path.suffix not in STATIC:
-        raise InputError(
-            f"cannot save a figure as {path.suffix!r}; give a name that ends in .html, {', '.join(STATIC)}"
-        )
+    return io.write_bytes(path, _image(fig, path))
+
+
+def _write_all(fig: go.Figure, front: Path, formats: Sequence[str]) -> list[Path]:
+    files = []
+    for ending in (f for f in FORMATS if f in formats):
+        path = front.parent / f"{front.name}.{ending}"
+        try:
+            files.append(_write(fig, path))
+        except NoChrome as e:
+            log.warning("%s", e)
+            break
+    return files
+
+
+class NoChrome(InputError):
+    """Static figures cannot be drawn on this machine."""
+
+
+def _image(fig: go.Figure, path: Path) -> bytes:
     try:
-        image = fig.to_image(format=path.suffix[1:], scale=3)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The kopts argument is ignored")
+            return fig.to_image(format=path.suffix[1:], scale=3)
     except Exception as e:
-        raise InputError(
-            f"cannot draw {path} ({str(e).strip().splitlines()[0]}): static figures need kaleido "
-            "(pip install 'lofit-lens[figures]') and Chrome or Chromium; .html needs neither"
+        raise NoChrome(
+            f"cannot draw {path} ({str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__}): static figures need "
+            "kaleido (pip install 'lofit-lens[figures]') and Chrome or Chromium; .html needs neither"
         ) from e
-    return io.write_bytes(path, image)
+
+
+@contextlib.contextmanager
+def many_figures() -> Iterator[None]:
+    """Keep one browser open for all static figures inside the block: half a second each instead of several."""
+    try:
+        import kaleido
+
+        kaleido.start_sync_server(silence_warnings=True)
+    except Exception:  # no kaleido or no Chrome: `save_figure` says so
+        yield
+        return
+    try:
+        yield
+    finally:
+        kaleido.stop_sync_server(silence_warnings=True)

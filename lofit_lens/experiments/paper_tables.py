@@ -1,0 +1,189 @@
+"""The paper's tables from a study: methods (Tables 1 and 3), head selectors (Table 2), tasks that were not learned (Table 5).
+
+Rows are methods, columns are tasks; every cell is a mean with its 95 % interval over seeds and items, and a mark for its paired
+test against the table's reference (Holm over the methods of a task).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from lofit_lens import io
+from lofit_lens.evaluation.compare import compare, over_seeds
+from lofit_lens.evaluation.result import Metric, table_html
+from lofit_lens.evaluation.stats import FEW, holm, mark, paired_bootstrap_test, paired_permutation_test
+from lofit_lens.experiments.results import Results
+from lofit_lens.experiments.study import ZERO
+from lofit_lens.experiments.table import MethodTable, tex
+
+STARS = "* differs from {reference}, p < .05; + p < .1; paired tests, adjusted over the {rows} of a task by Holm"
+MEAN = "mean [95 % bootstrap interval over seeds and items]; with few seeds such intervals can be too narrow"
+
+
+@dataclass(frozen=True, eq=False)
+class PaperTable:
+    """One table of a paper.
+
+    Attributes:
+        name: file name.
+        title: what it shows.
+        columns: heads of `cells`.
+        cells: rows of text.
+        notes: how to read it.
+        frame: the same as numbers, one row a method and task.
+    """
+
+    name: str
+    title: str
+    columns: tuple[str, ...]
+    cells: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...]
+    frame: pd.DataFrame
+
+    def to_markdown(self) -> str:
+        """A Markdown table with title and notes."""
+        lines = [self.columns, ("---",) * len(self.columns), *self.cells]
+        table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        return f"**{self.title}**\n\n{table}\n\n" + "\n".join(f"- {note}" for note in self.notes) + "\n"
+
+    def to_latex(self) -> str:
+        """A LaTeX `table*` for the booktabs package."""
+        body = "\n".join("  " + " & ".join(map(tex, row)) + r" \\" for row in self.cells)
+        return (
+            "% needs \\usepackage{booktabs}\n\\begin{table*}\n\\centering\\small\n"
+            f"\\caption{{{tex(self.title)}. {tex('; '.join(self.notes))}.}}\n"
+            f"\\begin{{tabular}}{{l{'r' * (len(self.columns) - 1)}}}\n\\toprule\n"
+            f"  {' & '.join(map(tex, self.columns))} \\\\\n\\midrule\n{body}\n\\bottomrule\n\\end{{tabular}}\n\\end{{table*}}\n"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Title, columns, rows of text and notes; JSON-able."""
+        return {
+            "title": self.title, "columns": list(self.columns), "rows": [list(r) for r in self.cells], "notes": list(self.notes)
+        }  # fmt: skip
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write it as .md, .tex and .csv (numbers); files of the same names are replaced.
+
+        Raises:
+            InputError: the folder cannot be written to.
+        """
+        front = Path(folder) / self.name
+        texts = {
+            "md": self.to_markdown(), "tex": self.to_latex(), "csv": self.frame.to_csv(index=False, lineterminator="\n")
+        }  # fmt: skip
+        return [io.write_text(f"{front}.{ending}", text) for ending, text in texts.items()]
+
+    def _repr_html_(self) -> str:
+        return table_html(self.title, self.columns, self.cells, self.notes)
+
+
+def paper_tables(results: Results) -> list[PaperTable]:
+    """The tables for which the study has runs, in the paper's order."""
+    methods = {t: table for t in results.tasks if (table := results.method_table(t)) is not None}
+    selectors = {t: table for t in results.tasks if (table := results.selector_table(t)) is not None}
+    found = []
+    model = results.model.name
+    if methods:
+        baselines = ("zero-shot", "ITI", "RepE", "random heads", "LoFiT 3 %")
+        trained = ("LoFiT 3 %", "LoFiT 10 %", "LoRA", "RED", "LoReFT")
+        parts = {
+            "table1": ("LoFiT beside zero-shot, ITI, RepE and random heads", baselines),
+            "table3": ("LoFiT beside LoRA, RED and LoReFT", trained),
+        }
+        for name, (title, rows) in parts.items():
+            found.append(_wide(name, f"{title} ({model})", methods, rows, "methods"))
+    if selectors:
+        named = list(dict.fromkeys(r.method for table in selectors.values() for r in table.rows))
+        table = _wide(
+            "table2",
+            f"Heads by different selectors, each followed by offset tuning ({model})",
+            selectors,
+            named,
+            "selectors",
+        )
+        found.insert(min(1, len(found)), table)
+    if (last := _other_tasks(results)) is not None:
+        found.append(last)
+    return [t for t in found if len(t.cells) > 1]
+
+
+def _wide(name: str, title: str, tables: Mapping[str, MethodTable], rows: Sequence[str], what: str) -> PaperTable:
+    first = next(iter(tables.values()))
+    there = [r for r in rows if any(r == row.method for t in tables.values() for row in t.rows)]
+    cells, numbers = [], []
+    for method in there:
+        line, counts = [], []
+        for task, table in tables.items():
+            row = next((r for r in table.rows if r.method == method), None)
+            if row is None:
+                line.append("-")
+                continue
+            metric = row.metrics[table.metric]
+            counts.append(row.n_parameters)
+            line.append(f"{short(metric)} {mark(row.p_holm) if row.p_holm is not None else ''}".strip())
+            numbers.append({
+                "method": method, "task": task, "metric": table.metric, **_numbers(metric), "p_holm": row.p_holm,
+                "n_parameters": row.n_parameters,
+            })  # fmt: skip
+        count = " to ".join(f"{n:,}" for n in sorted(set(counts))[:: max(1, len(set(counts)) - 1)])
+        cells.append((method, count, *line))
+    heads = [f"{t.task}, {t.metric.upper()} (n={len(t.methods[0].runs[0].result.items)})" for t in tables.values()]
+    seeds = sorted({n["seeds"] for n in numbers})
+    notes = (
+        MEAN, f"seeds or draws a row: {', '.join(map(str, seeds))}", STARS.format(reference=first.reference, rows=what),
+        "parameters: numbers that the method adds to the model",
+        *(f"{task}: {note}" for task, t in tables.items() for note in t.notes() if note.startswith("settings")),
+    )  # fmt: skip
+    return PaperTable(name, title, ("method" if what == "methods" else "heads", "parameters", *heads), tuple(cells), notes,
+                      pd.DataFrame(numbers))  # fmt: skip
+
+
+def _other_tasks(results: Results) -> PaperTable | None:
+    """Table 5: what tuning on one task does to others, and to ordinary text."""
+    others = list(results.record["other_tasks"])
+    rows = {o: results.rows(tested=o) for o in others}
+    rows = {o: r for o, r in rows.items() if (r["method"] == ZERO).any() and (r["method"] != ZERO).any()}
+    if not rows:
+        return None
+    cells: dict[str, list[str]] = {"unmodified": []}
+    numbers = []
+    for other, found in rows.items():
+        base = [results.evaluations[i] for i in found.index[found["method"] == ZERO]]
+        metric = next(iter(base[0].metrics))
+        tuned = {
+            t: [results.evaluations[i] for i in found.index[(found["task"] == t) & (found["method"] != ZERO)]]
+            for t in results.tasks
+        }
+        tuned = {t: runs for t, runs in tuned.items() if runs}
+        test = paired_permutation_test if len(base[0].items) < FEW else paired_bootstrap_test
+        tests = {t: compare(runs, base, test=test)[metric] for t, runs in tuned.items()}
+        adjusted = dict(zip(tests, holm([x.p for x in tests.values()]), strict=True))
+        for name, runs in {"unmodified": base, **tuned}.items():
+            mean, p = over_seeds(runs)[metric], adjusted.get(name)
+            cells.setdefault(name, []).append(f"{short(mean)} {mark(p) if p is not None else ''}".strip())
+            numbers.append({"tuned_on": name, "task": other, "metric": metric, **_numbers(mean), "p_holm": p})
+    heads = [f"{o}, {next(iter(results.evaluations[r.index[0]].metrics)).upper()}" for o, r in rows.items()]
+    return PaperTable(
+        "table5", f"LoFiT's adapters on tasks they were not tuned on ({results.model.name})", ("tuned on", *heads),
+        tuple((name, *line) for name, line in cells.items()),
+        (MEAN, STARS.format(reference="the unmodified model", rows="adapters")), pd.DataFrame(numbers),
+    )  # fmt: skip
+
+
+def short(metric: Metric) -> str:
+    """`.98 [.95, 1.00]`."""
+
+    def two(x: float) -> str:
+        return f"{x:.2f}".replace("0.", ".", 1) if abs(x) < 1 else f"{x:.2f}"
+
+    between = f" [{two(metric.interval[0])}, {two(metric.interval[1])}]" if metric.interval else ""
+    return two(metric.mean) + between
+
+
+def _numbers(metric: Metric) -> dict[str, Any]:
+    low, high = metric.interval or (None, None)
+    return {"mean": metric.mean, "low": low, "high": high, "n_items": metric.n, "seeds": metric.seeds}

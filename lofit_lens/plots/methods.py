@@ -1,0 +1,54 @@
+"""Methods side by side on each task (the paper's Tables 1 and 3 as a figure)."""
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from lofit_lens.errors import InputError
+from lofit_lens.plots.style import COLORS, style
+
+NEEDED = ("task", "metric", "method", "mean", "low", "high", "n_items", "seeds", "n_parameters")
+
+
+def method_bars(frame: pd.DataFrame, *, title: str = "Methods on the test rows") -> go.Figure:
+    """One panel a task: each method's mean with its 95 % interval; LoFiT's stand out.
+
+    Args:
+        frame: one row a task and method: task, metric, method, mean, low, high (in [0, 1]), n_items, seeds, n_parameters.
+        title: of the figure.
+
+    Raises:
+        InputError: no row, a missing column, or fewer than two methods.
+    """
+    if missing := [c for c in NEEDED if c not in frame]:
+        raise InputError(f"the table lacks the column {missing[0]!r}; it needs {', '.join(NEEDED)}")
+    methods = list(dict.fromkeys(frame["method"]))
+    if len(methods) < 2:
+        raise InputError(f"{len(methods)} methods to draw ({', '.join(methods) or 'none'}); give two or more")
+    tasks = list(dict.fromkeys(frame["task"]))
+    heads = [f"{t}<br>{_of(frame, t, 'metric').upper()}, n={_of(frame, t, 'n_items')}" for t in tasks]
+    fig = make_subplots(cols=len(tasks), shared_yaxes=True, subplot_titles=heads, horizontal_spacing=0.03)
+    for i, task in enumerate(tasks, start=1):
+        rows = frame[frame["task"] == task]
+        fig.add_trace(
+            go.Scatter(
+                x=(100 * rows["mean"]).tolist(), y=rows["method"].tolist(), mode="markers", name=task, showlegend=False,
+                marker={"size": 9, "color": [COLORS[1] if m.startswith("LoFiT") else COLORS[0] for m in rows["method"]]},
+                error_x={
+                    "type": "data", "symmetric": False, "array": (100 * (rows["high"] - rows["mean"])).tolist(),
+                    "arrayminus": (100 * (rows["mean"] - rows["low"])).tolist(), "color": "#555555", "thickness": 1.5,
+                },
+                customdata=rows[["low", "high", "seeds", "n_parameters"]].to_numpy().tolist(),
+                hovertemplate="%{y}: %{x:.1f} % [%{customdata[0]:.2f}, %{customdata[1]:.2f}], %{customdata[2]} runs, "
+                "%{customdata[3]:,} parameters<extra>" + task + "</extra>",
+            ), row=1, col=i,
+        )  # fmt: skip
+    style(fig, title=title, width=190 + 200 * len(tasks), height=190 + 26 * len(methods))
+    fig.update_xaxes(title_text="% [95 % interval]", range=[-4, 104], dtick=25)
+    fig.update_yaxes(categoryorder="array", categoryarray=methods[::-1])
+    fig.update_layout(margin={"l": 110, "t": 100, "b": 60})
+    return fig
+
+
+def _of(frame: pd.DataFrame, task: str, column: str) -> str:
+    return str(frame.loc[frame["task"] == task, column].iloc[0])

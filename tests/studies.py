@@ -1,0 +1,20 @@
+"""A small study on a tiny Llama, for the tests of what is read and drawn from one."""
+
+from lofit_lens.experiments.study import PARTS, Plan
+from lofit_lens.tasks import Task
+
+NAMES = ("Ann", "Bob", "Eve", "France", "Rome", "a book", "an author", "an uncle")
+
+
+def small_task(name, answers, *, n_test=6):
+    """Eight training rows, four validation rows; answers of one token, so that nothing takes long."""
+    rows = [{"prompt": f"{name} of {n} is", "answer": answers[i % len(answers)]} for i, n in enumerate(NAMES)]
+    return Task.from_records(name, train=rows, val=rows[:4], test=rows[:n_test], max_new_tokens=1)
+
+
+TASKS = (small_task("kin", (" son", " aunt")), small_task("place", (" Rome", " France")))
+OTHER = small_task("other", (" sister",))
+PLAN = Plan(
+    seeds=(0, 1), extra_seeds=(2,), parts=PARTS, selectors=("probe accuracy",), trained=("RED",), ks=(1, 2), sizes=(4,), draws=2,
+    limit=5,
+)  # fmt: skip
