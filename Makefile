@@ -41,10 +41,10 @@ test: test-unit
 	$(BIN)/python -m pytest -m slow
 
 test-unit: $(READY)
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
 test-tl4: $(TL4_READY)
-	$(TL4)/bin/python -m pytest -n 2 -m "not slow"
+	$(TL4)/bin/python -m pytest -n 2 --dist loadgroup -m "not slow"
 	$(TL4)/bin/python -m pytest -m slow
 
 organism: $(READY)

@@ -25,7 +25,7 @@ transformers.utils.logging.disable_progress_bar()
 logging.getLogger("transformer_lens").setLevel(logging.ERROR)
 
 from lofit_lens.models import hooked_class, load_model  # noqa: E402
-from tests import tiny  # noqa: E402
+from tests import studies, tiny  # noqa: E402
 
 needs_hooked = pytest.mark.skipif(
     hooked_class() is None, reason="this TransformerLens has no HookedTransformer (removed in 4.0)"
@@ -82,6 +82,12 @@ def llama(loaded, backend):
 def bridge_llama(loaded):
     """The same tiny Llama on TransformerBridge, for tests that need one class only."""
     return loaded("llama", "bridge")
+
+
+@pytest.fixture(scope="session")
+def study_folder(loaded, tmp_path_factory):
+    """A small study of all parts on the bridge; tests that use it are of one xdist group and must not change it."""
+    return studies.run(loaded("llama", "bridge"), tmp_path_factory.mktemp("study") / "small")
 
 
 @pytest.fixture(scope="session")

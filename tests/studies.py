@@ -1,6 +1,6 @@
 """A small study on a tiny Llama, for the tests of what is read and drawn from one."""
 
-from lofit_lens.experiments.study import PARTS, Plan
+from lofit_lens.experiments.study import PARTS, Plan, run_study
 from lofit_lens.tasks import Task
 
 NAMES = ("Ann", "Bob", "Eve", "France", "Rome", "a book", "an author", "an uncle")
@@ -18,3 +18,10 @@ PLAN = Plan(
     seeds=(0, 1), extra_seeds=(2,), parts=PARTS, selectors=("probe accuracy",), trained=("RED",), ks=(1, 2), sizes=(4,), draws=2,
     limit=5,
 )  # fmt: skip
+TEXTS = ("Ann asked her son to go.", "The capital of France is Rome.")
+
+
+def run(model, folder, **options):
+    """The study; `options` as `run_study`'s, in place of what it takes by itself."""
+    given = {"plan": PLAN, "other_tasks": [OTHER], "texts": TEXTS, "progress": False, **options}
+    return run_study(model, TASKS, out=folder, **given)

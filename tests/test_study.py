@@ -16,26 +16,24 @@ from lofit_lens.experiments.results import load_results
 from lofit_lens.experiments.study import Fit, Plan, plan_fits, run_study, usual_ks
 from lofit_lens.heads import HeadScores, HeadSet
 from lofit_lens.models import model_info
+from tests import studies
 from tests.studies import OTHER, PLAN, TASKS
 
+pytestmark = pytest.mark.xdist_group("study")
 KIN, PLACE = (t.name for t in TASKS)
 
 
-@pytest.fixture(scope="module")
-def model(loaded):
-    return loaded("llama", "bridge")
+@pytest.fixture
+def model(bridge_llama):
+    return bridge_llama
 
 
-@pytest.fixture(scope="module")
-def folder(model, tmp_path_factory):
-    """A study of all parts, run once."""
-    return run_study(
-        model, TASKS, out=tmp_path_factory.mktemp("study") / "small", plan=PLAN, other_tasks=[OTHER],
-        texts=["Ann asked her son to go.", "The capital of France is Rome."], progress=False,
-    )  # fmt: skip
+@pytest.fixture
+def folder(study_folder):
+    return study_folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def results(folder):
     return load_results(folder)
 
@@ -169,19 +167,14 @@ def test_what_is_there_is_not_run_again(folder, model, monkeypatch, tmp_path):
     for name in ("_fit", "_score"):
         inner = getattr(study, name)
         monkeypatch.setattr(study, name, lambda setting, job, inner=inner: (ran.append(job), inner(setting, job)))
-    again = {
-        "plan": PLAN,
-        "other_tasks": [OTHER],
-        "texts": ["Ann asked her son to go.", "The capital of France is Rome."],
-    }
-    run_study(model, TASKS, out=copy, progress=False, **again)
+    studies.run(model, copy)
     assert ran == []
     before = load_results(copy)
     row = before.lofit(KIN, seed=1).index[0]
     kept = before.evaluations[row].items["em"].tolist()
     shutil.rmtree(before.run_folder(row))
     (copy / "scores" / "place--A-norm--seed2.json").unlink()
-    run_study(model, TASKS, out=copy, progress=False, **again)
+    studies.run(model, copy)
     assert [j if isinstance(j, tuple) else (j.task, j.method, j.seed) for j in ran] == [
         (PLACE, "A-norm", 2), (KIN, "LoFiT", 1)
     ]  # fmt: skip

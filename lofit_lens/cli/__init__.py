@@ -7,7 +7,21 @@ import logging
 
 import typer
 
-from lofit_lens.cli import common, compare, damage, demo, doctor, evaluate, generate, probe, select, tune
+from lofit_lens.cli import (
+    common,
+    compare,
+    damage,
+    demo,
+    doctor,
+    evaluate,
+    figures,
+    generate,
+    probe,
+    report,
+    select,
+    transfer,
+    tune,
+)
 
 app = typer.Typer(
     name="lofit-lens", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -16,7 +30,8 @@ app = typer.Typer(
 )  # fmt: skip
 for _name, _verb in (
     ("demo", demo.demo), ("select", select.select), ("probe", probe.probe), ("tune", tune.tune), ("eval", evaluate.evaluate),
-    ("compare", compare.compare), ("damage", damage.damage), ("generate", generate.generate), ("doctor", doctor.doctor),
+    ("compare", compare.compare), ("transfer", transfer.transfer), ("figures", figures.figures), ("report", report.report),
+    ("damage", damage.damage), ("generate", generate.generate), ("doctor", doctor.doctor),
 ):  # fmt: skip
     app.command(_name)(common.guarded(_verb))
 

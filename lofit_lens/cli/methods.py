@@ -49,15 +49,16 @@ def compare_on_tasks(asked: Request) -> "dict[str, MethodTable]":
     from lofit_lens.experiments.methods import LEARNED
 
     start = time.perf_counter()
-    tasks = [_task(asked, name) for name in _names(asked.tasks)]
+    tasks = [_task(asked, name) for name in task_names(asked.tasks)]
     names = selector_names(asked.methods) if asked.selectors else _methods(asked.methods)
     texts = [] if asked.selectors else list(islice(_texts(asked), asked.n_texts))
     c.check_new(asked.out, overwrite=True)
     tables = compare_tasks(
         asked.model, tasks, methods=names, settings={n: {} for n in names} if asked.selectors else None,
         seeds=range(asked.seeds), limit=asked.limit, n_train=asked.n_train, texts=texts,
-        reference=names[0] if asked.selectors else LEARNED, workers=workers_for(asked), out=asked.out, backend=asked.backend,
-        dtype=asked.dtype, device=asked.device, revision=asked.revision, progress=not asked.quiet,
+        reference=names[0] if asked.selectors else LEARNED,
+        workers=workers_for(asked.workers, asked.model, asked.device), out=asked.out, backend=asked.backend, dtype=asked.dtype,
+        device=asked.device, revision=asked.revision, progress=not asked.quiet,
     )  # fmt: skip
     for table in tables.values():
         _print(table)
@@ -77,19 +78,19 @@ def _methods(asked: Sequence[str] | None) -> list[str]:
     return [name for name in METHODS if name in wanted]
 
 
-def workers_for(asked: Request) -> int:
+def workers_for(workers: int, model: str, device: str | None) -> int:
     """As asked; 0 = one a core on the CPU, one alone on a GPU or for a model that is not small."""
     import os
 
     from lofit_lens.models import parse_device
 
-    if asked.workers:
-        return asked.workers
-    on_cpu = parse_device(asked.device).type == "cpu"
-    return (os.cpu_count() or 1) if on_cpu and asked.model == "organism" else 1
+    if workers:
+        return workers
+    on_cpu = parse_device(device).type == "cpu"
+    return (os.cpu_count() or 1) if on_cpu and model == "organism" else 1
 
 
-def _names(given: Sequence[str]) -> list[str]:
+def task_names(given: Sequence[str]) -> list[str]:
     """Task names; `organism/all` (or `organism/...`) stands for its three tasks."""
     from lofit_lens.organism.words import TASKS
 

@@ -17,7 +17,7 @@ from lofit_lens.evaluation.result import Metric, table_html
 from lofit_lens.evaluation.stats import FEW, holm, mark, paired_bootstrap_test, paired_permutation_test
 from lofit_lens.experiments.results import Results
 from lofit_lens.experiments.study import ZERO
-from lofit_lens.experiments.table import MethodTable, tex
+from lofit_lens.experiments.table import MethodTable, settings_text, tex
 
 STARS = "* differs from {reference}, p < .05; + p < .1; paired tests, adjusted over the {rows} of a task by Holm"
 MEAN = "mean [95 % bootstrap interval over seeds and items]; with few seeds such intervals can be too narrow"
@@ -136,10 +136,22 @@ def _wide(name: str, title: str, tables: Mapping[str, MethodTable], rows: Sequen
     notes = (
         MEAN, f"seeds or draws a row: {', '.join(map(str, seeds))}", STARS.format(reference=first.reference, rows=what),
         "parameters: numbers that the method adds to the model",
-        *(f"{task}: {note}" for task, t in tables.items() for note in t.notes() if note.startswith("settings")),
+        *_settings(tables, there),
     )  # fmt: skip
     return PaperTable(name, title, ("method" if what == "methods" else "heads", "parameters", *heads), tuple(cells), notes,
                       pd.DataFrame(numbers))  # fmt: skip
+
+
+def _settings(tables: Mapping[str, MethodTable], there: Sequence[str]) -> list[str]:
+    """How the rows' settings came about, task by task."""
+    found: dict[str, list[str]] = {}
+    for method in there:
+        rows = [row for t in tables.values() for row in t.rows if row.method == method and row.settings]
+        if rows:
+            how = "chosen on the validation rows" if rows[0].tried > 1 else "presets, or taken over from LoFiT's"
+            each = [settings_text(row.settings) for row in rows]
+            found.setdefault(how, []).append(f"{method} {each[0] if len(set(each)) == 1 else ' / '.join(each)}")
+    return [f"settings, {how}: {'; '.join(texts)}" for how, texts in found.items()]
 
 
 def _other_tasks(results: Results) -> PaperTable | None:

@@ -220,7 +220,7 @@ class MethodTable:
             }  # fmt: skip
             for name, m in (("kl", r.kl), ("increase", r.increase)):
                 row |= {name: m and m.mean, f"{name}_low": m and _end(m, 0), f"{name}_high": m and _end(m, 1)}
-            found.append({**row, "seeds": max(m.seeds for m in r.metrics.values()), "settings": _settings(r.settings)})
+            found.append({**row, "seeds": max(m.seeds for m in r.metrics.values()), "settings": settings_text(r.settings)})
         return pd.DataFrame(found)
 
     def runs(self) -> pd.DataFrame:
@@ -229,7 +229,7 @@ class MethodTable:
             {
                 "task": self.task, "method": m.method, "seed": r.seed, **{k: v.mean for k, v in r.result.metrics.items()},
                 "n_parameters": r.n_parameters, "fit_seconds": r.fit_seconds, "eval_seconds": r.eval_seconds,
-                "settings": _settings(r.settings), "heads": r.heads,
+                "settings": settings_text(r.settings), "heads": r.heads,
             }
             for m in self.methods for r in m.runs
         ])  # fmt: skip
@@ -338,10 +338,11 @@ def _or_dash(metric: Metric | None) -> str:
 
 
 def _all_settings(rows: Sequence[Row]) -> str:
-    return "; ".join(f"{r.method}: {_settings(r.settings)}" for r in rows)
+    return "; ".join(f"{r.method}: {settings_text(r.settings)}" for r in rows)
 
 
-def _settings(settings: dict[str, Any]) -> str:
+def settings_text(settings: dict[str, Any]) -> str:
+    """`alpha 15, k 3`."""
     return ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in settings.items())
 
 

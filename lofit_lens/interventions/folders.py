@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from lofit_lens.errors import AdapterError
+from lofit_lens.interventions.ablation import HeadAblation
 from lofit_lens.interventions.base import CONFIG_FILE, Adapter, read_config
 from lofit_lens.interventions.contrast import ContrastVectors
 from lofit_lens.interventions.iti import ITI
@@ -13,7 +14,9 @@ from lofit_lens.interventions.loreft import LoReft
 from lofit_lens.interventions.red import Red
 from lofit_lens.interventions.repe import RepE
 
-CLASSES: dict[str, type[Adapter]] = {c.method: c for c in (Lofit, ITI, RepE, ContrastVectors, Red, LoReft, Lora)}
+CLASSES: dict[str, type[Adapter]] = {
+    c.method: c for c in (Lofit, ITI, RepE, ContrastVectors, Red, LoReft, Lora, HeadAblation)
+}
 
 
 def method_in(folder: str | Path) -> str:

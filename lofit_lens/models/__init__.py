@@ -9,7 +9,16 @@ Weights are never processed (no layer-norm folding, no centring, no value-bias f
 equals the input of Hugging Face's `o_proj` and an adapter means the same thing in both.
 """
 
-from lofit_lens.models.hooks import Site, check_residual, frozen, head_size, hook_z, hooked, residual_point
+from lofit_lens.models.hooks import (
+    Site,
+    check_residual,
+    frozen,
+    head_size,
+    hook_z,
+    hooked,
+    pattern_point,
+    residual_point,
+)
 from lofit_lens.models.info import (
     Backend,
     ModelInfo,
@@ -48,12 +57,14 @@ from lofit_lens.models.running import (
     run_through,
     step,
 )
+from lofit_lens.models.unembedding import FinalNorm, final_norm, head_output_matrix, to_logits
 
 __all__ = [
-    "ALL", "BACKENDS", "ORGANISM", "PROJECTIONS", "Backend", "Borders", "KVState", "Layout", "ModelInfo", "Positions",
-    "Site", "attention_window", "backend_of", "before_each_pass", "bridge_class", "check_residual", "context_length",
-    "declared", "device_of", "extend", "frozen", "gaps_are_exact", "head_size", "hook_z", "hooked", "hooked_class",
-    "hooked_refusal", "is_processed", "layout_of", "load_model", "logits_of", "model_info", "parse_device", "peek",
-    "positions_of", "prefill", "projection", "projection_replaced", "projection_sizes", "remember", "residual_point",
-    "run_through", "same_weights", "step", "tokenizer_of", "value_biases_folded",
+    "ALL", "BACKENDS", "ORGANISM", "PROJECTIONS", "Backend", "Borders", "FinalNorm", "KVState", "Layout", "ModelInfo",
+    "Positions", "Site", "attention_window", "backend_of", "before_each_pass", "bridge_class", "check_residual",
+    "context_length", "declared", "device_of", "extend", "final_norm", "frozen", "gaps_are_exact", "head_output_matrix",
+    "head_size", "hook_z", "hooked", "hooked_class", "hooked_refusal", "is_processed", "layout_of", "load_model",
+    "logits_of", "model_info", "parse_device", "pattern_point", "peek", "positions_of", "prefill", "projection",
+    "projection_replaced", "projection_sizes", "remember", "residual_point", "run_through", "same_weights", "step",
+    "to_logits", "tokenizer_of", "value_biases_folded",
 ]  # fmt: skip

@@ -36,6 +36,21 @@ def hook_z(model: Any, layer: int) -> Any:
     return points[name]
 
 
+def pattern_point(model: Any, layer: int) -> Any:
+    """The HookPoint of a layer's attention weights behind softmax, `[batch, n_heads, query, key]`.
+
+    Raises:
+        ModelError: this layer has none.
+    """
+    name = f"blocks.{layer}.attn.hook_pattern"
+    if name not in model.hook_dict:
+        raise ModelError(
+            f"layer {layer} of {model.cfg.model_name} has no {name}: its attention weights cannot be seen (not softmax "
+            "attention, or not split by TransformerLens); choose heads of other layers"
+        )
+    return model.hook_dict[name]
+
+
 Site = Literal["hook_resid_post", "hook_mlp_out"]
 
 

@@ -117,15 +117,24 @@ def _image(fig: go.Figure, path: Path) -> bytes:
 
 @contextlib.contextmanager
 def many_figures() -> Iterator[None]:
-    """Keep one browser open for all static figures inside the block: half a second each instead of several."""
+    """Keep one browser open for all static figures inside the block: half a second each instead of several.
+
+    The first one is drawn apart, to see that there is a browser: without one kaleido's server would wait for ever.
+    """
     try:
         import kaleido
 
-        kaleido.start_sync_server(silence_warnings=True)
+        go.Figure().to_image(format="svg")
     except Exception:  # no kaleido or no Chrome: `save_figure` says so
         yield
         return
+    # It reports the last words of the browser that is closed as broken messages.
+    pipe = logging.getLogger("choreographer.channels.pipe")
+    before = pipe.level
+    pipe.setLevel(logging.CRITICAL)
+    kaleido.start_sync_server(silence_warnings=True)
     try:
         yield
     finally:
         kaleido.stop_sync_server(silence_warnings=True)
+        pipe.setLevel(before)

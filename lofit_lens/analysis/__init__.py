@@ -1,0 +1,1 @@
+"""Analysis: data in, data out; plots are in `lofit_lens.plots`."""

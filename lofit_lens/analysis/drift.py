@@ -1,0 +1,239 @@
+"""How far an adapter moves representations: z of every head and the residual stream, with it and without it.
+
+    cosine = <b, e> / (|b| |e|)     1: the direction is kept
+    change = |e - b| / |b|          0: nothing moved; 1: moved by as much as there was
+    ratio  = |e| / |b|              1: the size is kept
+
+b is an activation of the unmodified model at one position of one text, e the same with the adapter. Each text counts once: its
+positions are averaged first. Intervals are 95 %, mean +- t * standard error over texts. Texts run one by one, so that there is no
+padding, and only running sums are kept, so that memory does not grow with their number.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float64
+from scipy import stats
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lofit_lens.analysis.measure import records
+from lofit_lens.errors import DataError, InputError, ModelError
+from lofit_lens.heads import HeadSet
+from lofit_lens.interventions.at_heads import HeadAdapter
+from lofit_lens.interventions.base import Intervention, attached
+from lofit_lens.models import (
+    check_residual,
+    context_length,
+    device_of,
+    frozen,
+    head_size,
+    hook_z,
+    hooked,
+    model_info,
+    residual_point,
+    run_through,
+    tokenizer_of,
+)
+from lofit_lens.tasks.base import Task
+from lofit_lens.tasks.collate import encode
+
+MEASURES = ("cosine", "change", "ratio")
+WHERE = ("z", "resid")  # hook_z, hook_resid_post
+ENDS = 8  # positions shown from either end of a text
+
+
+@dataclass(frozen=True, eq=False)
+class Drift:
+    """What moved, and how far.
+
+    Attributes:
+        layers: one row a layer and place: `where` (`"z"`: mean over all heads; `"resid"`: hook_resid_post), `layer`, then
+            `cosine`, `change`, `ratio`, each with `_low` and `_high` (95 % over texts), and `n` (texts).
+        heads: the same for z of each edited head: `head`, `layer`, `index`, ...
+        positions: the same by position: `where`, `layer`, `position` (0, 1, ... from the start, BOS being 0; -1, -2, ... from the
+            end), ...; `n` counts the texts that are long enough.
+        n_texts: texts.
+        n_tokens: tokens of them all.
+        cut: texts that were longer than the context and lost their end.
+        model: name of the model.
+        adapters: what was attached, in order.
+    """
+
+    layers: pd.DataFrame
+    heads: pd.DataFrame
+    positions: pd.DataFrame
+    n_texts: int
+    n_tokens: int
+    cut: int
+    model: str
+    adapters: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            "kind": "lofit_lens.Drift", "schema": 1, "model": self.model, "adapters": list(self.adapters),
+            "n_texts": self.n_texts, "n_tokens": self.n_tokens, "cut": self.cut, "layers": records(self.layers),
+            "heads": records(self.heads), "positions": records(self.positions),
+        }  # fmt: skip
+
+
+class Running:
+    """Mean and spread of numbers that come one array at a time (Welford 1962); NaN marks what an array does not have."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.n, self.mean, self.squares = np.zeros(shape, dtype=int), np.zeros(shape), np.zeros(shape)
+
+    def add(self, values: np.ndarray) -> None:
+        """Take in one array."""
+        there = ~np.isnan(values)
+        self.n += there
+        off = np.where(there, values - self.mean, 0.0)
+        self.mean += off / np.maximum(self.n, 1)
+        self.squares += off * np.where(there, values - self.mean, 0.0)
+
+    def interval(self, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+        """Bounds of the mean by Student's t; NaN where fewer than two numbers came."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            se = np.sqrt(self.squares / (self.n - 1) / self.n)
+        reach = np.where(self.n > 1, stats.t.ppf(0.5 + level / 2, np.maximum(self.n - 1, 1)) * se, np.nan)
+        return self.mean - reach, self.mean + reach
+
+
+def compare(base: Float64[Tensor, "*axes d"], edited: Float64[Tensor, "*axes d"]) -> Float64[Tensor, "3 ..."]:
+    """Cosine, change and ratio along the last axis; vectors that are both zero are the same (1, 0, 1)."""
+    b, e = base.norm(dim=-1), edited.norm(dim=-1)
+    both = (b == 0) & (e == 0)
+    cosine = torch.where(b * e > 0, (base * edited).sum(dim=-1) / (b * e), both.double())
+    change = torch.where(both, 0.0, (edited - base).norm(dim=-1) / b)
+    return torch.stack([cosine, change, torch.where(both, 1.0, e / b)])
+
+
+@torch.no_grad()
+def drift(
+    model: Any, adapters: Intervention | Sequence[Intervention], texts: Iterable[str] | Task, *, split: str = "test",
+    limit: int | None = None, ends: int = ENDS, progress: bool = True,
+) -> Drift:  # fmt: skip
+    """Compare activations with and without one adapter, or several in a stated order.
+
+    Args:
+        model: any HookedTransformer or TransformerBridge; what the caller attached acts on both sides.
+        adapters: attached together, in the order given.
+        texts: texts, of which those longer than the context lose their end; or a task, whose prompts are taken.
+        split: of the task.
+        limit: only the first texts.
+        ends: positions listed from either end of a text.
+        progress: show a bar over texts.
+
+    Raises:
+        InputError: no adapter, no text, a limit or `ends` below 1, or an unknown split.
+        DataError: a text without a token; names its place.
+        AdapterError: an adapter for another shape.
+        ModelError: heads or residual stream that cannot be reached, or activations that are NaN, infinite or all zero.
+    """
+    listed = list(adapters) if isinstance(adapters, Sequence) else [adapters]
+    if not listed:
+        raise InputError("no adapter to compare with the bare model; give one or more")
+    for name, value in (("limit", 1 if limit is None else limit), ("ends", ends)):
+        if value < 1:
+            raise InputError(f"{name} is {value}; give 1 or more")
+    info = model_info(model)
+    every = tuple(range(info.n_layers))
+    head_size(model)
+    check_residual(model, every, "hook_resid_post")
+    sums = {
+        "resid": Running((3, info.n_layers)), "z": Running((3, info.n_layers, info.n_heads)),
+        "z by layer": Running((3, info.n_layers)), "resid at": Running((3, info.n_layers, 2 * ends)),
+        "z at": Running((3, info.n_layers, 2 * ends)),
+    }  # fmt: skip
+    n_texts = n_tokens = cut = 0
+    with frozen(model):
+        bar = tqdm(_rows(model, texts, split, limit), desc="drift", disable=not progress, unit="text")
+        for ids, was_cut in bar:
+            n_texts, n_tokens, cut = n_texts + 1, n_tokens + len(ids), cut + was_cut
+            for where, measured in _measured(model, listed, ids, every).items():  # [3, n_layers, pos(, n_heads)]
+                by_position = measured if where == "resid" else measured.mean(axis=-1)
+                sums[f"{where} at"].add(_at_ends(by_position, ends))
+                sums["resid" if where == "resid" else "z by layer"].add(by_position.mean(axis=-1))
+                if where == "z":
+                    sums["z"].add(measured.mean(axis=2))
+    if n_texts == 0:
+        raise InputError("no text to compare on; give one or more")
+    edited = [h for a in listed if isinstance(a, HeadAdapter) for h in a.heads]
+    heads = HeadSet(dict.fromkeys(edited))
+    places = [*range(ends), *range(-ends, 0)]
+    layers = [{"where": w, "layer": n, **_row(sums["z by layer" if w == "z" else w], n)} for w in WHERE for n in every]
+    by_head = [{"head": str(h), "layer": h.layer, "index": h.head, **_row(sums["z"], h.layer, h.head)} for h in heads]
+    at = [
+        {"where": w, "layer": n, "position": p, **_row(sums[f"{w} at"], n, i)}
+        for w in WHERE for n in every for i, p in enumerate(places) if sums[f"{w} at"].n[0, n, i]
+    ]  # fmt: skip
+    names = tuple(str(getattr(a, "title", type(a).__name__)) for a in listed)
+    return Drift(
+        pd.DataFrame(layers), pd.DataFrame(by_head), pd.DataFrame(at), n_texts, n_tokens, cut, info.name, names
+    )  # fmt: skip
+
+
+def _rows(model: Any, texts: Iterable[str] | Task, split: str, limit: int | None) -> Iterator[tuple[list[int], bool]]:
+    """Token ids of each text, and whether its end was cut off."""
+    given = [e.prompt for e in texts.examples(split, limit=limit)] if isinstance(texts, Task) else texts
+    tokenizer, longest = tokenizer_of(model), context_length(model)
+    for i, text in enumerate(itertools.islice(given, limit)):
+        ids = encode(tokenizer, text)
+        if not ids:
+            raise DataError(f"text {i} has no token; drop it")
+        yield ids[:longest], len(ids) > longest
+
+
+def _measured(
+    model: Any, adapters: Sequence[Intervention], ids: list[int], layers: Sequence[int]
+) -> dict[str, np.ndarray]:
+    """`[3, n_layers, pos]` of the stream and `[3, n_layers, pos, n_heads]` of z for one text."""
+    tokens = torch.tensor([ids], device=device_of(model))
+    base: dict[tuple[str, int], Tensor] = {}
+    found: dict[tuple[str, int], Tensor] = {}
+
+    def keep(key: tuple[str, int]) -> Any:
+        return lambda x, hook: base.__setitem__(key, x[0].detach().cpu())
+
+    def measure(key: tuple[str, int]) -> Any:
+        # What was kept is dropped as soon as it is compared.
+        return lambda x, hook: found.__setitem__(key, compare(base.pop(key).double(), x[0].detach().cpu().double()))
+
+    for hook, attach in ((keep, []), (measure, adapters)):
+        with attached(model, *attach), contextlib.ExitStack() as stack:
+            for n in layers:
+                stack.enter_context(hooked(hook_z(model, n), hook(("z", n))))
+                stack.enter_context(hooked(residual_point(model, n, "hook_resid_post"), hook(("resid", n))))
+            run_through(model, tokens, torch.ones_like(tokens))
+    for (where, n), values in found.items():
+        if not bool(torch.isfinite(values).all()):
+            raise ModelError(
+                f"{where} of layer {n} of {model_info(model).name} is NaN, infinite or all zero at a position; load the model in "
+                "float32 or bfloat16, and look at what is attached"
+            )
+    return {w: torch.stack([found[w, n] for n in layers], dim=1).numpy() for w in WHERE}
+
+
+def _at_ends(values: np.ndarray, ends: int) -> np.ndarray:
+    """The first and the last positions of the last axis, NaN where the text is too short."""
+    n = min(ends, values.shape[-1])
+    out = np.full((*values.shape[:-1], 2 * ends), np.nan)
+    out[..., :n] = values[..., :n]
+    out[..., 2 * ends - n :] = values[..., values.shape[-1] - n :]
+    return out
+
+
+def _row(sums: Running, *at: int) -> dict[str, Any]:
+    low, high = sums.interval()
+    found: dict[str, Any] = {}
+    for i, name in enumerate(MEASURES):
+        place = (i, *at)
+        found |= {name: float(sums.mean[place]), f"{name}_low": float(low[place]), f"{name}_high": float(high[place])}
+    return {**found, "n": int(sums.n[(0, *at)])}

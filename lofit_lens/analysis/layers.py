@@ -1,0 +1,142 @@
+"""Where in the model the chosen heads sit: heads of each layer and mean layer (LoFiT paper, Figure 3)."""
+
+from collections.abc import Mapping
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from lofit_lens.analysis.chance import check_share
+from lofit_lens.errors import InputError
+from lofit_lens.evaluation.stats import RESAMPLES, bootstrap_interval, holm
+from lofit_lens.heads import HeadSet
+
+
+def layer_shares(sets: Mapping[str, HeadSet], n_layers: int | None = None, *, level: float = 0.95) -> pd.DataFrame:
+    """Share of each head set that lies in each layer, beside what an even draw would give.
+
+    The chosen heads are no sample of anything, so their shares carry no interval. What they can be held against is chance:
+    of K heads drawn evenly from the model, the number in one layer is hypergeometric.
+
+    Args:
+        sets: name -> heads.
+        n_layers: of the model; None = read from the head sets.
+        level: of the chance range of one layer; over L layers about (1 - level) L of them fall outside by chance.
+
+    Returns:
+        One row a set and layer: set, layer, count (heads), share (of the set, 0 to 1), expected = 1 / n_layers, low and
+        high (quantiles of the share by chance; NaN for a set that does not know its model).
+
+    Raises:
+        InputError: no head set, an empty one, none that knows its model, or a head outside the model.
+    """
+    check_share("level", level)
+    n = _n_layers(sets, n_layers)
+    rows = []
+    for name, heads in sets.items():
+        low = high = float("nan")
+        if heads.shape:
+            chance = stats.hypergeom(n * heads.shape[1], heads.shape[1], len(heads))
+            low, high = (float(chance.ppf(q)) / len(heads) for q in ((1 - level) / 2, (1 + level) / 2))
+        for layer, count in enumerate(heads.layer_counts(n).tolist()):
+            share = count / len(heads)
+            rows.append({"set": name, "layer": layer, "count": count, "share": share, "expected": 1 / n})
+            rows[-1] |= {"low": low, "high": high}
+    return pd.DataFrame(rows)
+
+
+def mean_layers(sets: Mapping[str, HeadSet], *, seed: int = 0, level: float = 0.95) -> pd.DataFrame:
+    """Mean layer of each head set, layers counted from 0.
+
+    Args:
+        sets: name -> heads.
+        seed: of the bootstrap.
+        level: of the interval.
+
+    Returns:
+        One row a set: set, k, mean_layer, sd (over heads, divisor k - 1), low and high (percentile bootstrap over heads: how
+        far the mean hangs on single heads, not how it would vary over seeds). sd, low and high are NaN for one head.
+
+    Raises:
+        InputError: no head set, or an empty one.
+    """
+    _some(sets)
+    rows = []
+    for name, heads in sets.items():
+        layers = [float(h.layer) for h in heads]
+        low, high = bootstrap_interval(layers, seed=seed, level=level) or (float("nan"), float("nan"))
+        sd = float(np.std(layers, ddof=1)) if len(layers) > 1 else float("nan")
+        rows.append({"set": name, "k": len(heads), "mean_layer": heads.mean_layer, "sd": sd, "low": low, "high": high})
+    return pd.DataFrame(rows)
+
+
+def mean_layer_differences(
+    sets: Mapping[str, HeadSet], *, permutations: int = RESAMPLES, seed: int = 0
+) -> pd.DataFrame:
+    """Does one set sit deeper in the model than another? A permutation test for each pair.
+
+    Heads of only one of the two sets are dealt anew to both, sizes kept; shared heads stay in both. All ways to deal are
+    run through where there are no more than `permutations`.
+
+    Args:
+        sets: name -> heads of one model.
+        permutations: draws.
+        seed: of the draws.
+
+    Returns:
+        One row a pair: a, b, difference (mean layer of a minus that of b), p (two-sided; 1 where no heads can be dealt),
+        p_holm over all pairs.
+
+    Raises:
+        InputError: fewer than two head sets, or an empty one.
+    """
+    _some(sets)
+    if len(sets) < 2:
+        raise InputError("one head set given; a difference takes at least two")
+    rows = [
+        {"a": a, "b": b, "difference": sets[a].mean_layer - sets[b].mean_layer}
+        | {"p": _p_of_difference(sets[a], sets[b], permutations, seed)}
+        for a, b in combinations(sets, 2)
+    ]
+    frame = pd.DataFrame(rows)
+    frame["p_holm"] = holm(frame["p"])
+    return frame
+
+
+def _p_of_difference(a: HeadSet, b: HeadSet, permutations: int, seed: int) -> float:
+    only_a, only_b, shared = ([float(h.layer) for h in s] for s in (a - b, b - a, a & b))
+    if not only_a or not only_b:
+        return 1.0
+
+    def difference(x: np.ndarray, y: np.ndarray, axis: int = -1) -> Any:
+        """Times the sizes of both sets: whole numbers, so that ties are ties."""
+        return (sum(shared) + np.sum(x, axis)) * len(b) - (sum(shared) + np.sum(y, axis)) * len(a)
+
+    found = stats.permutation_test(
+        (only_a, only_b), difference, vectorized=True, n_resamples=permutations, rng=np.random.default_rng(seed)
+    )
+    return float(found.pvalue)
+
+
+def _some(sets: Mapping[str, HeadSet]) -> None:
+    if not sets:
+        raise InputError("no head sets given; give at least one, e.g. {'MQuAKE': scores.top(32)}")
+    for name, heads in sets.items():
+        if not len(heads):
+            raise InputError(f"head set {name!r} is empty; it lies in no layer")
+
+
+def _n_layers(sets: Mapping[str, HeadSet], n_layers: int | None) -> int:
+    _some(sets)
+    known = {s.shape[0] for s in sets.values() if s.shape} | ({n_layers} if n_layers is not None else set())
+    if len(known) != 1:
+        found = f"{sorted(known)} layers" if known else "none"
+        raise InputError(f"give n_layers and sets of one model: these head sets name {found}")
+    n = known.pop()
+    for name, heads in sets.items():
+        deepest = max(heads.layers)
+        if deepest >= n:
+            raise InputError(f"head set {name!r} has a head in layer {deepest}; this model has layers 0 to {n - 1}")
+    return n

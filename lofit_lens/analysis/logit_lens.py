@@ -1,0 +1,191 @@
+"""What a head's offset says by itself: the tokens that it makes more and less likely.
+
+    u_h = v_h W_O[h]                                    what the offset adds to the residual stream, at every position
+    logits_h = (w * centred(u_h)) W_U * mean(1 / s)     its direct share of the logits, minus their mean over the vocabulary
+
+s is what the final norm divides by at the position that predicts (the last one of each prompt), measured on prompts while nothing
+but what the caller attached acts. Held fixed, it makes the path linear, so that heads' shares add up; the mean over prompts of
+the shares is the share at mean(1 / s). Without prompts s = 1: then the order of tokens is right, the sizes only relative.
+What later layers make of an offset (its indirect effect) is not in these numbers.
+
+Source: nostalgebraist 2020, "interpreting GPT: the logit lens"; Elhage et al. 2021, "A Mathematical Framework for Transformer
+Circuits" (W_O W_U as a head's direct path).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lofit_lens.analysis.tokens import token_texts
+from lofit_lens.errors import InputError
+from lofit_lens.heads import Head, HeadSet
+from lofit_lens.interventions.lofit import Lofit
+from lofit_lens.models import final_norm, head_output_matrix, model_info, to_logits, tokenizer_of
+from lofit_lens.probing.record import record
+from lofit_lens.tasks.collate import encode
+
+TOTAL = "total"
+
+
+@dataclass(frozen=True, eq=False)
+class HeadTokens:
+    """The tokens that each head promotes and suppresses.
+
+    Attributes:
+        frame: one row a token: `head` (`"L1H2"`, or `"total"` for the sum over heads), `kind` (`"promoted"` or `"suppressed"`),
+            `rank` (from 1, strongest first), `token_id`, `token`, `logit` (minus the mean over the vocabulary).
+        heads: in the order of the frame.
+        scale: 1 / mean(1 / s) over the prompts, what the final norm divides by; None without prompts (logits are relative).
+        n_prompts: prompts that s was measured on.
+        model: name of the model.
+        task: what the offsets were learned on.
+    """
+
+    frame: pd.DataFrame
+    heads: HeadSet
+    scale: float | None
+    n_prompts: int
+    model: str
+    task: str
+
+    @property
+    def unit(self) -> str:
+        """Of `logit`."""
+        return "logits" if self.scale is not None else "logits at norm scale 1"
+
+    def of(self, head: Head | str | Sequence[int]) -> pd.DataFrame:
+        """Rows of one head, or of `"total"`.
+
+        Raises:
+            InputError: a head that is not here.
+        """
+        name = head if head == TOTAL else str(Head.parse(head))
+        rows = self.frame.loc[self.frame["head"] == name]
+        if rows.empty:
+            raise InputError(f"no tokens of {name}; there are those of {', '.join(self.frame['head'].unique())}")
+        return rows.reset_index(drop=True)  # pyright: ignore[reportReturnType]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            "kind": "lofit_lens.HeadTokens", "schema": 1, "model": self.model, "task": self.task,
+            "heads": self.heads.to_dict(), "scale": self.scale, "n_prompts": self.n_prompts, "unit": self.unit,
+            "rows": self.frame.to_dict("records"),
+        }  # fmt: skip
+
+
+def promoted_tokens(
+    model: Any,
+    lofit: Lofit,
+    *,
+    heads: HeadSet | None = None,
+    top: int = 10,
+    prompts: Sequence[str] | None = None,
+) -> HeadTokens:
+    """The tokens that each head's offset v promotes and suppresses, and those of all offsets together.
+
+    Args:
+        model: any HookedTransformer or TransformerBridge that the adapter fits.
+        lofit: an adapter with offsets.
+        heads: which of its heads; None = all. The total is over these.
+        top: tokens of either kind.
+        prompts: on which the final norm's scale is measured, at the last token.
+
+    Raises:
+        InputError: heads without an offset, `top` below 1 or above half of the vocabulary, or an empty list of prompts.
+        AdapterError: an adapter for another shape.
+        ModelError: heads that have no direct path to the stream.
+        DataError: a prompt longer than the context.
+    """
+    lofit._check_shape(model)
+    chosen = lofit.heads if heads is None else heads
+    if missing := [str(h) for h in chosen if h not in lofit.heads]:
+        raise InputError(f"{', '.join(missing)} not in this adapter; it has offsets on {lofit.heads}")
+    if len(chosen) == 0:
+        raise InputError("no head to read; give some of the adapter's heads")
+    v = torch.stack([lofit.v.detach()[h] for h in chosen])
+    if not bool(v.any()):
+        raise InputError(
+            "every offset of these heads is zero; tune offsets first (a scaling A has no tokens of its own: what it adds "
+            "depends on z)"
+        )
+    return promoted_by(model, v, chosen, top=top, prompts=prompts, task=lofit.meta.task)
+
+
+@torch.no_grad()
+def promoted_by(
+    model: Any,
+    directions: Float[Tensor, "K d_head"],
+    heads: HeadSet,
+    *,
+    top: int = 10,
+    prompts: Sequence[str] | None = None,
+    task: str = "",
+) -> HeadTokens:
+    """The same for any direction of each head, in units of z: a probe's, a mean difference, a row of z itself.
+
+    Args:
+        model: any HookedTransformer or TransformerBridge.
+        directions: one a head, in the order of `heads`.
+        heads: the heads.
+        top: tokens of either kind.
+        prompts: on which the final norm's scale is measured, at the last token.
+        task: kept in the result.
+
+    Raises:
+        InputError: another number of directions than heads, `top` outside 1 to half of the vocabulary, or no prompt in the list.
+        ModelError: heads that have no direct path to the stream.
+        DataError: a prompt longer than the context.
+    """
+    info = model_info(model)
+    heads.check((info.n_layers, info.n_heads))
+    if len(heads) != len(directions):
+        raise InputError(f"{len(directions)} directions for {len(heads)} heads; give one a head")
+    if not 1 <= top <= info.d_vocab // 2:
+        raise InputError(f"top is {top}; give 1 to {info.d_vocab // 2}, half of the vocabulary")
+    streams = to_stream(model, directions, heads)
+    scale = None if prompts is None else _mean_scale(model, prompts)
+    norm, rows = final_norm(model), []
+    every = torch.cat([streams, streams.sum(dim=0, keepdim=True)])
+    for name, u in zip([*map(str, heads), TOTAL], every, strict=True):
+        logits = to_logits(model, u[None], scale or 1.0, norm=norm)[0].cpu()
+        logits -= logits.mean()
+        for kind, sign in (("promoted", 1), ("suppressed", -1)):
+            ids = torch.argsort(logits * sign, descending=True, stable=True)[:top].tolist()
+            rows += [
+                {"head": name, "kind": kind, "rank": i + 1, "token_id": t, "token": text, "logit": float(logits[t])}
+                for i, (t, text) in enumerate(zip(ids, token_texts(model, ids), strict=True))
+            ]
+    return HeadTokens(pd.DataFrame(rows), heads, scale, len(prompts or ()), info.name, task)
+
+
+@torch.no_grad()
+def to_stream(model: Any, directions: Float[Tensor, "K d_head"], heads: HeadSet) -> Float[Tensor, "K d_model"]:
+    """What each head's direction adds to the residual stream, `d W_O[h]`, float32.
+
+    Raises:
+        ModelError: heads that have no direct path to the stream.
+    """
+    found: dict[Head, Tensor] = {}
+    for layer in heads.layers:
+        W = head_output_matrix(model, layer)
+        for i, head in enumerate(heads):
+            if head.layer == layer:
+                found[head] = (directions[i].float().to(W.device) @ W[head.head]).cpu()
+    return torch.stack([found[head] for head in heads])
+
+
+def _mean_scale(model: Any, prompts: Sequence[str]) -> float:
+    """1 / mean(1 / s) at the last token of the prompts."""
+    if not prompts:
+        raise InputError("prompts is an empty list; give one or more, or None for relative sizes")
+    last, norm, tokenizer = model_info(model).n_layers - 1, final_norm(model), tokenizer_of(model)
+    with record(model, [encode(tokenizer, p) for p in prompts], what="resid", layers=[last], progress=False) as found:
+        stream = torch.from_numpy(np.array(found.layer(last)))
+    return float(1 / (1 / norm.scale(stream).double()).mean())

@@ -1,0 +1,77 @@
+"""What every experiment of this part does: a task's metric, item by item, with adapters attached; and its row in a table."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lofit_lens.errors import InputError
+from lofit_lens.evaluation.evaluate import evaluate
+from lofit_lens.evaluation.result import Metric
+from lofit_lens.evaluation.stats import bootstrap_interval_over_seeds
+from lofit_lens.interventions.base import Intervention, attached
+from lofit_lens.tasks.base import Task
+
+Items = tuple[float, ...]  # the metric of every item of a split, in order
+
+
+def items_of(model: Any, task: Task, *adapters: Intervention, split: str = "test", limit: int | None = None) -> Items:
+    """The task's own metric of each item, with adapters attached in the order given.
+
+    Raises:
+        InputError, DataError: as `evaluate`.
+    """
+    with attached(model, *adapters):
+        result = evaluate(model, task, split=split, limit=limit, progress=False)
+    return tuple(result.items[task.metric].tolist())
+
+
+def summary(items: Sequence[float]) -> dict[str, Any]:
+    """`value` (mean), `low` and `high` (95 % bootstrap interval over items; NaN for a single one), `n`."""
+    metric = Metric.of(list(items))
+    low, high = metric.interval or (np.nan, np.nan)
+    return {"value": metric.mean, "low": low, "high": high, "n": metric.n}
+
+
+def difference(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Mean of first - second over draws and items, paired: `difference`, `low` and `high` (95 %, draws and items resampled).
+
+    Args:
+        first: [draws, items], or [1, items] where the other side alone was drawn.
+        second: the same.
+    """
+    d = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
+    low, high = bootstrap_interval_over_seeds(d) or (np.nan, np.nan)
+    return {"difference": float(d.mean()), "low": low, "high": high}
+
+
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows for JSON, which has no NaN: None in its place."""
+    return frame.astype(object).where(frame.notna(), None).to_dict("records")  # pyright: ignore[reportReturnType]
+
+
+def check_ks(ks: Sequence[int] | None, most: int) -> tuple[int, ...]:
+    """Numbers of heads to try, ascending; None = 1 to `most`, or its powers of two and `most` itself where those are over 12.
+
+    Raises:
+        InputError: a number outside 1 to `most`, or none.
+    """
+    if ks is None:
+        return (
+            tuple(range(1, most + 1))
+            if most <= 12
+            else (*(2**i for i in range(most.bit_length()) if 2**i < most), most)
+        )
+    listed = tuple(sorted(set(ks)))
+    if not listed or listed[0] < 1 or listed[-1] > most:
+        raise InputError(f"numbers of heads {list(ks)} cannot be tried; give some of 1 to {most}")
+    return listed
+
+
+def check_draws(draws: int, seed: int) -> None:
+    """Raise InputError unless there is at least one draw, and the seed is a seed."""
+    if draws < 1:
+        raise InputError(f"draws is {draws}; give 1 or more, e.g. 5")
+    if seed < 0:
+        raise InputError(f"seed is {seed}; allowed: 0 and more")

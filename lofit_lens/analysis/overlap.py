@@ -1,0 +1,224 @@
+"""Do two tasks, methods or seeds use the same heads? Overlap of head sets, agreement of scores (LoFiT paper, section 6).
+
+    overlap             sets of K heads: shared, Jaccard, rank-biased overlap, each with what chance would give
+    score_agreement     scores of all heads: rank correlation
+    agreement_by_k      two rankings, cut at every K
+
+Chance is of two kinds. *Hypergeometric*: heads drawn evenly from the whole model. *Layer-matched*: both sets keep their
+number of heads in each layer, so that two sets which only favour the same layers do not count as similar. Both p-values
+are exact and one-sided (at least as many shared heads); see `chance`.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from lofit_lens.analysis.chance import (
+    at_least,
+    chance_range,
+    check_share,
+    mean_jaccard,
+    rank_biased_overlap,
+    shared_by_chance,
+    shared_by_chance_in_layers,
+    shared_by_depth,
+)
+from lofit_lens.errors import InputError
+from lofit_lens.evaluation.stats import holm
+from lofit_lens.heads import HeadScores, HeadSet, check_k
+
+PERSISTENCE = 0.9
+
+Ranking = HeadScores | HeadSet
+
+
+def overlap(
+    sets: Mapping[str, HeadSet], *, shape: tuple[int, int] | None = None, p: float = PERSISTENCE
+) -> pd.DataFrame:
+    """How many heads each pair of sets shares, beside what chance would give.
+
+    Args:
+        sets: name -> heads, best first (only `rbo` uses the order). Sizes may differ.
+        shape: `(n_layers, n_heads)` for sets that do not know their model.
+        p: persistence of the rank-biased overlap.
+
+    Returns:
+        One row a pair: a, b, k_a, k_b; shared (heads), jaccard, rbo (`rank_biased_overlap`); expected = k_a k_b / N and
+        expected_jaccard under even draws; p_hypergeometric = P(X >= shared); expected_layer and p_layer, the same with
+        heads shuffled within layers (exact); p_holm and p_layer_holm, adjusted over all pairs of this call (Holm 1979).
+
+    Raises:
+        InputError: fewer than two sets, an empty one, sets of different models, no shape known, or p outside (0, 1).
+    """
+    _at_least_two(sets, "head sets", "{'MQuAKE': ..., 'CLUTRR': ...}")
+    for name, heads in sets.items():
+        if not len(heads):
+            raise InputError(f"head set {name!r} is empty; it overlaps with nothing")
+    n_layers, n_heads = joint_shape(sets, shape)
+    total = n_layers * n_heads
+    counts = {name: heads.layer_counts(n_layers) for name, heads in sets.items()}
+    rows = []
+    for a, b in combinations(sets, 2):
+        k_a, k_b = len(sets[a]), len(sets[b])
+        shared = len(sets[a] & sets[b])
+        anywhere = shared_by_chance(k_a, k_b, total)
+        in_layers = shared_by_chance_in_layers(counts[a], counts[b], n_heads)
+        rows.append({
+            "a": a, "b": b, "k_a": k_a, "k_b": k_b, "shared": shared, "jaccard": shared / (k_a + k_b - shared),
+            "rbo": rank_biased_overlap(sets[a].heads, sets[b].heads, p=p), "expected": k_a * k_b / total,
+            "expected_jaccard": mean_jaccard(anywhere, k_a, k_b), "p_hypergeometric": at_least(anywhere, shared),
+            "expected_layer": float(counts[a] @ counts[b]) / n_heads, "p_layer": at_least(in_layers, shared),
+        })  # fmt: skip
+    frame = pd.DataFrame(rows)
+    frame["p_holm"], frame["p_layer_holm"] = holm(frame["p_hypergeometric"]), holm(frame["p_layer"])
+    return frame
+
+
+def score_agreement(scores: Mapping[str, HeadScores]) -> pd.DataFrame:
+    """Do two scores order the heads of a model alike?
+
+    Args:
+        scores: name -> scores `[n_layers, n_heads]` of one model.
+
+    Returns:
+        One row a pair: a, b, n (heads); rho and p, Spearman's rank correlation and its two-sided p (scipy; it takes heads
+        as independent); p_holm over all pairs; rho_layer, the correlation of the ranks less their layer's mean, i.e. what
+        is left once both scores' liking for some layers is taken out (NaN where a layer has one head, or where ranks do
+        not vary within layers).
+
+    Raises:
+        InputError: fewer than two, scores of different models, a model of fewer than three heads, or scores that are all
+            equal.
+    """
+    _at_least_two(scores, "head scores", "{'LoFiT': ..., 'ITI': ...}")
+    joint_shape(scores)
+    ranks = {}
+    for name, s in scores.items():
+        table = s.values.numpy()
+        if table.size < 3:
+            raise InputError(f"a model of {table.size} heads has no rank correlation; it takes 3 and more")
+        if np.ptp(table) == 0:
+            raise InputError(f"the scores of {name!r} are all {table.flat[0]:g}: they rank no head; leave them out")
+        ranks[name] = stats.rankdata(table).reshape(table.shape)
+    rows = []
+    for a, b in combinations(scores, 2):
+        rho, p = np.array(stats.spearmanr(ranks[a].ravel(), ranks[b].ravel())).tolist()
+        rows.append({
+            "a": a, "b": b, "n": ranks[a].size, "rho": rho, "p": min(1.0, p),
+            "rho_layer": _within_layers(ranks[a], ranks[b]),
+        })  # fmt: skip
+    frame = pd.DataFrame(rows)
+    frame["p_holm"] = holm(frame["p"])
+    return frame
+
+
+def agreement_by_k(
+    a: Ranking,
+    b: Ranking,
+    ks: Sequence[int] | None = None,
+    *,
+    shape: tuple[int, int] | None = None,
+    level: float = 0.95,
+    p: float = PERSISTENCE,
+) -> pd.DataFrame:
+    """How many of the top K heads of two rankings are the same, for each K.
+
+    Args:
+        a: scores of all heads, or a ranking, e.g. an official file's 160 heads.
+        b: the other one.
+        ks: numbers of heads; None = every K up to the shorter ranking.
+        shape: `(n_layers, n_heads)` for rankings that do not know their model.
+        level: of the chance interval.
+        p: persistence of the rank-biased overlap.
+
+    Returns:
+        One row a K: k; shared (heads), jaccard; expected, low and high (shared heads by chance: mean and quantiles of the
+        hypergeometric distribution), expected_jaccard; p = P(X >= shared), not adjusted over K, as these tests are nested;
+        rbo of the two top-K lists.
+
+    Raises:
+        InputError: an empty ranking, different models, no shape known, no K, or a K that a ranking does not have.
+    """
+    pair = {"a": a, "b": b}
+    n_layers, n_heads = joint_shape(pair, shape)
+    first, second = (r.ranking() if isinstance(r, HeadScores) else r for r in (a, b))
+    shorter = min(len(first), len(second))
+    if not shorter:
+        raise InputError("an empty ranking agrees with nothing; give at least one head on both sides")
+    wanted = list(range(1, shorter + 1)) if ks is None else list(ks)
+    if not wanted:
+        raise InputError(f"ks is empty; give numbers of heads from 1 to {shorter}, or None for all")
+    check_share("p", p)
+    total, rows = n_layers * n_heads, []
+    shared = shared_by_depth(first.heads, second.heads)
+    depth = np.arange(1, shared.size + 1)
+    agreed = np.cumsum(shared / depth * p**depth) * (1 - p) / p + shared / depth * p**depth  # RBO_ext of each top K
+    for k in wanted:
+        check_k(k, shorter, "the shorter of these two rankings")
+        x = int(shared[k - 1])
+        chance = shared_by_chance(k, k, total)
+        low, high = chance_range(chance, level=level)
+        rows.append({
+            "k": int(k), "shared": x, "jaccard": x / (2 * k - x), "expected": k * k / total, "low": low, "high": high,
+            "expected_jaccard": mean_jaccard(chance, k, k), "p": at_least(chance, x),
+            "rbo": float(agreed[k - 1]),
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def agreement(
+    rankings: Mapping[str, Ranking],
+    ks: Sequence[int] | None = None,
+    *,
+    shape: tuple[int, int] | None = None,
+    level: float = 0.95,
+    p: float = PERSISTENCE,
+) -> pd.DataFrame:
+    """`agreement_by_k` of every pair of rankings, with columns pair, a and b in front.
+
+    Raises:
+        InputError: fewer than two rankings, or as `agreement_by_k`.
+    """
+    _at_least_two(rankings, "rankings", "{'LoFiT': ..., 'ITI': ...}")
+    frames = []
+    for a, b in combinations(rankings, 2):
+        frame = agreement_by_k(rankings[a], rankings[b], ks, shape=shape, level=level, p=p)
+        for i, (column, value) in enumerate((("pair", f"{a} & {b}"), ("a", a), ("b", b))):
+            frame.insert(i, column, value)
+        frames.append(frame)
+    return pd.concat(frames, ignore_index=True)
+
+
+def joint_shape(of: Mapping[str, Ranking], shape: tuple[int, int] | None = None) -> tuple[int, int]:
+    """The one `(n_layers, n_heads)` that these head sets or scores belong to.
+
+    Raises:
+        InputError: none known, several, or a head outside it.
+    """
+    known = {name: s.shape for name, s in of.items() if s.shape}
+    found = {*known.values()} | ({(int(shape[0]), int(shape[1]))} if shape else set())
+    if not found:
+        raise InputError("these head sets do not know their model; give shape=(n_layers, n_heads)")
+    if len(found) > 1:
+        said = ", ".join(f"{name}: {s[0]}x{s[1]}" for name, s in known.items()) + (f"; shape={shape}" if shape else "")
+        raise InputError(f"heads of different models cannot be compared ({said}); give one model's")
+    only = found.pop()
+    for s in of.values():
+        if isinstance(s, HeadSet):
+            s.check(only)
+    return only
+
+
+def _at_least_two(given: Mapping[str, object], what: str, example: str) -> None:
+    if len(given) < 2:
+        raise InputError(f"{len(given)} {what} given; a comparison needs at least two, e.g. {example}")
+
+
+def _within_layers(a: np.ndarray, b: np.ndarray) -> float:
+    """Correlation of two tables of ranks less each layer's mean."""
+    x, y = (t - t.mean(1, keepdims=True) for t in (a, b))
+    size = np.sqrt((x * x).sum() * (y * y).sum())
+    return float((x * y).sum() / size) if size > 1e-9 else float("nan")

@@ -1,0 +1,222 @@
+"""What a study's adapters say about the model: run once and kept in the study's folder, so that figures and report only read.
+
+`RESULTS/readings/<task>.json` holds, for LoFiT's adapter of a task (its own heads, first seed): promoted tokens, norms and
+cosines, attention patterns, what each head is worth, what the model cannot do without the chosen heads, how representations
+drift, and whether the adapter works behind long contexts; `RESULTS/readings/together.json` what happens when adapters of several
+tasks are attached together or learned in turn.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from lofit_lens import io
+from lofit_lens.analysis.attention import attention_patterns
+from lofit_lens.analysis.drift import drift
+from lofit_lens.analysis.geometry import geometry
+from lofit_lens.analysis.interference import interference, learned_in_turn, long_context
+from lofit_lens.analysis.logit_lens import promoted_tokens
+from lofit_lens.analysis.measure import records
+from lofit_lens.analysis.needed import keep_only, leave_one_out, removal
+from lofit_lens.errors import InputError
+from lofit_lens.experiments.pool import Pool, kept_model
+from lofit_lens.experiments.results import Results, load_results
+from lofit_lens.heads import Head, HeadSet
+from lofit_lens.interventions.lofit import Lofit
+from lofit_lens.models import context_length
+from lofit_lens.probing.probes import fit_probes
+from lofit_lens.probing.reading import reading_vectors
+from lofit_lens.tasks.base import Task
+
+KIND, SCHEMA = "lofit_lens.readings", 1
+TOGETHER = "together"
+PROMPTS = 32  # validation prompts that norms, scales and drift are measured on
+LONG_ROWS = 60  # test rows asked behind long contexts
+SHOWN = 2  # prompts whose attention patterns are kept
+ALL_HEADS = 128  # up to so many heads in a model, the patterns of all are kept; else those of chosen heads
+
+log = logging.getLogger(__name__)
+
+
+def run_readings(
+    model: Any,
+    tasks: Sequence[Task],
+    *,
+    out: str | Path,
+    other_tasks: Sequence[Task] = (),
+    texts: Sequence[str] = (),
+    draws: int = 5,
+    workers: int = 1,
+    backend: str = "auto",
+    dtype: str = "float32",
+    device: str | None = None,
+    revision: str | None = None,
+    progress: bool = True,
+) -> list[Path]:
+    """Read the adapters of a study; what is in its folder already is not computed again.
+
+    Args:
+        model: as in `run_study`.
+        tasks: of the study.
+        out: the study's folder.
+        other_tasks: of the study; one named `<task>-cued`, which the unmodified model can do, shows whether it needs the heads.
+        texts: ordinary texts that stand in front of questions in long contexts; none = that part is left out.
+        draws: of random heads and orders.
+        workers: processes, each on one thread.
+        backend: as in `load_model`, like the three that follow, for a model given by name.
+        dtype: of the weights.
+        device: of the model.
+        revision: of the model.
+        progress: show a bar.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        DataError: the folder holds no study.
+        InputError: it lacks an adapter.
+    """
+    results = load_results(out)
+    load = {"backend": backend, "dtype": dtype, "device": device, "revision": revision}
+    by_name = isinstance(model, str | Path)
+    every = {t.name: t for t in (*tasks, *other_tasks)}
+    jobs = [t.name for t in tasks] + ([TOGETHER] if len(tasks) > 1 else [])
+    left = [name for name in jobs if not reading_file(results.folder, name).is_file()]
+    work = [(model, load if by_name else None, str(out), every, name, tuple(texts), draws) for name in left]
+    with Pool(workers) as pool, tqdm(total=len(left), desc="readings", disable=not progress, unit="task") as bar:
+        for _ in pool.run(_read, work, bar):
+            pass
+    return [reading_file(results.folder, name) for name in left]
+
+
+def reading_file(folder: Path, task: str) -> Path:
+    """Where a task's reading lies in a study's folder."""
+    return folder / "readings" / f"{task.replace('/', '-').replace(':', '-')}.json"
+
+
+def read_readings(results: Results) -> dict[str, dict[str, Any]]:
+    """Task (and `"together"`) -> what was read, as far as it is there.
+
+    Raises:
+        DataError: a damaged file.
+    """
+    found = {}
+    for name in (*results.tasks, TOGETHER):
+        path = reading_file(results.folder, name)
+        if path.is_file():
+            record = io.read_json(path)
+            io.check_record(record, KIND, SCHEMA, ("task", "parts"), str(path))
+            found[name] = record["parts"]
+    return found
+
+
+def _read(
+    model: Any, load: dict[str, Any] | None, folder: str, tasks: Mapping[str, Task], name: str, texts: tuple[str, ...], draws: int
+) -> None:  # fmt: skip
+    loaded = model if load is None else kept_model(str(model), **load)
+    results = load_results(folder)
+    if name == TOGETHER:
+        parts = _together(loaded, results, tasks)
+    else:
+        parts = _of_task(loaded, results, tasks, name, texts, draws)
+    record = {
+        "kind": KIND,
+        "schema": SCHEMA,
+        "task": name,
+        "parts": parts,
+        "draws": draws,
+        "versions": io.environment(),
+    }
+    io.write_json(reading_file(results.folder, name), record)
+
+
+def _of_task(
+    model: Any, results: Results, tasks: Mapping[str, Task], name: str, texts: tuple[str, ...], draws: int
+) -> dict[str, Any]:
+    task, lofit = tasks[name], results.adapter(name, model=model)
+    seed, limit = results.seeds[0], results.record["plan"]["limit"]
+    split = "val" if task.test.get("val") else "train"
+    prompts = [e.prompt for e in task.examples(split, limit=PROMPTS)]
+    ks = sorted({1, lofit.k})
+    cued = tasks.get(f"{name}-cued")
+    shown = _shown_heads(results, name)
+
+    def patterns() -> dict[str, Any]:
+        with lofit.attached(model):
+            return attention_patterns(model, prompts[:SHOWN], shown).to_dict()
+
+    return _parts({
+        "tokens": lambda: promoted_tokens(model, lofit, prompts=prompts).to_dict(),
+        "geometry": lambda: _geometry(model, task, lofit, prompts, seed),
+        "attention": patterns,
+        "leave_one_out": lambda: leave_one_out(model, task, lofit, limit=limit, progress=False).to_dict(),
+        "keep_only": lambda: keep_only(model, task, lofit, draws=min(3, draws), limit=limit, progress=False).to_dict(),
+        "removal": lambda: removal(
+            model, task, lofit.heads, adapter=lofit, ks=ks, draws=draws, limit=limit, progress=False
+        ).to_dict(),
+        **({} if cued is None else {"removal_cued": lambda: removal(
+            model, cued, lofit.heads, ks=ks, draws=draws, limit=limit, progress=False
+        ).to_dict()}),
+        **({} if not texts else {"long_context": lambda: long_context(
+            model, task, lofit, texts, _lengths(model), separator=" ", limit=min(LONG_ROWS, limit or LONG_ROWS), progress=False
+        ).to_dict()}),
+        "drift": lambda: drift(model, lofit, prompts, progress=False).to_dict(),
+    })  # fmt: skip
+
+
+def _lengths(model: Any) -> tuple[int, ...]:
+    """Tokens in front of a question: none, a fifth and three fifths of the context, at most 2,000."""
+    n = context_length(model)
+    return (0, min(400, n // 5), min(2000, 3 * n // 5))
+
+
+def _parts(named: Mapping[str, Callable[[], dict[str, Any]]]) -> dict[str, Any]:
+    """Each part's result; what a model or task does not allow is left out and said."""
+    found = {}
+    for name, make in named.items():
+        try:
+            found[name] = make()
+        except InputError as e:
+            log.warning("%s is left out: %s", name, e)
+    return found
+
+
+def _geometry(model: Any, task: Task, lofit: Lofit, prompts: list[str], seed: int) -> dict[str, Any]:
+    """Norms and cosines; without ITI's or RepE's directions where the task has no right and wrong statements."""
+    probes = reading = None
+    try:
+        probes = fit_probes(model, task, seed=seed, progress=False)
+        reading = reading_vectors(model, task, seed=seed, progress=False)
+    except InputError as e:
+        log.warning("cosines with ITI's and RepE's directions are left out: %s", e)
+    return {"rows": records(geometry(model, lofit, prompts=prompts, probes=probes, reading=reading))}
+
+
+def _shown_heads(results: Results, task: str) -> HeadSet:
+    """Heads whose patterns are kept: all of a small model, else the best of every selector and seed."""
+    shape = (results.model.n_layers, results.model.n_heads)
+    if shape[0] * shape[1] <= ALL_HEADS:
+        return HeadSet.all(shape)
+    found: list[Head] = []
+    for (t, _, _), scores in results.scores.items():
+        if t == task:
+            found += [h for h in scores.top(results.k(task)) if h not in found]
+    return HeadSet(found, shape=shape)
+
+
+def _together(model: Any, results: Results, tasks: Mapping[str, Task]) -> dict[str, Any]:
+    limit = results.record["plan"]["limit"]
+    pairs = {t: (tasks[t], results.adapter(t, model=model)) for t in results.tasks}
+    heads = {t: lofit.heads for t, (_, lofit) in pairs.items()}
+
+    def in_turn() -> dict[str, Any]:
+        return learned_in_turn(
+            model, {t: tasks[t] for t in pairs}, heads, seed=results.seeds[0], limit=limit, progress=False
+        )[0].to_dict()
+
+    return _parts({
+        "interference": lambda: interference(model, pairs, limit=limit, progress=False).to_dict(), "learned_in_turn": in_turn
+    })  # fmt: skip

@@ -1,0 +1,86 @@
+"""Does head selection find the same heads again, over seeds or folds?
+
+For runs r of one task, with T_r(K) the top K heads of run r:
+
+    jaccard(K)    mean over pairs of |T_r & T_s| / |T_r | T_s|
+    frequency     share of runs in which a head is in T_r(K)
+"""
+
+from collections.abc import Sequence
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+import torch
+
+from lofit_lens.analysis.chance import mean_jaccard, shared_by_chance, shared_by_depth
+from lofit_lens.analysis.overlap import joint_shape, score_agreement
+from lofit_lens.errors import InputError
+from lofit_lens.heads import HeadScores, check_k
+
+
+def stability(scores: Sequence[HeadScores], ks: Sequence[int] | None = None) -> pd.DataFrame:
+    """Agreement of the top K heads over the runs of one task, for each K.
+
+    Args:
+        scores: one `[n_layers, n_heads]` a run (seed or fold).
+        ks: numbers of heads; None = every K from 1 to all heads.
+
+    Returns:
+        One row a K: k; jaccard and shared (mean over pairs of runs), lowest and highest (Jaccard of the pairs), expected
+        and expected_shared (two sets drawn evenly, exact), n_runs, n_pairs. The pairs share runs, so their range is no
+        confidence interval.
+
+    Raises:
+        InputError: fewer than two runs, runs of different models, no K, or a K that the model does not have.
+    """
+    shape = _check(scores)
+    total = shape[0] * shape[1]
+    wanted = list(range(1, total + 1)) if ks is None else list(ks)
+    if not wanted:
+        raise InputError(f"ks is empty; give numbers of heads from 1 to {total}, or None for all")
+    rankings = [s.ranking().heads for s in scores]
+    depth = np.array([shared_by_depth(a, b) for a, b in combinations(rankings, 2)])
+    rows = []
+    for k in wanted:
+        check_k(k, total, "this model")
+        shared = depth[:, k - 1]
+        jaccard = shared / (2 * k - shared)
+        expected = mean_jaccard(shared_by_chance(k, k, total), k, k)
+        rows.append({
+            "k": int(k), "jaccard": float(jaccard.mean()), "shared": float(shared.mean()), "lowest": float(jaccard.min()),
+            "highest": float(jaccard.max()), "expected": expected, "expected_shared": k * k / total,
+            "n_runs": len(rankings), "n_pairs": len(depth),
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def selection_frequency(scores: Sequence[HeadScores], k: int) -> HeadScores:
+    """Share of runs in which each head is among the top K: 1 = always, 0 = never; K / N by chance.
+
+    Raises:
+        InputError: no run, runs of different models, or a K that the model does not have.
+    """
+    if not scores:
+        raise InputError("no head scores given; give one a run (seed or fold)")
+    shape = joint_shape({f"run {i}": s for i, s in enumerate(scores)})
+    chosen = torch.stack([s.top(k).mask(shape) for s in scores]).double().mean(0)
+    names = [{getattr(s, of) for s in scores} for of in ("model", "task")]
+    model, task = (n.pop() if len(n) == 1 else "" for n in names)
+    return HeadScores(chosen, f"share of {len(scores)} runs (top {k})", model, task, {"k": k, "n_runs": len(scores)})
+
+
+def mean_spearman(scores: Sequence[HeadScores]) -> float:
+    """Mean rank correlation of all heads' scores over pairs of runs.
+
+    Raises:
+        InputError: fewer than two runs, runs of different models, or a run whose scores are all equal.
+    """
+    _check(scores)
+    return float(np.mean(score_agreement({f"run {i}": s for i, s in enumerate(scores)})["rho"].to_numpy()))
+
+
+def _check(scores: Sequence[HeadScores]) -> tuple[int, int]:
+    if len(scores) < 2:
+        raise InputError(f"{len(scores)} runs given; stability takes at least two seeds or folds of one task")
+    return joint_shape({f"run {i}": s for i, s in enumerate(scores)})

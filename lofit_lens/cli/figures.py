@@ -1,0 +1,75 @@
+"""lofit-lens figures: all figures and tables of a study."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lofit_lens.cli import common as c
+from lofit_lens.cli import studies as s
+
+
+def figures(
+    results: Annotated[Path | None, typer.Argument(help="Folder of a study (--run makes it).")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for figures and tables.")] = Path("figures"),
+    run: Annotated[bool, typer.Option("--run", help="First run whatever of the study is not in RESULTS yet.")] = False,
+    heads: Annotated[Path | None, typer.Option("--heads", help="Folder with the official code's head files (.npy).")] = None,
+    formats: Annotated[
+        str, typer.Option("--formats", help="Of the figures, with commas: html, png, svg, pdf.")
+    ] = "html,png,svg,pdf",
+    task: s.Tasks = None,
+    model: c.Model = "organism",
+    seeds: s.Seeds = 2,
+    draws: s.Draws = 5,
+    limit: s.Limit = None,
+    part: Annotated[list[str] | None, typer.Option(
+        "--part", help="Only this part of the study: transfer, methods, selectors, k, data, other tasks; may be repeated."
+    )] = None,
+    tune: Annotated[bool, typer.Option(
+        "--tune", help="Choose every method's settings on the validation rows, not those of ITI and RepE alone (slower)."
+    )] = False,
+    data_dir: c.DataDir = None,
+    backend: c.Backend = "auto",
+    dtype: c.Dtype = "float32",
+    device: c.Device = None,
+    revision: c.Revision = None,
+    workers: s.Workers = 0,
+    quiet: c.Quiet = False,
+) -> None:  # fmt: skip
+    """Draw the paper's figures and tables from a study's folder; with --run, make the study first.
+
+    Example: lofit-lens figures runs/study --run --task organism/all --out figures
+    """
+    from lofit_lens.errors import InputError
+
+    if results is None and (heads is None or run):
+        raise InputError(
+            "give the folder of a study (lofit-lens figures RESULTS), or official head files (--heads FOLDER)"
+        )
+    start = time.perf_counter()
+    c.quiet_libraries()
+    from lofit_lens.plots.style import many_figures, save_figure
+    from lofit_lens.report.figures import draw_all, official_figures
+
+    wanted = tuple(f.strip() for f in formats.split(",") if f.strip())
+    c.check_new(out, overwrite=True)
+    if results is None:
+        assert heads is not None
+        with many_figures():
+            files = [
+                path for d in official_figures(heads)
+                for path in save_figure(d.figure, out / d.name, data=d.data, formats=wanted)
+            ]  # fmt: skip
+    else:
+        if run:
+            s.run(s.Request(
+                results, model, task or ["organism/all"], seeds, draws, limit, part, tune, data_dir, backend, dtype, device,
+                revision, workers, True, quiet,
+            ))  # fmt: skip
+            c.console.print(f"study in {results}: {time.perf_counter() - start:.0f} s")
+        from lofit_lens.experiments.results import load_results
+
+        files = draw_all(load_results(results), out, formats=wanted, heads=heads)
+    s.print_files(files, out)
+    c.console.print(f"{time.perf_counter() - start:.0f} s")

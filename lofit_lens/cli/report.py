@@ -1,0 +1,26 @@
+"""lofit-lens report: one interactive page from a study."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lofit_lens.cli import common as c
+
+
+def report(
+    results: Annotated[Path, typer.Argument(help="Folder of a study (lofit-lens figures RESULTS --run makes one).")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page.")] = Path("report.html"),
+    overwrite: c.Overwrite = False,
+) -> None:  # fmt: skip
+    """Write a page that anyone can open without Python: tables, head sets side by side, tokens, attention patterns.
+
+    Example: lofit-lens report runs/study -o report.html
+    """
+    c.check_new(out, overwrite=overwrite)
+    from lofit_lens.experiments.results import load_results
+    from lofit_lens.report.collect import collect
+    from lofit_lens.report.page import write_report
+
+    write_report(collect(load_results(results)), out)
+    c.console.print(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB); open it in a browser")

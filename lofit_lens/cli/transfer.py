@@ -1,0 +1,59 @@
+"""lofit-lens transfer: do other tasks' heads do as well as a task's own?"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lofit_lens.cli import common as c
+from lofit_lens.cli import studies as s
+
+
+def transfer(
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder of the study; what is in it is not run again.")
+    ] = Path("runs/transfer"),
+    task: s.Tasks = None,
+    model: c.Model = "organism",
+    seeds: s.Seeds = 2,
+    draws: s.Draws = 5,
+    limit: s.Limit = None,
+    data_dir: c.DataDir = None,
+    backend: c.Backend = "auto",
+    dtype: c.Dtype = "float32",
+    device: c.Device = None,
+    revision: c.Revision = None,
+    workers: s.Workers = 0,
+    quiet: c.Quiet = False,
+    as_json: c.AsJson = False,
+) -> None:  # fmt: skip
+    """Tune each task's offsets on every task's heads and on random ones: accuracy relative to the task's own heads.
+
+    Example: lofit-lens transfer --task organism/all
+    """
+    c.console.stderr = as_json
+    c.check_new(out, overwrite=True)
+    s.run(s.Request(
+        out, model, task or ["organism/all"], seeds, draws, limit, ["transfer"], False, data_dir, backend, dtype, device,
+        revision, workers, False, quiet,
+    ))  # fmt: skip
+    from lofit_lens.experiments.results import load_results
+    from lofit_lens.plots.style import save_figure
+    from lofit_lens.plots.transfer import transfer_heatmap
+    from lofit_lens.report.figures import transfer as matrix
+
+    found = matrix(load_results(out))
+    cells = {
+        (r["source"], r["task"]): f"{r['relative']:.0f} [{r['low']:.0f}, {r['high']:.0f}] {r['mark']}".strip()
+        for r in found.frame.to_dict("records")
+    }
+    wide = found.matrix()
+    s.print_table(
+        "Accuracy with other heads, % of that with the task's own", ("heads from", *wide.columns),
+        [(source, *(cells[source, t] for t in wide.columns)) for source in wide.index],
+        ("[ ]: 95 % interval over seeds and items; * p < .05, + p < .1 (paired bootstrap against the task's own heads)",),
+    )  # fmt: skip
+    files = save_figure(transfer_heatmap(found), out / "transfer", data=found.frame, formats=("html",))
+    c.console.print(f"wrote {', '.join(str(f) for f in files)}")
+    if as_json:
+        c.print_json(found.to_dict())

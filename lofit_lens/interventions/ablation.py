@@ -1,0 +1,215 @@
+"""Ablation: the z of chosen heads becomes a constant, at every position: what the model does without what they say.
+
+    z_h <- mean of z_h over the tokens of some prompts      "mean"
+    z_h <- 0                                                "zero"
+
+The mean keeps what a head always adds, so that later layers still see streams of the usual kind; zero takes that away as well and
+often harms for that reason alone. Attached behind another adapter it undoes that adapter's edit of the same heads; attached in
+front of it, it is edited by it.
+
+Source: Wang et al. 2023 (arXiv 2211.00593), section 2.2 (mean ablation).
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lofit_lens import io
+from lofit_lens.errors import DataError, InputError, unknown
+from lofit_lens.heads import HeadSet
+from lofit_lens.interventions.at_heads import HeadAdapter, chosen_heads, shape_and_heads
+from lofit_lens.interventions.base import AdapterMeta, Edit, check_tensors
+from lofit_lens.models import (
+    context_length,
+    device_of,
+    frozen,
+    head_size,
+    hook_z,
+    hooked,
+    model_info,
+    run_through,
+    tokenizer_of,
+)
+from lofit_lens.tasks.collate import encode, pad, pad_id
+
+How = Literal["mean", "zero"]
+HOW = ("mean", "zero")
+BATCH = 16  # prompts run together for the mean
+
+
+def replace_z(
+    z: Float[Tensor, "batch pos n_heads d_head"], index: Sequence[int], values: Float[Tensor, "k d_head"]
+) -> Float[Tensor, "batch pos n_heads d_head"]:
+    """z with chosen heads of the layer set to one value each, at every position; the others are copied bit by bit."""
+    z = z.clone()
+    z[:, :, list(index)] = values.to(z)
+    return z
+
+
+class HeadAblation(HeadAdapter):
+    """Constants in the place of chosen heads' outputs.
+
+    Args:
+        shape: `(n_layers, n_heads, d_head)`.
+        heads: the heads that are silenced.
+        values: `[K, d_head]`, what z becomes, in the order of `heads`.
+        how: where the values come from: `"mean"` or `"zero"`.
+        meta: provenance.
+
+    Attributes:
+        values: `[K, d_head]` float32, in units of z.
+        heads: the head set, its scores kept.
+
+    Raises:
+        InputError: no head, a head outside the shape, values of another shape or not finite, or an unknown `how`.
+    """
+
+    method: ClassVar[str] = "ablation"
+    title: ClassVar[str] = "ablation"
+    values: Tensor
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        heads: HeadSet,
+        *,
+        values: Float[Tensor, "n_values size"],
+        how: How = "mean",
+        meta: AdapterMeta | None = None,
+    ) -> None:
+        super().__init__(meta)
+        if how not in HOW:
+            raise unknown("ablation", how, HOW)
+        self._shape, self.how = shape, how
+        self.heads = chosen_heads(heads, (shape[0], shape[1]), "an ablation")
+        if tuple(values.shape) != (len(self.heads), shape[2]):
+            raise InputError(
+                f"{len(self.heads)} heads of d_head {shape[2]} with values {tuple(values.shape)}; give one row a head"
+            )
+        if not bool(torch.isfinite(values).all()):
+            raise InputError("a value that z should become is NaN or infinite; run the model in float32 or bfloat16")
+        self.register_buffer("values", values.detach().float().clone())
+
+    @classmethod
+    def of(
+        cls, model: Any, heads: HeadSet, *, means: Float[Tensor, "n_layers n_heads d_head"] | None = None
+    ) -> "HeadAblation":
+        """Silence heads of a model: by their means (see `mean_z`), or by zero without any.
+
+        Raises:
+            InputError: no head, a head outside the model, or means of another shape.
+            ModelError: heads that cannot be reached.
+        """
+        info, d_head = model_info(model), head_size(model, heads.layers or None)
+        shape = (info.n_layers, info.n_heads, d_head)
+        chosen = chosen_heads(heads, shape[:2], "an ablation")
+        if means is not None and tuple(means.shape) != shape:
+            raise InputError(f"means of shape {tuple(means.shape)} for a model of {shape}; take them with mean_z")
+        values = torch.zeros(len(chosen), d_head) if means is None else torch.stack([means[h] for h in chosen])
+        meta = AdapterMeta(model=info, versions=io.environment())
+        made = cls(shape, chosen, values=values, how="zero" if means is None else "mean", meta=meta)
+        return made.to(device_of(model))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """`(n_layers, n_heads, d_head)`."""
+        return self._shape
+
+    @property
+    def n_parameters(self) -> int:
+        """Numbers that were estimated: `K * d_head` means, none for zero."""
+        return self.k * self.d_head if self.how == "mean" else 0
+
+    def _edit(self, layer: int) -> Edit:
+        rows = [i for i, h in enumerate(self.heads) if h.layer == layer]
+        index = [self.heads[i].head for i in rows]
+        return lambda z: replace_z(z, index, self.values[rows].to(z.device))
+
+    # ------------------------------------------------------------------------------------------- saving
+
+    def _tensors(self) -> Mapping[str, Tensor]:
+        return {"values": self.values}
+
+    def _settings(self) -> dict[str, Any]:
+        return {"shape": list(self.shape), "heads": self.heads.to_dict(), "how": self.how}
+
+    @classmethod
+    def _made_from(
+        cls, record: dict[str, Any], tensors: dict[str, Tensor], meta: AdapterMeta, where: Path
+    ) -> "HeadAblation":
+        shape, heads = shape_and_heads(record, where)
+        check_tensors(tensors, {"values": (len(heads), shape[2])}, where)
+        return cls(shape, heads, values=tensors["values"], how=record["how"], meta=meta)
+
+    def __repr__(self) -> str:
+        info = self.meta.model
+        shown = " ".join(map(str, self.heads.heads[:8])) + (" ..." if self.k > 8 else "")
+        return f"HeadAblation({info.name if info else 'no model'}, to {self.how}, K={self.k}: {shown})"
+
+
+@torch.no_grad()
+def mean_z(
+    model: Any, prompts: Iterable[str], *, layers: Sequence[int] | None = None
+) -> Float[Tensor, "n_layers n_heads d_head"]:
+    """Mean z of every head over all tokens of some prompts (BOS included, padding not), float32 on the CPU.
+
+    Summed in float64; memory does not grow with the number of prompts. What is attached acts.
+
+    Args:
+        model: any HookedTransformer or TransformerBridge.
+        prompts: texts.
+        layers: which; the others stay 0. None = all.
+
+    Raises:
+        InputError: no prompt.
+        DataError: a prompt without a token or longer than the context.
+        ModelError: heads that cannot be reached.
+    """
+    info, wanted = model_info(model), range(model_info(model).n_layers) if layers is None else layers
+    sums = torch.zeros(info.n_layers, info.n_heads, head_size(model, tuple(wanted)), dtype=torch.float64)
+    count = 0
+    with frozen(model):
+        for tokens, mask in _batches(model, prompts):
+            count += int(mask.sum())
+            for layer, total in _totals(model, tokens, mask, wanted).items():
+                sums[layer] += total
+    if count == 0:
+        raise InputError("no prompt to take means over; give one or more")
+    return (sums / count).float()
+
+
+def _totals(model: Any, tokens: Tensor, mask: Tensor, layers: Iterable[int]) -> dict[int, Tensor]:
+    """Sum of z over the real tokens of a batch, by layer."""
+    found: dict[int, Tensor] = {}
+
+    def adder(layer: int) -> Any:
+        def add(z: Tensor, hook: Any) -> None:
+            kept = torch.where(mask.to(z.device).bool()[..., None, None], z.detach(), 0)
+            found[layer] = kept.double().sum(dim=(0, 1)).cpu()
+
+        return add
+
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(hooked(hook_z(model, layer), adder(layer)))
+        run_through(model, tokens, mask)
+    return found
+
+
+def _batches(model: Any, prompts: Iterable[str]) -> Iterator[tuple[Tensor, Tensor]]:
+    tokenizer, limit, rows = tokenizer_of(model), context_length(model), []
+    for i, prompt in enumerate(prompts):
+        ids = encode(tokenizer, prompt)
+        if not 0 < len(ids) <= limit:
+            raise DataError(f"prompt {i} has {len(ids)} tokens; {model_info(model).name} takes 1 to {limit}")
+        rows.append(ids)
+        if len(rows) == BATCH:
+            yield pad(rows, side="right", pad_id=pad_id(tokenizer), device=device_of(model))
+            rows = []
+    if rows:
+        yield pad(rows, side="right", pad_id=pad_id(tokenizer), device=device_of(model))

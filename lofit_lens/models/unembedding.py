@@ -1,0 +1,130 @@
+"""From a head's output to the logits: W_O, the final norm and W_U, the same on both classes.
+
+    u = z W_O[h]                              what head h adds to the residual stream
+    logits = (w * centred(u) / scale) W_U     u's share of the logits, the final norm's scale held fixed
+
+`centred` takes the mean away where the final norm does (LayerNorm) and nothing where it does not (RMSNorm); w is its learned
+weight. Biases drop out, being the same with and without u. Soft caps and other functions of the finished logits are not applied.
+"""
+
+import contextlib
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lofit_lens.errors import ModelError
+from lofit_lens.models.hooks import hook_z, hooked, residual_point
+from lofit_lens.models.info import device_of, model_info
+from lofit_lens.models.running import run_through
+
+PART = 8192  # columns of W_U that are taken in float32 together
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # of the probe; half precision: ROUGH
+ROUGH = 0.1
+
+_direct: "weakref.WeakKeyDictionary[nn.Module, set[int]]" = weakref.WeakKeyDictionary()
+
+
+class FinalNorm(NamedTuple):
+    """The norm in front of the unembedding.
+
+    Attributes:
+        weight: `[d_model]` float32, what the normed stream is multiplied by (Gemma's 1 + w, 1 where it was folded away).
+        centred: whether the mean over d_model is taken away first.
+        eps: what is added to the mean square.
+    """
+
+    weight: Float[Tensor, " d_model"]
+    centred: bool
+    eps: float
+
+    def scale(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch"]:
+        """What the norm divides a residual stream by."""
+        x = resid.float()
+        x = x - x.mean(dim=-1, keepdim=True) if self.centred else x
+        return (x.square().mean(dim=-1) + self.eps).sqrt()
+
+
+def head_output_matrix(model: Any, layer: int) -> Float[Tensor, "n_heads d_head d_model"]:
+    """W_O of one layer, float32: row vectors z of a head become `z @ W_O[h]` in the residual stream.
+
+    That this is what reaches the stream is seen once a layer by a probe forward of two tokens.
+
+    Raises:
+        ModelError: heads that cannot be reached, or an architecture that changes attention's output before it is added
+            (a norm behind attention, as in Gemma 2; a multiplier, as in Granite).
+    """
+    hook_z(model, layer)
+    W = model.blocks[layer].attn.W_O.detach().float()
+    if layer not in _direct.setdefault(model, set()):
+        _check_direct(model, layer, W)
+        _direct[model].add(layer)
+    return W
+
+
+@torch.no_grad()
+def _check_direct(model: Any, layer: int, W: Float[Tensor, "n_heads d_head d_model"]) -> None:
+    """A change of z must come out of the block as that change times W_O, beside what the MLP makes of it."""
+    change = torch.randn(W.shape[:2], generator=torch.Generator().manual_seed(0)).to(W.device)
+    found = []
+    for added in (torch.zeros_like(change), change):
+        seen: dict[str, Tensor] = {}
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(hooked(hook_z(model, layer), lambda z, hook, a=added: z + a.to(z)))
+            for site in ("hook_resid_post", "hook_mlp_out"):
+                point = residual_point(model, layer, site)
+                stack.enter_context(hooked(point, lambda x, hook, s=seen, k=site: s.__setitem__(k, x.detach().float())))
+            tokens = torch.zeros((1, 2), dtype=torch.long, device=device_of(model))
+            run_through(model, tokens, torch.ones_like(tokens))
+        found.append(seen["hook_resid_post"] - seen["hook_mlp_out"])
+    wanted = torch.einsum("hd,hdm->m", change.to(W), W)
+    off = (found[1] - found[0] - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30)
+    if not off <= TOLERANCE.get(next(model.parameters()).dtype, ROUGH):
+        raise ModelError(
+            f"layer {layer} of {model_info(model).name} does not add z W_O to its residual stream as it is (off by {off:.2g}): a "
+            "norm or a multiplier stands behind attention, so that offsets have no direct effect that could be stated"
+        )
+
+
+@torch.no_grad()
+def final_norm(model: Any) -> FinalNorm:
+    """Weight and kind of the final norm, found by what it does, whatever its class calls its parameters.
+
+    Of a stream s and of -s the norm gives `w s / scale + b` and `-w s / scale + b`.
+    """
+    d, device, dtype = int(model.cfg.d_model), device_of(model), next(model.parameters()).dtype
+    s = torch.ones(d, device=device)
+    s[1::2] = -1
+    if d % 2:
+        s[-3:] = torch.tensor([1.0, 1.0, -2.0])
+    s *= 64  # beside which eps is nothing
+
+    def normed(x: Tensor) -> Tensor:
+        return model.ln_final(x.to(dtype)[None, None])[0, 0].float()
+
+    weight = (normed(s) - normed(-s)) / (2 * s) * s.square().mean().sqrt()
+    shifted = normed(s + 64) - normed(64 - s)  # as before, if the mean is taken away
+    centred = bool((shifted - (normed(s) - normed(-s))).abs().max() < 0.1 * weight.abs().max())
+    return FinalNorm(weight, centred, float(getattr(model.cfg, "eps", None) or 0.0))
+
+
+@torch.no_grad()
+def to_logits(
+    model: Any, vectors: Float[Tensor, "n d_model"], scale: float = 1.0, *, norm: FinalNorm | None = None
+) -> Float[Tensor, "n d_vocab"]:
+    """What vectors in the residual stream add to the logits when the final norm divides by `scale`; float32.
+
+    Args:
+        model: any HookedTransformer or TransformerBridge.
+        vectors: added to the stream that the final norm reads.
+        scale: of the final norm; with 1 the logits are right up to one positive factor.
+        norm: what `final_norm` gave, if it is known already.
+    """
+    norm = final_norm(model) if norm is None else norm
+    x = vectors.float().to(norm.weight.device)
+    x = x - x.mean(dim=-1, keepdim=True) if norm.centred else x
+    x = x * norm.weight / scale
+    W = model.W_U
+    return torch.cat([x.to(W.device) @ part.float() for part in W.split(PART, dim=1)], dim=1)

@@ -1,0 +1,159 @@
+"""Attention patterns: CircuitsVis' interactive view as a page that works offline, and a heat map for papers.
+
+CircuitsVis' own Python front end asks the internet whether it is there and loads its script from a server, so only its script
+is taken, from the installed package, and written into the page.
+"""
+
+import functools
+import html
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+
+from lofit_lens.analysis.attention import AttentionPatterns
+from lofit_lens.errors import InputError
+from lofit_lens.heads import Head, HeadSet
+from lofit_lens.plots.style import HEAT, style
+
+MOST_TOKENS = 60  # in a figure; more cannot be read
+# Nothing may be fetched from anywhere: the browser itself refuses.
+POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; font-src data:"
+)
+
+
+@functools.cache
+def attention_script() -> str:
+    """CircuitsVis' script, to be put once into a page, in front of its `attention_block`s; 1.3 MB.
+
+    Raises:
+        InputError: circuitsvis is not installed, or has its script elsewhere.
+    """
+    spec = importlib.util.find_spec("circuitsvis")
+    places = [Path(p) / "dist" / "cdn" / "iife.js" for p in (spec.submodule_search_locations or [])] if spec else []
+    found = next((p for p in places if p.is_file()), None)
+    if found is None:
+        raise InputError("attention pages need CircuitsVis and its script: pip install 'circuitsvis>=1.43'")
+    text = found.read_text(encoding="utf-8")
+    text = text.rsplit("//# sourceMappingURL", 1)[0]  # a file that no one would find
+    return "<script>" + text.replace("</script", "<\\/script") + "</script>"
+
+
+def attention_block(
+    patterns: AttentionPatterns, prompt: int = 0, heads: HeadSet | Sequence[Any] | None = None, *, name: str = "attention"
+) -> str:  # fmt: skip
+    """One prompt's view as HTML, for a page that holds `attention_script`.
+
+    Args:
+        patterns: what `attention_patterns` gave.
+        prompt: its number.
+        heads: which; None = all.
+        name: id of the element, different for each block of a page.
+
+    Raises:
+        InputError: a prompt or head that is not there, or no head.
+    """
+    chosen = _chosen(patterns, heads)
+    patterns.check_prompt(prompt)
+    props = {
+        "tokens": [_visible(t) for t in patterns.tokens[prompt]],
+        "attention": [[[round(x, 4) for x in row] for row in patterns.of(h, prompt).tolist()] for h in chosen],
+        "attentionHeadNames": [str(h) for h in chosen], "minValue": 0.0, "maxValue": 1.0,
+    }  # fmt: skip
+    # Inside a script nothing is HTML but the end of the script, which no token may spell.
+    return (
+        f'<div id="{html.escape(name)}"></div>'
+        f"<script>CircuitsVis.render({_js(name)}, CircuitsVis.AttentionHeads, {_js(props)})</script>"
+    )
+
+
+def attention_html(
+    patterns: AttentionPatterns, prompt: int = 0, heads: HeadSet | Sequence[Any] | None = None, *, title: str = ""
+) -> str:  # fmt: skip
+    """A page of its own that shows where heads look in one prompt; it fetches nothing.
+
+    Args:
+        patterns: what `attention_patterns` gave.
+        prompt: its number.
+        heads: which; None = all.
+        title: of the page; empty = the model and the prompt.
+
+    Raises:
+        InputError: a prompt or head that is not there, no head, or circuitsvis is not installed.
+    """
+    block = attention_block(patterns, prompt, heads)
+    shown = title or f"Attention in {patterns.model}: {patterns.prompts[prompt]}"
+    return (
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(shown)}</title></head>"
+        '<body style="font-family: Helvetica, Arial, sans-serif; color: #222222; margin: 24px">'
+        f'<h1 style="font-size: 18px">{html.escape(shown)}</h1>'
+        "<p>Row: the token that looks. Column: the token looked at. Darker: more attention (0 to 1). "
+        "Point at a head to see it large, click to keep it.</p>"
+        f"{attention_script()}{block}</body></html>"
+    )
+
+
+def attention_figure(
+    patterns: AttentionPatterns, head: Head | str | Sequence[int], prompt: int = 0, *, title: str = ""
+) -> go.Figure:  # fmt: skip
+    """One head's pattern of one prompt as a heat map on a scale from 0 to 1.
+
+    Args:
+        patterns: what `attention_patterns` gave.
+        head: the head.
+        prompt: its number.
+        title: of the figure; empty = the head and the model.
+
+    Raises:
+        InputError: a prompt or head that is not there, or more tokens than can be read.
+    """
+    pattern, tokens = patterns.of(head, prompt), [_visible(t) for t in patterns.tokens[prompt]]
+    n = len(tokens)
+    if n > MOST_TOKENS:
+        raise InputError(
+            f"prompt {prompt} has {n} tokens, of which {MOST_TOKENS} can be read in a figure; use attention_html"
+        )
+    # What lies after a token cannot be looked at: left white.
+    z = [[pattern[i, j].item() if j <= i else None for j in range(n)] for i in range(n)]
+    fig = go.Figure(
+        go.Heatmap(
+            z=z, zmin=0, zmax=1, colorscale=HEAT, xgap=1, ygap=1, hoverongaps=False, name=str(Head.parse(head)),
+            colorbar={"title": {"text": "attention (share)", "side": "right"}, "thickness": 12, "len": 0.9},
+            customdata=[[[tokens[i], tokens[j]] for j in range(n)] for i in range(n)],
+            hovertemplate="%{customdata[0]} looks at %{customdata[1]}: %{z:.3f}<extra></extra>",
+        )
+    )  # fmt: skip
+    side, room = max(220, 22 * n), 24 + 7 * max(map(len, tokens))
+    style(
+        fig, title=title or f"Attention of {Head.parse(head)} in {patterns.model}", width=side + room + 130,
+        height=side + room + 110,
+    )  # fmt: skip
+    texts = [html.escape(t) for t in tokens]
+    places = {"tickmode": "array", "tickvals": list(range(n)), "ticktext": texts, "showgrid": False, "zeroline": False}
+    fig.update_xaxes(**places, tickangle=-90, title_text="token looked at", constrain="domain")
+    fig.update_yaxes(**places, autorange="reversed", title_text="token that looks", scaleanchor="x", constrain="domain")
+    fig.update_layout(margin={"l": room + 36, "b": room + 36, "r": 40, "t": 64})
+    return fig
+
+
+def _chosen(patterns: AttentionPatterns, heads: HeadSet | Sequence[Any] | None) -> tuple[Head, ...]:
+    chosen = patterns.heads.heads if heads is None else tuple(Head.parse(h) for h in heads)
+    if not chosen:
+        raise InputError(f"no head to show; give some of {patterns.heads}")
+    return chosen
+
+
+def _visible(token: str) -> str:
+    """White space that can be seen."""
+    return token.replace("\n", "\u21b5").replace("\t", "\u21e5") or "\u2205"
+
+
+def _js(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=True).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

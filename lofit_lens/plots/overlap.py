@@ -1,0 +1,166 @@
+"""Which head sets and scores agree: a square of pairs, curves over K, and two scores against each other."""
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from scipy import stats
+
+from lofit_lens.errors import InputError, unknown
+from lofit_lens.evaluation.stats import mark
+from lofit_lens.heads import HeadScores
+from lofit_lens.plots.curves import GREY, MANY_TICKS, add_curve, faded, finish, need, rows_where, ticks_at
+from lofit_lens.plots.style import COLORS, HEAT
+
+VALUES = {
+    "jaccard": ("Jaccard index", "{:.2f}"),
+    "shared": ("shared heads", "{:.0f}"),
+    "rbo": ("rank-biased overlap", "{:.2f}"),
+}
+
+
+def overlap_heatmap(frame: pd.DataFrame, value: str = "jaccard", *, title: str = "Overlap of head sets") -> go.Figure:
+    """Every pair of head sets as a cell, with its number and significance; the diagonal says how many heads a set has.
+
+    Args:
+        frame: of `analysis.overlap.overlap`.
+        value: `"jaccard"`, `"shared"` or `"rbo"`.
+        title: of the figure.
+
+    Raises:
+        InputError: an empty table or one of another kind, or an unknown value.
+    """
+    if value not in VALUES:
+        raise unknown("value", value, VALUES)
+    need(frame, ("a", "b", value, "expected", "p_holm", "p_layer_holm"), "analysis.overlap.overlap")
+    names = list(dict.fromkeys([*frame["a"], *frame["b"]]))
+    size = {**dict(zip(frame["b"], frame["k_b"], strict=True)), **dict(zip(frame["a"], frame["k_a"], strict=True))}
+    label, form = VALUES[value]
+    z, text, hover = (np.full((len(names), len(names)), fill, dtype=object) for fill in (None, "", ""))
+    for i, name in enumerate(names):
+        text[i, i], hover[i, i] = f"K={size[name]}", f"{name}: {size[name]} heads"
+    for row in frame.to_dict("records"):
+        said = (
+            f"{row['a']} & {row['b']}<br>shared {row['shared']} of {row['k_a']} and {row['k_b']}, Jaccard "
+            f"{row['jaccard']:.3f}, RBO {row['rbo']:.3f}<br>by chance {row['expected']:.2f} shared (Jaccard "
+            f"{row['expected_jaccard']:.3f}): p {row['p_hypergeometric']:.2g}, Holm {row['p_holm']:.2g}<br>layer-matched "
+            f"{row['expected_layer']:.2f} shared: p {row['p_layer']:.2g}, Holm {row['p_layer_holm']:.2g}"
+        )
+        for i, j in ((names.index(row["a"]), names.index(row["b"])), (names.index(row["b"]), names.index(row["a"]))):
+            z[i, j], hover[i, j] = row[value], said
+            text[i, j] = f"{form.format(row[value])}{mark(row['p_holm'])}"
+    top = max(1e-3, *frame[value].tolist())
+    side = max(64, min(100, 560 // len(names)))
+    left = 30 + 8 * max(map(len, names))
+    fig = go.Figure(
+        go.Heatmap(
+            z=z.tolist(), x=names, y=names, text=text.tolist(), customdata=hover.tolist(), texttemplate="%{text}",
+            textfont={"size": 12 if len(names) < 8 else 10}, hovertemplate="%{customdata}<extra></extra>", colorscale=HEAT,
+            zmin=0, zmax=top, xgap=2, ygap=2, colorbar={"title": {"text": label, "side": "right"}, "thickness": 12},
+        )
+    )  # fmt: skip
+    note = "* p < 0.05, + p < 0.1: more shared heads than<br>by chance (hypergeometric, Holm)"
+    finish(fig, title, note, width=left + side * len(names) + 110, height=side * len(names))
+    fig.update_yaxes(autorange="reversed", showgrid=False)
+    fig.update_xaxes(showgrid=False, tickangle=0 if max(map(len, names)) * 7 < side else -30)
+    fig.update_layout(margin={"l": left, "r": 80})
+    return fig
+
+
+def agreement_curves(
+    frame: pd.DataFrame, value: str = "shared", *, title: str = "Agreement of the top K heads"
+) -> go.Figure:
+    """Shared heads (or Jaccard index) of two rankings against K, over the band that chance would give.
+
+    Args:
+        frame: of `analysis.overlap.agreement_by_k`, or `agreement` with a column `pair`.
+        value: `"shared"` or `"jaccard"`.
+        title: of the figure.
+
+    Raises:
+        InputError: an empty table or one of another kind, or an unknown value.
+    """
+    if value not in ("shared", "jaccard"):
+        raise unknown("value", value, ("shared", "jaccard"))
+    columns = ("k", "shared", "jaccard", "expected", "expected_jaccard", "low", "high", "p")
+    need(frame, columns, "analysis.overlap.agreement_by_k")
+    if "pair" not in frame.columns:
+        frame = frame.assign(pair="both rankings")
+    fig, pairs = go.Figure(), list(dict.fromkeys(frame["pair"]))
+    chance = (
+        pd.DataFrame(frame[["k", "expected", "expected_jaccard", "low", "high"]]).drop_duplicates().sort_values("k")
+    )
+    if not chance["k"].is_unique:
+        raise InputError("these pairs belong to models of different size, so chance differs; draw one figure a model")
+    low, high, middle = chance["low"], chance["high"], chance["expected"]
+    if value == "jaccard":
+        low, high, middle = (*(x / (2 * chance["k"] - x) for x in (low, high)), chance["expected_jaccard"])
+    x = chance["k"].tolist()
+    if len(x) > 1:
+        fig.add_trace(go.Scatter(
+            x=[*x, *x[::-1]], y=[*high, *low[::-1]], fill="toself", mode="lines", line={"width": 0},
+            fillcolor=faded(GREY, 0.2), hoverinfo="skip", name="chance range", showlegend=False,
+        ))  # fmt: skip
+    fig.add_trace(go.Scatter(
+        x=x, y=middle.tolist(), mode="lines" if len(x) > 1 else "markers", line={"color": GREY, "dash": "dash", "width": 1.5},
+        name="by chance", hovertemplate="K=%{x}: %{y:.3g}<extra>by chance</extra>", marker={"color": GREY},
+    ))  # fmt: skip
+    if len(x) == 1:
+        fig.data[-1].error_y = {
+            "type": "data", "symmetric": False, "array": (high - middle).tolist(), "arrayminus": (middle - low).tolist(),
+        }  # fmt: skip
+    hover = "K=%{x}: %{customdata[0]} shared, Jaccard %{customdata[1]:.3f}, p %{customdata[2]:.2g}"
+    for i, pair in enumerate(pairs):
+        part = rows_where(frame, "pair", pair, by="k")
+        add_curve(fig, part, "k", value, name=pair, place=i, hover=hover, more=("shared", "jaccard", "p"))
+    note = "grey: mean and 95 % range of heads drawn by chance"
+    finish(fig, title, note, width=560, height=255, entries=["by chance", *pairs])
+    fig.update_xaxes(title_text="K (heads of each ranking)")
+    fig.update_yaxes(title_text="shared heads" if value == "shared" else "Jaccard index", rangemode="tozero")
+    if len(x) <= MANY_TICKS:
+        ticks_at(fig, x)
+    return fig
+
+
+def score_scatter(
+    a: HeadScores, b: HeadScores, k: int | None = None, labels: tuple[str, str] | None = None, *,
+    title: str = "Two scores of the same heads",
+) -> go.Figure:  # fmt: skip
+    """Every head as a dot, one score against the other; with `k`, the top K heads of each in colour.
+
+    Args:
+        a: scores on the x axis.
+        b: scores on the y axis, of the same model.
+        k: heads of each top to mark; None = none.
+        labels: names of a and b; None = their task and kind.
+        title: of the figure.
+
+    Raises:
+        InputError: scores of different models, or a K that the model does not have.
+    """
+    if a.shape != b.shape:
+        raise InputError(f"scores of different models: {a.shape} and {b.shape} heads; draw two scores of one model")
+    names = labels or tuple(" ".join(filter(None, (s.task, s.kind))) for s in (a, b))
+    x, y = a.values.flatten().numpy(), b.values.flatten().numpy()
+    of = [np.zeros(x.size, bool) if k is None else s.top(k).mask(a.shape).flatten().numpy() for s in (a, b)]
+    heads = np.array([f"L{i // a.shape[1]}H{i % a.shape[1]}" for i in range(x.size)])
+    groups = (
+        ("other heads" if k else "heads", ~of[0] & ~of[1], "#AAAAAA" if k else COLORS[0], "circle", 5),
+        (f"only {names[0]}", of[0] & ~of[1], COLORS[0], "square", 8),
+        (f"only {names[1]}", of[1] & ~of[0], COLORS[1], "diamond", 8),
+        ("both", of[0] & of[1], COLORS[2], "star", 11),
+    )
+    fig, entries = go.Figure(), []
+    for name, chosen, color, symbol, size in groups:
+        if chosen.any():
+            entries.append(f"{name} ({int(chosen.sum())})")
+            fig.add_trace(go.Scatter(
+                x=x[chosen].tolist(), y=y[chosen].tolist(), mode="markers", name=entries[-1], text=heads[chosen].tolist(),
+                marker={"color": color, "symbol": symbol, "size": size, "line": {"color": "white", "width": 0.5}},
+                hovertemplate="%{text}: %{x:.4g}, %{y:.4g}<extra>" + name + "</extra>",
+            ))  # fmt: skip
+    rho = "not defined" if np.ptp(x) == 0 or np.ptp(y) == 0 else f"{stats.spearmanr(x, y)[0]:.2f}"
+    top = f"; top K = {k} of each marked" if k else ""
+    finish(fig, title, f"Spearman's rho {rho}, n = {x.size} heads{top}", width=480, height=320, entries=entries)
+    fig.update_xaxes(title_text=names[0])
+    fig.update_yaxes(title_text=names[1])
+    return fig

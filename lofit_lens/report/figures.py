@@ -1,0 +1,318 @@
+"""All figures and tables of a study, drawn from its folder alone: nothing is trained or run here.
+
+| file | what it shows |
+|---|---|
+| fig2_transfer | offsets tuned on one task with another task's heads (the paper's Figure 2) |
+| fig3_layers | share of chosen heads by layer (Figure 3) |
+| fig4_data | accuracy against the number of training examples (Figure 4) |
+| fig5_heads | accuracy against the number of heads (Figure 5) |
+| table1, table2, table3, table5 | methods, selectors, tasks not tuned on |
+| head_grid, overlap_tasks, overlap_selectors, agreement, stability | head sets |
+| methods | Tables 1 and 3 as a figure |
+| and what `analysis.readings` found about each adapter | |
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from lofit_lens import io
+from lofit_lens.analysis.layers import layer_shares, mean_layers
+from lofit_lens.analysis.overlap import agreement_by_k, overlap
+from lofit_lens.analysis.stability import stability
+from lofit_lens.analysis.sweeps import sweep
+from lofit_lens.analysis.transfer import Transfer, transfer_matrix
+from lofit_lens.errors import DataError, InputError
+from lofit_lens.experiments.paper_tables import paper_tables
+from lofit_lens.experiments.results import Results
+from lofit_lens.experiments.study import LOFIT, OWN, ZERO
+from lofit_lens.heads import HeadScores, HeadSet
+from lofit_lens.plots.heads import head_grid
+from lofit_lens.plots.layers import layer_distribution
+from lofit_lens.plots.methods import method_bars
+from lofit_lens.plots.overlap import agreement_curves, overlap_heatmap
+from lofit_lens.plots.stability import stability_curves
+from lofit_lens.plots.style import FORMATS, many_figures, save_figure
+from lofit_lens.plots.sweeps import data_efficiency, k_sweep
+from lofit_lens.plots.transfer import transfer_heatmap
+
+log = logging.getLogger(__name__)
+
+
+class Drawn(NamedTuple):
+    """A figure and the table it was drawn from."""
+
+    name: str
+    figure: go.Figure
+    data: pd.DataFrame
+
+
+def draw_all(
+    results: Results, out: str | Path, *, formats: Sequence[str] = FORMATS, heads: str | Path | None = None
+) -> list[Path]:
+    """Write every figure and table for which the study has runs.
+
+    Args:
+        results: a study.
+        out: folder; files of the same names are replaced.
+        formats: of the figures; see `save_figure`.
+        heads: folder with the official code's head files, for Figure 3 and the overlaps from real heads.
+
+    Returns:
+        The files.
+
+    Raises:
+        InputError: an unknown format, or a folder that cannot be written to.
+        DataError: damaged results or head files.
+    """
+    files: list[Path] = []
+    for table in paper_tables(results):
+        files += table.save(out)
+    with many_figures():
+        for drawn in figures(results):
+            files += save_figure(drawn.figure, Path(out) / drawn.name, data=drawn.data, formats=formats)
+        for drawn in official_figures(heads) if heads is not None else ():
+            files += save_figure(drawn.figure, Path(out) / drawn.name, data=drawn.data, formats=formats)
+    return files
+
+
+def figures(results: Results) -> Iterator[Drawn]:
+    """Each figure for which the study has runs; what is missing is said in the log."""
+    for draw in FIGURES:
+        try:
+            yield from draw(results)
+        except InputError as e:
+            if isinstance(e, DataError):
+                raise
+            log.warning("%s is left out: %s", draw.__name__.removeprefix("_"), e)
+
+
+# --------------------------------------------------------------------------------------------------- head sets
+
+
+def chosen_sets(results: Results) -> dict[str, HeadSet]:
+    """Task -> its heads by A-norm with the first seed, usual K."""
+    return {t: results.heads(t) for t in results.tasks}
+
+
+def scores_by(results: Results, task: str) -> dict[str, HeadScores]:
+    """Selector -> a task's scores with the first seed."""
+    return {by: s for (t, by, seed), s in results.scores.items() if t == task and seed == results.seeds[0]}
+
+
+def _head_grid(results: Results) -> Iterator[Drawn]:
+    scores = {t: results.scores[t, OWN, results.seeds[0]] for t in results.tasks}
+    chosen = chosen_sets(results)
+    frame = pd.DataFrame([
+        {"task": t, "layer": h.layer, "head": h.head, "score": s[h], "rank": rank, "chosen": h in chosen[t]}
+        for t, s in scores.items() for rank, h in enumerate(s.ranking(), start=1)
+    ])  # fmt: skip
+    title = f"Which heads each task uses: A-norm after step 1 (seed {results.seeds[0]})"
+    yield Drawn("head_grid", head_grid(scores, chosen, title=title), frame)
+
+
+def _layers(results: Results) -> Iterator[Drawn]:
+    sets = chosen_sets(results)
+    shares = layer_shares(sets, results.model.n_layers)
+    fig = layer_distribution(sets, n_layers=results.model.n_layers, title="Chosen heads by layer")
+    yield Drawn("fig3_layers", fig, shares)
+
+
+def _overlap(results: Results) -> Iterator[Drawn]:
+    sets = chosen_sets(results)
+    if len(sets) > 1:
+        frame = overlap(sets)
+        title = f"{results.model.name}: heads shared by tasks"
+        yield Drawn("overlap_tasks", overlap_heatmap(frame, "shared", title=title), frame)
+    by = {t: scores_by(results, t) for t in results.tasks}
+    selected = {
+        f"{_short(t)}: {name}": s.top(results.k(t))
+        for t, named in by.items()
+        for name, s in named.items()
+        if len(named) > 1
+    }
+    if len(selected) > 1:
+        frame = overlap(selected)
+        title = f"{results.model.name}: overlap of tasks and selectors"
+        yield Drawn("overlap_selectors", overlap_heatmap(frame, "jaccard", title=title), frame)
+
+
+def _agreement(results: Results) -> Iterator[Drawn]:
+    parts = []
+    for task in results.tasks:
+        named = scores_by(results, task)
+        for other, scores in named.items():
+            if other != OWN:
+                frame = agreement_by_k(named[OWN], scores)
+                parts.append(frame.assign(pair=_short(task), task=task, other=other))
+    if not parts:
+        raise InputError("one selector only; agreement needs two")
+    for other in dict.fromkeys(p["other"].iloc[0] for p in parts):
+        frame = pd.concat([p for p in parts if p["other"].iloc[0] == other], ignore_index=True)
+        name = f"agreement_{other.replace(' ', '_')}"
+        yield Drawn(name, agreement_curves(frame, title=f"Heads shared by {OWN} and {other}"), frame)
+
+
+def _stability(results: Results) -> Iterator[Drawn]:
+    frames = {}
+    for task in results.tasks:
+        scores = [s for (t, by, _), s in results.scores.items() if (t, by) == (task, OWN)]
+        if len(scores) > 1:
+            frames[task] = stability(scores)
+    if not frames:
+        raise InputError("head scores of one seed only; stability needs two or more")
+    joined = pd.concat([f.assign(task=t) for t, f in frames.items()], ignore_index=True)
+    yield Drawn("stability", stability_curves(frames), joined)
+
+
+# --------------------------------------------------------------------------------------------------------- runs
+
+
+def transfer(results: Results) -> Transfer:
+    """The transfer matrix of a study.
+
+    Raises:
+        InputError: fewer than two tasks, or a run that is missing (named).
+    """
+    if len(results.tasks) < 2:
+        raise InputError("a transfer matrix needs two tasks or more")
+    runs = {(t, o): results.values(results.lofit(t, source=o)) for t in results.tasks for o in results.tasks}
+    random = {t: results.values(results.by_chance(t)) for t in results.tasks}
+    return transfer_matrix(runs, random=random, metrics={t: results.metric(t) for t in results.tasks})
+
+
+def _transfer(results: Results) -> Iterator[Drawn]:
+    found = transfer(results)
+    yield Drawn("fig2_transfer", transfer_heatmap(found), found.frame)
+
+
+def _k_sweep(results: Results) -> Iterator[Drawn]:
+    values: dict[str, dict[float, Any]] = {}
+    for task in results.tasks:
+        rows = results.rows(task=task, method=LOFIT, heads_from=OWN, source=task, n_train=None)
+        values[_series(results, task)] = {k: results.values(group) for k, group in rows.groupby("k")}
+    if all(len(v) < 2 for v in values.values()):
+        raise InputError("one number of heads only; run the study's part 'k'")
+    frame = sweep(values)
+    yield Drawn("fig5_heads", k_sweep(frame, n_heads_total=results.model.n_layers * results.model.n_heads), frame)
+
+
+def _data_efficiency(results: Results) -> Iterator[Drawn]:
+    parts = []
+    for task in results.tasks:
+        found: dict[str, dict[float, Any]] = {ZERO: {0.0: results.values(results.zero_shot(task))}}
+        sizes = sorted(results.runs.loc[results.runs["task"] == task, "n_train"].dropna().unique())
+        if not sizes:
+            continue
+        for method in (LOFIT, *results.record["plan"]["trained"]):
+            more = {"heads_from": OWN, "source": task, "k": results.k(task)} if method == LOFIT else {}
+            whole = results.rows(task=task, method=method, n_train=None, **more)
+            found[method] = {
+                n: results.values(results.rows(task=task, method=method, n_train=n, **more)) for n in sizes
+            }
+            if len(whole):
+                found[method][_n_train(results, whole)] = results.values(whole)
+        parts.append(sweep(found).assign(task=task))
+    if not parts:
+        raise InputError("one number of training examples only; run the study's part 'data'")
+    for frame in parts:
+        task = str(frame["task"].iloc[0])
+        fig = data_efficiency(
+            frame, metric=results.metric(task).upper(), title=f"{task}: accuracy by training examples"
+        )
+        yield Drawn(f"fig4_data_{_short(task)}", fig, frame)
+
+
+def _n_train(results: Results, rows: pd.DataFrame) -> float:
+    config = io.read_json(results.run_folder(rows.index[0]) / "adapter" / "adapter_config.json")
+    return float(config["n_train"])
+
+
+def _methods(results: Results) -> Iterator[Drawn]:
+    tables = {t: table for t in results.tasks if (table := results.method_table(t)) is not None}
+    if not tables:
+        raise InputError("no method beside LoFiT; run the study's part 'methods'")
+    frame = pd.concat([
+        pd.DataFrame([
+            {
+                "task": t, "metric": table.metric, "method": r.method, "mean": r.metrics[table.metric].mean,
+                "low": (r.metrics[table.metric].interval or (np.nan, np.nan))[0],
+                "high": (r.metrics[table.metric].interval or (np.nan, np.nan))[1], "n_items": r.metrics[table.metric].n,
+                "seeds": r.metrics[table.metric].seeds, "n_parameters": r.n_parameters,
+            }
+            for r in table.rows
+        ])
+        for t, table in tables.items()
+    ], ignore_index=True)  # fmt: skip
+    yield Drawn("methods", method_bars(frame), frame)
+
+
+def _series(results: Results, task: str) -> str:
+    return f"{task} ({results.metric(task).upper()})"
+
+
+def _short(task: str) -> str:
+    return task.split("/")[-1].replace(":", "-")
+
+
+FIGURES: tuple[Callable[[Results], Iterator[Drawn]], ...] = (
+    _head_grid, _layers, _overlap, _agreement, _stability, _transfer, _k_sweep, _data_efficiency, _methods,
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- official heads
+
+OFFICIAL = {"gemma-7b": ((28, 16), 16), "llama2-7b": ((32, 32), 32), "llama2-13b": ((40, 40), 48)}
+TASK_NAMES = {"truthfulqa": "TruthfulQA", "mquake": "MQuAKE", "clutrr": "CLUTRR"}
+
+
+def official_sets(folder: str | Path) -> dict[str, dict[str, HeadSet]]:
+    """Model -> task -> the official code's ranking, from its head files `{model}-base_{task}_Aonly_top{k}heads_{seed}.npy`.
+
+    Raises:
+        DataError: no such file in the folder, or a damaged one.
+    """
+    found: dict[str, dict[str, HeadSet]] = {}
+    for path in sorted(Path(folder).glob("*_Aonly_top*heads_*.npy")):
+        model = next((m for m in OFFICIAL if path.name.startswith(m)), None)
+        task = next((t for t in TASK_NAMES if f"_{t}_" in path.name), None)
+        if model and task:
+            found.setdefault(model, {})[TASK_NAMES[task]] = HeadSet.from_npy(path, shape=OFFICIAL[model][0], label=task)
+    if not found:
+        raise DataError(
+            f"{folder} holds no official head files; they are named like llama2-7b-base_mquake_Aonly_top160heads_42.npy"
+        )
+    return {m: {t: sets[t] for t in TASK_NAMES.values() if t in sets} for m, sets in found.items()}
+
+
+def official_figures(folder: str | Path) -> Iterator[Drawn]:
+    """Figure 3 and the overlap table for each model with official head files, at the paper's K (3 %).
+
+    Raises:
+        DataError: as `official_sets`.
+    """
+    for model, ranked in official_sets(folder).items():
+        shape, k = OFFICIAL[model]
+        sets = {t: s.top(k) for t, s in ranked.items()}
+        shares = layer_shares(sets, shape[0]).merge(mean_layers(sets)[["set", "mean_layer"]], on="set")
+        fig = layer_distribution(sets, n_layers=shape[0], title=f"Official heads of {model} by layer")
+        yield Drawn(f"official_{model}_fig3_layers", fig, shares)
+        if len(sets) > 1:
+            frame = overlap(sets)
+            shared = overlap_heatmap(frame, "shared", title=f"Official heads of {model}: shared by tasks")
+            yield Drawn(f"official_{model}_overlap", shared, frame)
+            pairs = list(ranked.items())
+            curves = pd.concat([
+                agreement_by_k(a, b).assign(pair=f"{x} and {y}")
+                for i, (x, a) in enumerate(pairs) for y, b in pairs[i + 1 :]
+            ], ignore_index=True)  # fmt: skip
+            yield Drawn(
+                f"official_{model}_agreement",
+                agreement_curves(curves, title=f"Official heads of {model}: shared by tasks"),
+                curves,
+            )
