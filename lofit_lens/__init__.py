@@ -34,16 +34,17 @@ from lofit_lens.training import Preset, TrainConfig, fit, preset, select_heads, 
 del _organism_tasks
 
 
+_PARTS = ("analysis", "experiments", "plots", "probing", "report")
 _LATER = {
-    "compare_methods": "experiments.comparison", "compare_selectors": "experiments.comparison",
-    "fit_probes": "probing", "parameter_counts": "training.counts", "probe_heads": "probing", "reading_vectors": "probing",
-    "tune_method": "experiments.tuning",
+    "compare_methods": "experiments.comparison", "compare_selectors": "experiments.comparison", "fit_probes": "probing",
+    "load_results": "experiments.results", "parameter_counts": "training.counts", "probe_heads": "probing",
+    "reading_vectors": "probing", "run_study": "experiments.study", "tune_method": "experiments.tuning",
 }  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     """Parts that need scikit-learn, plotly or peft are read when they are first asked for."""
-    if name in ("experiments", "plots", "probing"):
+    if name in _PARTS:
         return importlib.import_module(f"lofit_lens.{name}")
     if name in _LATER:
         return getattr(importlib.import_module(f"lofit_lens.{_LATER[name]}"), name)
@@ -51,7 +52,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_LATER, "experiments", "plots", "probing"})
+    return sorted({*globals(), *__all__, *_LATER, *_PARTS})
 
 
 __version__ = "0.1.0"

@@ -86,8 +86,10 @@ def bridge_llama(loaded):
 
 @pytest.fixture(scope="session")
 def study_folder(loaded, tmp_path_factory):
-    """A small study of all parts on the bridge; tests that use it are of one xdist group and must not change it."""
-    return studies.run(loaded("llama", "bridge"), tmp_path_factory.mktemp("study") / "small")
+    """A small study of all parts on the bridge, read; tests that use it are of one xdist group and must not change it."""
+    folder = studies.run(loaded("llama", "bridge"), tmp_path_factory.mktemp("study") / "small")
+    studies.read(loaded("llama", "bridge"), folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """A small study on a tiny Llama, for the tests of what is read and drawn from one."""
 
+from lofit_lens.analysis.readings import run_readings
 from lofit_lens.experiments.study import PARTS, Plan, run_study
 from lofit_lens.tasks import Task
 
@@ -25,3 +26,9 @@ def run(model, folder, **options):
     """The study; `options` as `run_study`'s, in place of what it takes by itself."""
     given = {"plan": PLAN, "other_tasks": [OTHER], "texts": TEXTS, "progress": False, **options}
     return run_study(model, TASKS, out=folder, **given)
+
+
+def read(model, folder, **options):
+    """What is read from the study's adapters; `options` as `run_readings`'."""
+    given = {"other_tasks": [OTHER], "texts": ["Ann asked her son to go to the capital of France."] * 150, "draws": 2}
+    return run_readings(model, TASKS, out=folder, progress=False, **given, **options)

@@ -16,11 +16,23 @@ from lofit_lens.plots import methods as method_plots
 from lofit_lens.plots import style
 from lofit_lens.plots.methods import method_bars
 from lofit_lens.plots.style import save_figure
-from lofit_lens.report.figures import draw_all, figures, official_figures, official_sets, transfer
+from lofit_lens.report.figures import draw_all, figures, transfer
+from lofit_lens.report.official import official_figures, official_sets
 from tests import studies
 
 pytestmark = pytest.mark.xdist_group("study")
 KIN, PLACE = (t.name for t in studies.TASKS)
+READ = (
+    "tokens",
+    "cosines",
+    "leave_one_out",
+    "keep_only",
+    "removal",
+    "drift",
+    "drift_positions",
+    "attention",
+    "long_context",
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +49,8 @@ def test_every_part_has_its_figure(drawn):
     """Nothing is left out of a study of all parts."""
     assert {
         "head_grid", "fig3_layers", "overlap_tasks", "overlap_selectors", "agreement_probe_accuracy", "stability",
-        "fig2_transfer", "fig5_heads", "fig4_data_kin", "fig4_data_place", "methods",
+        "fig2_transfer", "fig5_heads", "fig4_data_kin", "fig4_data_place", "methods", "interference", "learned_in_turn",
+        *(f"{name}_{t}" for t in (KIN, PLACE) for name in READ),
     } <= set(drawn)  # fmt: skip
     for d in drawn.values():
         assert len(d.data), d.name

@@ -82,6 +82,12 @@ def test_libraries_once(full_page):
     assert "sourceMappingURL" not in full_page
 
 
+def test_scripts_cannot_end_their_element():
+    """A library's text that would end the script, open a comment or ask for a source map is made harmless."""
+    source = "a = '</script>' + '</SCRIPT>' + '<!--';\n//# sourceMappingURL=x.map\nb()"
+    assert page_module.script_text(source) == "a = '<\\/script>' + '<\\/SCRIPT>' + '<\\!--';\n\nb()"
+
+
 def test_nothing_is_loaded(elements):
     """No element, style or script of ours names an address; the content policy allows none."""
     for tag, attributes in elements.found:

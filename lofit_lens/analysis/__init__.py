@@ -1,1 +1,36 @@
-"""Analysis: data in, data out; plots are in `lofit_lens.plots`."""
+"""Analysis: which heads, how alike, what they carry. Data in, data out; figures are in `lofit_lens.plots`.
+
+| question | function |
+|---|---|
+| do head sets agree, more than by chance? | `overlap`, `score_agreement`, `agreement_by_k`, `agreement` |
+| where in the model are they? | `layer_shares`, `mean_layers`, `mean_layer_differences` |
+| does selection repeat itself? | `stability`, `selection_frequency`, `mean_spearman` |
+| do other tasks' heads serve? | `transfer_matrix` |
+| how many heads, how many examples? | `sweep`, `paired_differences` |
+| what does an adapter say, and how does it lie? | `promoted_tokens`, `promoted_by`, `geometry`, `offset_cosines` |
+| where do the heads look? | `attention_patterns` |
+| is the set needed, is it enough? | `leave_one_out`, `keep_only`, `removal`, `drop_edits` |
+| what does it change inside? | `drift` |
+| do adapters get in each other's way, and do they last over long contexts? | `interference`, `learned_in_turn`, `long_context` |
+"""
+
+from lofit_lens.analysis.attention import AttentionPatterns, attention_patterns
+from lofit_lens.analysis.drift import Drift, drift
+from lofit_lens.analysis.geometry import geometry, offset_cosines
+from lofit_lens.analysis.interference import Interference, LongContext, interference, learned_in_turn, long_context
+from lofit_lens.analysis.layers import layer_shares, mean_layer_differences, mean_layers
+from lofit_lens.analysis.logit_lens import HeadTokens, promoted_by, promoted_tokens
+from lofit_lens.analysis.needed import KeepOnly, LeaveOneOut, Removal, drop_edits, keep_only, leave_one_out, removal
+from lofit_lens.analysis.overlap import agreement, agreement_by_k, overlap, score_agreement
+from lofit_lens.analysis.readings import read_readings, run_readings
+from lofit_lens.analysis.stability import mean_spearman, selection_frequency, stability
+from lofit_lens.analysis.sweeps import paired_differences, sweep
+from lofit_lens.analysis.transfer import Transfer, transfer_matrix
+
+__all__ = [
+    "AttentionPatterns", "Drift", "HeadTokens", "Interference", "KeepOnly", "LeaveOneOut", "LongContext", "Removal", "Transfer",
+    "agreement", "agreement_by_k", "attention_patterns", "drift", "drop_edits", "geometry", "interference", "keep_only",
+    "layer_shares", "learned_in_turn", "leave_one_out", "long_context", "mean_layer_differences", "mean_layers", "mean_spearman",
+    "offset_cosines", "overlap", "paired_differences", "promoted_by", "promoted_tokens", "read_readings", "removal",
+    "run_readings", "score_agreement", "selection_frequency", "stability", "sweep", "transfer_matrix",
+]  # fmt: skip

@@ -20,7 +20,7 @@ from lofit_lens.analysis.geometry import geometry
 from lofit_lens.analysis.interference import interference, learned_in_turn, long_context
 from lofit_lens.analysis.logit_lens import promoted_tokens
 from lofit_lens.analysis.measure import records
-from lofit_lens.analysis.needed import keep_only, leave_one_out, removal
+from lofit_lens.analysis.needed import drop_edits, keep_only, leave_one_out, removal
 from lofit_lens.errors import InputError
 from lofit_lens.experiments.pool import Pool, kept_model
 from lofit_lens.experiments.results import Results, load_results
@@ -143,6 +143,11 @@ def _of_task(
     ks = sorted({1, lofit.k})
     cued = tasks.get(f"{name}-cued")
     shown = _shown_heads(results, name)
+    wide = (
+        results.adapter(name, k=3 * lofit.k, model=model)
+        if len(results.lofit(name, k=3 * lofit.k, seed=seed))
+        else None
+    )
 
     def patterns() -> dict[str, Any]:
         with lofit.attached(model):
@@ -159,6 +164,9 @@ def _of_task(
         ).to_dict(),
         **({} if cued is None else {"removal_cued": lambda: removal(
             model, cued, lofit.heads, ks=ks, draws=draws, limit=limit, progress=False
+        ).to_dict()}),
+        **({} if wide is None else {"removal_edits": lambda: drop_edits(
+            model, task, wide, lofit.heads, ks=ks, draws=draws, limit=limit, progress=False
         ).to_dict()}),
         **({} if not texts else {"long_context": lambda: long_context(
             model, task, lofit, texts, _lengths(model), separator=" ", limit=min(LONG_ROWS, limit or LONG_ROWS), progress=False

@@ -50,7 +50,8 @@ def figures(
     start = time.perf_counter()
     c.quiet_libraries()
     from lofit_lens.plots.style import many_figures, save_figure
-    from lofit_lens.report.figures import draw_all, official_figures
+    from lofit_lens.report.figures import draw_all
+    from lofit_lens.report.official import official_figures
 
     wanted = tuple(f.strip() for f in formats.split(",") if f.strip())
     c.check_new(out, overwrite=True)

@@ -132,13 +132,13 @@ class Results:
             )
         return self.scores[at].top(self.k(task) if k is None else k)
 
-    def adapter(self, task: str, seed: int | None = None, *, model: Any = None) -> Lofit:
-        """LoFiT's adapter on the task's own heads, usual K.
+    def adapter(self, task: str, seed: int | None = None, *, k: int | None = None, model: Any = None) -> Lofit:
+        """LoFiT's adapter on the task's own heads (first seed, usual K, unless told otherwise).
 
         Raises:
             InputError: no such run.
         """
-        rows = self.lofit(task, seed=self.seeds[0] if seed is None else seed)
+        rows = self.lofit(task, seed=self.seeds[0] if seed is None else seed, k=self.k(task) if k is None else k)
         if not len(rows):
             raise InputError(f"{self.folder} holds no LoFiT run of {task}; run the study first")
         return Lofit.from_pretrained(self._folders[rows.index[0]] / "adapter", model=model)

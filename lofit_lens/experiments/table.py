@@ -220,7 +220,9 @@ class MethodTable:
             }  # fmt: skip
             for name, m in (("kl", r.kl), ("increase", r.increase)):
                 row |= {name: m and m.mean, f"{name}_low": m and _end(m, 0), f"{name}_high": m and _end(m, 1)}
-            found.append({**row, "seeds": max(m.seeds for m in r.metrics.values()), "settings": settings_text(r.settings)})
+            found.append(
+                {**row, "seeds": max(m.seeds for m in r.metrics.values()), "settings": settings_text(r.settings)}
+            )
         return pd.DataFrame(found)
 
     def runs(self) -> pd.DataFrame:

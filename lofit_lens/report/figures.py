@@ -15,14 +15,13 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
 
 from lofit_lens import io
-from lofit_lens.analysis.layers import layer_shares, mean_layers
+from lofit_lens.analysis.layers import layer_shares
 from lofit_lens.analysis.overlap import agreement_by_k, overlap
 from lofit_lens.analysis.stability import stability
 from lofit_lens.analysis.sweeps import sweep
@@ -40,16 +39,11 @@ from lofit_lens.plots.stability import stability_curves
 from lofit_lens.plots.style import FORMATS, many_figures, save_figure
 from lofit_lens.plots.sweeps import data_efficiency, k_sweep
 from lofit_lens.plots.transfer import transfer_heatmap
+from lofit_lens.report.drawn import Drawn, short
+from lofit_lens.report.official import official_figures
+from lofit_lens.report.reading_figures import reading_figures
 
 log = logging.getLogger(__name__)
-
-
-class Drawn(NamedTuple):
-    """A figure and the table it was drawn from."""
-
-    name: str
-    figure: go.Figure
-    data: pd.DataFrame
 
 
 def draw_all(
@@ -131,7 +125,7 @@ def _overlap(results: Results) -> Iterator[Drawn]:
         yield Drawn("overlap_tasks", overlap_heatmap(frame, "shared", title=title), frame)
     by = {t: scores_by(results, t) for t in results.tasks}
     selected = {
-        f"{_short(t)}: {name}": s.top(results.k(t))
+        f"{short(t)}: {name}": s.top(results.k(t))
         for t, named in by.items()
         for name, s in named.items()
         if len(named) > 1
@@ -149,7 +143,7 @@ def _agreement(results: Results) -> Iterator[Drawn]:
         for other, scores in named.items():
             if other != OWN:
                 frame = agreement_by_k(named[OWN], scores)
-                parts.append(frame.assign(pair=_short(task), task=task, other=other))
+                parts.append(frame.assign(pair=short(task), task=task, other=other))
     if not parts:
         raise InputError("one selector only; agreement needs two")
     for other in dict.fromkeys(p["other"].iloc[0] for p in parts):
@@ -225,7 +219,7 @@ def _data_efficiency(results: Results) -> Iterator[Drawn]:
         fig = data_efficiency(
             frame, metric=results.metric(task).upper(), title=f"{task}: accuracy by training examples"
         )
-        yield Drawn(f"fig4_data_{_short(task)}", fig, frame)
+        yield Drawn(f"fig4_data_{short(task)}", fig, frame)
 
 
 def _n_train(results: Results, rows: pd.DataFrame) -> float:
@@ -256,63 +250,7 @@ def _series(results: Results, task: str) -> str:
     return f"{task} ({results.metric(task).upper()})"
 
 
-def _short(task: str) -> str:
-    return task.split("/")[-1].replace(":", "-")
-
-
 FIGURES: tuple[Callable[[Results], Iterator[Drawn]], ...] = (
     _head_grid, _layers, _overlap, _agreement, _stability, _transfer, _k_sweep, _data_efficiency, _methods,
+    reading_figures,
 )  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------- official heads
-
-OFFICIAL = {"gemma-7b": ((28, 16), 16), "llama2-7b": ((32, 32), 32), "llama2-13b": ((40, 40), 48)}
-TASK_NAMES = {"truthfulqa": "TruthfulQA", "mquake": "MQuAKE", "clutrr": "CLUTRR"}
-
-
-def official_sets(folder: str | Path) -> dict[str, dict[str, HeadSet]]:
-    """Model -> task -> the official code's ranking, from its head files `{model}-base_{task}_Aonly_top{k}heads_{seed}.npy`.
-
-    Raises:
-        DataError: no such file in the folder, or a damaged one.
-    """
-    found: dict[str, dict[str, HeadSet]] = {}
-    for path in sorted(Path(folder).glob("*_Aonly_top*heads_*.npy")):
-        model = next((m for m in OFFICIAL if path.name.startswith(m)), None)
-        task = next((t for t in TASK_NAMES if f"_{t}_" in path.name), None)
-        if model and task:
-            found.setdefault(model, {})[TASK_NAMES[task]] = HeadSet.from_npy(path, shape=OFFICIAL[model][0], label=task)
-    if not found:
-        raise DataError(
-            f"{folder} holds no official head files; they are named like llama2-7b-base_mquake_Aonly_top160heads_42.npy"
-        )
-    return {m: {t: sets[t] for t in TASK_NAMES.values() if t in sets} for m, sets in found.items()}
-
-
-def official_figures(folder: str | Path) -> Iterator[Drawn]:
-    """Figure 3 and the overlap table for each model with official head files, at the paper's K (3 %).
-
-    Raises:
-        DataError: as `official_sets`.
-    """
-    for model, ranked in official_sets(folder).items():
-        shape, k = OFFICIAL[model]
-        sets = {t: s.top(k) for t, s in ranked.items()}
-        shares = layer_shares(sets, shape[0]).merge(mean_layers(sets)[["set", "mean_layer"]], on="set")
-        fig = layer_distribution(sets, n_layers=shape[0], title=f"Official heads of {model} by layer")
-        yield Drawn(f"official_{model}_fig3_layers", fig, shares)
-        if len(sets) > 1:
-            frame = overlap(sets)
-            shared = overlap_heatmap(frame, "shared", title=f"Official heads of {model}: shared by tasks")
-            yield Drawn(f"official_{model}_overlap", shared, frame)
-            pairs = list(ranked.items())
-            curves = pd.concat([
-                agreement_by_k(a, b).assign(pair=f"{x} and {y}")
-                for i, (x, a) in enumerate(pairs) for y, b in pairs[i + 1 :]
-            ], ignore_index=True)  # fmt: skip
-            yield Drawn(
-                f"official_{model}_agreement",
-                agreement_curves(curves, title=f"Official heads of {model}: shared by tasks"),
-                curves,
-            )

@@ -30,7 +30,7 @@ class Grid {
     this.home = this.cells[0];
     this.body.addEventListener("click", (e) => e.target.matches("button") && on.open(e.target.index, this));
     this.body.addEventListener("keydown", (e) => this.move(e));
-    this.body.addEventListener("pointerover", (e) => e.target.matches("button") && on.point(e.target.index, e.target));
+    this.body.addEventListener("pointerover", (e) => e.pointerType !== "touch" && e.target.matches("button") && on.point(e.target.index, e.target));
     this.body.addEventListener("pointerleave", on.leave);
     this.body.addEventListener("focusin", (e) => {
       this.setHome(e.target.index);

@@ -1,0 +1,95 @@
+"""Figures of how far an adapter moves representations, by layer and by position."""
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from lofit_lens.analysis.drift import MEASURES, WHERE, Drift
+from lofit_lens.errors import unknown
+from lofit_lens.plots.curves import SYMBOLS, faded, finish, rows_where
+from lofit_lens.plots.style import COLORS, HEAT
+
+LABELS = {"cosine": "cosine with the bare model", "change": "|change| / |bare|", "ratio": "|with| / |bare|"}
+NAMES = {"z": "z (mean over heads)", "resid": "residual stream"}
+
+
+def drift_layers(drift: Drift, *, title: str = "How far the adapter moves activations") -> go.Figure:
+    """Cosine, relative change and relative norm by layer, for z and the residual stream, with 95 % bands over texts.
+
+    Args:
+        drift: of `analysis.drift.drift`.
+        title: of the figure.
+    """
+    fig = make_subplots(rows=1, cols=len(MEASURES), horizontal_spacing=0.09)
+    for col, measure in enumerate(MEASURES, start=1):
+        for i, where in enumerate(WHERE):
+            rows = rows_where(drift.layers, "where", where, by="layer")
+            x, color, known = rows["layer"].tolist(), COLORS[i], rows.dropna(subset=[f"{measure}_low"])
+            if len(known):
+                at, low, high = (known[c].tolist() for c in ("layer", f"{measure}_low", f"{measure}_high"))
+                fig.add_trace(go.Scatter(
+                    x=[*at, *at[::-1]], y=[*high, *low[::-1]], fill="toself", mode="lines", line={"width": 0},
+                    fillcolor=faded(color), legendgroup=where, showlegend=False, hoverinfo="skip", name=NAMES[where],
+                ), row=1, col=col)  # fmt: skip
+            fig.add_trace(go.Scatter(
+                x=x, y=rows[measure].tolist(), mode="lines+markers" if len(x) <= 20 else "lines", name=NAMES[where],
+                legendgroup=where, showlegend=col == 1, line={"color": color, "width": 2},
+                marker={"color": color, "size": 6, "symbol": SYMBOLS[i]},
+                hovertemplate="layer %{x}: %{y:.4f}<extra>" + NAMES[where] + "</extra>",
+            ), row=1, col=col)  # fmt: skip
+        fig.update_yaxes(title_text=LABELS[measure], title_standoff=6, row=1, col=col)
+    note = f"{_what(drift)}; n={drift.n_texts} texts, {drift.n_tokens} tokens; bands: 95 % over texts"
+    finish(fig, title, note, width=960, height=240, entries=list(NAMES.values()))
+    fig.update_xaxes(title_text="layer", dtick=max(1, len(drift.layers) // 2 // 8))
+    fig.update_layout(margin={"l": 74})
+    return fig
+
+
+def drift_positions(
+    drift: Drift, *, where: str = "resid", measure: str = "change", title: str = "Where in the text activations move"
+) -> go.Figure:
+    """Heat map of layers by positions, counted from the start and from the end of each text.
+
+    Args:
+        drift: of `analysis.drift.drift`.
+        where: `"z"` or `"resid"`.
+        measure: `"cosine"`, `"change"` or `"ratio"`.
+        title: of the figure.
+
+    Raises:
+        InputError: an unknown place or measure.
+    """
+    if where not in WHERE:
+        raise unknown("place", where, WHERE)
+    if measure not in MEASURES:
+        raise unknown("measure", measure, MEASURES)
+    rows = rows_where(drift.positions, "where", where, by="layer")
+    cells = rows.pivot(index="layer", columns="position", values=measure)
+    starts = sorted(p for p in cells.columns if p >= 0)
+    ends = sorted(p for p in cells.columns if p < 0)
+    fig = make_subplots(cols=2, shared_yaxes=True, column_widths=[len(starts), len(ends)], horizontal_spacing=0.05)
+    low, high = min(rows[measure].tolist()), max(rows[measure].tolist())
+    counts = rows.pivot(index="layer", columns="position", values="n")
+    for col, (places, text) in enumerate(
+        ((starts, "position from the start"), (ends, "position from the end")), start=1
+    ):
+        fig.add_trace(go.Heatmap(
+            z=cells[places].to_numpy().tolist(), x=places, y=cells.index.tolist(), zmin=low, zmax=high, colorscale=HEAT,
+            showscale=col == 2, xgap=1, ygap=1, customdata=counts[places].to_numpy().tolist(), name=text,
+            colorbar={"title": {"text": LABELS[measure], "side": "right"}, "thickness": 12},
+            hovertemplate="layer %{y}, position %{x}: %{z:.4f} (%{customdata} texts)<extra></extra>",
+        ), row=1, col=col)  # fmt: skip
+        fig.update_xaxes(
+            title_text=text, showgrid=False, zeroline=False, dtick=max(1, len(places) // 8), row=1, col=col
+        )
+    note = f"{NAMES[where]}; {_what(drift)}<br>mean over up to n={drift.n_texts} texts; position 0 is the first token"
+    n_layers = len(cells.index)
+    width = 220 + max(360, min(34 * (len(starts) + len(ends)), 900))
+    finish(fig, title, note, width=width, height=max(150, min(26 * n_layers, 620)))
+    fig.update_yaxes(showgrid=False, zeroline=False, dtick=max(1, n_layers // 8))
+    fig.update_yaxes(title_text="layer", col=1)
+    fig.update_layout(margin={"r": 90})
+    return fig
+
+
+def _what(drift: Drift) -> str:
+    return f"{' then '.join(drift.adapters)} on {drift.model}"

@@ -1,0 +1,73 @@
+"""Figures of adapters together, in turn, and behind long contexts."""
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from lofit_lens.analysis.interference import Interference, LongContext
+from lofit_lens.evaluation.stats import mark
+from lofit_lens.plots.curves import add_curve, finish
+from lofit_lens.plots.style import COLORS
+
+
+def interference_figure(found: Interference, *, title: str = "") -> go.Figure:
+    """Grouped bars: each task under each condition, with 95 % intervals over items and the marks of the tests.
+
+    Args:
+        found: of `analysis.interference.interference` or `learned_in_turn`.
+        title: of the figure; empty = by what was done.
+    """
+    frame = found.frame
+    tasks, conditions = (list(dict.fromkeys(frame[c])) for c in ("task", "condition"))
+    tested = {
+        (t, f): p for t, f, p in zip(found.tests["task"], found.tests["first"], found.tests["p_holm"], strict=True)
+    }
+    first = frame.drop_duplicates("task").set_index("task")
+    names = {t: f"{t}<br>({first.loc[t, 'metric']}, n={first.loc[t, 'n']})" for t in tasks}
+    fig = go.Figure()
+    for i, condition in enumerate(conditions):
+        rows = pd.DataFrame(frame[frame["condition"] == condition])
+        color = "#777777" if condition == "no adapter" else COLORS[(i - 1) % len(COLORS)]
+        fig.add_trace(go.Bar(
+            x=[names[t] for t in rows["task"]], y=rows["value"].tolist(), name=condition, marker={"color": color},
+            error_y={
+                "type": "data", "symmetric": False, "array": (rows["high"] - rows["value"]).tolist(), "thickness": 1.3,
+                "arrayminus": (rows["value"] - rows["low"]).tolist(), "width": 3, "color": "#222222",
+            },
+            text=[mark(tested[t, condition]) if (t, condition) in tested else "" for t in rows["task"]],
+            textposition="inside", insidetextanchor="start", textfont={"size": 16, "color": "white"}, textangle=0,
+            hovertemplate="%{y:.3f}<extra>" + condition + "</extra>",
+        ))  # fmt: skip
+    seconds = " or ".join(dict.fromkeys(found.tests["second"]))
+    note = (
+        f"attached in the order {', '.join(found.order)}; bars: 95 % over items<br>"
+        f"* p < 0.05, + p < 0.1 (at the foot): differs from {seconds}, paired, Holm"
+    )
+    after = any(c.startswith("after ") for c in conditions)
+    default = "Adapters learned in turn" if after else "Adapters of several tasks together"
+    width = max(560, 110 + 34 * len(conditions) * len(tasks))
+    finish(fig, title or default, note, width=width, height=280, entries=conditions, tick_lines=2)
+    fig.update_yaxes(title_text="metric (share of items)", range=[0, 1.04])
+    fig.update_xaxes(showgrid=False, tickangle=0)
+    fig.update_layout(barmode="group", bargap=0.2, bargroupgap=0.05)
+    return fig
+
+
+def long_context_figure(found: LongContext, *, title: str = "Behind other documents") -> go.Figure:
+    """The task's metric against the tokens in front of the question, with and without the adapter, with 95 % bands.
+
+    Args:
+        found: of `analysis.interference.long_context`.
+        title: of the figure.
+    """
+    fig, names = go.Figure(), ("with the adapter", "no adapter")
+    for i, (name, on) in enumerate(zip(names, (True, False), strict=True)):
+        points = pd.DataFrame(found.frame[found.frame["adapter"] == on]).sort_values("length")
+        add_curve(
+            fig, points, "tokens", "value", ("low", "high"), name=name, place=i, more=("length",),
+            hover="%{x:.0f} tokens (at most %{customdata[0]}): %{y:.3f}",
+        )  # fmt: skip
+    note = f"{found.task} {found.split}, n={int(found.frame['n'].iloc[0])} items; bands: 95 % over items"
+    finish(fig, title, note, width=520, height=260, entries=names)
+    fig.update_xaxes(title_text="tokens of other documents in front (mean over items)", rangemode="tozero")
+    fig.update_yaxes(title_text=found.metric, range=[-0.03, 1.03])
+    return fig

@@ -1,0 +1,293 @@
+"""Figures of what an adapter says and of which of its heads are needed."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from lofit_lens.analysis.logit_lens import TOTAL, HeadTokens
+from lofit_lens.analysis.needed import BEST, KeepOnly, LeaveOneOut, Removal
+from lofit_lens.errors import InputError
+from lofit_lens.evaluation.stats import mark
+from lofit_lens.plots.curves import add_curve, faded, finish, need, ticks_at
+from lofit_lens.plots.style import COLORS
+
+PANELS = 9  # heads in one figure of tokens
+LONGEST = 16  # letters of a token that are shown
+MANY_HEADS = 64  # in one figure of heads side by side
+BLUE, RED, GREY = COLORS[0], COLORS[1], "#777777"
+COSINES = {"cos_mass_mean": "ITI mass mean", "cos_probe": "ITI probe", "cos_reading": "RepE reading vector"}
+CHANCE = {"cos_mass_mean": "chance_sd_head", "cos_probe": "chance_sd_head", "cos_reading": "chance_sd_model"}
+
+
+def promoted_figure(
+    tokens: HeadTokens, *, top: int | None = None, title: str = "Tokens that each head's offset promotes"
+) -> go.Figure:
+    """Logits that each head's offset adds to its strongest tokens, one panel a head, bars from the most promoted down.
+
+    Args:
+        tokens: of `analysis.logit_lens.promoted_tokens`; the first 9 heads are shown, and up to 8 of them with their total.
+        top: tokens of either kind; None = all that were kept.
+        title: of the figure.
+
+    Raises:
+        InputError: `top` below 1.
+    """
+    if top is not None and top < 1:
+        raise InputError(f"top is {top}; give 1 or more tokens")
+    names = [str(h) for h in tokens.heads][:PANELS]
+    panels = [*names, TOTAL] if 1 < len(tokens.heads) < PANELS else names
+    cols = min(3, len(panels))
+    n_rows = -(-len(panels) // cols)
+    listed = [_strongest(tokens.of(name), top) for name in panels]
+    n = max(len(rows) for rows in listed)
+    panel_height = 40 + 17 * n
+    shown = ["all heads" if p == TOTAL else p for p in panels]
+    fig = make_subplots(
+        rows=n_rows, cols=cols, subplot_titles=shown, shared_xaxes="all",  # pyright: ignore[reportArgumentType]
+        horizontal_spacing=0.42 / cols if cols > 1 else 0,
+        vertical_spacing=56 / (panel_height * n_rows) if n_rows > 1 else 0,
+    )  # fmt: skip
+    for i, rows in enumerate(listed):
+        place: Any = {"row": i // cols + 1, "col": i % cols + 1}
+        y = list(range(len(rows)))
+        fig.add_trace(go.Bar(
+            x=rows["logit"].tolist(), y=y, orientation="h", name=shown[i], showlegend=False,
+            marker={"color": [BLUE if k == "promoted" else RED for k in rows["kind"]]},
+            customdata=[[_plain(t), k, r] for t, k, r in zip(rows["token"], rows["kind"], rows["rank"], strict=True)],
+            hovertemplate="%{customdata[0]}: %{x:.3g} (%{customdata[1]}, rank %{customdata[2]})<extra>" + shown[i] + "</extra>",
+        ), **place)  # fmt: skip
+        fig.update_yaxes(
+            tickvals=y, ticktext=[_plain(t) for t in rows["token"]], range=[n - 0.5, -0.5], showgrid=False, zeroline=False,
+            ticks="", tickfont={"size": 11}, **place,
+        )  # fmt: skip
+    scale = (
+        f"final norm's scale from {tokens.n_prompts} prompts"
+        if tokens.scale is not None
+        else "final norm's scale taken as 1"
+    )
+    more = f"; first {len(names)} of {len(tokens.heads)} heads" if len(tokens.heads) > len(names) else ""
+    note = (
+        f"direct effect of v through W_O, the final norm and W_U, centred over the vocabulary<br>{scale}{more}; "
+        "blue: promoted, orange: suppressed"
+    )
+    finish(fig, title, note, width=max(560, 40 + 290 * cols), height=panel_height * n_rows + 56 * (n_rows - 1), lift=24)
+    fig.update_xaxes(showticklabels=True, zeroline=True, zerolinecolor="#888888", nticks=5)
+    for col in range(1, cols + 1):
+        last = max(i // cols for i in range(len(panels)) if i % cols == col - 1) + 1
+        fig.update_xaxes(title_text="logits" if tokens.scale is not None else "logits (relative)", row=last, col=col)
+    fig.update_layout(margin={"l": 110}, bargap=0.2)
+    return fig
+
+
+def cosine_figure(frame: pd.DataFrame, *, title: str = "Offsets beside directions of truth") -> go.Figure:
+    """Cosine of each head's offset with ITI's and RepE's directions, beside what chance gives.
+
+    The bands hold 95 % of the cosines with a random direction (1.96 / sqrt(d)).
+
+    Args:
+        frame: of `analysis.geometry.geometry`, with probes or reading vectors.
+        title: of the figure.
+
+    Raises:
+        InputError: no rows, no cosines, or more heads than can be read.
+    """
+    need(frame, ("head",), "analysis.geometry.geometry")
+    kinds = [k for k in COSINES if k in frame.columns]
+    if not kinds:
+        raise InputError("this table has no cosines; give geometry(...) probes=... or reading=...")
+    heads = _few(frame["head"].tolist())
+    fig, entries = go.Figure(), []
+    for chance in dict.fromkeys(CHANCE[k] for k in kinds):
+        reach, space = 1.96 * float(frame[chance].iloc[0]), "head" if chance.endswith("head") else "stream"
+        d = round(float(frame[chance].iloc[0]) ** -2)
+        entries.append(f"chance, {space} (d = {d})")
+        fig.add_trace(go.Scatter(
+            x=[-0.5, len(heads) - 0.5, len(heads) - 0.5, -0.5], y=[reach, reach, -reach, -reach], fill="toself", mode="lines",
+            line={"width": 0}, fillcolor=faded("#000000", 0.1), name=entries[-1], hoverinfo="skip",
+        ))  # fmt: skip
+    for i, kind in enumerate(kinds):
+        entries.append(COSINES[kind])
+        y = [None if np.isnan(c) else float(c) for c in frame[kind]]
+        fig.add_trace(go.Scatter(
+            x=[j + 0.18 * (i - (len(kinds) - 1) / 2) for j in range(len(heads))], y=y, mode="markers", name=COSINES[kind],
+            marker={"color": COLORS[i], "size": 9, "symbol": ("circle", "diamond", "square")[i]}, customdata=heads,
+            hovertemplate="%{customdata}: %{y:.3f}<extra>" + COSINES[kind] + "</extra>",
+        ))  # fmt: skip
+    note = f"{len(heads)} heads; grey: 95 % of random directions"
+    finish(
+        fig, title, note, width=max(520, min(1200, 140 + 26 * len(heads))), height=260, entries=entries, tick_lines=2
+    )
+    _heads_axis(fig, heads)
+    fig.update_yaxes(title_text="cosine", range=[-1.05, 1.05], zeroline=True, zerolinecolor="#888888")
+    return fig
+
+
+def leave_one_out_figure(found: LeaveOneOut, *, title: str = "What the adapter loses without each head") -> go.Figure:
+    """Loss of the task's metric when one head's edit is left out, with 95 % intervals over items.
+
+    Args:
+        found: of `analysis.needed.leave_one_out`.
+        title: of the figure.
+
+    Raises:
+        InputError: more heads than can be read.
+    """
+    frame, heads = found.frame, _few(found.frame["head"].tolist())
+    marks = [mark(p) for p in frame["p_holm"]]
+    fig = go.Figure(go.Bar(
+        x=list(range(len(heads))), y=frame["loss"].tolist(), error_y=_bars(frame, "loss", "low", "high"), name="loss",
+        marker={"color": BLUE}, customdata=[[h, w, p] for h, w, p in zip(heads, frame["without"], frame["p_holm"], strict=True)],
+        hovertemplate="%{customdata[0]}: loss %{y:.3f}, without it %{customdata[1]:.3f}, Holm p %{customdata[2]:.3g}"
+        "<extra></extra>",
+    ))  # fmt: skip
+    for i, text in enumerate(marks):
+        if text:
+            top = max(float(frame["high"].iloc[i]), 0.0)
+            fig.add_annotation(x=i, y=top, text=text, showarrow=False, yanchor="bottom", font={"size": 16})
+    n = int(frame["n"].iloc[0])
+    note = (
+        f"{found.task} {found.split}, n={n} items; all heads: {float(frame['full'].iloc[0]):.3f}; bars: 95 % over items<br>"
+        "* p < 0.05, + p < 0.1: paired bootstrap, Holm over heads"
+    )
+    finish(fig, title, note, width=max(520, min(1200, 140 + 30 * len(heads))), height=240, tick_lines=2)
+    _heads_axis(fig, heads)
+    fig.update_yaxes(title_text=f"loss of {found.metric}", zeroline=True, zerolinecolor="#888888")
+    return fig
+
+
+def keep_figure(found: KeepOnly, *, title: str = "Are a few heads enough?") -> go.Figure:
+    """The task's metric with the edits of k heads alone: best first, and in random orders, with 95 % bands.
+
+    Args:
+        found: of `analysis.needed.keep_only`.
+        title: of the figure.
+    """
+    best = pd.DataFrame(found.frame[found.frame["order"] == BEST])
+    names = ("best first", f"random order (mean of {found.draws})")
+    hover = "k = %{x}: %{y:.3f}"
+    fig = go.Figure()
+    add_curve(fig, best, "k", "value", ("low", "high"), name=names[0], place=0, hover=hover)
+    add_curve(fig, found.curve, "k", "random", ("random_low", "random_high"), name=names[1], place=1, hover=hover)
+    note = f"{found.task} {found.split}, n={int(found.curve['n'].iloc[0])} items; bands: 95 % over items, and draws"
+    finish(fig, title, note, width=520, height=260, entries=names)
+    fig.update_xaxes(title_text="k (heads whose edits are kept)")
+    ticks_at(fig, [float(k) for k in found.curve["k"]])
+    fig.update_yaxes(title_text=found.metric, range=[-0.03, 1.03])
+    return fig
+
+
+def removal_figure(found: Removal, *, title: str = "Does it need the chosen heads?") -> go.Figure:
+    """The task's metric without the first k chosen heads, beside k random ones, with 95 % bands.
+
+    Args:
+        found: of `analysis.needed.removal` or `drop_edits`.
+        title: of the figure.
+    """
+    fig, curve = go.Figure(), found.curve
+    names = ("chosen heads", f"random heads (mean of {found.draws} draws)")
+    for i, side in enumerate(("chosen", "random")):
+        band = (f"{side}_low", f"{side}_high")
+        add_curve(fig, curve, "k", side, band, name=names[i], place=1 - i, hover="k = %{x}: %{y:.3f}")
+    fig.add_hline(y=float(curve["none"].iloc[0]), line={"color": GREY, "dash": "dash", "width": 1.5})
+    last = curve.to_dict("records")[-1]
+    note = (
+        f"{found.task} {found.split}, n={int(last['n'])} items; dashed: nothing removed; bands: 95 % over items and draws<br>"
+        f"k = {int(last['k'])}: chosen - random {_difference(last)} ({_how(found.how)})"
+    )
+    finish(fig, title, note, width=560, height=260, entries=names)
+    fig.update_xaxes(title_text="k (heads removed)")
+    ticks_at(fig, [float(k) for k in curve["k"]])
+    fig.update_yaxes(title_text=found.metric, range=[-0.03, 1.03])
+    return fig
+
+
+def removal_bars(
+    found: Mapping[str, Removal], *, title: str = "Removing chosen heads, and as many random ones"
+) -> go.Figure:
+    """Several removals side by side, each at its largest k: nothing, chosen and random heads removed, with 95 % intervals.
+
+    Args:
+        found: label -> result of `analysis.needed.removal` or `drop_edits`.
+        title: of the figure.
+
+    Raises:
+        InputError: nothing to draw.
+    """
+    if not found:
+        raise InputError("no removals to draw; give at least one, e.g. {'kinship': removal(...)}")
+    rows = pd.DataFrame([r.curve.to_dict("records")[-1] for r in found.values()])
+    nothing = pd.DataFrame([r.frame.to_dict("records")[0] for r in found.values()])
+    at = zip(found.items(), rows["n"].tolist(), rows["k"].tolist(), strict=True)
+    names = [f"{name}<br>({r.metric}, n={n:g}, k={k:g})" for (name, r), n, k in at]
+    sides = {
+        "nothing removed": (nothing["value"], _bars(nothing, "value", "low", "high"), GREY),
+        "chosen heads": (rows["chosen"], _bars(rows, "chosen", "chosen_low", "chosen_high"), RED),
+        "random heads": (rows["random"], _bars(rows, "random", "random_low", "random_high"), BLUE),
+    }
+    fig = go.Figure()
+    for label, (y, errors, color) in sides.items():
+        fig.add_trace(go.Bar(
+            x=names, y=y.tolist(), error_y=errors, name=label, marker={"color": color},
+            hovertemplate="%{y:.3f}<extra>" + label + "</extra>",
+        ))  # fmt: skip
+    for name, row in zip(names, rows.to_dict("records"), strict=True):
+        fig.add_annotation(
+            x=name, y=1.04, yref="y", text=_difference(row), showarrow=False, yanchor="bottom", font={"size": 11}
+        )
+    draws = "/".join(dict.fromkeys(str(r.draws) for r in found.values()))
+    note = f"bars: 95 % over items, for random heads over {draws} draws too<br>above: chosen - random, paired"
+    finish(fig, title, note, width=max(520, 110 + 170 * len(names)), height=280, entries=list(sides), tick_lines=2)
+    fig.update_yaxes(title_text="metric (share of items)", range=[0, 1.18], tickvals=[0, 0.2, 0.4, 0.6, 0.8, 1])
+    fig.update_xaxes(showgrid=False, tickangle=0)
+    fig.update_layout(barmode="group", bargap=0.25)
+    return fig
+
+
+def _strongest(rows: pd.DataFrame, top: int | None) -> pd.DataFrame:
+    """Promoted tokens from the strongest down, then suppressed ones up to the strongest."""
+    kept = rows if top is None else rows[rows["rank"] <= top]
+    return pd.DataFrame(kept).sort_values("logit", ascending=False, kind="stable").reset_index(drop=True)
+
+
+def _plain(token: str) -> str:
+    """A token as a label: white space visible, short, and no markup."""
+    shown = token.replace("\n", "\u21b5").replace("\t", "\u21e5").replace(" ", "\u2423")
+    shown = shown if len(shown) <= LONGEST else shown[: LONGEST - 1] + "\u2026"
+    return shown.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _few(heads: list[str]) -> list[str]:
+    if len(heads) > MANY_HEADS:
+        raise InputError(
+            f"{len(heads)} heads, of which {MANY_HEADS} can be read side by side; give the first rows of the table"
+        )
+    return heads
+
+
+def _heads_axis(fig: Any, heads: list[str]) -> None:
+    fig.update_xaxes(
+        tickvals=list(range(len(heads))), ticktext=heads, tickangle=0 if len(heads) <= 9 else -90, showgrid=False,
+        range=[-0.6, len(heads) - 0.4], title_text="head", title_standoff=4,
+    )  # fmt: skip
+    if len(heads) > 9:
+        fig.update_layout(height=fig.layout.height + 24, margin={"b": fig.layout.margin.b + 24})
+
+
+def _bars(frame: pd.DataFrame, y: str, low: str, high: str) -> dict[str, object]:
+    """Error bars from a value to its bounds."""
+    return {
+        "type": "data", "symmetric": False, "array": (frame[high] - frame[y]).tolist(), "thickness": 1.3, "width": 4,
+        "arrayminus": (frame[y] - frame[low]).tolist(), "color": "#222222",
+    }  # fmt: skip
+
+
+def _difference(row: Mapping[Any, Any]) -> str:
+    return f"{row['difference']:+.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+
+
+def _how(how: str) -> str:
+    return {"mean": "z at its mean", "zero": "z at 0"}.get(how, "edits left out")

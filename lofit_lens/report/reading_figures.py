@@ -1,0 +1,114 @@
+"""Figures of what was read from a study's adapters (`analysis.readings`)."""
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from lofit_lens.analysis.attention import AttentionPatterns
+from lofit_lens.analysis.interference import Interference
+from lofit_lens.analysis.readings import TOGETHER, read_readings, reading_file
+from lofit_lens.analysis.stored import frame_of, restored
+from lofit_lens.errors import DataError, InputError
+from lofit_lens.experiments.results import Results
+from lofit_lens.plots.attention import attention_figure
+from lofit_lens.plots.drift import drift_layers, drift_positions
+from lofit_lens.plots.interference import interference_figure, long_context_figure
+from lofit_lens.plots.readings import (
+    cosine_figure,
+    keep_figure,
+    leave_one_out_figure,
+    promoted_figure,
+    removal_bars,
+)
+from lofit_lens.report.drawn import Drawn, short
+
+log = logging.getLogger(__name__)
+
+Draw = Callable[[], tuple[go.Figure, pd.DataFrame]]
+# What is removed -> name under the bars.
+REMOVALS = {
+    "removal_cued": "heads of the<br>unmodified model,<br>good cue", "removal": "heads, with<br>the adapter",
+    "removal_edits": "edits of an<br>adapter of 3 K",
+}  # fmt: skip
+
+
+def reading_figures(results: Results) -> Iterator[Drawn]:
+    """Each figure for which the study has readings; what cannot be drawn (too many heads to be read) is said in the log.
+
+    Raises:
+        InputError: nothing was read yet.
+        DataError: a damaged file.
+    """
+    found = read_readings(results)
+    if not found:
+        raise InputError(
+            "the study's adapters were not read; run lofit-lens figures with --run, or analysis.run_readings"
+        )
+    for task, parts in found.items():
+        where = str(reading_file(results.folder, task))
+        kept = {name: part if name == "geometry" else restored(part, where) for name, part in parts.items()}
+        wanted = _together(kept) if task == TOGETHER else _of_task(results, task, kept)
+        for name, draw in wanted.items():
+            try:
+                yield Drawn(name, *draw())
+            except InputError as e:
+                if isinstance(e, DataError):
+                    raise
+                log.warning("%s is left out: %s", name, e)
+
+
+def _together(parts: dict[str, Interference]) -> dict[str, Draw]:
+    def drawn(found: Interference) -> Draw:
+        tests = found.tests.rename(columns={"first": "condition", "second": "against"})
+        both = found.frame.merge(tests, how="left", on=["task", "condition"], suffixes=("", "_of_difference"))
+        return lambda: (interference_figure(found), both)
+
+    return {name: drawn(found) for name, found in parts.items()}
+
+
+def _of_task(results: Results, task: str, parts: dict[str, Any]) -> dict[str, Draw]:
+    """Name -> how it is drawn, for what is there."""
+    draws: dict[str, tuple[str, Draw]] = {
+        "tokens": ("tokens", lambda: (
+            promoted_figure(parts["tokens"], top=6, title=f"{task}: tokens that each head's offset promotes"),
+            parts["tokens"].frame,
+        )),
+        "cosines": ("geometry", lambda: (
+            cosine_figure(frame_of(parts["geometry"]["rows"]), title=f"{task}: offsets beside directions of truth"),
+            frame_of(parts["geometry"]["rows"]),
+        )),
+        "leave_one_out": ("leave_one_out", lambda: (
+            leave_one_out_figure(parts["leave_one_out"], title=f"{task}: what the adapter loses without each head"),
+            parts["leave_one_out"].frame,
+        )),
+        "keep_only": ("keep_only", lambda: (
+            keep_figure(parts["keep_only"], title=f"{task}: are a few heads enough?"), parts["keep_only"].curve
+        )),
+        "drift": ("drift", lambda: (
+            drift_layers(parts["drift"], title=f"{task}: how far the adapter moves activations"), parts["drift"].layers
+        )),
+        "drift_positions": ("drift", lambda: (
+            drift_positions(parts["drift"], title=f"{task}: where in the text activations move"), parts["drift"].positions
+        )),
+        "long_context": ("long_context", lambda: (
+            long_context_figure(parts["long_context"], title=f"{task}: behind other documents"), parts["long_context"].frame
+        )),
+        "attention": ("attention", lambda: _attention(results, task, parts["attention"])),
+    }  # fmt: skip
+    found = {f"{name}_{short(task)}": draw for name, (part, draw) in draws.items() if part in parts}
+    removals = {label: parts[part] for part, label in REMOVALS.items() if part in parts}
+    if removals:
+        frame = pd.concat([r.curve.assign(removed=label.replace("<br>", " ")) for label, r in removals.items()])
+        title = f"{task}: removing chosen and as many random heads"
+        found[f"removal_{short(task)}"] = lambda: (removal_bars(removals, title=title), frame)
+    return found
+
+
+def _attention(results: Results, task: str, found: AttentionPatterns) -> tuple[go.Figure, pd.DataFrame]:
+    """The task's best head on the first prompt."""
+    best = results.heads(task)[0]
+    frame = pd.DataFrame(found.of(best).tolist(), columns=[f"{i} {t}" for i, t in enumerate(found.tokens[0])])
+    return attention_figure(found, best, title=f"{task}: where {best} looks"), frame

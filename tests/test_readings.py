@@ -1,0 +1,175 @@
+"""What is read from a study's adapters: which parts, kept and not computed again, restored as they were; and the report of it."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from lofit_lens.analysis import readings
+from lofit_lens.analysis.logit_lens import promoted_tokens
+from lofit_lens.analysis.readings import read_readings, reading_file
+from lofit_lens.analysis.stored import KINDS, restored
+from lofit_lens.errors import DataError, InputError
+from lofit_lens.experiments.results import load_results
+from lofit_lens.heads import HeadSet
+from lofit_lens.report.collect import collect
+from lofit_lens.report.data import checked
+from tests import studies
+
+pytestmark = pytest.mark.xdist_group("study")
+KIN, PLACE = (t.name for t in studies.TASKS)
+PARTS = {
+    "tokens", "geometry", "attention", "leave_one_out", "keep_only", "removal", "removal_edits", "drift", "long_context"
+}  # fmt: skip
+
+
+@pytest.fixture
+def results(study_folder):
+    return load_results(study_folder)
+
+
+def test_all_parts_are_there(results, bridge_llama):
+    """A file a task and one of all together; tokens are those of the first seed's adapter on its own heads."""
+    found = read_readings(results)
+    assert {t: set(parts) for t, parts in found.items()} == {
+        KIN: PARTS, PLACE: PARTS, "together": {"interference", "learned_in_turn"}
+    }  # fmt: skip
+    lofit = results.adapter(KIN, seed=0)
+    prompts = [e.prompt for e in studies.TASKS[0].examples("val")]
+    assert found[KIN]["tokens"] == json.loads(
+        json.dumps(promoted_tokens(bridge_llama, lofit, prompts=prompts).to_dict())
+    )
+    assert [r["head"] for r in found[KIN]["geometry"]["rows"]] == [str(h) for h in lofit.heads]
+    assert found[KIN]["removal"]["rows"][1]["heads"] == str(lofit.heads)
+    assert len(found[KIN]["attention"]["heads"]["heads"]) == 12, "all heads of a small model"
+    assert {r["n"] for r in found[KIN]["keep_only"]["rows"]} == {5}, "the plan's limit"
+
+
+def test_attention_is_with_the_adapter(results, bridge_llama):
+    """Patterns of later layers are those of the edited model."""
+    patterns = restored(read_readings(results)[KIN]["attention"], "here")
+    lofit = results.adapter(KIN, seed=0, model=bridge_llama)
+    seen = []
+    tokens = bridge_llama.tokenizer(patterns.prompts[0], return_tensors="pt", add_special_tokens=True)["input_ids"]
+    if tokens.shape[1] < len(patterns.tokens[0]):
+        tokens = torch.cat([torch.tensor([[bridge_llama.tokenizer.bos_token_id]]), tokens], dim=1)
+    with lofit.attached(bridge_llama):
+        hook = ("blocks.2.attn.hook_pattern", lambda x, hook: seen.append(x[0, 1].clone()))
+        bridge_llama.run_with_hooks(tokens, fwd_hooks=[hook])
+    assert torch.allclose(patterns.of("L2H1"), seen[0], atol=1e-4)  # kept with four decimals
+
+
+def test_kept_and_not_computed_again(study_folder, bridge_llama, tmp_path, monkeypatch):
+    """A second call computes nothing; a file that is gone is made again, the same."""
+    copy = shutil.copytree(study_folder, tmp_path / "study")
+    assert studies.read(bridge_llama, copy) == []
+    path = reading_file(copy, KIN)
+    before = path.read_bytes()
+    path.unlink()
+    assert studies.read(bridge_llama, copy) == [path]
+    assert path.read_bytes() == before
+
+
+def test_a_part_that_cannot_be_had_is_left_out_and_said(caplog):
+    """Bad input of one part leaves the others."""
+
+    def no():
+        raise InputError("nothing to read")
+
+    assert readings._parts({"a": dict, "b": no}) == {"a": {}}
+    assert any("b is left out: nothing to read" in m for m in caplog.messages)
+
+
+def test_large_models_keep_the_chosen_heads_patterns(results, monkeypatch):
+    """Above the limit: the best heads of every selector and seed, each once."""
+    monkeypatch.setattr(readings, "ALL_HEADS", 11)
+    shown = readings._shown_heads(results, KIN)
+    best = [s.top(1)[0] for (t, _, _), s in results.scores.items() if t == KIN]
+    assert shown == HeadSet(dict.fromkeys(best), shape=(3, 4))
+
+
+def test_records_come_back_as_they_were(results):
+    """Every part's record gives the object that writes the same record."""
+    kinds = set()
+    for task, parts in read_readings(results).items():
+        for name, part in parts.items():
+            if name == "geometry":
+                continue
+            kinds.add(part["kind"])
+            again = json.loads(json.dumps(restored(part, task).to_dict()))
+            assert again == part, (task, name)
+    assert kinds == set(KINDS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "nix"}, "kind 'nix'"),
+        ({"schema": 2}, "schema 2"),
+        ({"rows": None}, "incomplete"),
+        ({"task": ...}, "incomplete"),
+    ],
+)
+def test_damaged_records_are_named(results, change, message):
+    """Kind, schema and fields are checked; the file is named."""
+    record = {**read_readings(results)[KIN]["keep_only"], **change}
+    record = {k: v for k, v in record.items() if v is not ...}
+    with pytest.raises(DataError, match=f"kin.json: .*{message}"):
+        restored(record, "kin.json")
+
+
+def test_damaged_file_is_named(study_folder, tmp_path):
+    """Something else under a reading's name."""
+    copy = shutil.copytree(study_folder, tmp_path / "study")
+    reading_file(copy, KIN).write_text('{"kind": "other"}')
+    with pytest.raises(DataError, match=r"kin\.json is not a lofit_lens\.readings record"):
+        read_readings(load_results(copy))
+
+
+# ------------------------------------------------------------------------------------------------------ report
+
+
+def test_report_has_what_the_study_has(results):
+    """Sets by task, selector and seed; transfer as ratios; each head's tokens, cosines and worth; patterns."""
+    data = collect(results)
+    assert checked(data)["model"]["n_layers"] == 3
+    ids = [s["id"] for s in data["sets"]]
+    assert ids[:4] == ["kin|A-norm|0", "kin|A-norm|1", "kin|A-norm|2", "kin|probe accuracy|0"]
+    assert len(ids) == len(set(ids)) == 2 * (3 + 2)
+    first = data["sets"][0]
+    assert first["ranking"][0] == list(results.heads(KIN, k=1)[0])
+    assert first["scores"] == results.scores[KIN, "A-norm", 0].values.tolist()
+    assert first["k"] == results.k(KIN)
+    transfer = data["transfer"]
+    assert transfer["sources"] == [KIN, PLACE, "random"]
+    assert transfer["accuracy"][0][1] == pytest.approx(results.values(results.lofit(PLACE, source=KIN)).mean())
+    own = results.values(results.lofit(PLACE)).mean()
+    if own:
+        assert transfer["relative"][1][1] == pytest.approx(1.0)
+    parts = read_readings(results)[KIN]
+    row = parts["geometry"]["rows"][0]
+    head = data["heads"][KIN][row["head"]]
+    assert head["norm_v"] == row["v_norm"]
+    assert head["cosines"]["ITI mass mean"] == row["cos_mass_mean"]
+    strongest = next(
+        r for r in parts["tokens"]["rows"] if (r["head"], r["kind"], r["rank"]) == (row["head"], "suppressed", 1)
+    )
+    assert head["suppressed"][0] == [strongest["token"], strongest["logit"]]
+    loss = parts["leave_one_out"]["rows"][0]
+    assert head["without"] == {"value": -loss["loss"], "low": -loss["high"], "high": -loss["low"]}
+    patterns = data["attention"][KIN][0]
+    assert patterns["heads"]["L1H2"] == parts["attention"]["patterns"][0][1 * 4 + 2]
+    assert [t["title"] for t in data["tables"]]
+
+
+def test_report_without_readings_and_transfer(study_folder, tmp_path):
+    """A study of head scores and few runs still has a report."""
+    copy = shutil.copytree(study_folder, tmp_path / "study")
+    shutil.rmtree(copy / "readings")
+    results = load_results(copy)
+    for i in results.lofit(KIN, source=PLACE).index:
+        shutil.rmtree(results.run_folder(i))
+    data = collect(load_results(copy))
+    assert checked(data)["transfer"] is None
+    assert data["heads"] == data["attention"] == {}
