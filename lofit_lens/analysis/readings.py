@@ -140,7 +140,7 @@ def _of_task(
     seed, limit = results.seeds[0], results.record["plan"]["limit"]
     split = "val" if task.test.get("val") else "train"
     prompts = [e.prompt for e in task.examples(split, limit=PROMPTS)]
-    ks = sorted({1, lofit.k})
+    ks = [lofit.k]
     cued = tasks.get(f"{name}-cued")
     shown = _shown_heads(results, name)
     wide = (
@@ -158,7 +158,7 @@ def _of_task(
         "geometry": lambda: _geometry(model, task, lofit, prompts, seed),
         "attention": patterns,
         "leave_one_out": lambda: leave_one_out(model, task, lofit, limit=limit, progress=False).to_dict(),
-        "keep_only": lambda: keep_only(model, task, lofit, draws=min(3, draws), limit=limit, progress=False).to_dict(),
+        "keep_only": lambda: keep_only(model, task, lofit, draws=min(2, draws), limit=limit, progress=False).to_dict(),
         "removal": lambda: removal(
             model, task, lofit.heads, adapter=lofit, ks=ks, draws=draws, limit=limit, progress=False
         ).to_dict(),

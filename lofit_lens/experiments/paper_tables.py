@@ -144,14 +144,18 @@ def _wide(name: str, title: str, tables: Mapping[str, MethodTable], rows: Sequen
 
 def _settings(tables: Mapping[str, MethodTable], there: Sequence[str]) -> list[str]:
     """How the rows' settings came about, task by task."""
-    found: dict[str, list[str]] = {}
+    found: dict[str, dict[str, list[str]]] = {}
     for method in there:
         rows = [row for t in tables.values() for row in t.rows if row.method == method and row.settings]
         if rows:
             how = "chosen on the validation rows" if rows[0].tried > 1 else "presets, or taken over from LoFiT's"
             each = [settings_text(row.settings) for row in rows]
-            found.setdefault(how, []).append(f"{method} {each[0] if len(set(each)) == 1 else ' / '.join(each)}")
-    return [f"settings, {how}: {'; '.join(texts)}" for how, texts in found.items()]
+            text = each[0] if len(set(each)) == 1 else " / ".join(each)
+            found.setdefault(how, {}).setdefault(text, []).append(method)
+    return [
+        f"settings, {how}: " + "; ".join(f"{', '.join(methods)}: {text}" for text, methods in texts.items())
+        for how, texts in found.items()
+    ]
 
 
 def _other_tasks(results: Results) -> PaperTable | None:

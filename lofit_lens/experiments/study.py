@@ -49,7 +49,8 @@ class Plan:
         seeds: of selection and fits.
         extra_seeds: of head selection alone, for its stability.
         parts: of `PARTS`; scores, zero-shot, LoFiT's own heads and random heads are always there.
-        selectors: whose heads are compared (Table 2); the A-norm is always there.
+        selectors: whose heads are tuned (Table 2); the A-norm is always there.
+        scored: further selectors, whose scores alone are compared with the others'.
         trained: methods that are fitted at several numbers of training examples beside LoFiT.
         ks: numbers of heads (Figure 5); None = 1, K, 3 K and 20 % of the heads.
         sizes: numbers of training examples (Figure 4) beside the task's own.
@@ -63,7 +64,8 @@ class Plan:
     seeds: tuple[int, ...] = (0, 1)
     extra_seeds: tuple[int, ...] = (2, 3, 4)
     parts: tuple[str, ...] = PARTS
-    selectors: tuple[str, ...] = ("bias norm", "probe accuracy", "probing layers", "gradient attribution")
+    selectors: tuple[str, ...] = ("bias norm", "probe accuracy", "probing layers")
+    scored: tuple[str, ...] = ("gradient attribution",)
     trained: tuple[str, ...] = ("LoRA", "RED")
     ks: tuple[int, ...] | None = None
     sizes: tuple[int, ...] = (10, 40)
@@ -75,7 +77,7 @@ class Plan:
     def __post_init__(self) -> None:
         for name, given, allowed in (
             ("part", self.parts, PARTS),
-            ("selector", self.selectors, SELECTORS),
+            ("selector", (*self.selectors, *self.scored), SELECTORS),
             ("method", self.trained, TRAINED),
         ):
             for one in given:
@@ -226,7 +228,8 @@ ScoreJob = tuple[str, str, int]
 def _scores_of(plan: Plan, tasks: Sequence[str]) -> list[ScoreJob]:
     wanted = [(t, OWN, s) for t in tasks for s in (*plan.seeds, *plan.extra_seeds)]
     if "selectors" in plan.parts:
-        wanted += [(t, by, s) for by in plan.selectors if by not in (OWN, CHANCE) for t in tasks for s in plan.seeds]
+        others = [by for by in dict.fromkeys((*plan.selectors, *plan.scored)) if by not in (OWN, CHANCE)]
+        wanted += [(t, by, s) for by in others for t in tasks for s in plan.seeds]
     return wanted
 
 

@@ -35,7 +35,7 @@ def collect(results: Results) -> dict[str, Any]:
     notes = [
         f"Seeds {seeds}; adapters whose heads, tokens and patterns are shown are those of seed {results.seeds[0]}.",
         "Promoted tokens: a head's offset v through W_O, the final norm at its mean scale, and W_U; later layers are left out.",
-        f"Attention: with the adapter of the task attached. Model revision: {info.revision or 'unknown'}.",
+        "Attention: with the adapter of the task attached.",
     ]
     return {
         "title": f"Which heads does {info.name} use?",
