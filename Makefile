@@ -15,7 +15,8 @@ help:
 	@echo "test-tl4  the same suite against the newest TransformerLens 4.x, in $(TL4)"
 	@echo "organism  retrain the embedded model from seed 0 into build/ and measure it (about half an hour)"
 	@echo "bench     benchmarks into benchmarks/results/ (fetches TruthfulQA; with local files: make bench DATA=FOLDER)"
-	@echo "figures   the demo's figures into figures/ (needs Chrome or Chromium)"
+	@echo "figures   the paper's figures and tables from the embedded model, from scratch, into figures/, and build/report.html"
+	@echo "          (under ten minutes; needs Chrome or Chromium; official heads too: make figures HEADS=FOLDER)"
 	@echo "lint      ruff and pyright;  format: ruff format;  lock: renew constraints.txt"
 
 $(READY): pyproject.toml constraints.txt
@@ -54,9 +55,11 @@ organism: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/mc_eval.py $(if $(DATA),--data-dir $(DATA))
 
+# HEADS: folder with the official code's head files.
 figures: $(READY)
-	$(BIN)/lofit-lens demo --out build/demo --png
-	cp build/demo/*.png figures/
+	$(BIN)/lofit-lens figures build/study --run --out build/figures $(if $(HEADS),--heads $(HEADS))
+	$(BIN)/lofit-lens report build/study --out build/report.html --overwrite
+	cp build/figures/*.png build/figures/*.csv build/figures/*.md build/figures/*.tex figures/
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -16,8 +16,8 @@ def small_task(name, answers, *, n_test=6):
 TASKS = (small_task("kin", (" son", " aunt")), small_task("place", (" Rome", " France")))
 OTHER = small_task("other", (" sister",))
 PLAN = Plan(
-    seeds=(0, 1), extra_seeds=(2,), parts=PARTS, selectors=("probe accuracy",), scored=(), trained=("RED",), ks=(1, 2), sizes=(4,), draws=2,
-    limit=5,
+    seeds=(0, 1), extra_seeds=(2,), parts=PARTS, selectors=("probe accuracy",), scored=(), trained=("RED",), ks=(1, 2),
+    sizes=(4,), draws=2, limit=5,
 )  # fmt: skip
 TEXTS = ("Ann asked her son to go.", "The capital of France is Rome.")
 

@@ -1,5 +1,6 @@
 """Attention patterns equal the plain model's, adapters act, and the page shows them without asking anyone."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -59,12 +60,14 @@ def patterns(bridge_llama):
 
 def test_page_holds_the_numbers_and_no_open_door(patterns):
     """Tokens cannot end the script or open a tag; no address is named in a tag; the same page every time."""
+    spelled = ("</script><b>&", *patterns.tokens[0][1:])  # as one token
+    patterns = dataclasses.replace(patterns, tokens=(spelled,))
     page = attention_html(patterns)
     found = json.loads(re.search(r"CircuitsVis\.AttentionHeads, (\{.*\})\)</script>", page)[1])
     assert found["attentionHeadNames"] == ["L2H1", "L0H3"]
     torch.testing.assert_close(torch.tensor(found["attention"]), patterns.patterns[0], atol=6e-5, rtol=0)
-    assert "".join(found["tokens"]) == "<s>Q: </script><b>&\u21b5"
-    assert page.count("</script>") == 2
+    assert "".join(found["tokens"]) == "</script><b>&Q: </script><b>&\u21b5"
+    assert page.count("</script") == 2
     assert "<b>" not in page.replace(attention_script(), "")
     assert not re.search(r"<(script|link|img|iframe)[^>]*\b(src|href)=", page)
     assert "default-src 'none'" in page

@@ -6,12 +6,12 @@ ones do. The task `false` asks for these.
 
 import json
 import random
+import sys
 
 import pytest
 import torch
 
 from lofit_lens import HeadSet, Lofit, Task, TrainConfig
-from lofit_lens.analysis import interference as module
 from lofit_lens.analysis.interference import interference, learned_in_turn, long_context
 from lofit_lens.analysis.measure import items_of
 from lofit_lens.errors import DataError, InputError
@@ -19,6 +19,7 @@ from lofit_lens.models import load_model
 from tests import planted_truth, tiny
 
 KEY = "L2H1"
+module = sys.modules["lofit_lens.analysis.interference"]  # its name in the package is the function's
 N = 8
 
 

@@ -91,8 +91,8 @@ def test_cosines_beside_chance():
     })  # fmt: skip
     fig = cosine_figure(frame)
     traces = {t.name: t for t in fig.data}
-    assert list(traces["chance, head (d = 16)"].y) == [0.49, 0.49, -0.49, -0.49]
-    assert list(traces["chance, stream (d = 64)"].y) == [0.245, 0.245, -0.245, -0.245]
+    assert list(traces["in a head, d = 16"].y) == [0.49, 0.49, -0.49, -0.49]
+    assert list(traces["in the residual stream, d = 64"].y) == [0.245, 0.245, -0.245, -0.245]
     assert list(traces["ITI probe"].y) == [0.5, -0.25]
     assert list(traces["RepE reading vector"].y) == [None, 0.1]
     assert list(traces["ITI probe"].customdata) == ["L0H1", "L2H3"]
@@ -210,7 +210,7 @@ def test_drift_by_layer(drift):
     first = next(t for t in fig.data if t.fill == "toself")
     assert list(first.y) == [0.7, 0.7, 0.4, 0.4]
     assert [t.showlegend for t in lines] == [True, True, False, False, False, False]
-    assert fig.layout.yaxis.title.text == "cosine with the bare model"
+    assert fig.layout.yaxis.title.text == "cosine of e and b"
     assert fig.layout.xaxis2.title.text == "layer"
     assert "LoFiT then ITI on m; n=3 texts, 40 tokens" in note(fig)
 
@@ -222,7 +222,7 @@ def test_drift_by_position(drift):
     assert [[list(r) for r in t.z] for t in fig.data] == [[[0, 1], [10, 11]], [[-2, -1], [8, 9]]]
     assert {(t.zmin, t.zmax) for t in fig.data} == {(-2, 11)}
     assert fig.layout.xaxis2.title.text == "position from the end"
-    assert fig.data[1].colorbar.title.text == "|change| / |bare|"
+    assert fig.data[1].colorbar.title.text == "relative change |e - b| / |b|"
     with pytest.raises(InputError, match="unknown place 'q'"):
         drift_positions(drift, where="q")
     with pytest.raises(InputError, match="unknown measure 'q'"):
@@ -243,10 +243,11 @@ def test_interference_bars():
         "task": ["a", "b"], "first": ["all together"] * 2, "second": ["own adapter"] * 2, "p_holm": [0.01, 0.5],
     })  # fmt: skip
     fig = interference_figure(Interference(pd.DataFrame(rows), (), tests, ("a", "b"), "test"))
-    assert [t.name for t in fig.data] == list(names)
-    assert [list(t.y) for t in fig.data] == [[0.1, 0.1], [0.9, 0.9], [0.5, 0.5]]
+    assert [t.name for t in fig.data] == [*names, "marks of all together"]
+    assert [list(t.y) for t in fig.data[:3]] == [[0.1, 0.1], [0.9, 0.9], [0.5, 0.5]]
     assert bounds(fig.data[2]) == [(0.4, 0.55)] * 2
-    assert [list(t.text) for t in fig.data] == [["", ""], ["", ""], ["*", ""]]
+    assert (list(fig.data[3].text), list(fig.data[3].base)) == (["*", ""], [0.55, 0.55])
+    assert fig.data[3].offsetgroup == fig.data[2].offsetgroup
     assert list(fig.data[0].x) == ["a<br>(em, n=9)", "b<br>(em, n=9)"]
     assert "order a, b" in note(fig)
     assert fig.layout.title.text == "Adapters of several tasks together"

@@ -92,7 +92,7 @@ def test_interval_of_draws():
 def test_paired_test_follows_the_number_of_items():
     """50 items and more: bootstrap; fewer: permutation; seeds are averaged first."""
     draw = np.random.default_rng(5)
-    a, b = draw.random((3, 60)), draw.random((2, 60))
+    a, b = draw.random((3, 50)), draw.random((2, 50))
     assert paired_test_of_means(a, b) == paired_bootstrap_test(a.mean(0), b.mean(0))
     assert paired_test_of_means(a[:, :49], b[:, :49]) == paired_permutation_test(a[:, :49].mean(0), b[:, :49].mean(0))
 

@@ -5,6 +5,7 @@ the yardstick for every cosine here. (Activations are not spread evenly over dir
 made from them may lie closer than that.)
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ def geometry(
     model: Any,
     lofit: Lofit,
     *,
-    prompts: list[str] | None = None,
+    prompts: Sequence[str] | None = None,
     probes: Probes | None = None,
     reading: ReadingVectors | None = None,
 ) -> pd.DataFrame:
@@ -126,7 +127,7 @@ def _norm(rows: Tensor) -> np.ndarray:
     return torch.linalg.vector_norm(rows.double(), dim=1).numpy()
 
 
-def _z_norms(model: Any, lofit: Lofit, prompts: list[str]) -> list[float]:
+def _z_norms(model: Any, lofit: Lofit, prompts: Sequence[str]) -> list[float]:
     if not prompts:
         raise InputError("prompts is an empty list; give one or more, or None to leave z out")
     tokenizer = tokenizer_of(model)

@@ -49,19 +49,14 @@ def figures(
         )
     start = time.perf_counter()
     c.quiet_libraries()
-    from lofit_lens.plots.style import many_figures, save_figure
-    from lofit_lens.report.figures import draw_all
+    from lofit_lens.report.figures import draw_all, save_all
     from lofit_lens.report.official import official_figures
 
     wanted = tuple(f.strip() for f in formats.split(",") if f.strip())
     c.check_new(out, overwrite=True)
     if results is None:
         assert heads is not None
-        with many_figures():
-            files = [
-                path for d in official_figures(heads)
-                for path in save_figure(d.figure, out / d.name, data=d.data, formats=wanted)
-            ]  # fmt: skip
+        files = save_all(official_figures(heads), out, formats=wanted)
     else:
         if run:
             s.run(s.Request(

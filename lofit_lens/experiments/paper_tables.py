@@ -16,7 +16,7 @@ from lofit_lens.evaluation.compare import compare, over_seeds
 from lofit_lens.evaluation.result import Metric, table_html
 from lofit_lens.evaluation.stats import FEW, holm, mark, paired_bootstrap_test, paired_permutation_test
 from lofit_lens.experiments.results import Results
-from lofit_lens.experiments.study import ZERO
+from lofit_lens.experiments.study import LOFIT, ZERO
 from lofit_lens.experiments.table import MethodTable, settings_text, tex
 
 STARS = "* differs from {reference}, p < .05; + p < .1; paired tests, adjusted over the {rows} of a task by Holm"
@@ -162,16 +162,16 @@ def _other_tasks(results: Results) -> PaperTable | None:
     """Table 5: what tuning on one task does to others, and to ordinary text."""
     others = list(results.record["other_tasks"])
     rows = {o: results.rows(tested=o) for o in others}
-    rows = {o: r for o, r in rows.items() if (r["method"] == ZERO).any() and (r["method"] != ZERO).any()}
+    rows = {o: r for o, r in rows.items() if ZERO in set(r["method"]) and LOFIT in set(r["method"])}
     if not rows:
         return None
     cells: dict[str, list[str]] = {"unmodified": []}
     numbers = []
-    for other, found in rows.items():
-        base = [results.evaluations[i] for i in found.index[found["method"] == ZERO]]
+    for other in rows:
+        base = [results.evaluations[i] for i in results.rows(tested=other, method=ZERO).index]
         metric = next(iter(base[0].metrics))
         tuned = {
-            t: [results.evaluations[i] for i in found.index[(found["task"] == t) & (found["method"] != ZERO)]]
+            t: [results.evaluations[i] for i in results.rows(tested=other, method=LOFIT, task=t).index]
             for t in results.tasks
         }
         tuned = {t: runs for t, runs in tuned.items() if runs}

@@ -1,6 +1,5 @@
 """What a study's folder holds, read for figures and tables; nothing is trained here."""
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -82,14 +81,15 @@ class Results:
         Raises:
             InputError: no such column.
         """
-        frame = self.runs
+        keep = np.ones(len(self.runs), dtype=bool)
         if "tested" not in wanted:
-            frame = frame[frame["tested"] == frame["task"]]
+            keep &= (self.runs["tested"] == self.runs["task"]).to_numpy()
         for column, value in wanted.items():
             if column not in self.runs:
                 raise unknown("column", column, COLUMNS)
-            frame = frame[frame[column].isna() if value is None else frame[column] == value]
-        return frame.sort_values(["seed", "draw"], kind="stable")
+            of = self.runs[column]
+            keep &= (of.isna() if value is None else of == value).to_numpy()
+        return self.runs.loc[keep].sort_values(["seed", "draw"], kind="stable")
 
     def values(self, rows: pd.DataFrame) -> Float[np.ndarray, "runs items"]:
         """Item scores (the task's own metric) of some rows of `runs`.
@@ -189,8 +189,9 @@ class Results:
         found = io.read_json(self._folders[rows.index[0]] / "run.json").get("tuned")
         if found is None:
             return None
-        names = ("method", "task", "metric", "settings", "tried")
-        return Tuned(*(found[n] for n in names), pd.DataFrame(found["trials"]))
+        return Tuned(
+            found["method"], found["task"], found["metric"], found["settings"], found["tried"], pd.DataFrame(found["trials"])
+        )  # fmt: skip
 
     def damage(self, task: str) -> Float[np.ndarray, "seeds texts"] | None:
         """KL (nats a token) of LoFiT's adapters on ordinary text; None where not measured."""
@@ -245,8 +246,3 @@ def _run_folders(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
         io.check_record(record, store.KIND, store.SCHEMA, ("spec", "run", "settings"), str(path))
         found.append((path.parent, record))
     return found
-
-
-def frame_json(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows of a table for JSON: NaN becomes None."""
-    return json.loads(frame.to_json(orient="records", double_precision=15))

@@ -8,7 +8,8 @@ from lofit_lens.errors import unknown
 from lofit_lens.plots.curves import SYMBOLS, faded, finish, rows_where
 from lofit_lens.plots.style import COLORS, HEAT
 
-LABELS = {"cosine": "cosine with the bare model", "change": "|change| / |bare|", "ratio": "|with| / |bare|"}
+LABELS = {"cosine": "cosine of e and b", "change": "relative change |e - b| / |b|", "ratio": "relative norm |e| / |b|"}
+LETTERS = "b: without the adapter, e: with it"
 NAMES = {"z": "z (mean over heads)", "resid": "residual stream"}
 
 
@@ -37,9 +38,9 @@ def drift_layers(drift: Drift, *, title: str = "How far the adapter moves activa
                 hovertemplate="layer %{x}: %{y:.4f}<extra>" + NAMES[where] + "</extra>",
             ), row=1, col=col)  # fmt: skip
         fig.update_yaxes(title_text=LABELS[measure], title_standoff=6, row=1, col=col)
-    note = f"{_what(drift)}; n={drift.n_texts} texts, {drift.n_tokens} tokens; bands: 95 % over texts"
+    note = f"{_what(drift)}; n={drift.n_texts} texts, {drift.n_tokens} tokens; bands: 95 % over texts<br>{LETTERS}"
     finish(fig, title, note, width=960, height=240, entries=list(NAMES.values()))
-    fig.update_xaxes(title_text="layer", dtick=max(1, len(drift.layers) // 2 // 8))
+    fig.update_xaxes(title_text="layer", zeroline=False, dtick=max(1, len(drift.layers) // 2 // 8))
     fig.update_layout(margin={"l": 74})
     return fig
 
@@ -81,7 +82,7 @@ def drift_positions(
         fig.update_xaxes(
             title_text=text, showgrid=False, zeroline=False, dtick=max(1, len(places) // 8), row=1, col=col
         )
-    note = f"{NAMES[where]}; {_what(drift)}<br>mean over up to n={drift.n_texts} texts; position 0 is the first token"
+    note = f"{NAMES[where]}; {_what(drift)}; {LETTERS}<br>mean over up to n={drift.n_texts} texts; position 0 is the first token"
     n_layers = len(cells.index)
     width = 220 + max(360, min(34 * (len(starts) + len(ends)), 900))
     finish(fig, title, note, width=width, height=max(150, min(26 * n_layers, 620)))

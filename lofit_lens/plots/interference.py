@@ -3,7 +3,7 @@
 import pandas as pd
 import plotly.graph_objects as go
 
-from lofit_lens.analysis.interference import Interference, LongContext
+from lofit_lens.analysis.interference import SUM, TOGETHER, Interference, LongContext
 from lofit_lens.evaluation.stats import mark
 from lofit_lens.plots.curves import add_curve, finish
 from lofit_lens.plots.style import COLORS
@@ -18,6 +18,7 @@ def interference_figure(found: Interference, *, title: str = "") -> go.Figure:
     """
     frame = found.frame
     tasks, conditions = (list(dict.fromkeys(frame[c])) for c in ("task", "condition"))
+    conditions.sort(key=lambda c: c in (TOGETHER, SUM))  # behind each single adapter
     tested = {
         (t, f): p for t, f, p in zip(found.tests["task"], found.tests["first"], found.tests["p_holm"], strict=True)
     }
@@ -33,20 +34,26 @@ def interference_figure(found: Interference, *, title: str = "") -> go.Figure:
                 "type": "data", "symmetric": False, "array": (rows["high"] - rows["value"]).tolist(), "thickness": 1.3,
                 "arrayminus": (rows["value"] - rows["low"]).tolist(), "width": 3, "color": "#222222",
             },
-            text=[mark(tested[t, condition]) if (t, condition) in tested else "" for t in rows["task"]],
-            textposition="inside", insidetextanchor="start", textfont={"size": 16, "color": "white"}, textangle=0,
+            offsetgroup=condition,
             hovertemplate="%{y:.3f}<extra>" + condition + "</extra>",
         ))  # fmt: skip
+        marks = [mark(tested[t, condition]) if (t, condition) in tested else "" for t in rows["task"]]
+        if any(marks):  # above the error bars
+            fig.add_trace(go.Bar(
+                x=[names[t] for t in rows["task"]], y=[0.0] * len(rows), base=rows["high"].tolist(), text=marks,
+                textposition="outside", textfont={"size": 16}, offsetgroup=condition, showlegend=False, hoverinfo="skip",
+                marker={"color": "rgba(0,0,0,0)"}, name=f"marks of {condition}",
+            ))  # fmt: skip
     seconds = " or ".join(dict.fromkeys(found.tests["second"]))
     note = (
         f"attached in the order {', '.join(found.order)}; bars: 95 % over items<br>"
-        f"* p < 0.05, + p < 0.1 (at the foot): differs from {seconds}, paired, Holm"
+        f"* p < 0.05, + p < 0.1: differs from {seconds}, paired, Holm"
     )
     after = any(c.startswith("after ") for c in conditions)
     default = "Adapters learned in turn" if after else "Adapters of several tasks together"
     width = max(560, 110 + 34 * len(conditions) * len(tasks))
     finish(fig, title or default, note, width=width, height=280, entries=conditions, tick_lines=2)
-    fig.update_yaxes(title_text="metric (share of items)", range=[0, 1.04])
+    fig.update_yaxes(title_text="metric (share of items)", range=[0, 1.1], tickvals=[0, 0.2, 0.4, 0.6, 0.8, 1])
     fig.update_xaxes(showgrid=False, tickangle=0)
     fig.update_layout(barmode="group", bargap=0.2, bargroupgap=0.05)
     return fig
@@ -59,7 +66,7 @@ def long_context_figure(found: LongContext, *, title: str = "Behind other docume
         found: of `analysis.interference.long_context`.
         title: of the figure.
     """
-    fig, names = go.Figure(), ("with the adapter", "no adapter")
+    fig, names, most = go.Figure(), ("with the adapter", "no adapter"), max(found.frame["tokens"].tolist())
     for i, (name, on) in enumerate(zip(names, (True, False), strict=True)):
         points = pd.DataFrame(found.frame[found.frame["adapter"] == on]).sort_values("length")
         add_curve(
@@ -68,6 +75,10 @@ def long_context_figure(found: LongContext, *, title: str = "Behind other docume
         )  # fmt: skip
     note = f"{found.task} {found.split}, n={int(found.frame['n'].iloc[0])} items; bands: 95 % over items"
     finish(fig, title, note, width=520, height=260, entries=names)
-    fig.update_xaxes(title_text="tokens of other documents in front (mean over items)", rangemode="tozero")
+    fig.update_xaxes(
+        title_text="tokens of other documents in front (mean over items)",
+        zeroline=False,
+        range=[-0.04 * most, 1.04 * most],
+    )
     fig.update_yaxes(title_text=found.metric, range=[-0.03, 1.03])
     return fig

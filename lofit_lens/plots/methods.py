@@ -29,7 +29,7 @@ def method_bars(frame: pd.DataFrame, *, title: str = "Methods on the test rows")
     heads = [f"{t}<br>{_of(frame, t, 'metric').upper()}, n={_of(frame, t, 'n_items')}" for t in tasks]
     fig = make_subplots(cols=len(tasks), shared_yaxes=True, subplot_titles=heads, horizontal_spacing=0.03)
     for i, task in enumerate(tasks, start=1):
-        rows = frame[frame["task"] == task]
+        rows = frame.loc[frame["task"] == task]
         fig.add_trace(
             go.Scatter(
                 x=(100 * rows["mean"]).tolist(), y=rows["method"].tolist(), mode="markers", name=task, showlegend=False,
@@ -38,7 +38,7 @@ def method_bars(frame: pd.DataFrame, *, title: str = "Methods on the test rows")
                     "type": "data", "symmetric": False, "array": (100 * (rows["high"] - rows["mean"])).tolist(),
                     "arrayminus": (100 * (rows["mean"] - rows["low"])).tolist(), "color": "#555555", "thickness": 1.5,
                 },
-                customdata=rows[["low", "high", "seeds", "n_parameters"]].to_numpy().tolist(),
+                customdata=[[r[c] for c in ("low", "high", "seeds", "n_parameters")] for r in rows.to_dict("records")],
                 hovertemplate="%{y}: %{x:.1f} % [%{customdata[0]:.2f}, %{customdata[1]:.2f}], %{customdata[2]} runs, "
                 "%{customdata[3]:,} parameters<extra>" + task + "</extra>",
             ), row=1, col=i,

@@ -48,7 +48,7 @@ def overlap_heatmap(frame: pd.DataFrame, value: str = "jaccard", *, title: str =
         for i, j in ((names.index(row["a"]), names.index(row["b"])), (names.index(row["b"]), names.index(row["a"]))):
             z[i, j], hover[i, j] = row[value], said
             text[i, j] = f"{form.format(row[value])}{mark(row['p_holm'])}"
-    top = max(1e-3, *frame[value].tolist())
+    top = max(frame[value].tolist()) or 1.0
     side = max(64, min(100, 560 // len(names)))
     left = 30 + 8 * max(map(len, names))
     fig = go.Figure(

@@ -40,7 +40,7 @@ def promoted_figure(
         raise InputError(f"top is {top}; give 1 or more tokens")
     names = [str(h) for h in tokens.heads][:PANELS]
     panels = [*names, TOTAL] if 1 < len(tokens.heads) < PANELS else names
-    cols = min(3, len(panels))
+    cols = 2 if len(panels) in (2, 4) else min(3, len(panels))
     n_rows = -(-len(panels) // cols)
     listed = [_strongest(tokens.of(name), top) for name in panels]
     n = max(len(rows) for rows in listed)
@@ -74,8 +74,8 @@ def promoted_figure(
         f"direct effect of v through W_O, the final norm and W_U, centred over the vocabulary<br>{scale}{more}; "
         "blue: promoted, orange: suppressed"
     )
-    finish(fig, title, note, width=max(560, 40 + 290 * cols), height=panel_height * n_rows + 56 * (n_rows - 1), lift=24)
-    fig.update_xaxes(showticklabels=True, zeroline=True, zerolinecolor="#888888", nticks=5)
+    finish(fig, title, note, width=max(560, 60 + 290 * cols), height=panel_height * n_rows + 56 * (n_rows - 1), lift=24)
+    fig.update_xaxes(showticklabels=True, zeroline=True, zerolinecolor="#888888", nticks=5, title_standoff=6)
     for col in range(1, cols + 1):
         last = max(i // cols for i in range(len(panels)) if i % cols == col - 1) + 1
         fig.update_xaxes(title_text="logits" if tokens.scale is not None else "logits (relative)", row=last, col=col)
@@ -100,14 +100,17 @@ def cosine_figure(frame: pd.DataFrame, *, title: str = "Offsets beside direction
     if not kinds:
         raise InputError("this table has no cosines; give geometry(...) probes=... or reading=...")
     heads = _few(frame["head"].tolist())
-    fig, entries = go.Figure(), []
+    fig, entries, bands = go.Figure(), [], []
     for chance in dict.fromkeys(CHANCE[k] for k in kinds):
-        reach, space = 1.96 * float(frame[chance].iloc[0]), "head" if chance.endswith("head") else "stream"
-        d = round(float(frame[chance].iloc[0]) ** -2)
-        entries.append(f"chance, {space} (d = {d})")
+        reach, space = (
+            1.96 * float(frame[chance].iloc[0]),
+            "a head" if chance.endswith("head") else "the residual stream",
+        )
+        bands.append(f"in {space}, d = {round(float(frame[chance].iloc[0]) ** -2)}")
         fig.add_trace(go.Scatter(
             x=[-0.5, len(heads) - 0.5, len(heads) - 0.5, -0.5], y=[reach, reach, -reach, -reach], fill="toself", mode="lines",
-            line={"width": 0}, fillcolor=faded("#000000", 0.1), name=entries[-1], hoverinfo="skip",
+            line={"width": 0}, fillcolor=faded("#000000", 0.1), name=bands[-1], hoverinfo="skip",
+            showlegend=False,
         ))  # fmt: skip
     for i, kind in enumerate(kinds):
         entries.append(COSINES[kind])
@@ -117,7 +120,7 @@ def cosine_figure(frame: pd.DataFrame, *, title: str = "Offsets beside direction
             marker={"color": COLORS[i], "size": 9, "symbol": ("circle", "diamond", "square")[i]}, customdata=heads,
             hovertemplate="%{customdata}: %{y:.3f}<extra>" + COSINES[kind] + "</extra>",
         ))  # fmt: skip
-    note = f"{len(heads)} heads; grey: 95 % of random directions"
+    note = f"{len(heads)} heads; grey: 95 % of random directions<br>({'; darker: '.join(bands)})"
     finish(
         fig, title, note, width=max(520, min(1200, 140 + 26 * len(heads))), height=260, entries=entries, tick_lines=2
     )
@@ -174,7 +177,7 @@ def keep_figure(found: KeepOnly, *, title: str = "Are a few heads enough?") -> g
     add_curve(fig, found.curve, "k", "random", ("random_low", "random_high"), name=names[1], place=1, hover=hover)
     note = f"{found.task} {found.split}, n={int(found.curve['n'].iloc[0])} items; bands: 95 % over items, and draws"
     finish(fig, title, note, width=520, height=260, entries=names)
-    fig.update_xaxes(title_text="k (heads whose edits are kept)")
+    fig.update_xaxes(zeroline=False, title_text="k (heads whose edits are kept)")
     ticks_at(fig, [float(k) for k in found.curve["k"]])
     fig.update_yaxes(title_text=found.metric, range=[-0.03, 1.03])
     return fig
@@ -270,7 +273,7 @@ def _few(heads: list[str]) -> list[str]:
 
 def _heads_axis(fig: Any, heads: list[str]) -> None:
     fig.update_xaxes(
-        tickvals=list(range(len(heads))), ticktext=heads, tickangle=0 if len(heads) <= 9 else -90, showgrid=False,
+        tickvals=list(range(len(heads))), ticktext=heads, tickangle=0 if len(heads) <= 9 else -90, showgrid=False, zeroline=False,
         range=[-0.6, len(heads) - 0.4], title_text="head", title_standoff=4,
     )  # fmt: skip
     if len(heads) > 9:

@@ -59,9 +59,7 @@ def save_figure(
             was asked for by name (how to get them is said).
     """
     path = Path(path)
-    for ending in formats:
-        if ending not in FORMATS:
-            raise unknown("format", ending, FORMATS)
+    check_formats(formats)
     if path.suffix:
         if path.suffix[1:] not in FORMATS:
             raise InputError(
@@ -78,6 +76,13 @@ def save_figure(
         return files
     traces: Any = fig.to_json(engine="json")
     return [*files, io.write_text(f"{beside}.json", json.dumps(json.loads(traces)["data"], indent=1) + "\n")]
+
+
+def check_formats(formats: Sequence[str]) -> None:
+    """Raise InputError unless all are of `FORMATS`."""
+    for ending in formats:
+        if ending not in FORMATS:
+            raise unknown("format", ending, FORMATS)
 
 
 def _write(fig: go.Figure, path: Path) -> Path:
@@ -116,11 +121,17 @@ def _image(fig: go.Figure, path: Path) -> bytes:
 
 
 @contextlib.contextmanager
-def many_figures() -> Iterator[None]:
+def many_figures(formats: Sequence[str] = FORMATS) -> Iterator[None]:
     """Keep one browser open for all static figures inside the block: half a second each instead of several.
+
+    Nothing is opened where `formats` are pages alone.
 
     The first one is drawn apart, to see that there is a browser: without one kaleido's server would wait for ever.
     """
+    check_formats(formats)
+    if set(formats) <= {"html"}:
+        yield
+        return
     try:
         import kaleido
 

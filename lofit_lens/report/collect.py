@@ -75,12 +75,12 @@ def _transfer(results: Results) -> dict[str, Any] | None:
         rows = [[cells.loc[(s, t), column] for t in tasks] for s in sources]
         return [[None if pd.isna(v) else v if isinstance(v, str) else factor * float(v) for v in row] for row in rows]
 
-    first = found.frame.drop_duplicates("task").set_index("task")
+    first = {row["task"]: row for row in reversed(found.frame.to_dict("records"))}
     return {
         "tasks": list(tasks), "sources": list(sources), "relative": grid("relative", 0.01), "accuracy": grid("accuracy"),
         "low": grid("accuracy_low"), "high": grid("accuracy_high"), "mark": grid("mark"), "p": grid("p"),
-        "metric": {t: str(first.loc[t, "metric"]) for t in tasks}, "n_items": {t: int(first.loc[t, "n_items"]) for t in tasks},
-        "n_seeds": int(found.frame["n_seeds"].min()),
+        "metric": {t: str(first[t]["metric"]) for t in tasks}, "n_items": {t: int(first[t]["n_items"]) for t in tasks},
+        "n_seeds": min(found.frame["n_seeds"].tolist()),
     }  # fmt: skip
 
 

@@ -58,7 +58,7 @@ function layerCounts(set, k) {
   return counts;
 }
 
-// Set A as full bars, set B as open ones.
+// Set A in full colour, set B paler with a border: told apart without colour too.
 function drawLayers(a, b, k) {
   const layers = Array.from({ length: nLayers }, (_, i) => i);
   const bar = (set, side, colour, fill) => {
@@ -69,7 +69,7 @@ function drawLayers(a, b, k) {
   const layout = plotLayout("layer", `share of the top ${k} heads (%)`);
   layout.xaxis.dtick = Math.max(1, Math.ceil(nLayers / 10));
   layout.xaxis.range = [-0.6, nLayers - 0.4];
-  Plotly.react("layer-plot", [bar(a, "A", colourA, colourA), bar(b, "B", colourB, "#fff")], layout, plotConfig);
+  Plotly.react("layer-plot", [bar(a, "A", colourA, colourA), bar(b, "B", colourB, "#F2C7A6")], layout, plotConfig);
 }
 
 // Rows: whose heads; columns: the task that was tuned on.

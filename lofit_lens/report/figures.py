@@ -13,7 +13,7 @@
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from lofit_lens.plots.layers import layer_distribution
 from lofit_lens.plots.methods import method_bars
 from lofit_lens.plots.overlap import agreement_curves, overlap_heatmap
 from lofit_lens.plots.stability import stability_curves
-from lofit_lens.plots.style import FORMATS, many_figures, save_figure
+from lofit_lens.plots.style import FORMATS, check_formats, many_figures, save_figure
 from lofit_lens.plots.sweeps import data_efficiency, k_sweep
 from lofit_lens.plots.transfer import transfer_heatmap
 from lofit_lens.report.drawn import Drawn, short
@@ -64,14 +64,20 @@ def draw_all(
         InputError: an unknown format, or a folder that cannot be written to.
         DataError: damaged results or head files.
     """
+    check_formats(formats)
+    official = list(official_figures(heads)) if heads is not None else []
     files: list[Path] = []
     for table in paper_tables(results):
         files += table.save(out)
-    with many_figures():
-        for drawn in figures(results):
-            files += save_figure(drawn.figure, Path(out) / drawn.name, data=drawn.data, formats=formats)
-        for drawn in official_figures(heads) if heads is not None else ():
-            files += save_figure(drawn.figure, Path(out) / drawn.name, data=drawn.data, formats=formats)
+    return files + save_all((*figures(results), *official), out, formats=formats)
+
+
+def save_all(drawn: Iterable[Drawn], out: str | Path, *, formats: Sequence[str] = FORMATS) -> list[Path]:
+    """Write figures with their tables beside them; see `save_figure`."""
+    files: list[Path] = []
+    with many_figures(formats):
+        for d in drawn:
+            files += save_figure(d.figure, Path(out) / d.name, data=d.data, formats=formats)
     return files
 
 
@@ -189,7 +195,7 @@ def _k_sweep(results: Results) -> Iterator[Drawn]:
     values: dict[str, dict[float, Any]] = {}
     for task in results.tasks:
         rows = results.rows(task=task, method=LOFIT, heads_from=OWN, source=task, n_train=None)
-        values[_series(results, task)] = {k: results.values(group) for k, group in rows.groupby("k")}
+        values[_series(results, task)] = {k: results.values(rows.loc[rows["k"] == k]) for k in sorted(set(rows["k"]))}
     if all(len(v) < 2 for v in values.values()):
         raise InputError("one number of heads only; run the study's part 'k'")
     frame = sweep(values)
