@@ -163,7 +163,7 @@ def _of_task(
             model, task, lofit.heads, adapter=lofit, ks=ks, draws=draws, limit=limit, progress=False
         ).to_dict(),
         **({} if cued is None else {"removal_cued": lambda: removal(
-            model, cued, lofit.heads, ks=ks, draws=draws, limit=limit, progress=False
+            model, cued, lofit.heads, prompts=prompts, ks=ks, draws=draws, limit=limit, progress=False
         ).to_dict()}),
         **({} if wide is None else {"removal_edits": lambda: drop_edits(
             model, task, wide, lofit.heads, ks=ks, draws=draws, limit=limit, progress=False

@@ -163,23 +163,32 @@ class Results:
             "LoFiT 10 %": self.lofit(task, k=3 * self.k(task)),
             **{m: self.rows(task=task, method=m, n_train=None) for m in TRAINED},
         }
-        return self._table(named, LEARNED)
+        return self._table(f"methods {task}", named, LEARNED)
 
     def selector_table(self, task: str) -> MethodTable | None:
         """The paper's Table 2 on one task: heads by each selector, then offsets; None where none ran."""
         found = self.rows(task=task, method=LOFIT, k=self.k(task), n_train=None)
         selectors = [by for by in SELECTORS if by in set(found["heads_from"])]
         chosen = {by: self.lofit(task, heads_from=by, source="" if by == CHANCE else task) for by in selectors}
-        return self._table({f"heads by {by}": rows for by, rows in chosen.items()}, f"heads by {OWN}")
+        named = {f"heads by {by}": rows for by, rows in chosen.items()}
+        return self._table(f"selectors {task}", named, f"heads by {OWN}")
 
-    def _table(self, named: dict[str, pd.DataFrame], reference: str) -> MethodTable | None:
+    @cached_property
+    def _tables(self) -> dict[str, MethodTable]:
+        return {}
+
+    def _table(self, key: str, named: dict[str, pd.DataFrame], reference: str) -> MethodTable | None:
+        """The table of these runs, worked out once."""
+        if key in self._tables:
+            return self._tables[key]
         runs = [
             MethodRuns(name, tuple(self._run(i) for i in rows.index), None if name == CHANCE_ROW else self._tuned(rows))
             for name, rows in named.items() if len(rows)
         ]  # fmt: skip
         if len(runs) < 2 or reference not in [m.method for m in runs]:
             return None
-        return MethodTable.of(runs, reference)
+        self._tables[key] = MethodTable.of(runs, reference)
+        return self._tables[key]
 
     def _run(self, i: Any) -> Run:
         record = io.read_json(self._folders[i] / "run.json")
