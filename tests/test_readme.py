@@ -11,8 +11,8 @@ BLOCKS = re.findall(
 
 
 def test_there_are_examples():
-    """A first use, measuring, other methods, a task of one's own."""
-    assert len(BLOCKS) == 4
+    """A first use, measuring, other methods, head sets, a task of one's own."""
+    assert len(BLOCKS) == 5
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda b: b.split("\n")[2][:30])

@@ -53,14 +53,14 @@ def tops(task, k):
 
 
 def test_the_bare_plan_has_own_heads_random_heads_and_zero_shot(unchecked):
-    """Own heads once a seed, random heads once a draw (seeds in turn), the unmodified model once."""
+    """Own heads once a seed, random heads once a draw (which is the seed too), the unmodified model once."""
     fits = plan_of(Plan(parts=(), draws=3))
     for task, k in (("a", 2), ("b", 3)):
         assert [f for f in fits if f.task == task and f.heads_from == "A-norm"] == [
             Fit(task, "LoFiT", s, "A-norm", task, k, heads=tops(task, k)) for s in (0, 1)
         ]
         drawn = [f for f in fits if f.task == task and f.heads_from == "random"]
-        assert [(f.seed, f.draw, f.k) for f in drawn] == [(0, 0, k), (1, 1, k), (0, 2, k)]
+        assert [(f.seed, f.draw, f.k) for f in drawn] == [(0, 0, k), (1, 1, k), (2, 2, k)]
         assert [f.heads for f in drawn] == [tuple(HeadSet.random((2, 4), k, seed=d)) for d in range(3)]
         assert [f for f in fits if f.task == task and f.method == "zero-shot"] == [Fit(task, "zero-shot", 0)]
     assert len(fits) == len(set(fits)) == 2 * (2 + 3 + 1)
@@ -189,7 +189,16 @@ def test_another_study_in_the_folder_is_refused(folder, model):
     text = (folder / "study.json").read_text()
     with pytest.raises(InputError, match="study of other tasks"):
         run_study(model, TASKS[:1], out=folder, plan=replace(PLAN, parts=()), progress=False)
+    with pytest.raises(InputError, match=r"study of another limit \(5, not 4\)"):
+        studies.run(model, folder, plan=replace(PLAN, limit=4))
     assert (folder / "study.json").read_text() == text
+
+
+def test_a_further_part_keeps_what_was_asked_before(study_folder, model, tmp_path):
+    """Another call without the other tasks leaves them in the record, so that their table is still drawn."""
+    copy = shutil.copytree(study_folder, tmp_path / "study")
+    studies.run(model, copy, plan=replace(PLAN, parts=("transfer",)), other_tasks=[])
+    assert list(load_results(copy).record["other_tasks"]) == [OTHER.name]
 
 
 def test_a_folder_without_a_study_says_what_to_do(tmp_path):

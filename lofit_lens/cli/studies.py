@@ -56,21 +56,24 @@ def run(asked: Request) -> None:
     tasks = [c.open_task(name, fold=None, data_dir=asked.data_dir) for name in task_names(asked.tasks)]
     embedded = asked.model == "organism"
     plan = Plan(
-        seeds=tuple(range(asked.seeds)), extra_seeds=tuple(range(asked.seeds, max(5, asked.seeds))), draws=asked.draws,
+        seeds=tuple(range(asked.seeds)), extra_seeds=tuple(range(asked.seeds, max(4, asked.seeds))), draws=asked.draws,
         limit=asked.limit, parts=tuple(asked.parts or PARTS), tune=asked.tune,
     )  # fmt: skip
     others = [f"{t.name}-cued" for t in tasks] if embedded and "other tasks" in plan.parts else []
     texts = list(load_texts("organism"))[: plan.n_texts] if embedded else []
     rest = [c.open_task(name, fold=None, data_dir=None) for name in others]
     workers = workers_for(asked.workers, asked.model, asked.device)
+    # LoRA needs the bridge: with it in the study, every method runs on that class.
+    backend = "bridge" if asked.backend == "auto" and "methods" in plan.parts else asked.backend
     run_study(
-        asked.model, tasks, out=asked.results, plan=plan, texts=texts, other_tasks=rest, workers=workers, backend=asked.backend,
-        dtype=asked.dtype, device=asked.device, revision=asked.revision, progress=not asked.quiet,
+        asked.model, tasks, out=asked.results, plan=plan, texts=texts, other_tasks=rest, batch_size=64 if embedded else 16,
+        workers=workers, backend=backend, dtype=asked.dtype, device=asked.device, revision=asked.revision,
+        progress=not asked.quiet,
     )  # fmt: skip
     if asked.readings:
         run_readings(
             asked.model, tasks, out=asked.results, other_tasks=rest, texts=texts, draws=asked.draws, workers=workers,
-            backend=asked.backend, dtype=asked.dtype, device=asked.device, revision=asked.revision, progress=not asked.quiet,
+            backend=backend, dtype=asked.dtype, device=asked.device, revision=asked.revision, progress=not asked.quiet,
         )  # fmt: skip
 
 

@@ -62,7 +62,7 @@ class Plan:
     """
 
     seeds: tuple[int, ...] = (0, 1)
-    extra_seeds: tuple[int, ...] = (2, 3, 4)
+    extra_seeds: tuple[int, ...] = (2, 3)
     parts: tuple[str, ...] = PARTS
     selectors: tuple[str, ...] = ("bias norm", "probe accuracy", "probing layers")
     scored: tuple[str, ...] = ("gradient attribution",)
@@ -117,6 +117,7 @@ class _Setting:
     plan: Plan
     texts: tuple[str, ...]
     out: str
+    batch_size: int
 
     def bench(self, task: str, n_train: int | None = None) -> Workbench:
         loaded = self.model if self.load is None else kept_model(str(self.model), **self.load)
@@ -131,6 +132,7 @@ def run_study(
     plan: Plan | None = None,
     other_tasks: Sequence[Task] = (),
     texts: Iterable[str] = (),
+    batch_size: int = 16,
     workers: int = 1,
     backend: str = "auto",
     dtype: str = "float32",
@@ -147,6 +149,7 @@ def run_study(
         plan: what to run; None = `Plan()`.
         other_tasks: on which LoFiT's adapters are tested without being trained on them (Table 5).
         texts: ordinary texts on which LoFiT's adapters' damage is measured.
+        batch_size: of the evaluations.
         workers: processes, each on one thread.
         backend: as `load_model`, like the three that follow, for a model given by name.
         dtype: of the weights.
@@ -169,7 +172,7 @@ def run_study(
         raise InputError(f"{workers} workers need the model by name, since each loads its own; or give workers=1")
     load = {"backend": backend, "dtype": dtype, "device": device, "revision": revision} if by_name else None
     every = {t.name: t for t in (*tasks, *other_tasks)}
-    setting = _Setting(model, load, every, plan, tuple(texts), str(out))
+    setting = _Setting(model, load, every, plan, tuple(texts), str(out), batch_size)
     info = setting.bench(names[0]).info
     presets = {t.name: preset(info, t.family, t.objective) for t in tasks}
     k = {name: p.k for name, p in presets.items()}
@@ -200,12 +203,14 @@ def _write_record(
     path = out / "study.json"
     if path.is_file():
         there = io.read_json(path)
-        io.check_record(there, KIND, SCHEMA, ("model", "tasks"), str(path))
-        for name, what in (("model", "another model"), ("tasks", "other tasks")):
-            if there[name] != record[name]:
-                raise InputError(
-                    f"{out} holds a study of {what} ({there[name]}, not {record[name]}); give another folder"
-                )
+        io.check_record(there, KIND, SCHEMA, ("model", "plan", "tasks", "other_tasks"), str(path))
+        for what, old, new in (
+            ("another model", there["model"], record["model"]), ("other tasks", there["tasks"], record["tasks"]),
+            *((f"another {n}", there["plan"][n], record["plan"][n]) for n in ("limit", "tune")),
+        ):  # fmt: skip
+            if old != new:
+                raise InputError(f"{out} holds a study of {what} ({old}, not {new}); give another folder")
+        record["other_tasks"] = {**there["other_tasks"], **record["other_tasks"]}
     io.write_json(path, record)
 
 
@@ -290,7 +295,7 @@ def plan_fits(
         for d in range(plan.draws):
             drawn = HeadSet.random((info.n_layers, info.n_heads), k[t], seed=d)
             heads = tuple((h.layer, h.head) for h in drawn)
-            fits.append(Fit(t, LOFIT, seeds[d % len(seeds)], CHANCE, "", k[t], d, heads=heads))
+            fits.append(Fit(t, LOFIT, d, CHANCE, "", k[t], d, heads=heads))
     own = [replace(lofit(t, s, OWN, k[t]), also=also) for t in tasks for s in seeds]
     if "data" in parts:
         fits += [Fit(t, m, s, n_train=n) for n in plan.sizes for m in plan.trained for t in tasks for s in seeds]
@@ -334,7 +339,10 @@ def _fit(setting: _Setting, job: Fit) -> None:
     for tested in (*job.also, job.task):
         start = time.perf_counter()
         with nullcontext() if fitted is None else fitted.attached(model):
-            result = evaluate(model, setting.tasks[tested], limit=setting.plan.limit, label=job.method, progress=False)
+            result = evaluate(
+                model, setting.tasks[tested], limit=setting.plan.limit, batch_size=setting.batch_size, label=job.method,
+                progress=False,
+            )  # fmt: skip
         took = time.perf_counter() - start
         own = tested == job.task
         heads = getattr(fitted, "heads", None)
@@ -365,7 +373,8 @@ def _tuned(setting: _Setting, job: Fit) -> Tuned | None:
         return None
     whole = setting.bench(job.task)
     name = LEARNED if job.method == LOFIT else job.method
-    return tune_method(whole, whole.task, name, out=Path(setting.out) / "trials", progress=False)
+    trials = Path(setting.out) / "trials"
+    return tune_method(whole, whole.task, name, batch_size=setting.batch_size, out=trials, progress=False)
 
 
 def _preset_of(bench: Workbench, job: Fit) -> dict[str, Any]:
