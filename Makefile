@@ -39,14 +39,14 @@ demo: $(READY)
 	$(BIN)/lofit-lens demo
 
 test: test-unit
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 -m slow
 
 test-unit: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-tl4: $(TL4_READY)
-	$(TL4)/bin/python -m pytest -n 2 --dist loadgroup -m "not slow"
-	$(TL4)/bin/python -m pytest -m slow
+	$(TL4)/bin/python -m pytest -n 2 -m "not slow"
+	$(TL4)/bin/python -m pytest -n 2 -m slow
 
 organism: $(READY)
 	$(BIN)/python -m lofit_lens.organism.train --seed 0 --out build/organism-0

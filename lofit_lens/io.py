@@ -6,6 +6,7 @@ safetensors, everything else as JSON.
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -31,6 +32,11 @@ RECORDED_PACKAGES = ("lofit-lens", "transformer-lens", "torch", "transformers", 
 
 def environment() -> dict[str, str]:
     """Versions of Python, the platform and the packages that can change a result."""
+    return dict(_versions())
+
+
+@functools.cache  # every result asks for it, and finding versions takes milliseconds
+def _versions() -> Mapping[str, str]:
     versions = {"python": platform.python_version(), "platform": platform.platform()}
     for name in RECORDED_PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -86,7 +86,7 @@ def bridge_llama(loaded):
 
 @pytest.fixture(scope="session")
 def study_folder(loaded, tmp_path_factory):
-    """A small study of all parts on the bridge, read; tests that use it are of one xdist group and must not change it."""
+    """A small study of all parts on the bridge, read; tests must not change it."""
     folder = studies.run(loaded("llama", "bridge"), tmp_path_factory.mktemp("study") / "small")
     studies.read(loaded("llama", "bridge"), folder)
     return folder

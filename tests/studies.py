@@ -1,7 +1,8 @@
 """A small study on a tiny Llama, for the tests of what is read and drawn from one."""
 
 from lofit_lens.analysis.readings import run_readings
-from lofit_lens.experiments.study import PARTS, Plan, run_study
+from lofit_lens.experiments.plan import PARTS, Plan
+from lofit_lens.experiments.study import run_study
 from lofit_lens.tasks import Task
 
 NAMES = ("Ann", "Bob", "Eve", "France", "Rome", "a book", "an author", "an uncle")

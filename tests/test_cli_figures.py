@@ -9,7 +9,7 @@ from lofit_lens.cli import common
 from tests import studies
 from tests.test_cli import run as run_cli
 
-pytestmark = pytest.mark.xdist_group("study")
+pytestmark = pytest.mark.slow  # they wait for a study
 
 
 @pytest.fixture
@@ -46,7 +46,10 @@ def test_bad_input(shell, study_folder, tmp_path):
         (("figures", "--heads", tmp_path), "holds no official head files"),
         (("figures", tmp_path / "s", "--run", "--part", "heads"), "unknown part 'heads'"),
         (("report", tmp_path), "holds no study"),
-        (("transfer", "--task", "nix", "--out", tmp_path / "t"), "unknown task 'nix'"),
+        (("figures", tmp_path / "s", "--run", "--formats", "gif"), "unknown format 'gif'"),
+        (("figures", tmp_path / "s", "--run", "--heads", tmp_path), "holds no official head files"),
+        (("transfer", "--task", "organism/truth", "--out", tmp_path / "t"), "needs two or more"),
+        (("transfer", "--task", "organism/truth", "--task", "nix", "--out", tmp_path / "t"), "unknown task 'nix'"),
     ):
         code, said, error = shell(
             *args, *(() if "--out" in args or args[0] != "figures" else ("--out", tmp_path / "out"))

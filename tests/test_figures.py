@@ -20,7 +20,7 @@ from lofit_lens.report.figures import draw_all, figures, transfer
 from lofit_lens.report.official import official_figures, official_sets
 from tests import studies
 
-pytestmark = pytest.mark.xdist_group("study")
+pytestmark = pytest.mark.slow  # they wait for a study
 KIN, PLACE = (t.name for t in studies.TASKS)
 READ = (
     "tokens",
@@ -123,7 +123,7 @@ def test_a_lacking_part_is_said_and_the_rest_is_drawn(study_folder, tmp_path, ca
     copy = shutil.copytree(study_folder, tmp_path / "study")
     results = load_results(copy)
     for i in results.lofit(KIN, source=PLACE).index:
-        shutil.rmtree(results.run_folder(i))
+        shutil.rmtree(results.folders[i])
     names = {d.name for d in figures(load_results(copy))}
     assert "fig2_transfer" not in names
     assert {"fig3_layers", "fig5_heads", "methods"} <= names

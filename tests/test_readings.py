@@ -12,12 +12,11 @@ from lofit_lens.analysis.readings import read_readings, reading_file
 from lofit_lens.analysis.stored import KINDS, restored
 from lofit_lens.errors import DataError, InputError
 from lofit_lens.experiments.results import load_results
-from lofit_lens.heads import HeadSet
 from lofit_lens.report.collect import collect
 from lofit_lens.report.data import checked
 from tests import studies
 
-pytestmark = pytest.mark.xdist_group("study")
+pytestmark = pytest.mark.slow  # they wait for a study
 KIN, PLACE = (t.name for t in studies.TASKS)
 PARTS = {
     "tokens", "geometry", "attention", "leave_one_out", "keep_only", "removal", "removal_edits", "drift", "long_context"
@@ -81,12 +80,28 @@ def test_a_part_that_cannot_be_had_is_left_out_and_said(caplog):
     assert any("b is left out: nothing to read" in m for m in caplog.messages)
 
 
-def test_large_models_keep_the_chosen_heads_patterns(results, monkeypatch):
-    """Above the limit: the best heads of every selector and seed, each once."""
+def test_large_models_keep_the_adapters_patterns(results, bridge_llama, monkeypatch):
+    """Above the limit: the adapter's own heads; prompts that are too long to be read are passed over."""
+    lofit = results.adapter(KIN, k=2, model=bridge_llama)
+    prompts = ["Ann saw " * 60, *(e.prompt for e in studies.TASKS[0].examples("val"))]
+    assert len(readings._patterns(bridge_llama, lofit, prompts)["heads"]["heads"]) == 12
     monkeypatch.setattr(readings, "ALL_HEADS", 11)
-    shown = readings._shown_heads(results, KIN)
-    best = [s.top(1)[0] for (t, _, _), s in results.scores.items() if t == KIN]
-    assert shown == HeadSet(dict.fromkeys(best), shape=(3, 4))
+    record = readings._patterns(bridge_llama, lofit, prompts)
+    assert record["heads"]["heads"] == [list(h) for h in lofit.heads]
+    assert record["prompts"] == prompts[1:3]
+    with pytest.raises(InputError, match="longer than 60 tokens"):
+        readings._patterns(bridge_llama, lofit, prompts[:1])
+
+
+def test_a_reading_is_made_anew_when_what_it_depends_on_changes(study_folder, bridge_llama, tmp_path):
+    """Other draws: each task's reading again; the texts' too."""
+    copy = shutil.copytree(study_folder, tmp_path / "study")
+    for name in (PLACE, "together"):
+        path = reading_file(copy, name)
+        record = json.loads(path.read_text())
+        record["asked"]["draws"] = 7
+        path.write_text(json.dumps(record))
+    assert studies.read(bridge_llama, copy) == [reading_file(copy, PLACE), reading_file(copy, "together")]
 
 
 def test_records_come_back_as_they_were(results):
@@ -169,7 +184,7 @@ def test_report_without_readings_and_transfer(study_folder, tmp_path):
     shutil.rmtree(copy / "readings")
     results = load_results(copy)
     for i in results.lofit(KIN, source=PLACE).index:
-        shutil.rmtree(results.run_folder(i))
+        shutil.rmtree(results.folders[i])
     data = collect(load_results(copy))
     assert checked(data)["transfer"] is None
     assert data["heads"] == data["attention"] == {}

@@ -15,6 +15,7 @@ def test_there_are_examples():
     assert len(BLOCKS) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda b: b.split("\n")[2][:30])
 def test_readme_example_runs(block, tmp_path, monkeypatch, capsys):
     """No line is left out, nothing is assumed."""

@@ -12,14 +12,14 @@ from lofit_lens.evaluation.compare import compare, over_seeds
 from lofit_lens.evaluation.stats import holm, paired_permutation_test
 from lofit_lens.experiments import study
 from lofit_lens.experiments.paper_tables import paper_tables
+from lofit_lens.experiments.plan import Fit, Plan, plan_fits, usual_ks
 from lofit_lens.experiments.results import load_results
-from lofit_lens.experiments.study import Fit, Plan, plan_fits, run_study, usual_ks
+from lofit_lens.experiments.study import run_study
 from lofit_lens.heads import HeadScores, HeadSet
 from lofit_lens.models import model_info
 from tests import studies
 from tests.studies import OTHER, PLAN, TASKS
 
-pytestmark = pytest.mark.xdist_group("study")
 KIN, PLACE = (t.name for t in TASKS)
 
 
@@ -146,7 +146,7 @@ def test_runs_are_what_they_say(results):
         assert crossed.loc[i, "heads"] == str(results.heads(PLACE, seed=seed, k=results.k(KIN)))
         assert results.evaluations[i].task == KIN
     few = results.lofit(KIN, n_train=4)
-    config = json.loads((results.run_folder(few.index[0]) / "adapter" / "adapter_config.json").read_text())
+    config = json.loads((results.folders[few.index[0]] / "adapter" / "adapter_config.json").read_text())
     assert config["n_train"] == 4
     values = results.values(results.by_chance(KIN))
     assert values.shape == (2, 5)
@@ -172,7 +172,7 @@ def test_what_is_there_is_not_run_again(folder, model, monkeypatch, tmp_path):
     before = load_results(copy)
     row = before.lofit(KIN, seed=1).index[0]
     kept = before.evaluations[row].items["em"].tolist()
-    shutil.rmtree(before.run_folder(row))
+    shutil.rmtree(before.folders[row])
     (copy / "scores" / "place--A-norm--seed2.json").unlink()
     studies.run(model, copy)
     assert [j if isinstance(j, tuple) else (j.task, j.method, j.seed) for j in ran] == [
@@ -255,8 +255,11 @@ def test_paper_tables_repeat_the_runs(results):
         runs = [results.evaluations[i] for i in results.rows(task=task, method="LoFiT", tested=OTHER.name).index]
         assert len(runs) == 2
         p.append(compare(runs, base, test=paired_permutation_test)["em"].p)
-    found = last.frame.set_index("tuned_on").loc[[KIN, PLACE], "p_holm"].tolist()
+    found = last.frame[last.frame["metric"] == "em"].set_index("tuned_on").loc[[KIN, PLACE], "p_holm"].tolist()
     assert found == pytest.approx(holm(p))
+    assert last.columns[-1] == "text: KL, nats a token"
+    kl = last.frame[last.frame["metric"] == "kl"].set_index("tuned_on").loc[KIN, "mean"]
+    assert kl == pytest.approx(results.damage(KIN).mean())
     text = tables["table1"].to_latex()
     assert text.count("\\\\") == 1 + len(tables["table1"].cells)
     assert "| method | parameters |" in tables["table1"].to_markdown()

@@ -4,7 +4,8 @@
     learned_in_turn   adapters tuned one after another, each over the ones before; every task after every step
     long_context      one task behind other documents, with and without its adapter
 
-Differences are paired by item and tested by the paired bootstrap; p-values are adjusted over all tests of one result (Holm).
+Differences are paired by item and tested by the paired bootstrap (permutation below 50 items);
+p-values are adjusted over all tests of one result (Holm).
 """
 
 import random
@@ -16,9 +17,9 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
-from lofit_lens.analysis.measure import Items, items_of, records, summary
+from lofit_lens.analysis.measure import Items, items_of, paired, records, summary
 from lofit_lens.errors import DataError, InputError
-from lofit_lens.evaluation.stats import holm, paired_bootstrap_test
+from lofit_lens.evaluation.stats import holm
 from lofit_lens.heads import HeadSet
 from lofit_lens.interventions.base import Intervention, attached
 from lofit_lens.interventions.lofit import Lofit
@@ -271,7 +272,7 @@ def _after(name: str) -> str:
 
 
 def _test(first: Items, second: Items) -> dict[str, Any]:
-    found = paired_bootstrap_test(list(first), list(second))
+    found = paired(first, second)
     low, high = found.interval or (float("nan"), float("nan"))
     return {"difference": found.difference, "low": low, "high": high, "p": found.p, "n": found.n}
 

@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lofit_lens.analysis.resampling import paired_test_of_means
 from lofit_lens.errors import InputError
 from lofit_lens.evaluation.evaluate import evaluate
 from lofit_lens.evaluation.result import Metric
-from lofit_lens.evaluation.stats import bootstrap_interval_over_seeds
+from lofit_lens.evaluation.stats import PairedTest, bootstrap_interval_over_seeds
 from lofit_lens.interventions.base import Intervention, attached
 from lofit_lens.tasks.base import Task
 
@@ -32,6 +33,11 @@ def summary(items: Sequence[float]) -> dict[str, Any]:
     metric = Metric.of(list(items))
     low, high = metric.interval or (np.nan, np.nan)
     return {"value": metric.mean, "low": low, "high": high, "n": metric.n}
+
+
+def paired(first: Items, second: Items) -> PairedTest:
+    """Paired test of first - second over items: bootstrap, or permutation below 50 items."""
+    return paired_test_of_means(np.array([first], dtype=float), np.array([second], dtype=float))
 
 
 def difference(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> dict[str, Any]:

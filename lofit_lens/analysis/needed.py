@@ -17,9 +17,9 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
-from lofit_lens.analysis.measure import Items, check_draws, check_ks, difference, items_of, records, summary
+from lofit_lens.analysis.measure import Items, check_draws, check_ks, difference, items_of, paired, records, summary
 from lofit_lens.errors import InputError
-from lofit_lens.evaluation.stats import holm, paired_bootstrap_test
+from lofit_lens.evaluation.stats import holm
 from lofit_lens.heads import HeadSet
 from lofit_lens.interventions.ablation import HOW, HeadAblation, How, mean_z
 from lofit_lens.interventions.base import Intervention
@@ -36,7 +36,7 @@ class LeaveOneOut:
 
     Attributes:
         frame: one row a head, in the adapter's order: `head`, `layer`, `index`, `full` (metric of the whole adapter), `without`
-            (of the adapter without this head), `loss` (full - without), `low`, `high` (95 % over items), `p` (paired bootstrap,
+            (of the adapter without this head), `loss` (full - without), `low`, `high` (95 % over items), `p` (paired test,
             two-sided), `p_holm` (over all heads), `n`.
         full: metric of every item with the whole adapter.
         without: the same without each head, in the order of the frame.
@@ -88,7 +88,7 @@ def leave_one_out(
     for head in tqdm(lofit.heads, desc="leave one out", disable=not progress, unit="head"):
         rest = lofit.heads - HeadSet([head])
         items = items_of(model, task, lofit.restrict(rest), split=split, limit=limit) if len(rest) else bare
-        test = paired_bootstrap_test(list(full), list(items))
+        test = paired(full, items)
         low, high = test.interval or (float("nan"), float("nan"))
         rows.append({
             "head": str(head), "layer": head.layer, "index": head.head, "full": summary(full)["value"],

@@ -21,22 +21,24 @@ from lofit_lens.analysis.interference import interference, learned_in_turn, long
 from lofit_lens.analysis.logit_lens import promoted_tokens
 from lofit_lens.analysis.measure import records
 from lofit_lens.analysis.needed import drop_edits, keep_only, leave_one_out, removal
-from lofit_lens.errors import InputError
+from lofit_lens.errors import DataError, InputError, TrainingDiverged
 from lofit_lens.experiments.pool import Pool, kept_model
 from lofit_lens.experiments.results import Results, load_results
-from lofit_lens.heads import Head, HeadSet
+from lofit_lens.heads import HeadSet
 from lofit_lens.interventions.lofit import Lofit
-from lofit_lens.models import context_length
+from lofit_lens.models import context_length, tokenizer_of
 from lofit_lens.probing.probes import fit_probes
 from lofit_lens.probing.reading import reading_vectors
 from lofit_lens.tasks.base import Task
+from lofit_lens.tasks.collate import encode
 
 KIND, SCHEMA = "lofit_lens.readings", 1
 TOGETHER = "together"
 PROMPTS = 32  # validation prompts that norms, scales and drift are measured on
 LONG_ROWS = 60  # test rows asked behind long contexts
 SHOWN = 2  # prompts whose attention patterns are kept
-ALL_HEADS = 128  # up to so many heads in a model, the patterns of all are kept; else those of chosen heads
+ALL_HEADS = 128  # up to so many heads in a model, the patterns of all are kept; else those of the adapter's heads
+LONGEST = 60  # tokens of a prompt whose patterns are kept
 
 log = logging.getLogger(__name__)
 
@@ -84,8 +86,9 @@ def run_readings(
     by_name = isinstance(model, str | Path)
     every = {t.name: t for t in (*tasks, *other_tasks)}
     jobs = [t.name for t in tasks] + ([TOGETHER] if len(tasks) > 1 else [])
-    left = [name for name in jobs if not reading_file(results.folder, name).is_file()]
-    work = [(model, load if by_name else None, str(out), every, name, tuple(texts), draws) for name in left]
+    asked = {name: _asked(results, name, every, texts, draws) for name in jobs}
+    left = [name for name in jobs if not _is_there(results.folder, name, asked[name])]
+    work = [(model, load if by_name else None, str(out), every, name, tuple(texts), asked[name]) for name in left]
     with Pool(workers) as pool, tqdm(total=len(left), desc="readings", disable=not progress, unit="task") as bar:
         for _ in pool.run(_read, work, bar):
             pass
@@ -113,21 +116,43 @@ def read_readings(results: Results) -> dict[str, dict[str, Any]]:
     return found
 
 
+def _asked(results: Results, name: str, tasks: Mapping[str, Task], texts: Sequence[str], draws: int) -> dict[str, Any]:
+    """What a reading depends on; where it is not what a file was made from, the reading is made anew."""
+    of = results.tasks if name == TOGETHER else (name,)
+    wide = [] if name == TOGETHER else results.lofit(name, seed=results.seeds[0], k=results.wide_k(name)).index
+    return {
+        "seed": results.seeds[0], "draws": draws, "limit": results.record["plan"]["limit"],
+        "heads": {t: str(results.adapter(t).heads) for t in of}, "cued": f"{name}-cued" in tasks, "wide": len(wide) > 0,
+        "texts": io.digest(list(texts)) if texts else "",
+    }  # fmt: skip
+
+
+def _is_there(folder: Path, name: str, asked: dict[str, Any]) -> bool:
+    path = reading_file(folder, name)
+    if not path.is_file():
+        return False
+    record = io.read_json(path)
+    if not isinstance(record, dict) or record.get("kind") != KIND:
+        raise DataError(f"{path} is not a {KIND} record; remove it")
+    return record.get("asked") == asked
+
+
 def _read(
-    model: Any, load: dict[str, Any] | None, folder: str, tasks: Mapping[str, Task], name: str, texts: tuple[str, ...], draws: int
+    model: Any, load: dict[str, Any] | None, folder: str, tasks: Mapping[str, Task], name: str, texts: tuple[str, ...],
+    asked: dict[str, Any],
 ) -> None:  # fmt: skip
     loaded = model if load is None else kept_model(str(model), **load)
     results = load_results(folder)
     if name == TOGETHER:
         parts = _together(loaded, results, tasks)
     else:
-        parts = _of_task(loaded, results, tasks, name, texts, draws)
+        parts = _of_task(loaded, results, tasks, name, texts, asked["draws"])
     record = {
         "kind": KIND,
         "schema": SCHEMA,
         "task": name,
         "parts": parts,
-        "draws": draws,
+        "asked": asked,
         "versions": io.environment(),
     }
     io.write_json(reading_file(results.folder, name), record)
@@ -140,45 +165,29 @@ def _of_task(
     seed, limit = results.seeds[0], results.record["plan"]["limit"]
     split = "val" if task.test.get("val") else "train"
     prompts = [e.prompt for e in task.examples(split, limit=PROMPTS)]
-    ks = [lofit.k]
-    cued = tasks.get(f"{name}-cued")
-    shown = _shown_heads(results, name)
-    wide = (
-        results.adapter(name, k=3 * lofit.k, model=model)
-        if len(results.lofit(name, k=3 * lofit.k, seed=seed))
-        else None
-    )
-
-    def patterns() -> dict[str, Any]:
-        with lofit.attached(model):
-            return attention_patterns(model, prompts[:SHOWN], shown).to_dict()
-
-    return _parts({
+    options: dict[str, Any] = {"limit": limit, "progress": False}
+    removed: dict[str, Any] = {"ks": [lofit.k], "draws": draws, **options}
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
         "tokens": lambda: promoted_tokens(model, lofit, prompts=prompts).to_dict(),
         "geometry": lambda: _geometry(model, task, lofit, prompts, seed),
-        "attention": patterns,
-        "leave_one_out": lambda: leave_one_out(model, task, lofit, limit=limit, progress=False).to_dict(),
-        "keep_only": lambda: keep_only(model, task, lofit, draws=min(2, draws), limit=limit, progress=False).to_dict(),
-        "removal": lambda: removal(
-            model, task, lofit.heads, adapter=lofit, ks=ks, draws=draws, limit=limit, progress=False
-        ).to_dict(),
-        **({} if cued is None else {"removal_cued": lambda: removal(
-            model, cued, lofit.heads, prompts=prompts, ks=ks, draws=draws, limit=limit, progress=False
-        ).to_dict()}),
-        **({} if wide is None else {"removal_edits": lambda: drop_edits(
-            model, task, wide, lofit.heads, ks=ks, draws=draws, limit=limit, progress=False
-        ).to_dict()}),
-        **({} if not texts else {"long_context": lambda: long_context(
-            model, task, lofit, texts, _lengths(model), separator=" ", limit=min(LONG_ROWS, limit or LONG_ROWS), progress=False
-        ).to_dict()}),
+        "attention": lambda: _patterns(model, lofit, prompts),
+        "leave_one_out": lambda: leave_one_out(model, task, lofit, **options).to_dict(),
+        "keep_only": lambda: keep_only(model, task, lofit, draws=min(2, draws), **options).to_dict(),
+        "removal": lambda: removal(model, task, lofit.heads, adapter=lofit, **removed).to_dict(),
         "drift": lambda: drift(model, lofit, prompts, progress=False).to_dict(),
-    })  # fmt: skip
-
-
-def _lengths(model: Any) -> tuple[int, ...]:
-    """Tokens in front of a question: none, a fifth and three fifths of the context, at most 2,000."""
-    n = context_length(model)
-    return (0, min(400, n // 5), min(2000, 3 * n // 5))
+    }
+    if (cued := tasks.get(f"{name}-cued")) is not None:
+        # Means over neutral prompts: those over cued ones would hold the cue.
+        parts["removal_cued"] = lambda: removal(model, cued, lofit.heads, prompts=prompts, **removed).to_dict()
+    if len(results.lofit(name, k=results.wide_k(name), seed=seed)):
+        wide = results.adapter(name, k=results.wide_k(name), model=model)
+        parts["removal_edits"] = lambda: drop_edits(model, task, wide, lofit.heads, **removed).to_dict()
+    if texts:
+        rows = min(LONG_ROWS, limit or LONG_ROWS)
+        parts["long_context"] = lambda: long_context(
+            model, task, lofit, texts, _lengths(model), separator=" ", limit=rows, progress=False
+        ).to_dict()
+    return _parts(parts)
 
 
 def _parts(named: Mapping[str, Callable[[], dict[str, Any]]]) -> dict[str, Any]:
@@ -187,9 +196,15 @@ def _parts(named: Mapping[str, Callable[[], dict[str, Any]]]) -> dict[str, Any]:
     for name, make in named.items():
         try:
             found[name] = make()
-        except InputError as e:
+        except (InputError, TrainingDiverged) as e:
             log.warning("%s is left out: %s", name, e)
     return found
+
+
+def _lengths(model: Any) -> tuple[int, ...]:
+    """Tokens in front of a question: none, a fifth and three fifths of the context, at most 2,000."""
+    n = context_length(model)
+    return (0, min(400, n // 5), min(2000, 3 * n // 5))
 
 
 def _geometry(model: Any, task: Task, lofit: Lofit, prompts: list[str], seed: int) -> dict[str, Any]:
@@ -203,28 +218,23 @@ def _geometry(model: Any, task: Task, lofit: Lofit, prompts: list[str], seed: in
     return {"rows": records(geometry(model, lofit, prompts=prompts, probes=probes, reading=reading))}
 
 
-def _shown_heads(results: Results, task: str) -> HeadSet:
-    """Heads whose patterns are kept: all of a small model, else the best of every selector and seed."""
-    shape = (results.model.n_layers, results.model.n_heads)
-    if shape[0] * shape[1] <= ALL_HEADS:
-        return HeadSet.all(shape)
-    found: list[Head] = []
-    for (t, _, _), scores in results.scores.items():
-        if t == task:
-            found += [h for h in scores.top(results.k(task)) if h not in found]
-    return HeadSet(found, shape=shape)
+def _patterns(model: Any, lofit: Lofit, prompts: Sequence[str]) -> dict[str, Any]:
+    """Attention with the adapter: of all heads of a small model, else of the adapter's; on prompts that can be read."""
+    short = [p for p in prompts if len(encode(tokenizer_of(model), p)) <= LONGEST][:SHOWN]
+    if not short:
+        raise InputError(f"every prompt is longer than {LONGEST} tokens, of which a pattern could be read")
+    grid = (lofit.shape[0], lofit.shape[1])
+    heads = HeadSet.all(grid) if grid[0] * grid[1] <= ALL_HEADS else lofit.heads
+    with lofit.attached(model):
+        return attention_patterns(model, short, heads).to_dict()
 
 
 def _together(model: Any, results: Results, tasks: Mapping[str, Task]) -> dict[str, Any]:
-    limit = results.record["plan"]["limit"]
+    options: dict[str, Any] = {"limit": results.record["plan"]["limit"], "progress": False}
     pairs = {t: (tasks[t], results.adapter(t, model=model)) for t in results.tasks}
     heads = {t: lofit.heads for t, (_, lofit) in pairs.items()}
-
-    def in_turn() -> dict[str, Any]:
-        return learned_in_turn(
-            model, {t: tasks[t] for t in pairs}, heads, seed=results.seeds[0], limit=limit, progress=False
-        )[0].to_dict()
-
+    named = {t: tasks[t] for t in pairs}
     return _parts({
-        "interference": lambda: interference(model, pairs, limit=limit, progress=False).to_dict(), "learned_in_turn": in_turn
+        "interference": lambda: interference(model, pairs, **options).to_dict(),
+        "learned_in_turn": lambda: learned_in_turn(model, named, heads, seed=results.seeds[0], **options)[0].to_dict(),
     })  # fmt: skip

@@ -35,8 +35,11 @@ def restored(record: Record, where: str) -> Any:
 
 
 def frame_of(rows: Sequence[Record]) -> pd.DataFrame:
-    """Rows as a table; None becomes NaN in columns of numbers."""
-    return pd.DataFrame(list(rows))
+    """Rows as a table; None becomes NaN."""
+    frame = pd.DataFrame(list(rows))
+    for column in frame.columns[frame.isna().all()]:
+        frame[column] = frame[column].astype(float)
+    return frame
 
 
 def _items(listed: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:

@@ -17,6 +17,7 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from lofit_lens.analysis.chance import check_share
+from lofit_lens.analysis.measure import records
 from lofit_lens.analysis.resampling import (
     NAN,
     interval_of,
@@ -79,7 +80,7 @@ class Transfer:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; NaN as None."""
-        tables = {name: _records(table) for name, table in (("cells", self.frame), ("per_seed", self.per_seed))}
+        tables = {name: records(table) for name, table in (("cells", self.frame), ("per_seed", self.per_seed))}
         return {
             "kind": "lofit_lens.Transfer", "schema": 1, **tables, "notes": list(self.notes), "level": self.level,
             "resamples": self.resamples, "seed": self.seed,
@@ -217,7 +218,3 @@ def _text(cell: pd.Series) -> str:
         return f"n/a (accuracy {cell['accuracy']:.3f})"
     between = "" if np.isnan(cell["p"]) or np.isnan(cell["low"]) else f" [{cell['low']:.1f}, {cell['high']:.1f}]"
     return f"{cell['relative']:.1f}{between} {cell['mark']}".rstrip()
-
-
-def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    return [{k: None if v != v else v for k, v in row.items()} for row in table.to_dict("records")]

@@ -16,8 +16,8 @@ def figures(
     run: Annotated[bool, typer.Option("--run", help="First run whatever of the study is not in RESULTS yet.")] = False,
     heads: Annotated[Path | None, typer.Option("--heads", help="Folder with the official code's head files (.npy).")] = None,
     formats: Annotated[
-        str, typer.Option("--formats", help="Of the figures, with commas: html, png, svg, pdf.")
-    ] = "html,png,svg,pdf",
+        str, typer.Option("--formats", help="Of the figures, with commas: html, png, svg, pdf. The fewer, the faster.")
+    ] = "html,png",
     task: s.Tasks = None,
     model: c.Model = "organism",
     seeds: s.Seeds = 2,
@@ -29,6 +29,14 @@ def figures(
     tune: Annotated[bool, typer.Option(
         "--tune", help="Choose every method's settings on the validation rows, not those of ITI and RepE alone (slower)."
     )] = False,
+    other_task: Annotated[list[str] | None, typer.Option(
+        "--other-task",
+        help="Also test LoFiT's adapters on this task (Table 5); may be repeated. Left out: the embedded tasks with good cues.",
+    )] = None,
+    texts: Annotated[str | None, typer.Option(
+        "--texts",
+        help="Ordinary text for damage and long contexts: wikitext, organism, a file, none. Left out: the embedded model's own.",
+    )] = None,
     data_dir: c.DataDir = None,
     backend: c.Backend = "auto",
     dtype: c.Dtype = "float32",
@@ -49,10 +57,14 @@ def figures(
         )
     start = time.perf_counter()
     c.quiet_libraries()
+    from lofit_lens.plots.style import check_formats
     from lofit_lens.report.figures import draw_all, save_all
-    from lofit_lens.report.official import official_figures
+    from lofit_lens.report.official import official_figures, official_sets
 
     wanted = tuple(f.strip() for f in formats.split(",") if f.strip())
+    check_formats(wanted)
+    if heads is not None:
+        official_sets(heads)  # better known now than after the study
     c.check_new(out, overwrite=True)
     if results is None:
         assert heads is not None
@@ -60,8 +72,8 @@ def figures(
     else:
         if run:
             s.run(s.Request(
-                results, model, task or ["organism/all"], seeds, draws, limit, part, tune, data_dir, backend, dtype, device,
-                revision, workers, True, quiet,
+                results, model, task or ["organism/all"], seeds, draws, limit, part, tune, other_task, texts, data_dir, backend,
+                dtype, device, revision, workers, True, quiet,
             ))  # fmt: skip
             c.console.print(f"study in {results}: {time.perf_counter() - start:.0f} s")
         from lofit_lens.experiments.results import load_results

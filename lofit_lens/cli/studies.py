@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ Tasks = Annotated[
 Seeds = Annotated[int, typer.Option("--seeds", help="Number of seeds (0, 1, ...).", min=1)]
 Draws = Annotated[int, typer.Option("--draws", help="Draws of random heads.", min=1)]
 Limit = Annotated[int | None, typer.Option("--limit", help="Only the first test rows.", min=1)]
+N_TEXTS = 50  # ordinary texts
 Workers = Annotated[
     int, typer.Option("--workers", help="Processes; 0 = one a core (embedded model on the CPU).", min=0)
 ]
@@ -34,6 +36,8 @@ class Request:
     limit: int | None
     parts: Sequence[str] | None
     tune: bool
+    others: Sequence[str] | None
+    texts: str | None
     data_dir: Path | None
     backend: str
     dtype: str
@@ -51,17 +55,21 @@ def run(asked: Request) -> None:
     from lofit_lens.analysis.readings import run_readings
     from lofit_lens.cli.methods import task_names, workers_for
     from lofit_lens.evaluation.texts import load_texts
-    from lofit_lens.experiments.study import PARTS, Plan, run_study
+    from lofit_lens.experiments.plan import PARTS, Plan
+    from lofit_lens.experiments.study import run_study
+    from lofit_lens.organism.words import TASKS
 
-    tasks = [c.open_task(name, fold=None, data_dir=asked.data_dir) for name in task_names(asked.tasks)]
-    embedded = asked.model == "organism"
     plan = Plan(
         seeds=tuple(range(asked.seeds)), extra_seeds=tuple(range(asked.seeds, max(4, asked.seeds))), draws=asked.draws,
         limit=asked.limit, parts=tuple(asked.parts or PARTS), tune=asked.tune,
     )  # fmt: skip
-    others = [f"{t.name}-cued" for t in tasks] if embedded and "other tasks" in plan.parts else []
-    texts = list(load_texts("organism"))[: plan.n_texts] if embedded else []
-    rest = [c.open_task(name, fold=None, data_dir=None) for name in others]
+    names = task_names(asked.tasks)
+    embedded = [n for n in names if n.removeprefix("organism/") in TASKS]
+    others = (asked.others or [f"{n}-cued" for n in embedded]) if "other tasks" in plan.parts else []
+    tasks, rest = ([c.open_task(n, fold=None, data_dir=asked.data_dir if n not in embedded else None) for n in listed]
+                   for listed in (names, others))  # fmt: skip
+    source = asked.texts or ("organism" if embedded else "none")
+    texts = [] if source == "none" else list(islice(load_texts(source), N_TEXTS))
     workers = workers_for(asked.workers, asked.model, asked.device)
     # LoRA needs the bridge: with it in the study, every method runs on that class.
     backend = "bridge" if asked.backend == "auto" and "methods" in plan.parts else asked.backend

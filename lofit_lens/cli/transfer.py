@@ -31,10 +31,15 @@ def transfer(
 
     Example: lofit-lens transfer --task organism/all
     """
+    from lofit_lens.cli.methods import task_names
+    from lofit_lens.errors import InputError
+
     c.console.stderr = as_json
+    if len(names := task_names(task or ["organism/all"])) < 2:
+        raise InputError(f"transfer between tasks needs two or more; got {names[0]} alone: repeat --task")
     c.check_new(out, overwrite=True)
     s.run(s.Request(
-        out, model, task or ["organism/all"], seeds, draws, limit, ["transfer"], False, data_dir, backend, dtype, device,
+        out, model, names, seeds, draws, limit, ["transfer"], False, None, "none", data_dir, backend, dtype, device,
         revision, workers, False, quiet,
     ))  # fmt: skip
     from lofit_lens.experiments.results import load_results
@@ -51,7 +56,7 @@ def transfer(
     s.print_table(
         "Accuracy with other heads, % of that with the task's own", ("heads from", *wide.columns),
         [(source, *(cells[source, t] for t in wide.columns)) for source in wide.index],
-        ("[ ]: 95 % interval over seeds and items; * p < .05, + p < .1 (paired bootstrap against the task's own heads)",),
+        ("[ ]: 95 % interval over seeds and items; * p < .05, + p < .1 (paired test against the task's own heads)",),
     )  # fmt: skip
     files = save_figure(transfer_heatmap(found), out / "transfer", data=found.frame, formats=("html",))
     c.console.print(f"wrote {', '.join(str(f) for f in files)}")

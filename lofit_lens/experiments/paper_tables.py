@@ -14,9 +14,18 @@ import pandas as pd
 from lofit_lens import io
 from lofit_lens.evaluation.compare import compare, over_seeds
 from lofit_lens.evaluation.result import Metric, table_html
-from lofit_lens.evaluation.stats import FEW, holm, mark, paired_bootstrap_test, paired_permutation_test
+from lofit_lens.evaluation.stats import (
+    FEW,
+    bootstrap_interval_over_seeds,
+    holm,
+    mark,
+    paired_bootstrap_test,
+    paired_permutation_test,
+)
+from lofit_lens.experiments.methods import CHANCE as CHANCE_ROW
+from lofit_lens.experiments.methods import LEARNED
+from lofit_lens.experiments.plan import STEERING, TRAINED, ZERO
 from lofit_lens.experiments.results import Results
-from lofit_lens.experiments.study import LOFIT, ZERO
 from lofit_lens.experiments.table import MethodTable, settings_text, tex
 
 STARS = "* differs from {reference}, p < .05; + p < .1; paired tests, adjusted over the {rows} of a task by Holm"
@@ -88,14 +97,18 @@ def paper_tables(results: Results) -> list[PaperTable]:
     found = []
     model = results.model.name
     if methods:
-        baselines = ("zero-shot", "ITI", "RepE", "random heads", "LoFiT 3 %")
-        trained = ("LoFiT 3 %", "LoFiT 10 %", "LoRA", "RED", "LoReFT")
         parts = {
-            "table1": ("LoFiT beside zero-shot, ITI, RepE and random heads", baselines),
-            "table3": ("LoFiT beside LoRA, RED and LoReFT", trained),
+            "table1": (
+                "zero-shot, ITI, RepE and random heads",
+                (*STEERING,),
+                ("zero-shot", *STEERING, CHANCE_ROW, LEARNED),
+            ),
+            "table3": ("LoRA, RED and LoReFT", TRAINED, (LEARNED, "LoFiT 10 %", *TRAINED)),
         }
-        for name, (title, rows) in parts.items():
-            found.append(_wide(name, f"{title} ({model})", methods, rows, "methods"))
+        for name, (title, needed, rows) in parts.items():
+            ran = {row.method for table in methods.values() for row in table.rows}
+            if ran & set(needed):
+                found.append(_wide(name, f"LoFiT beside {title} ({model})", methods, rows, "methods"))
     if selectors:
         named = list(dict.fromkeys(r.method for table in selectors.values() for r in table.rows))
         table = _wide(
@@ -162,7 +175,7 @@ def _other_tasks(results: Results) -> PaperTable | None:
     """Table 5: what tuning on one task does to others, and to ordinary text."""
     others = list(results.record["other_tasks"])
     rows = {o: results.rows(tested=o) for o in others}
-    rows = {o: r for o, r in rows.items() if ZERO in set(r["method"]) and LOFIT in set(r["method"])}
+    rows = {o: r for o, r in rows.items() if set(r["method"]) > {ZERO}}
     if not rows:
         return None
     cells: dict[str, list[str]] = {"unmodified": []}
@@ -170,10 +183,7 @@ def _other_tasks(results: Results) -> PaperTable | None:
     for other in rows:
         base = [results.evaluations[i] for i in results.rows(tested=other, method=ZERO).index]
         metric = next(iter(base[0].metrics))
-        tuned = {
-            t: [results.evaluations[i] for i in results.rows(tested=other, method=LOFIT, task=t).index]
-            for t in results.tasks
-        }
+        tuned = {t: [results.evaluations[i] for i in results.lofit(t, tested=other).index] for t in results.tasks}
         tuned = {t: runs for t, runs in tuned.items() if runs}
         test = paired_permutation_test if len(base[0].items) < FEW else paired_bootstrap_test
         tests = {t: compare(runs, base, test=test)[metric] for t, runs in tuned.items()}
@@ -182,9 +192,18 @@ def _other_tasks(results: Results) -> PaperTable | None:
             mean, p = over_seeds(runs)[metric], adjusted.get(name)
             cells.setdefault(name, []).append(f"{short(mean)} {mark(p) if p is not None else ''}".strip())
             numbers.append({"tuned_on": name, "task": other, "metric": metric, **_numbers(mean), "p_holm": p})
+    extra: tuple[str, ...] = ()
+    hurt = {t: found for t in results.tasks if t in cells and (found := results.damage(t)) is not None}
+    if hurt:
+        cells["unmodified"].append("0")
+        extra = ("text: KL, nats a token",)
+    for t, kl in hurt.items():
+        mean = Metric(float(kl.mean()), bootstrap_interval_over_seeds(kl), kl.shape[1], kl.shape[0])
+        cells[t].append(short(mean))
+        numbers.append({"tuned_on": t, "task": "ordinary text", "metric": "kl", **_numbers(mean), "p_holm": None})
     heads = [f"{o}, {next(iter(results.evaluations[r.index[0]].metrics)).upper()}" for o, r in rows.items()]
     return PaperTable(
-        "table5", f"LoFiT's adapters on tasks they were not tuned on ({results.model.name})", ("tuned on", *heads),
+        "table5", f"LoFiT's adapters on tasks they were not tuned on ({results.model.name})", ("tuned on", *heads, *extra),
         tuple((name, *line) for name, line in cells.items()),
         (MEAN, STARS.format(reference="the unmodified model", rows="adapters")), pd.DataFrame(numbers),
     )  # fmt: skip

@@ -15,10 +15,11 @@ from lofit_lens.evaluation.result import EvalResult
 from lofit_lens.experiments import store
 from lofit_lens.experiments.methods import CHANCE as CHANCE_ROW
 from lofit_lens.experiments.methods import LEARNED
+from lofit_lens.experiments.plan import CHANCE, LOFIT, OWN, TRAINED, ZERO, wide_k
 from lofit_lens.experiments.runs import MethodRuns, Run
-from lofit_lens.experiments.study import CHANCE, LOFIT, OWN, TRAINED, ZERO, read_scores
 from lofit_lens.experiments.study import KIND as STUDY_KIND
 from lofit_lens.experiments.study import SCHEMA as STUDY_SCHEMA
+from lofit_lens.experiments.study import read_scores
 from lofit_lens.experiments.table import MethodTable
 from lofit_lens.experiments.tuning import Tuned
 from lofit_lens.heads import HeadScores, HeadSet
@@ -44,6 +45,7 @@ class Results:
         runs: one row a run, see `COLUMNS`: `task` was learned, `tested` was asked; `k` and `n_train` are NaN where they do not
             apply (all of the task's own training examples).
         evaluations: one a row of `runs`.
+        folders: where each lies.
         scores: (task, selector, seed) -> head scores.
     """
 
@@ -53,18 +55,23 @@ class Results:
     tasks: tuple[str, ...]
     runs: pd.DataFrame
     evaluations: tuple[EvalResult, ...]
+    folders: tuple[Path, ...]
     scores: dict[tuple[str, str, int], HeadScores]
 
     def k(self, task: str) -> int:
         """Usual number of heads of a task (the preset's)."""
         return int(self._task(task)["k"])
 
+    def wide_k(self, task: str) -> int:
+        """Number of heads of the 10 % setting."""
+        return wide_k(self.k(task), self.model.n_layers * self.model.n_heads)
+
     def metric(self, task: str) -> str:
         """The task's own metric."""
         return str(self._task(task)["metric"])
 
     def _task(self, task: str) -> dict[str, Any]:
-        known = {**self.record["tasks"], **self.record["other_tasks"]}
+        known = {**self.record["other_tasks"], **self.record["tasks"]}
         if task not in known:
             raise unknown("task", task, known)
         return known[task]
@@ -141,15 +148,7 @@ class Results:
         rows = self.lofit(task, seed=self.seeds[0] if seed is None else seed, k=self.k(task) if k is None else k)
         if not len(rows):
             raise InputError(f"{self.folder} holds no LoFiT run of {task}; run the study first")
-        return Lofit.from_pretrained(self._folders[rows.index[0]] / "adapter", model=model)
-
-    def run_folder(self, row: Any) -> Path:
-        """Folder of a row of `runs`."""
-        return self._folders[row]
-
-    @cached_property
-    def _folders(self) -> tuple[Path, ...]:
-        return tuple(folder for folder, _ in _run_folders(self.folder))
+        return Lofit.from_pretrained(self.folders[rows.index[0]] / "adapter", model=model)
 
     # ------------------------------------------------------------------------------------------------ tables
 
@@ -160,7 +159,7 @@ class Results:
             **{m: self.rows(task=task, method=m, n_train=None) for m in ("ITI", "RepE")},
             CHANCE_ROW: self.by_chance(task),
             LEARNED: self.lofit(task),
-            "LoFiT 10 %": self.lofit(task, k=3 * self.k(task)),
+            "LoFiT 10 %": self.lofit(task, k=self.wide_k(task)),
             **{m: self.rows(task=task, method=m, n_train=None) for m in TRAINED},
         }
         return self._table(f"methods {task}", named, LEARNED)
@@ -191,11 +190,11 @@ class Results:
         return self._tables[key]
 
     def _run(self, i: Any) -> Run:
-        record = io.read_json(self._folders[i] / "run.json")
+        record = io.read_json(self.folders[i] / "run.json")
         return Run(int(record["spec"]["seed"]), record["settings"], self.evaluations[i], **record["run"])
 
     def _tuned(self, rows: pd.DataFrame) -> Tuned | None:
-        found = io.read_json(self._folders[rows.index[0]] / "run.json").get("tuned")
+        found = io.read_json(self.folders[rows.index[0]] / "run.json").get("tuned")
         if found is None:
             return None
         return Tuned(
@@ -222,29 +221,29 @@ def load_results(folder: str | Path) -> Results:
         )
     record = io.read_json(path)
     io.check_record(record, STUDY_KIND, STUDY_SCHEMA, ("model", "plan", "tasks", "other_tasks"), str(path))
-    rows, evaluations = [], []
+    plan = record["plan"]
+    rows, evaluations, folders = [], [], []
     for run, found in _run_folders(folder):
-        result, spec = EvalResult.load(run), found["spec"]
+        spec = found["spec"]
+        if spec["draw"] >= plan["draws"] if spec["heads_from"] == CHANCE else spec["seed"] not in plan["seeds"]:
+            continue  # of an earlier call with more draws or other seeds
+        result = EvalResult.load(run)
         metric = next(iter(result.metrics))
         rows.append({
             **{c: spec.get(c) for c in COLUMNS if c in spec}, "metric": metric, "value": result.metrics[metric].mean,
             "n_items": len(result.items), **{c: found["run"][c] for c in COLUMNS if c in found["run"]},
         })  # fmt: skip
         evaluations.append(result)
+        folders.append(run)
     if not rows:
         raise DataError(f"{folder} holds no run yet; run the study: lofit-lens figures {folder} --run")
     frame = pd.DataFrame(rows).reindex(columns=list(COLUMNS))
     for column in ("k", "n_train"):
         frame[column] = frame[column].astype(float)
     return Results(
-        folder,
-        record,
-        ModelInfo(**record["model"]),
-        tuple(record["tasks"]),
-        frame,
-        tuple(evaluations),
+        folder, record, ModelInfo(**record["model"]), tuple(record["tasks"]), frame, tuple(evaluations), tuple(folders),
         read_scores(folder),
-    )
+    )  # fmt: skip
 
 
 def _run_folders(folder: Path) -> list[tuple[Path, dict[str, Any]]]:

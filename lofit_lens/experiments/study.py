@@ -8,21 +8,34 @@
 there is not computed again, so that a stopped study goes on. Figures and tables only read (`experiments.results`).
 """
 
+import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from lofit_lens import io
-from lofit_lens.errors import DataError, InputError, unknown
+from lofit_lens.errors import DataError, InputError, TrainingDiverged
 from lofit_lens.evaluation.damage import damage
 from lofit_lens.evaluation.evaluate import evaluate
 from lofit_lens.experiments.comparison import bench_of
 from lofit_lens.experiments.methods import LEARNED, METHODS, Settings, Workbench
+from lofit_lens.experiments.plan import (
+    CHANCE,
+    LOFIT,
+    STEERING,
+    TRAINED,
+    ZERO,
+    Fit,
+    Plan,
+    ScoreJob,
+    plan_fits,
+    plan_scores,
+)
 from lofit_lens.experiments.pool import Pool, kept_model
 from lofit_lens.experiments.runs import DAMAGE_COLUMNS
 from lofit_lens.experiments.store import run_folder, save_run
@@ -36,75 +49,8 @@ from lofit_lens.training.config import method_config
 from lofit_lens.training.selectors import SELECTORS
 
 KIND, SCHEMA = "lofit_lens.study", 1
-LOFIT, ZERO, CHANCE, OWN = "LoFiT", "zero-shot", "random", "A-norm"
-STEERING, TRAINED = ("ITI", "RepE"), ("LoRA", "RED", "LoReFT")
-PARTS = ("transfer", "methods", "selectors", "k", "data", "other tasks")
 
-
-@dataclass(frozen=True)
-class Plan:
-    """What a study holds.
-
-    Attributes:
-        seeds: of selection and fits.
-        extra_seeds: of head selection alone, for its stability.
-        parts: of `PARTS`; scores, zero-shot, LoFiT's own heads and random heads are always there.
-        selectors: whose heads are tuned (Table 2); the A-norm is always there.
-        scored: further selectors, whose scores alone are compared with the others'.
-        trained: methods that are fitted at several numbers of training examples beside LoFiT.
-        ks: numbers of heads (Figure 5); None = 1, K, 3 K and 20 % of the heads.
-        sizes: numbers of training examples (Figure 4) beside the task's own.
-        draws: of random heads.
-        tune: choose the trained methods' learning rates on the validation rows too (four points each); else they are the
-            presets. ITI's and RepE's strength is always chosen there.
-        limit: only the first test rows.
-        n_texts: ordinary texts on which damage is measured.
-    """
-
-    seeds: tuple[int, ...] = (0, 1)
-    extra_seeds: tuple[int, ...] = (2, 3)
-    parts: tuple[str, ...] = PARTS
-    selectors: tuple[str, ...] = ("bias norm", "probe accuracy", "probing layers")
-    scored: tuple[str, ...] = ("gradient attribution",)
-    trained: tuple[str, ...] = ("LoRA", "RED")
-    ks: tuple[int, ...] | None = None
-    sizes: tuple[int, ...] = (10, 40)
-    draws: int = 5
-    tune: bool = False
-    limit: int | None = None
-    n_texts: int = 50
-
-    def __post_init__(self) -> None:
-        for name, given, allowed in (
-            ("part", self.parts, PARTS),
-            ("selector", (*self.selectors, *self.scored), SELECTORS),
-            ("method", self.trained, TRAINED),
-        ):
-            for one in given:
-                if one not in allowed:
-                    raise unknown(name, one, allowed)
-        if not self.seeds or self.draws < 1:
-            raise InputError(
-                f"{len(self.seeds)} seeds and {self.draws} draws of random heads; give one or more of each"
-            )
-        if any(n < 1 for n in (*self.sizes, *(self.ks or ()))):
-            raise InputError(f"K and numbers of training examples start at 1, got {self.ks} and {self.sizes}")
-
-
-@dataclass(frozen=True)
-class Fit:
-    """One fit. `heads` says which heads are edited where `heads_from` alone does not: `source` is the task they come from."""
-
-    task: str
-    method: str
-    seed: int
-    heads_from: str = ""
-    source: str = ""
-    k: int | None = None
-    draw: int = 0
-    n_train: int | None = None
-    heads: tuple[tuple[int, int], ...] | None = None
-    also: tuple[str, ...] = field(default=(), compare=False)  # other tasks on which the fitted adapter is tested
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -148,7 +94,7 @@ def run_study(
         out: folder of the study.
         plan: what to run; None = `Plan()`.
         other_tasks: on which LoFiT's adapters are tested without being trained on them (Table 5).
-        texts: ordinary texts on which LoFiT's adapters' damage is measured.
+        texts: ordinary texts on which the damage of LoFiT's adapters (own heads, usual K) is measured as they are made.
         batch_size: of the evaluations.
         workers: processes, each on one thread.
         backend: as `load_model`, like the three that follow, for a model given by name.
@@ -170,24 +116,47 @@ def run_study(
         raise InputError(f"a study needs tasks, each once; got {', '.join(names) or 'none'}")
     if workers > 1 and not by_name:
         raise InputError(f"{workers} workers need the model by name, since each loads its own; or give workers=1")
+    if both := [t.name for t in other_tasks if t.name in names]:
+        raise InputError(
+            f"{both[0]} is a task and an other task of this study; other tasks are those that nothing is tuned on"
+        )
+    _check_rows(plan, tasks)
     load = {"backend": backend, "dtype": dtype, "device": device, "revision": revision} if by_name else None
     every = {t.name: t for t in (*tasks, *other_tasks)}
     setting = _Setting(model, load, every, plan, tuple(texts), str(out), batch_size)
-    info = setting.bench(names[0]).info
+    bench = setting.bench(names[0])
+    if "methods" in plan.parts:
+        for name in TRAINED:
+            METHODS[name].model(bench)  # LoRA needs the bridge: better known now than after the other fits
+    info = bench.info
     presets = {t.name: preset(info, t.family, t.objective) for t in tasks}
     k = {name: p.k for name, p in presets.items()}
     _write_record(Path(out), plan, info, tasks, other_tasks, presets, setting.texts)
     with Pool(workers) as pool:
-        _run(pool, _score, setting, _scores_of(plan, names), "head scores", progress)
+        _run(pool, _score, setting, plan_scores(plan, names), "head scores", progress)
         fits = plan_fits(plan, names, [t.name for t in other_tasks], info, k, read_scores(Path(out)))
         _run(pool, _fit, setting, fits, "fits", progress)
     return Path(out)
+
+
+def _check_rows(plan: Plan, tasks: Sequence[Task]) -> None:
+    """Raise InputError where a task lacks the rows that the plan needs."""
+    for task in tasks:
+        if ("methods" in plan.parts or plan.tune) and not task.test.get("val"):
+            raise InputError(
+                f"{task.name} has no validation rows, on which ITI's and RepE's strength is chosen; add some, or leave the part "
+                "'methods' out"
+            )
+        if "data" in plan.parts:
+            for n in plan.sizes:
+                task.training_examples("train", n=n)
 
 
 def _write_record(
     out: Path, plan: Plan, info: ModelInfo, tasks: Sequence[Task], others: Sequence[Task], presets: Mapping[str, Preset],
     texts: Sequence[str],
 ) -> None:  # fmt: skip
+    digest = io.digest(list(texts)) if texts else ""
     record = {
         "kind": KIND, "schema": SCHEMA, "model": info.to_dict(), "plan": _plain(asdict(plan)),
         "tasks": {
@@ -198,19 +167,23 @@ def _write_record(
             for t in tasks
         },
         "other_tasks": {t.name: {"data_hash": t.data_hash, "metric": t.metric, "form": t.form} for t in others},
-        "texts": io.digest(list(texts)), "versions": io.environment(),
+        "texts": digest, "versions": io.environment(),
     }  # fmt: skip
     path = out / "study.json"
     if path.is_file():
         there = io.read_json(path)
-        io.check_record(there, KIND, SCHEMA, ("model", "plan", "tasks", "other_tasks"), str(path))
+        io.check_record(there, KIND, SCHEMA, ("model", "plan", "tasks", "other_tasks", "texts"), str(path))
+        known = {t: there["other_tasks"][t] for t in record["other_tasks"] if t in there["other_tasks"]}
         for what, old, new in (
             ("another model", there["model"], record["model"]), ("other tasks", there["tasks"], record["tasks"]),
+            ("other data", known, {t: record["other_tasks"][t] for t in known}),
+            ("other texts", there["texts"] or digest, digest or there["texts"]),
             *((f"another {n}", there["plan"][n], record["plan"][n]) for n in ("limit", "tune")),
         ):  # fmt: skip
             if old != new:
                 raise InputError(f"{out} holds a study of {what} ({old}, not {new}); give another folder")
         record["other_tasks"] = {**there["other_tasks"], **record["other_tasks"]}
+        record["texts"] = digest or there["texts"]
     io.write_json(path, record)
 
 
@@ -227,21 +200,12 @@ def _run(pool: Pool, work: Any, setting: _Setting, jobs: Sequence[Any], label: s
 
 # -------------------------------------------------------------------------------------------------- head scores
 
-ScoreJob = tuple[str, str, int]
-
-
-def _scores_of(plan: Plan, tasks: Sequence[str]) -> list[ScoreJob]:
-    wanted = [(t, OWN, s) for t in tasks for s in (*plan.seeds, *plan.extra_seeds)]
-    if "selectors" in plan.parts:
-        others = [by for by in dict.fromkeys((*plan.selectors, *plan.scored)) if by not in (OWN, CHANCE)]
-        wanted += [(t, by, s) for by in others for t in tasks for s in plan.seeds]
-    return wanted
-
 
 def _score(setting: _Setting, job: ScoreJob) -> None:
     task, by, seed = job
     bench = setting.bench(task)
-    scores = SELECTORS[by](bench.model, bench.task, seed=seed, progress=False)
+    scores, seconds = bench.timed(lambda: SELECTORS[by](bench.model, bench.task, seed=seed, progress=False))
+    scores.meta["seconds"] = seconds
     scores.save(_score_file(setting, job))
 
 
@@ -261,61 +225,19 @@ def read_scores(folder: Path) -> dict[tuple[str, str, int], HeadScores]:
         scores = HeadScores.load(path)
         if "seed" not in scores.meta:
             raise DataError(f"{path} does not say its seed; remove it and run the study again")
-        found[scores.task, path.stem.split("--")[1].replace("_", " "), int(scores.meta["seed"])] = scores
+        found[scores.task, path.stem.rsplit("--", 2)[1].replace("_", " "), int(scores.meta["seed"])] = scores
     return found
 
 
 # --------------------------------------------------------------------------------------------------------- fits
 
 
-def plan_fits(
-    plan: Plan, tasks: Sequence[str], others: Sequence[str], info: ModelInfo, k: Mapping[str, int],
-    scores: Mapping[tuple[str, str, int], HeadScores],
-) -> list[Fit]:  # fmt: skip
-    """All fits of a study, each once; long ones first."""
-    n_heads, parts, seeds = info.n_layers * info.n_heads, plan.parts, plan.seeds
-    also = tuple(others) if "other tasks" in parts else ()
-
-    def lofit(task: str, seed: int, by: str, n: int, source: str = "") -> Fit:
-        heads = tuple((h.layer, h.head) for h in scores[source or task, by, seed].top(n))
-        return Fit(task, LOFIT, seed, by, source or task, n, heads=heads)
-
-    fits: list[Fit] = []
-    if "methods" in parts:
-        fits += [Fit(t, m, s) for m in (*TRAINED, *STEERING) for t in tasks for s in seeds]
-        fits += [lofit(t, s, OWN, min(3 * k[t], n_heads)) for t in tasks for s in seeds]
-    if "k" in parts:
-        fits += [lofit(t, s, OWN, n) for t in tasks for s in seeds for n in plan.ks or usual_ks(k[t], n_heads)]
-    if "transfer" in parts:
-        fits += [lofit(t, s, OWN, k[t], o) for t in tasks for o in tasks for s in seeds if o != t]
-    if "selectors" in parts:
-        chosen = [by for by in plan.selectors if by not in (OWN, CHANCE)]
-        fits += [lofit(t, s, by, k[t]) for by in chosen for t in tasks for s in seeds]
-    for t in tasks:
-        for d in range(plan.draws):
-            drawn = HeadSet.random((info.n_layers, info.n_heads), k[t], seed=d)
-            heads = tuple((h.layer, h.head) for h in drawn)
-            fits.append(Fit(t, LOFIT, d, CHANCE, "", k[t], d, heads=heads))
-    own = [replace(lofit(t, s, OWN, k[t]), also=also) for t in tasks for s in seeds]
-    if "data" in parts:
-        fits += [Fit(t, m, s, n_train=n) for n in plan.sizes for m in plan.trained for t in tasks for s in seeds]
-        fits += [Fit(t, LOFIT, s, OWN, t, k[t], n_train=n) for n in plan.sizes for t in tasks for s in seeds]
-    zero = [Fit(t, ZERO, seeds[0], also=() if i else also) for i, t in enumerate(tasks)]
-    known = set(own)
-    fits = [f for f in fits if f not in known]
-    return list(dict.fromkeys([*fits, *own, *zero]))
-
-
-def usual_ks(k: int, n_heads: int) -> tuple[int, ...]:
-    """Figure 5's numbers of heads: one, the preset's K (3 %), three times as many (10 %) and 20 % of all heads."""
-    return tuple(sorted({min(n, n_heads) for n in (1, k, 3 * k, max(1, round(0.2 * n_heads)))}))
-
-
 def _spec(setting: _Setting, fit: Fit, tested: str) -> dict[str, Any]:
     task = setting.tasks[tested]
+    asked = {k: v for k, v in asdict(fit).items() if k not in ("also", "own")}
     return {
-        "study": SCHEMA, **{k: v for k, v in asdict(fit).items() if k != "also"}, "tested": tested, "data_hash": task.data_hash,
-        "form": task.form, "limit": setting.plan.limit, "tune": setting.plan.tune,
+        "study": SCHEMA, **asked, "tested": tested, "data_hash": task.data_hash, "form": task.form, "limit": setting.plan.limit,
+        "tune": setting.plan.tune,
     }  # fmt: skip
 
 
@@ -328,12 +250,22 @@ def _is_there(setting: _Setting, job: Any) -> bool:
 def _fit(setting: _Setting, job: Fit) -> None:
     """Fit, test and keep; other tasks first, so that the run of the task itself says that all is there."""
     bench = setting.bench(job.task, job.n_train)
-    tuned = _tuned(setting, job)
-    settings = _preset_of(bench, job) if tuned is None else tuned.settings
-    fitted, seconds = bench.timed(lambda: _fitted(bench, job, settings))
+    try:
+        tuned = _tuned(setting, job)
+        settings = _preset_of(bench, job) if tuned is None else tuned.settings
+        fitted, seconds = bench.timed(lambda: _fitted(bench, job, settings))
+    except TrainingDiverged as e:
+        log.warning("%s on %s (seed %d) is left out: %s", job.method, job.task, job.seed, e)
+        return
+    if job.heads is not None and job.heads_from != CHANCE:
+        file = _score_file(setting, (job.source, job.heads_from, job.seed))
+        seconds += HeadScores.load(file).meta.get("seconds", 0.0)
     model = METHODS[job.method].model(bench) if job.method in METHODS else bench.model
+    # LoFiT's other fits take over what was chosen for its own heads.
+    chosen = None if tuned is None or (job.method == LOFIT and not job.own) else tuned.to_dict()
     hurt = None
-    if setting.texts and job.also and fitted is not None:
+    if setting.texts and job.own:
+        assert fitted is not None
         texts = damage(model, fitted, setting.texts, progress=False).texts
         hurt = {name: texts[name].tolist() for name in DAMAGE_COLUMNS}
     for tested in (*job.also, job.task):
@@ -352,7 +284,7 @@ def _fit(setting: _Setting, job: Fit) -> None:
         }  # fmt: skip
         save_run(
             Path(setting.out) / "runs", _spec(setting, job, tested), result, adapter=fitted if own else None,
-            seconds=seconds + took, more={"run": run, "settings": settings, "tuned": tuned and tuned.to_dict()},
+            seconds=seconds + took, more={"run": run, "settings": settings, "tuned": chosen},
         )  # fmt: skip
 
 

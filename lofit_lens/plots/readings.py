@@ -154,7 +154,7 @@ def leave_one_out_figure(found: LeaveOneOut, *, title: str = "What the adapter l
     n = int(frame["n"].iloc[0])
     note = (
         f"{found.task} {found.split}, n={n} items; all heads: {float(frame['full'].iloc[0]):.3f}; bars: 95 % over items<br>"
-        "* p < 0.05, + p < 0.1: paired bootstrap, Holm over heads"
+        "* p < 0.05, + p < 0.1: paired test, Holm over heads"
     )
     finish(fig, title, note, width=max(520, min(1200, 140 + 30 * len(heads))), height=240, tick_lines=2)
     _heads_axis(fig, heads)

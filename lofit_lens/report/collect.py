@@ -4,11 +4,13 @@ from typing import Any
 
 import pandas as pd
 
+from lofit_lens.analysis.logit_lens import TOTAL
 from lofit_lens.analysis.readings import TOGETHER, read_readings
 from lofit_lens.analysis.transfer import Transfer
 from lofit_lens.errors import InputError
 from lofit_lens.experiments.paper_tables import paper_tables
 from lofit_lens.experiments.results import Results
+from lofit_lens.plots.readings import COSINES
 from lofit_lens.report.figures import transfer
 
 ORDER = (
@@ -20,6 +22,7 @@ ORDER = (
     "activation patching",
     "random",
 )
+PATTERN_NUMBERS = 400_000  # attention weights in the page, some six bytes each
 TOKENS = 8  # of either kind in a head's panel
 
 
@@ -37,6 +40,9 @@ def collect(results: Results) -> dict[str, Any]:
         "Promoted tokens: a head's offset v through W_O, the final norm at its mean scale, and W_U; later layers are left out.",
         "Attention: with the adapter of the task attached.",
     ]
+    attention, left = _attention({t: parts["attention"] for t, parts in readings.items() if "attention" in parts})
+    if left:
+        notes.append(f"{left} attention patterns were left out to keep this page small; figures have them.")
     return {
         "title": f"Which heads does {info.name} use?",
         "model": {
@@ -46,7 +52,7 @@ def collect(results: Results) -> dict[str, Any]:
         "versions": results.record["versions"], "notes": notes, "sets": _sets(results),
         "tables": [t.to_dict() for t in paper_tables(results)], "transfer": _transfer(results),
         "heads": {t: _heads(parts) for t, parts in readings.items() if t != TOGETHER},
-        "attention": {t: _attention(parts["attention"]) for t, parts in readings.items() if "attention" in parts},
+        "attention": attention,
     }  # fmt: skip
 
 
@@ -84,32 +90,41 @@ def _transfer(results: Results) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
-COSINES = {"cos_mass_mean": "ITI mass mean", "cos_probe": "ITI probe", "cos_reading": "RepE reading vector"}
-
-
 def _heads(parts: dict[str, Any]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
+
+    def of(head: str) -> dict[str, Any]:
+        nothing = {"norm_v": None, "promoted": [], "suppressed": [], "cosines": {}, "without": None}
+        return found.setdefault(head, nothing)
+
     for row in parts.get("geometry", {}).get("rows", []):
-        cosines = {name: row[column] for column, name in COSINES.items() if row.get(column) is not None}
-        found[row["head"]] = {
-            "norm_v": row["v_norm"],
-            "promoted": [],
-            "suppressed": [],
-            "cosines": cosines,
-            "without": None,
-        }
+        of(row["head"])["norm_v"] = row["v_norm"]
+        of(row["head"])["cosines"] = {n: row[column] for column, n in COSINES.items() if row.get(column) is not None}
     for row in parts.get("tokens", {}).get("rows", []):
-        if row["head"] in found and row["rank"] <= TOKENS:
-            found[row["head"]][row["kind"]].append([row["token"], row["logit"]])
+        if row["head"] != TOTAL and row["rank"] <= TOKENS:
+            of(row["head"])[row["kind"]].append([row["token"], row["logit"]])
     for row in parts.get("leave_one_out", {}).get("rows", []):
-        if row["head"] in found and row["low"] is not None:
-            found[row["head"]]["without"] = {"value": -row["loss"], "low": -row["high"], "high": -row["low"]}
+        if row["low"] is not None:
+            of(row["head"])["without"] = {"value": -row["loss"], "low": -row["high"], "high": -row["low"]}
     return found
 
 
-def _attention(record: dict[str, Any]) -> list[dict[str, Any]]:
-    heads = [f"L{layer}H{head}" for layer, head in record["heads"]["heads"]]
-    return [
-        {"prompt": prompt, "tokens": tokens, "heads": dict(zip(heads, patterns, strict=True))}
-        for prompt, tokens, patterns in zip(record["prompts"], record["tokens"], record["patterns"], strict=True)
-    ]
+def _attention(records: dict[str, dict[str, Any]]) -> tuple[dict[str, list[dict[str, Any]]], int]:
+    """Task -> its prompts with their patterns, first prompts first, as far as they fit; and how many did not."""
+    found: dict[str, list[dict[str, Any]]] = {t: [] for t in records}
+    room, left = PATTERN_NUMBERS, 0
+    for i in range(max((len(r["prompts"]) for r in records.values()), default=0)):
+        for task, record in records.items():
+            if i >= len(record["prompts"]):
+                continue
+            tokens, patterns = record["tokens"][i], record["patterns"][i]
+            size = len(patterns) * len(tokens) ** 2
+            if size > room:
+                left += len(patterns)
+                continue
+            room -= size
+            heads = [f"L{layer}H{head}" for layer, head in record["heads"]["heads"]]
+            found[task].append(
+                {"prompt": record["prompts"][i], "tokens": tokens, "heads": dict(zip(heads, patterns, strict=True))}
+            )
+    return {t: prompts for t, prompts in found.items() if prompts}, left

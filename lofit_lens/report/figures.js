@@ -79,7 +79,7 @@ function transferTable(t) {
   const interval = (i, j) => (t.low[i][j] === null || t.high[i][j] === null ? "" : ` [${fixed(t.low[i][j], 3)}, ${fixed(t.high[i][j], 3)}]`);
   const cell = (i, j) => {
     const x = t.relative[i][j];
-    if (x === null) return el("td", { class: "none", text: "not measured" });
+    if (x === null) return el("td", { class: "none", text: t.accuracy[i][j] === null ? "not measured" : `${fixed(t.accuracy[i][j], 3)} (own heads: 0)` });
     const colour = heat(high > low ? (x - low) / (high - low) : 1);
     return el("td", { style: `background:${rgb(colour)};color:${ink(colour)}`, "data-source": t.sources[i], "data-task": t.tasks[j] },
       el("b", { text: `${fixed(100 * x, 1)} %${t.mark[i][j]}` }),
@@ -95,6 +95,6 @@ function transferTable(t) {
         el("thead", {}, el("tr", {}, el("th", { scope: "col", text: "heads from" }), ...t.tasks.map((task) => el("th", { scope: "col" },
           `tuned on ${task}`, el("span", { text: `${t.metric[task]}, n = ${t.n_items[task].toLocaleString("en")}` }))))),
         el("tbody", {}, ...t.sources.map((s, i) => el("tr", {}, el("th", { scope: "row", text: s === "random" ? "random heads" : s }), ...t.tasks.map((_, j) => cell(i, j))))))),
-    el("div", { class: "legend" }, `${fixed(100 * low, 1)} %`, el("span", { class: "gradient", style: `background:${heatGradient}` }), `${fixed(100 * high, 1)} %`),
+    !known.length ? "" : el("div", { class: "legend" }, `${fixed(100 * low, 1)} %`, el("span", { class: "gradient", style: `background:${heatGradient}` }), `${fixed(100 * high, 1)} %`),
   ];
 }

@@ -28,8 +28,8 @@ from lofit_lens.analysis.sweeps import sweep
 from lofit_lens.analysis.transfer import Transfer, transfer_matrix
 from lofit_lens.errors import DataError, InputError
 from lofit_lens.experiments.paper_tables import paper_tables
+from lofit_lens.experiments.plan import LOFIT, OWN, TRAINED, ZERO
 from lofit_lens.experiments.results import Results
-from lofit_lens.experiments.study import LOFIT, OWN, ZERO
 from lofit_lens.heads import HeadScores, HeadSet
 from lofit_lens.plots.heads import head_grid
 from lofit_lens.plots.layers import layer_distribution
@@ -39,7 +39,7 @@ from lofit_lens.plots.stability import stability_curves
 from lofit_lens.plots.style import FORMATS, check_formats, many_figures, save_figure
 from lofit_lens.plots.sweeps import data_efficiency, k_sweep
 from lofit_lens.plots.transfer import transfer_heatmap
-from lofit_lens.report.drawn import Drawn, short
+from lofit_lens.report.drawn import Drawn, short_names
 from lofit_lens.report.official import official_figures
 from lofit_lens.report.reading_figures import reading_figures
 
@@ -67,7 +67,10 @@ def draw_all(
     check_formats(formats)
     official = list(official_figures(heads)) if heads is not None else []
     files: list[Path] = []
-    for table in paper_tables(results):
+    tables = paper_tables(results)
+    for name in sorted({"table1", "table2", "table3", "table5"} - {t.name for t in tables}):
+        log.warning("%s is left out: the study has no runs for it", name)
+    for table in tables:
         files += table.save(out)
     return files + save_all((*figures(results), *official), out, formats=formats)
 
@@ -129,9 +132,9 @@ def _overlap(results: Results) -> Iterator[Drawn]:
         frame = overlap(sets)
         title = f"{results.model.name}: heads shared by tasks"
         yield Drawn("overlap_tasks", overlap_heatmap(frame, "shared", title=title), frame)
-    by = {t: scores_by(results, t) for t in results.tasks}
+    by, names = {t: scores_by(results, t) for t in results.tasks}, short_names(results.tasks)
     selected = {
-        f"{short(t)}: {name}": s.top(results.k(t))
+        f"{names[t]}: {name}": s.top(results.k(t))
         for t, named in by.items()
         for name, s in named.items()
         if len(named) > 1
@@ -143,13 +146,13 @@ def _overlap(results: Results) -> Iterator[Drawn]:
 
 
 def _agreement(results: Results) -> Iterator[Drawn]:
-    parts = []
+    parts, names = [], short_names(results.tasks)
     for task in results.tasks:
         named = scores_by(results, task)
         for other, scores in named.items():
             if other != OWN:
                 frame = agreement_by_k(named[OWN], scores)
-                parts.append(frame.assign(pair=short(task), task=task, other=other))
+                parts.append(frame.assign(pair=names[task], task=task, other=other))
     if not parts:
         raise InputError("one selector only; agreement needs two")
     for other in dict.fromkeys(p["other"].iloc[0] for p in parts):
@@ -203,33 +206,32 @@ def _k_sweep(results: Results) -> Iterator[Drawn]:
 
 
 def _data_efficiency(results: Results) -> Iterator[Drawn]:
-    parts = []
+    drawn, names = False, short_names(results.tasks)
     for task in results.tasks:
         found: dict[str, dict[float, Any]] = {ZERO: {0.0: results.values(results.zero_shot(task))}}
-        sizes = sorted(results.runs.loc[results.runs["task"] == task, "n_train"].dropna().unique())
-        if not sizes:
-            continue
-        for method in (LOFIT, *results.record["plan"]["trained"]):
+        for method in (LOFIT, *TRAINED):
             more = {"heads_from": OWN, "source": task, "k": results.k(task)} if method == LOFIT else {}
-            whole = results.rows(task=task, method=method, n_train=None, **more)
-            found[method] = {
-                n: results.values(results.rows(task=task, method=method, n_train=n, **more)) for n in sizes
-            }
-            if len(whole):
+            rows = results.rows(task=task, method=method, **more)
+            few = rows.loc[rows["n_train"].notna()]
+            if not len(few):
+                continue
+            found[method] = {n: results.values(few.loc[few["n_train"] == n]) for n in sorted(set(few["n_train"]))}
+            if len(whole := rows.loc[rows["n_train"].isna()]):
                 found[method][_n_train(results, whole)] = results.values(whole)
-        parts.append(sweep(found).assign(task=task))
-    if not parts:
-        raise InputError("one number of training examples only; run the study's part 'data'")
-    for frame in parts:
-        task = str(frame["task"].iloc[0])
+        if len(found) == 1:
+            continue
+        frame = sweep(found).assign(task=task)
         fig = data_efficiency(
             frame, metric=results.metric(task).upper(), title=f"{task}: accuracy by training examples"
         )
-        yield Drawn(f"fig4_data_{short(task)}", fig, frame)
+        drawn = True
+        yield Drawn(f"fig4_data_{names[task]}", fig, frame)
+    if not drawn:
+        raise InputError("one number of training examples only; run the study's part 'data'")
 
 
 def _n_train(results: Results, rows: pd.DataFrame) -> float:
-    config = io.read_json(results.run_folder(rows.index[0]) / "adapter" / "adapter_config.json")
+    config = io.read_json(results.folders[rows.index[0]] / "adapter" / "adapter_config.json")
     return float(config["n_train"])
 
 

@@ -1,5 +1,6 @@
 """Figures from the official code's head files: where its heads lie, and which of them tasks share."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,11 +26,12 @@ def official_sets(folder: str | Path) -> dict[str, dict[str, HeadSet]]:
         DataError: no such file in the folder, two for one model and task, or a damaged one.
     """
     found: dict[str, dict[str, HeadSet]] = {}
-    for path in sorted(Path(folder).glob("*_Aonly_top*heads_*.npy")):
-        model = next((m for m in MODELS if path.name.startswith(m)), None)
-        task = next((t for t in TASKS if f"_{t}_" in path.name), None)
-        if model is None or task is None:
+    named = re.compile(rf"({'|'.join(MODELS)})-base_({'|'.join(TASKS)})_Aonly_top\d+heads_\d+\.npy")
+    for path in sorted(Path(folder).glob("*.npy")):
+        match = named.fullmatch(path.name)
+        if match is None:
             continue
+        model, task = match.groups()
         sets = found.setdefault(model, {})
         if TASKS[task] in sets:
             raise DataError(

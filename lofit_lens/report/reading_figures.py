@@ -23,7 +23,7 @@ from lofit_lens.plots.readings import (
     promoted_figure,
     removal_bars,
 )
-from lofit_lens.report.drawn import Drawn, short
+from lofit_lens.report.drawn import Drawn, short_names
 
 log = logging.getLogger(__name__)
 
@@ -98,12 +98,14 @@ def _of_task(results: Results, task: str, parts: dict[str, Any]) -> dict[str, Dr
         )),
         "attention": ("attention", lambda: _attention(results, task, parts["attention"])),
     }  # fmt: skip
-    found = {f"{name}_{short(task)}": draw for name, (part, draw) in draws.items() if part in parts}
+    found = {
+        f"{name}_{short_names(results.tasks)[task]}": draw for name, (part, draw) in draws.items() if part in parts
+    }
     removals = {label: parts[part] for part, label in REMOVALS.items() if part in parts}
     if removals:
         frame = pd.concat([r.curve.assign(removed=label.replace("<br>", " ")) for label, r in removals.items()])
         title = f"{task}: removing chosen and as many random heads"
-        found[f"removal_{short(task)}"] = lambda: (removal_bars(removals, title=title), frame)
+        found[f"removal_{short_names(results.tasks)[task]}"] = lambda: (removal_bars(removals, title=title), frame)
     return found
 
 
