@@ -165,10 +165,16 @@ def test_official_heads_elsewhere(tmp_path):
     np.save(tmp_path / "mistral_mquake_Aonly_top2heads_42.npy", np.array([[0, 1], [1, 0]]))
     with pytest.raises(DataError, match="holds no official head files"):
         official_sets(tmp_path)
+    np.save(tmp_path / "llama2-7b-chat_mquake_Aonly_top2heads_42.npy", np.array([[0, 1], [1, 0]]))
+    with pytest.raises(DataError, match="holds no official head files"):
+        official_sets(tmp_path)
     np.save(tmp_path / "llama2-7b-base_mquake_Aonly_top2heads_42.npy", np.array([[0, 1], [31, 0]]))
     assert official_sets(tmp_path) == {
         "llama2-7b": {"MQuAKE": HeadSet(["L0H1", "L31H0"], shape=(32, 32), label="mquake")}
     }
+    np.save(tmp_path / "llama2-7b-base_mquake_Aonly_top2heads_7.npy", np.array([[0, 1], [1, 0]]))
+    with pytest.raises(DataError, match="several head files of llama2-7b on mquake"):
+        official_sets(tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------- methods

@@ -221,3 +221,12 @@ def test_a_norm_behind_attention_is_refused(loaded, backend, monkeypatch):
         pytest.raises(ModelError, match=r"layer 1 .* does not add z W_O"),
     ):
         head_output_matrix(model, 1)
+
+
+def test_half_precision_with_a_huge_coordinate_is_no_norm_behind_attention(checkpoint, backend):
+    """Llama-2's first token has coordinates beside which bfloat16 cannot show a small change; that is no reason to refuse."""
+    model = load_model(checkpoint("llama"), backend=backend, dtype="bfloat16", device="cpu")
+    huge = 2000.0 * (torch.arange(32) == 5)
+    with hooked(model.hook_dict["blocks.0.hook_resid_pre"], lambda x, hook: x + huge.to(x)):
+        W = head_output_matrix(model, 1)
+    assert W.shape == (4, 8, 32)

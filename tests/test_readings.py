@@ -9,10 +9,10 @@ import torch
 from lofit_lens.analysis import readings
 from lofit_lens.analysis.logit_lens import promoted_tokens
 from lofit_lens.analysis.readings import read_readings, reading_file
-from lofit_lens.analysis.stored import KINDS, restored
+from lofit_lens.analysis.stored import KINDS, frame_of, restored
 from lofit_lens.errors import DataError, InputError
 from lofit_lens.experiments.results import load_results
-from lofit_lens.report.collect import collect
+from lofit_lens.report.collect import _heads, collect
 from lofit_lens.report.data import checked
 from tests import studies
 
@@ -117,6 +117,14 @@ def test_records_come_back_as_they_were(results):
     assert kinds == set(KINDS)
 
 
+def test_a_column_without_a_number_is_one_of_nan():
+    """One item has no interval: low and high are None in the file, NaN in the table."""
+    frame = frame_of([{"low": None, "value": 0.5}, {"low": None, "value": 1.0}])
+    assert frame["low"].dtype == float
+    assert frame["low"].isna().all()
+    assert frame["value"].tolist() == [0.5, 1.0]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -176,6 +184,21 @@ def test_report_has_what_the_study_has(results):
     patterns = data["attention"][KIN][0]
     assert patterns["heads"]["L1H2"] == parts["attention"]["patterns"][0][1 * 4 + 2]
     assert [t["title"] for t in data["tables"]]
+
+
+def test_a_report_stays_small(results, monkeypatch):
+    """Patterns that do not fit are left out, first prompts kept; the notes say how many. Values stand without geometry too."""
+    parts = read_readings(results)
+    sizes = [12 * len(parts[t]["attention"]["tokens"][0]) ** 2 for t in (KIN, PLACE)]
+    monkeypatch.setattr("lofit_lens.report.collect.PATTERN_NUMBERS", sum(sizes))
+    data = collect(results)
+    assert {t: len(p) for t, p in data["attention"].items()} == {KIN: 1, PLACE: 1}
+    assert any(note.startswith("24 attention patterns were left out") for note in data["notes"])
+    del parts[KIN]["geometry"]
+    heads = _heads(parts[KIN])
+    assert heads[str(results.heads(KIN)[0])]["norm_v"] is None
+    assert heads[str(results.heads(KIN)[0])]["promoted"]
+    assert "total" not in heads
 
 
 def test_report_without_readings_and_transfer(study_folder, tmp_path):

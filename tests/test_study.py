@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lofit_lens.errors import DataError, InputError
+from lofit_lens.errors import DataError, InputError, TrainingDiverged
 from lofit_lens.evaluation.compare import compare, over_seeds
 from lofit_lens.evaluation.stats import holm, paired_permutation_test
 from lofit_lens.experiments import study
@@ -117,6 +117,53 @@ def test_wrong_plans_are_refused():
         run_study("organism", [], out="nowhere")
     with pytest.raises(InputError, match="each once"):
         run_study("organism", [TASKS[0], TASKS[0]], out="nowhere")
+
+
+def test_what_cannot_be_done_is_said_before_the_first_fit(model, tmp_path, monkeypatch):
+    """No validation rows for ITI's strength, more examples than there are, a task that is an other task as well."""
+    monkeypatch.setattr(study, "_score", lambda *job: pytest.fail("work was begun"))
+    blind = replace(TASKS[0], test={k: v for k, v in TASKS[0].test.items() if k != "val"})
+    for tasks, options, message in (
+        ([blind], {"plan": PLAN}, "kin has no validation rows"),
+        (TASKS, {"plan": replace(PLAN, sizes=(4, 9))}, "9 training examples asked for; kin has 8"),
+        (TASKS, {"plan": PLAN, "other_tasks": [TASKS[1]]}, "place is a task and an other task"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run_study(model, tasks, out=tmp_path / "s", progress=False, **options)
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_fit_that_diverges_is_left_out_and_the_others_are_made(model, tmp_path, monkeypatch, caplog):
+    """The log says which; the study is there without it."""
+    inner = study.tune_offsets
+
+    def diverge(model, task, heads, *, seed, **options):
+        if task.name == "place" and seed == 1:
+            raise TrainingDiverged("loss is nan")
+        return inner(model, task, heads, seed=seed, **options)
+
+    monkeypatch.setattr(study, "tune_offsets", diverge)
+    studies.run(model, tmp_path / "s", plan=replace(PLAN, parts=(), extra_seeds=(), draws=1), other_tasks=[], texts=[])
+    found = load_results(tmp_path / "s")
+    assert list(found.lofit(KIN)["seed"]) == [0, 1]
+    assert list(found.lofit(PLACE)["seed"]) == [0]
+    assert any("LoFiT on place (seed 1) is left out: loss is nan" in m for m in caplog.messages)
+
+
+def test_earlier_seeds_and_draws_do_not_mix_in(study_folder, model, tmp_path):
+    """A later call with fewer of both reads only those."""
+    copy = shutil.copytree(study_folder, tmp_path / "study")
+    studies.run(model, copy, plan=replace(PLAN, seeds=(0,), draws=1))
+    found = load_results(copy)
+    assert list(found.lofit(KIN)["seed"]) == [0]
+    assert list(found.by_chance(KIN)["draw"]) == [0]
+
+
+def test_fits_on_selected_heads_count_the_selection(results):
+    """Seconds of step 1 are in LoFiT's, as probing is in ITI's."""
+    scores = results.scores[KIN, "A-norm", 0]
+    row = results.lofit(KIN, seed=0).iloc[0]
+    assert row["fit_seconds"] > scores.meta["seconds"] > 0
 
 
 def test_workers_need_a_name(model):
@@ -260,6 +307,17 @@ def test_paper_tables_repeat_the_runs(results):
     assert last.columns[-1] == "text: KL, nats a token"
     kl = last.frame[last.frame["metric"] == "kl"].set_index("tuned_on").loc[KIN, "mean"]
     assert kl == pytest.approx(results.damage(KIN).mean())
+    few = [t.name for t in paper_tables(replace_methods(results, ("LoFiT", "zero-shot")))]
+    assert few == ["table2", "table5"], "no table of methods that were not run"
     text = tables["table1"].to_latex()
     assert text.count("\\\\") == 1 + len(tables["table1"].cells)
     assert "| method | parameters |" in tables["table1"].to_markdown()
+
+
+def replace_methods(results, kept):
+    """The same results without the runs of other methods."""
+    rows = [i for i, m in enumerate(results.runs["method"]) if m in kept]
+    return replace(
+        results, runs=results.runs.iloc[rows].reset_index(drop=True), folders=tuple(results.folders[i] for i in rows),
+        evaluations=tuple(results.evaluations[i] for i in rows),
+    )  # fmt: skip

@@ -202,8 +202,9 @@ def _other_tasks(results: Results) -> PaperTable | None:
         cells[t].append(short(mean))
         numbers.append({"tuned_on": t, "task": "ordinary text", "metric": "kl", **_numbers(mean), "p_holm": None})
     heads = [f"{o}, {next(iter(results.evaluations[r.index[0]].metrics)).upper()}" for o, r in rows.items()]
+    title = f"LoFiT's adapters elsewhere: other tasks and ordinary text ({results.model.name})"
     return PaperTable(
-        "table5", f"LoFiT's adapters on tasks they were not tuned on ({results.model.name})", ("tuned on", *heads, *extra),
+        "table5", title, ("tuned on", *heads, *extra),
         tuple((name, *line) for name, line in cells.items()),
         (MEAN, STARS.format(reference="the unmodified model", rows="adapters")), pd.DataFrame(numbers),
     )  # fmt: skip

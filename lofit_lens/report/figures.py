@@ -27,10 +27,12 @@ from lofit_lens.analysis.stability import stability
 from lofit_lens.analysis.sweeps import sweep
 from lofit_lens.analysis.transfer import Transfer, transfer_matrix
 from lofit_lens.errors import DataError, InputError
+from lofit_lens.experiments.organism import planted
 from lofit_lens.experiments.paper_tables import paper_tables
 from lofit_lens.experiments.plan import LOFIT, OWN, TRAINED, ZERO
 from lofit_lens.experiments.results import Results
 from lofit_lens.heads import HeadScores, HeadSet
+from lofit_lens.models import ORGANISM
 from lofit_lens.plots.heads import head_grid
 from lofit_lens.plots.layers import layer_distribution
 from lofit_lens.plots.methods import method_bars
@@ -116,7 +118,9 @@ def _head_grid(results: Results) -> Iterator[Drawn]:
         for t, s in scores.items() for rank, h in enumerate(s.ranking(), start=1)
     ])  # fmt: skip
     title = f"Which heads each task uses: A-norm after step 1 (seed {results.seeds[0]})"
-    yield Drawn("head_grid", head_grid(scores, chosen, title=title), frame)
+    known = planted(ORGANISM) if results.model.name == "organism" else {}
+    marked = {t: known[short] for t, short in short_names(results.tasks).items() if short in known}
+    yield Drawn("head_grid", head_grid(scores, chosen, marked=marked, title=title), frame)
 
 
 def _layers(results: Results) -> Iterator[Drawn]:
