@@ -12,6 +12,7 @@ An Empirical Investigation of Statistical Significance in NLP; Lancaster 1961 (t
 (p is never 0); Owen 2007, The Pigeonhole Bootstrap (seeds and items); Holm 1979; Benjamini & Hochberg 1995.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -126,6 +127,14 @@ def bootstrap_interval_over_seeds(
         raise InputError(
             f"values of shape {grid.shape} hold no score; give [n_seeds, n_items] with at least one of each"
         )
+    return _over_seeds(grid.tobytes(), grid.shape, level, resamples, seed, binary)
+
+
+@functools.lru_cache(maxsize=512)  # tables ask for the same runs' interval again and again
+def _over_seeds(
+    numbers: bytes, shape: tuple[int, ...], level: float, resamples: int, seed: int, binary: bool
+) -> tuple[float, float] | None:
+    grid = np.frombuffer(numbers).reshape(shape)
     if 1 in grid.shape:
         return bootstrap_interval(grid.ravel().tolist(), level=level, resamples=resamples, seed=seed, binary=binary)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
 
 from lofit_lens import io
 from lofit_lens.errors import InputError, unknown
@@ -40,10 +41,11 @@ def save_figure(
 ) -> list[Path]:
     """Write a figure and the data behind it.
 
-    A name that ends in `.html` (one self-contained page, plotly.js inside, opens offline), `.png` (three pixels a unit), `.svg`
-    or `.pdf` is that one file. Any other name is the front of all of `formats`; where this machine has no Chrome for the last
-    three, the page is written all the same and a warning says how to get the rest. The data stand beside it: `data` as `.csv`,
-    else the traces as `.json`.
+    A name that ends in `.html` (one self-contained page, plotly.js inside, opens offline), `.png` (two pixels a unit: 300 dpi at
+    column width), `.svg` or `.pdf` is that one file. Any other name is the front of all of `formats`; its page takes plotly.js
+    from the file `plotly.min.js` beside it, which a folder's figures share. Where this machine has no Chrome for the last three,
+    the page is written all the same and a warning says how to get the rest. The data stand beside it: `data` as `.csv`, else
+    the traces as `.json`.
 
     Args:
         fig: the figure.
@@ -85,19 +87,23 @@ def check_formats(formats: Sequence[str]) -> None:
             raise unknown("format", ending, FORMATS)
 
 
-def _write(fig: go.Figure, path: Path) -> Path:
+def _write(fig: go.Figure, path: Path, *, script: bool | str = True) -> Path:
     if path.suffix == ".html":
-        page: Any = fig.to_html(include_plotlyjs=True, full_html=True, div_id=path.stem, config={"displaylogo": False})
+        page: Any = fig.to_html(
+            include_plotlyjs=script, full_html=True, div_id=path.stem, config={"displaylogo": False}
+        )
         return io.write_text(path, page)
     return io.write_bytes(path, _image(fig, path))
 
 
 def _write_all(fig: go.Figure, front: Path, formats: Sequence[str]) -> list[Path]:
-    files = []
+    files, beside = [], front.parent / "plotly.min.js"
+    if "html" in formats and not (beside.is_file() and beside.stat().st_size == len(get_plotlyjs().encode())):
+        io.write_text(beside, get_plotlyjs())
     for ending in (f for f in FORMATS if f in formats):
         path = front.parent / f"{front.name}.{ending}"
         try:
-            files.append(_write(fig, path))
+            files.append(_write(fig, path, script="directory"))
         except NoChrome as e:
             log.warning("%s", e)
             break
@@ -112,7 +118,7 @@ def _image(fig: go.Figure, path: Path) -> bytes:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The kopts argument is ignored")
-            return fig.to_image(format=path.suffix[1:], scale=3)
+            return fig.to_image(format=path.suffix[1:], scale=2)
     except Exception as e:
         raise NoChrome(
             f"cannot draw {path} ({str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__}): static figures need "
