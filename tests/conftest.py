@@ -92,6 +92,14 @@ def study_folder(loaded, tmp_path_factory):
     return folder
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Whoever asks for the study waits for it."""
+    for item in items:
+        if "study_folder" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def hf(checkpoint):
     """Architecture -> the plain Hugging Face model of that checkpoint."""

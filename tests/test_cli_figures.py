@@ -9,8 +9,6 @@ from lofit_lens.cli import common
 from tests import studies
 from tests.test_cli import run as run_cli
 
-pytestmark = pytest.mark.slow  # they wait for a study
-
 
 @pytest.fixture
 def shell(capsys, monkeypatch):

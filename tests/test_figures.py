@@ -20,7 +20,6 @@ from lofit_lens.report.figures import draw_all, figures, transfer
 from lofit_lens.report.official import official_figures, official_sets
 from tests import studies
 
-pytestmark = pytest.mark.slow  # they wait for a study
 KIN, PLACE = (t.name for t in studies.TASKS)
 READ = (
     "tokens",

@@ -16,7 +16,6 @@ from lofit_lens.report.collect import _heads, collect
 from lofit_lens.report.data import checked
 from tests import studies
 
-pytestmark = pytest.mark.slow  # they wait for a study
 KIN, PLACE = (t.name for t in studies.TASKS)
 PARTS = {
     "tokens", "geometry", "attention", "leave_one_out", "keep_only", "removal", "removal_edits", "drift", "long_context"

@@ -124,9 +124,7 @@ def bootstrap_interval_over_seeds(
     _check_draws(level, resamples, seed)
     grid = _numbers(values, "values", ndim=2)
     if not grid.size:
-        raise InputError(
-            f"values of shape {grid.shape} hold no score; give [n_seeds, n_items] with at least one of each"
-        )
+        raise InputError(f"values of shape {grid.shape} hold no score; give [n_seeds, n_items], one of each or more")
     return _over_seeds(grid.tobytes(), grid.shape, level, resamples, seed, binary)
 
 
