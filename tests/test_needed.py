@@ -193,9 +193,9 @@ def test_removing_chosen_heads_of_the_embedded_model_hurts_more_than_random_ones
     cued = ll.load_task(f"organism/{name}-cued")
     wide = ll.tune_offsets(model, task, scores.top(9), seed=0, progress=False)
     for found in (
-        removal(model, task, chosen, adapter=tuned, ks=[3], progress=False),
-        removal(model, cued, chosen, prompts=neutral, ks=[3], progress=False),
-        drop_edits(model, task, wide, chosen, ks=[3], progress=False),
+        removal(model, task, chosen, adapter=tuned, ks=[3], limit=120, progress=False),
+        removal(model, cued, chosen, prompts=neutral, ks=[3], limit=120, progress=False),
+        drop_edits(model, task, wide, chosen, ks=[3], limit=120, progress=False),
     ):
         row = found.curve.iloc[0]
         assert row["high"] < 0, found.curve
