@@ -14,19 +14,12 @@ import pandas as pd
 from lofit_lens import io
 from lofit_lens.evaluation.compare import compare, over_seeds
 from lofit_lens.evaluation.result import Metric, table_html
-from lofit_lens.evaluation.stats import (
-    FEW,
-    bootstrap_interval_over_seeds,
-    holm,
-    mark,
-    paired_bootstrap_test,
-    paired_permutation_test,
-)
+from lofit_lens.evaluation.stats import holm, mark
 from lofit_lens.experiments.methods import CHANCE as CHANCE_ROW
 from lofit_lens.experiments.methods import LEARNED
 from lofit_lens.experiments.plan import STEERING, TRAINED, ZERO
 from lofit_lens.experiments.results import Results
-from lofit_lens.experiments.table import MethodTable, settings_text, tex
+from lofit_lens.experiments.table import MethodTable, markdown, over_texts, paired_tester, settings_text, tex
 
 STARS = "* differs from {reference}, p < .05; + p < .1; paired tests, adjusted over the {rows} of a task by Holm"
 MEAN = "mean [95 % bootstrap interval over seeds and items]; with few seeds such intervals can be too narrow"
@@ -54,9 +47,7 @@ class PaperTable:
 
     def to_markdown(self) -> str:
         """A Markdown table with title and notes."""
-        lines = [self.columns, ("---",) * len(self.columns), *self.cells]
-        table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-        return f"**{self.title}**\n\n{table}\n\n" + "\n".join(f"- {note}" for note in self.notes) + "\n"
+        return markdown(self.title, self.columns, self.cells, self.notes)
 
     def to_latex(self) -> str:
         """A LaTeX `table*` for the booktabs package."""
@@ -185,7 +176,7 @@ def _other_tasks(results: Results) -> PaperTable | None:
         metric = next(iter(base[0].metrics))
         tuned = {t: [results.evaluations[i] for i in results.lofit(t, tested=other).index] for t in results.tasks}
         tuned = {t: runs for t, runs in tuned.items() if runs}
-        test = paired_permutation_test if len(base[0].items) < FEW else paired_bootstrap_test
+        test = paired_tester(len(base[0].items))
         tests = {t: compare(runs, base, test=test)[metric] for t, runs in tuned.items()}
         adjusted = dict(zip(tests, holm([x.p for x in tests.values()]), strict=True))
         for name, runs in {"unmodified": base, **tuned}.items():
@@ -198,7 +189,7 @@ def _other_tasks(results: Results) -> PaperTable | None:
         cells["unmodified"].append("0")
         extra = ("text: KL, nats a token",)
     for t, kl in hurt.items():
-        mean = Metric(float(kl.mean()), bootstrap_interval_over_seeds(kl), kl.shape[1], kl.shape[0])
+        mean = over_texts(kl)
         cells[t].append(short(mean))
         numbers.append({"tuned_on": t, "task": "ordinary text", "metric": "kl", **_numbers(mean), "p_holm": None})
     heads = [f"{o}, {next(iter(results.evaluations[r.index[0]].metrics)).upper()}" for o, r in rows.items()]

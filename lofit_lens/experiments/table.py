@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from lofit_lens import io
 from lofit_lens.errors import InputError
-from lofit_lens.evaluation.compare import Comparison, compare, over_seeds
+from lofit_lens.evaluation.compare import Comparison, PairedTester, compare, over_seeds
 from lofit_lens.evaluation.result import Metric, table_html
 from lofit_lens.evaluation.stats import (
     FEW,
@@ -113,8 +114,7 @@ class MethodTable:
             raise InputError(f"no method {reference!r} here; there are {', '.join(named)}")
         base = [r.result for r in named[reference].runs]
         metric = next(iter(base[0].metrics))
-        few = len(base[0].items) < FEW
-        test = paired_permutation_test if few else paired_bootstrap_test
+        test = paired_tester(len(base[0].items))
         others = [m for m in methods if m.method != reference]
         tests = {m.method: compare([r.result for r in m.runs], base, test=test) for m in others}
         p = dict(zip(tests, holm([t[metric].p for t in tests.values()]), strict=True)) if tests else {}
@@ -246,9 +246,7 @@ class MethodTable:
 
     def to_markdown(self) -> str:
         """A Markdown table with its title and notes."""
-        lines = [self.columns(), ("---",) * len(self.columns()), *self.cells()]
-        table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-        return f"**{self.title()}**\n\n{table}\n\n" + "\n".join(f"- {note}" for note in self.notes()) + "\n"
+        return markdown(self.title(), self.columns(), self.cells(), self.notes())
 
     def to_latex(self) -> str:
         """A LaTeX `table*` for the booktabs package, with its caption and notes."""
@@ -315,8 +313,8 @@ def _row(method: MethodRuns, against: Comparison | None, p_holm: float | None) -
     hurt = [r.damage for r in runs if r.damage is not None]
     kl = increase = None
     if hurt:
-        kl = _over_texts([h["kl"] for h in hurt])
-        increase = _over_texts([
+        kl = over_texts([h["kl"] for h in hurt])
+        increase = over_texts([
             [q - p for q, p in zip(h["cross_entropy"], h["cross_entropy_base"], strict=True)] for h in hurt
         ])  # fmt: skip
     return Row(
@@ -326,7 +324,20 @@ def _row(method: MethodRuns, against: Comparison | None, p_holm: float | None) -
     )  # fmt: skip
 
 
-def _over_texts(values: Sequence[Sequence[float]]) -> Metric:
+def markdown(title: str, columns: Sequence[str], cells: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
+    """A Markdown table with its title in front and its notes behind."""
+    lines = [columns, ("---",) * len(columns), *cells]
+    table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return f"**{title}**\n\n{table}\n\n" + "\n".join(f"- {note}" for note in notes) + "\n"
+
+
+def paired_tester(n_items: int) -> PairedTester:
+    """The paired test for so many items: bootstrap, or where they are few permutation."""
+    return paired_permutation_test if n_items < FEW else paired_bootstrap_test
+
+
+def over_texts(values: ArrayLike) -> Metric:
+    """Mean of `[seeds, texts]` with its interval over both."""
     grid = np.array(values, dtype=float)
     return Metric(float(grid.mean()), bootstrap_interval_over_seeds(grid), grid.shape[1], grid.shape[0])
 
