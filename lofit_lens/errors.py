@@ -16,6 +16,10 @@ class DataError(InputError):
     """A data file is missing, empty, corrupt or lacks a field; names the file and the row."""
 
 
+class DiskFull(InputError):
+    """A file could not be written since no space is left; what was there is as it was. The same command goes on later."""
+
+
 class ModelError(InputError):
     """A model cannot be loaded correctly by the class asked for, or its heads cannot be reached."""
 
@@ -42,3 +46,11 @@ def unknown(kind: str, name: object, allowed: Iterable[object], *, hint: str = "
     guess = f" Did you mean {near[0]!r}?" if near else ""
     tail = f" {hint}" if hint else ""
     return InputError(f"unknown {kind} {str(name)!r}; allowed: {', '.join(names)}.{guess}{tail}")
+
+
+def no_field(name: str, allowed: Iterable[str]) -> InputError:
+    """Build the error for a field that a record does not have, with the nearest one that it has."""
+    names = list(allowed)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    guess = f"; did you mean {near[0]!r}?" if near else ";"
+    return InputError(f"no field {name!r}{guess} Allowed: {', '.join(names) or 'none'}")

@@ -6,6 +6,7 @@ safetensors, everything else as JSON.
 """
 
 import contextlib
+import errno
 import functools
 import hashlib
 import importlib.metadata
@@ -23,10 +24,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lofit_lens.errors import AdapterError, DataError, InputError
+from lofit_lens.errors import AdapterError, DataError, DiskFull, InputError
 
 # A folder may be replaced only if one of these is in it.
 MARKERS = ("adapter_config.json", "heads.json", "scores.json", "result.json", "run.json")
+FULL = (errno.ENOSPC, errno.EDQUOT)  # what the system says where no space, or quota, is left
 RECORDED_PACKAGES = ("lofit-lens", "transformer-lens", "torch", "transformers", "safetensors", "numpy")
 
 
@@ -60,7 +62,52 @@ def file_digest(path: str | Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _new_file_mode() -> int:
+def cannot_write(path: str | Path, error: OSError, advice: str = "choose a folder you may write to") -> InputError:
+    """The error for a file or folder that could not be written: `DiskFull` where there is no space (or quota) left."""
+    path, why = Path(path), error.strerror or error
+    if error.errno not in FULL:
+        return InputError(f"cannot write {path}: {why}; {advice}")
+    there = next((p for p in path.absolute().parents if p.is_dir()), Path("/"))
+    return DiskFull(
+        f"cannot write {path}: {why} ({shutil.disk_usage(there).free / 1e6:.1f} MB are free on the disk of {there}); free "
+        "some space and run the same command again: what is finished is kept"
+    )
+
+
+def sync(path: str | Path) -> None:
+    """Flush a file, or a folder with all that lies in it (the inner ones first), to the disk.
+
+    Raises:
+        OSError: a file cannot be read, or the disk is full or failing.
+    """
+    path = Path(path)
+    if path.is_dir():
+        for child in sorted(path.iterdir()):
+            sync(child)
+        sync_folder(path)
+        return
+    with path.open("rb") as f:
+        os.fsync(f.fileno())
+
+
+def sync_folder(path: str | Path) -> None:
+    """Flush the names in a folder to the disk, so that a rename outlives a loss of power.
+
+    Raises:
+        OSError: the disk is full or failing.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems sync no folders
+            raise
+    finally:
+        os.close(handle)
+
+
+def new_file_mode() -> int:
+    """Permission bits that the process's umask leaves to a new file."""
     mask = os.umask(0)
     os.umask(mask)
     return 0o666 & ~mask
@@ -70,7 +117,7 @@ def write_bytes(path: str | Path, data: bytes) -> Path:
     """Write a file by temporary name, fsync and rename.
 
     Raises:
-        InputError: the folder cannot be written to; nothing is left behind.
+        InputError: the folder cannot be written to (`DiskFull`: no space is left); nothing is left behind.
     """
     path = Path(path)
     temporary: str | None = None
@@ -81,14 +128,14 @@ def write_bytes(path: str | Path, data: bytes) -> Path:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
-        os.chmod(temporary, _new_file_mode())
+        os.chmod(temporary, new_file_mode())
         os.replace(temporary, path)
     except BaseException as e:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
         if isinstance(e, OSError):
-            raise InputError(f"cannot write {path}: {e.strerror or e}; choose a folder you may write to") from e
+            raise cannot_write(path, e) from e
         raise
     return path
 
@@ -200,14 +247,14 @@ def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
     except OSError as e:
-        raise InputError(f"cannot write {path}: {e.strerror or e}; choose a folder you may write to") from e
+        raise cannot_write(path, e) from e
     try:
         yield temporary
-        os.chmod(temporary, _new_file_mode() | 0o111)
+        os.chmod(temporary, new_file_mode() | 0o111)
         try:
             replace_folder(temporary, path)
         except OSError as e:
-            raise InputError(f"cannot write {path}: {e.strerror or e}; choose another folder") from e
+            raise cannot_write(path, e, "choose another folder") from e
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

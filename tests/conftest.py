@@ -87,7 +87,8 @@ def bridge_llama(loaded):
 @pytest.fixture(scope="session")
 def study_folder(loaded, tmp_path_factory):
     """A small study of all parts on the bridge, read; tests must not change it."""
-    folder = studies.run(loaded("llama", "bridge"), tmp_path_factory.mktemp("study") / "small")
+    folder = tmp_path_factory.mktemp("study") / "small"
+    studies.run(loaded("llama", "bridge"), folder)
     studies.read(loaded("llama", "bridge"), folder)
     return folder
 

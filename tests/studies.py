@@ -1,8 +1,8 @@
 """A small study on a tiny Llama, for the tests of what is read and drawn from one."""
 
 from lofit_lens.analysis.readings import run_readings
-from lofit_lens.experiments.plan import PARTS, Plan
-from lofit_lens.experiments.study import run_study
+from lofit_lens.experiments.grid import run_grid
+from lofit_lens.experiments.specs import Grid, Run, Selection
 from lofit_lens.tasks import Task
 
 NAMES = ("Ann", "Bob", "Eve", "France", "Rome", "a book", "an author", "an uncle")
@@ -16,17 +16,27 @@ def small_task(name, answers, *, n_test=6):
 
 TASKS = (small_task("kin", (" son", " aunt")), small_task("place", (" Rome", " France")))
 OTHER = small_task("other", (" sister",))
-PLAN = Plan(
-    seeds=(0, 1), extra_seeds=(2,), parts=PARTS, selectors=("probe accuracy",), scored=(), trained=("RED",), ks=(1, 2),
-    sizes=(4,), draws=2, limit=5,
+BASE = (Run(method="zero-shot", tested=True), Run(tested=True, damage=True), Run(heads="random", draws=2))
+GRID = Grid(
+    name="small", model="in memory", tasks=("kin", "place"), other_tasks=("other",), limit=5, scores=("A-norm",),
+    selections={"A-norm": Selection(by="A-norm", seeds=2)},
+    runs=(
+        *BASE, Run(of="others"), Run(k=(1, 2, "3K")), Run(heads="probe accuracy"), Run(method=("ITI", "RepE"), settings="chosen"),
+        Run(method=("LoRA", "RED", "LoReFT")), Run(method=("LoFiT", "RED"), n_train=4),
+    ),
 )  # fmt: skip
 TEXTS = ("Ann asked her son to go.", "The capital of France is Rome.")
 
 
+def with_changes(**changes):
+    """The grid with other fields."""
+    return Grid(**{**{name: getattr(GRID, name) for name in Grid.model_fields}, **changes})
+
+
 def run(model, folder, **options):
-    """The study; `options` as `run_study`'s, in place of what it takes by itself."""
-    given = {"plan": PLAN, "other_tasks": [OTHER], "texts": TEXTS, "progress": False, **options}
-    return run_study(model, TASKS, out=folder, **given)
+    """The study; `options` as `run_grid`'s, in place of what it takes by itself."""
+    given = {"grid": GRID, "tasks": TASKS, "other_tasks": [OTHER], "texts": TEXTS, "progress": False, **options}
+    return run_grid(given.pop("grid"), folder, model=model, **given)
 
 
 def read(model, folder, **options):

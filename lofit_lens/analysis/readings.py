@@ -121,7 +121,7 @@ def _asked(results: Results, name: str, tasks: Mapping[str, Task], texts: Sequen
     of = results.tasks if name == TOGETHER else (name,)
     wide = [] if name == TOGETHER else results.lofit(name, seed=results.seeds[0], k=results.wide_k(name)).index
     return {
-        "seed": results.seeds[0], "draws": draws, "limit": results.record["plan"]["limit"],
+        "seed": results.seeds[0], "draws": draws, "limit": results.record["limit"],
         "heads": {t: str(results.adapter(t).heads) for t in of}, "cued": f"{name}-cued" in tasks, "wide": len(wide) > 0,
         "texts": io.digest(list(texts)) if texts else "",
     }  # fmt: skip
@@ -162,7 +162,7 @@ def _of_task(
     model: Any, results: Results, tasks: Mapping[str, Task], name: str, texts: tuple[str, ...], draws: int
 ) -> dict[str, Any]:
     task, lofit = tasks[name], results.adapter(name, model=model)
-    seed, limit = results.seeds[0], results.record["plan"]["limit"]
+    seed, limit = results.seeds[0], results.record["limit"]
     split = "val" if task.test.get("val") else "train"
     prompts = [e.prompt for e in task.examples(split, limit=PROMPTS)]
     options: dict[str, Any] = {"limit": limit, "progress": False}
@@ -230,7 +230,7 @@ def _patterns(model: Any, lofit: Lofit, prompts: Sequence[str]) -> dict[str, Any
 
 
 def _together(model: Any, results: Results, tasks: Mapping[str, Task]) -> dict[str, Any]:
-    options: dict[str, Any] = {"limit": results.record["plan"]["limit"], "progress": False}
+    options: dict[str, Any] = {"limit": results.record["limit"], "progress": False}
     pairs = {t: (tasks[t], results.adapter(t, model=model)) for t in results.tasks}
     heads = {t: lofit.heads for t, (_, lofit) in pairs.items()}
     named = {t: tasks[t] for t in pairs}

@@ -24,7 +24,7 @@ def figures(
     draws: s.Draws = 5,
     limit: s.Limit = None,
     part: Annotated[list[str] | None, typer.Option(
-        "--part", help="Only this part of the study: transfer, methods, selectors, k, data, other tasks; may be repeated."
+        "--part", help="Only what this needs: fig2, fig3, fig4, fig5, table1, table2, table3, table5, stability; may be repeated."
     )] = None,
     tune: Annotated[bool, typer.Option(
         "--tune", help="Choose every method's settings on the validation rows, not those of ITI and RepE alone (slower)."
@@ -74,7 +74,7 @@ def figures(
             s.run(s.Request(
                 results, model, task or ["organism/all"], seeds, draws, limit, part, tune, other_task, texts, data_dir, backend,
                 dtype, device, revision, workers, True, quiet,
-            ))  # fmt: skip
+            ), "figures")  # fmt: skip
             c.console.print(f"study in {results}: {time.perf_counter() - start:.0f} s")
         from lofit_lens.experiments.results import load_results
 

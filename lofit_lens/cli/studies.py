@@ -18,7 +18,6 @@ Tasks = Annotated[
 Seeds = Annotated[int, typer.Option("--seeds", help="Number of seeds (0, 1, ...).", min=1)]
 Draws = Annotated[int, typer.Option("--draws", help="Draws of random heads.", min=1)]
 Limit = Annotated[int | None, typer.Option("--limit", help="Only the first test rows.", min=1)]
-N_TEXTS = 50  # ordinary texts
 Workers = Annotated[
     int, typer.Option("--workers", help="Processes; 0 = one a core (embedded model on the CPU).", min=0)
 ]
@@ -48,37 +47,46 @@ class Request:
     quiet: bool
 
 
-def run(asked: Request) -> None:
-    """Run what is missing of the study, and what is read from its adapters."""
+def run(asked: Request, name: str) -> None:
+    """Run what is missing of the study, a grid of that name, and what is read from its adapters."""
     c.quiet_libraries()
     os.environ["PYTHONWARNINGS"] = "ignore"  # for the worker processes
     from lofit_lens.analysis.readings import run_readings
+    from lofit_lens.cli.grids import report
     from lofit_lens.cli.methods import task_names, workers_for
     from lofit_lens.evaluation.texts import load_texts
-    from lofit_lens.experiments.plan import PARTS, Plan
-    from lofit_lens.experiments.study import run_study
+    from lofit_lens.experiments.grid import run_grid
+    from lofit_lens.experiments.paper import paper_grid
+    from lofit_lens.experiments.specs import ModelSpec
     from lofit_lens.organism.words import TASKS
 
-    plan = Plan(
-        seeds=tuple(range(asked.seeds)), extra_seeds=tuple(range(asked.seeds, max(4, asked.seeds))), draws=asked.draws,
-        limit=asked.limit, parts=tuple(asked.parts or PARTS), tune=asked.tune,
-    )  # fmt: skip
     names = task_names(asked.tasks)
+    parts = asked.parts or ["all"]
     embedded = [n for n in names if n.removeprefix("organism/") in TASKS]
-    others = (asked.others or [f"{n}-cued" for n in embedded]) if "other tasks" in plan.parts else []
+    others = (asked.others or [f"{n}-cued" for n in embedded]) if {"table5", "all"} & set(parts) else []
     tasks, rest = ([c.open_task(n, fold=None, data_dir=asked.data_dir if n not in embedded else None) for n in listed]
                    for listed in (names, others))  # fmt: skip
     source = asked.texts or ("organism" if embedded else "none")
-    texts = [] if source == "none" else list(islice(load_texts(source), N_TEXTS))
-    workers = workers_for(asked.workers, asked.model, asked.device)
     # LoRA needs the bridge: with it in the study, every method runs on that class.
-    backend = "bridge" if asked.backend == "auto" and "methods" in plan.parts else asked.backend
-    run_study(
-        asked.model, tasks, out=asked.results, plan=plan, texts=texts, other_tasks=rest, batch_size=64 if embedded else 16,
-        workers=workers, backend=backend, dtype=asked.dtype, device=asked.device, revision=asked.revision,
-        progress=not asked.quiet,
+    backend = "bridge" if asked.backend == "auto" and {"table3", "fig4", "all"} & set(parts) else asked.backend
+    grid = paper_grid(
+        parts, name=name, tasks=[t.name for t in tasks], other_tasks=[t.name for t in rest], seeds=range(asked.seeds),
+        model=ModelSpec(name=asked.model, revision=asked.revision, backend=backend, dtype=asked.dtype), draws=asked.draws,
+        texts=None if source == "none" else source, limit=asked.limit, batch_size=64 if embedded else 16, tune=asked.tune,
     )  # fmt: skip
+    workers = workers_for(asked.workers, asked.model, asked.device)
+    found = run_grid(
+        grid,
+        asked.results,
+        tasks=tasks,
+        other_tasks=rest,
+        workers=workers,
+        device=asked.device,
+        progress=not asked.quiet,
+    )
+    report(found, asked.results)
     if asked.readings:
+        texts = [] if source == "none" else list(islice(load_texts(source), grid.n_texts))
         run_readings(
             asked.model, tasks, out=asked.results, other_tasks=rest, texts=texts, draws=asked.draws, workers=workers,
             backend=backend, dtype=asked.dtype, device=asked.device, revision=asked.revision, progress=not asked.quiet,

@@ -39,9 +39,9 @@ def transfer(
         raise InputError(f"transfer between tasks needs two or more; got {names[0]} alone: repeat --task")
     c.check_new(out, overwrite=True)
     s.run(s.Request(
-        out, model, names, seeds, draws, limit, ["transfer"], False, None, "none", data_dir, backend, dtype, device,
+        out, model, names, seeds, draws, limit, ["fig2"], False, None, "none", data_dir, backend, dtype, device,
         revision, workers, False, quiet,
-    ))  # fmt: skip
+    ), "transfer")  # fmt: skip
     from lofit_lens.experiments.results import load_results
     from lofit_lens.plots.style import save_figure
     from lofit_lens.plots.transfer import transfer_heatmap

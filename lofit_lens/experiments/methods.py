@@ -16,24 +16,52 @@ name is held at the values below:
 import time
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from lofit_lens.errors import InputError, ModelError, unknown
 from lofit_lens.heads import HeadScores, HeadSet, check_k
-from lofit_lens.interventions import Intervention, Lora, LoReft, Red
+from lofit_lens.interventions import Intervention, Lofit, Lora, LoReft, Red
 from lofit_lens.models import ModelInfo, load_model, model_info
 from lofit_lens.probing import Probes, ReadingVectors, fit_probes, reading_vectors
 from lofit_lens.tasks.base import Task
 from lofit_lens.training import Preset, TrainConfig, preset, select_heads, tune_offsets
 from lofit_lens.training.config import method_config
 from lofit_lens.training.fitting import fit
+from lofit_lens.training.loop import OnStep
 from lofit_lens.training.selectors import SELECTORS
 
 Settings = Mapping[str, Any]
 TRIALS = 4
 DRAWS = 5  # of random heads
 RATES = (0.1, 0.3, 1.0, 3.0)  # times the preset's or the method's usual learning rate
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What is known of a model and a task before anything is loaded.
+
+    Attributes:
+        info: of the model.
+        preset: LoFiT's settings for this model and task.
+    """
+
+    info: ModelInfo
+    preset: Preset
+
+    @classmethod
+    def of(cls, info: ModelInfo, task: Task) -> "Outline":
+        """With the task's preset."""
+        return cls(info, preset(info, task.family, task.objective))
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a fit is given beside its settings: a state file for stop and resume, and who reads its steps."""
+
+    checkpoint: Path | None = None
+    on_step: OnStep | None = None
 
 
 class Workbench:
@@ -50,12 +78,14 @@ class Workbench:
     Attributes:
         info: of the model.
         preset: LoFiT's settings for this model and task.
+        training: state file and tracker of the fits to come.
     """
 
     def __init__(self, model: Any, task: Task, *, n_train: int | None = None, progress: bool = False) -> None:
         self.model, self.task, self.n_train, self.progress = model, task, n_train, progress
-        self.info: ModelInfo = model_info(model)
-        self.preset: Preset = preset(self.info, task.family, task.objective)
+        self.outline = Outline.of(model_info(model), task)
+        self.info, self.preset = self.outline.info, self.outline.preset
+        self.training = Training()
         self._kept: dict[Any, tuple[Any, float]] = {}
         self._borrowed = 0.0
 
@@ -127,7 +157,8 @@ class Method:
     Attributes:
         name: in tables.
         fit: workbench, settings, seed -> the fitted intervention (None: the model as it is).
-        grid: workbench -> settings that may be chosen.
+        grid: outline of model and task -> settings that may be chosen.
+        settings: names of all that may be set.
         model: workbench -> the model that the intervention is attached to.
         seeded: whether another seed can give another result.
         least_seeds: seeds it is run with at least, for methods by chance.
@@ -135,7 +166,8 @@ class Method:
 
     name: str
     fit: Callable[[Workbench, Settings, int], Intervention | None]
-    grid: Callable[[Workbench], tuple[dict[str, Any], ...]]
+    grid: Callable[[Outline], tuple[dict[str, Any], ...]]
+    settings: tuple[str, ...] = ()
     model: Callable[[Workbench], Any] = field(default=lambda bench: bench.model)
     seeded: bool = True
     least_seeds: int = 1
@@ -145,7 +177,7 @@ def _zero_shot(bench: Workbench, settings: Settings, seed: int) -> None:
     return None
 
 
-def k_of(bench: Workbench, share: str) -> int:
+def k_of(bench: Workbench | Outline, share: str) -> int:
     """Number of heads: the preset's for 3 %, three times as many for 10 % (96 of Llama-2-7B's 1,024, as in the paper)."""
     k = {"3 %": bench.preset.k, "10 %": 3 * bench.preset.k}[share]
     check_k(k, bench.info.n_layers * bench.info.n_heads, bench.info.name)
@@ -169,12 +201,28 @@ def _rates(config: TrainConfig) -> tuple[dict[str, Any], ...]:
 def _lofit(share: str, chosen: Callable[[Workbench, int, int], HeadSet]) -> Callable[..., Intervention]:
     def fit_lofit(bench: Workbench, settings: Settings, seed: int) -> Intervention:
         heads = chosen(bench, k_of(bench, share), seed)
-        config = bench.preset.tune.with_changes(lr=settings["lr"])
-        return tune_offsets(
-            bench.model, bench.task, heads, seed=seed, config=config, n_train=bench.n_train, progress=bench.progress
-        )
+        return fit_offsets(bench, heads, settings, seed)
 
     return fit_lofit
+
+
+def fit_offsets(bench: Workbench, heads: HeadSet, settings: Settings, seed: int) -> Lofit:
+    """LoFiT's step 2 on these heads, with the preset's settings but for those that are given."""
+    return tune_offsets(
+        bench.model, bench.task, heads, seed=seed, config=training_config("LoFiT", bench, settings), n_train=bench.n_train,
+        checkpoint=bench.training.checkpoint, on_step=bench.training.on_step, progress=bench.progress,
+    )  # fmt: skip
+
+
+def training_config(method: str, bench: Workbench | Outline, settings: Settings) -> TrainConfig:
+    """How `LoFiT` (step 2), `LoRA`, `RED` or `LoReFT` is trained: as many passes over the rows for each.
+
+    Raises:
+        InputError: a setting that `TrainConfig` does not have, or a value out of its range.
+    """
+    tune = bench.preset.tune
+    base = tune if method == "LoFiT" else method_config(method.lower(), bench.info).with_changes(epochs=tune.epochs)
+    return base.with_changes(**settings)
 
 
 def _by_norm(bench: Workbench, k: int, seed: int) -> HeadSet:
@@ -190,11 +238,9 @@ def _trained(
 ) -> Callable[..., Intervention]:
     def fit_adapter(bench: Workbench, settings: Settings, seed: int) -> Intervention:
         adapter = make(bench, seed)
-        base = method_config(name, bench.info)
-        config = base.with_changes(lr=settings["lr"], epochs=bench.preset.tune.epochs)
         fit(
-            adapter, model(bench), bench.task, config, seed=seed, n_train=bench.n_train, label=adapter.title,
-            progress=bench.progress,
+            adapter, model(bench), bench.task, training_config(name, bench, settings), seed=seed, n_train=bench.n_train,
+            label=adapter.title, checkpoint=bench.training.checkpoint, on_step=bench.training.on_step, progress=bench.progress,
         )  # fmt: skip
         return adapter
 
@@ -208,32 +254,32 @@ def _own(bench: Workbench) -> Any:
 ITI_GRID = tuple({"alpha": a} for a in (5.0, 15.0, 45.0, 135.0))
 REPE_GRID = tuple({"coefficient": c, "layers": share} for share in (1 / 3, 1.0) for c in (0.5, 1.0))
 LEARNED, CHANCE = "LoFiT 3 %", "random heads"
+TRAINED = tuple(f.name for f in fields(TrainConfig))
+
+
+def _tuned_rates(bench: Outline) -> tuple[dict[str, Any], ...]:
+    return _rates(bench.preset.tune)
+
+
+def _adapter(name: str, make: Callable[[Workbench, int], Any], model: Callable[[Workbench], Any] = _own) -> Method:
+    """A method that is trained with LoFiT's loop on all layers."""
+    return Method(
+        name, _trained(name, make, model), lambda bench: _rates(method_config(name.lower(), bench.info)), TRAINED, model
+    )
+
 
 METHODS: dict[str, Method] = {
     m.name: m
     for m in (
         Method("zero-shot", _zero_shot, lambda bench: ({},), seeded=False),
-        Method("ITI", _fit_iti, lambda bench: ITI_GRID),
-        Method("RepE", _fit_repe, lambda bench: REPE_GRID),
-        Method(CHANCE, _lofit("3 %", _by_chance), lambda bench: _rates(bench.preset.tune), least_seeds=DRAWS),
-        Method(LEARNED, _lofit("3 %", _by_norm), lambda bench: _rates(bench.preset.tune)),
-        Method("LoFiT 10 %", _lofit("10 %", _by_norm), lambda bench: _rates(bench.preset.tune)),
-        Method(
-            "LoRA",
-            _trained("lora", lambda bench, seed: Lora.for_model(bench.bridge(), seed=seed), Workbench.bridge),
-            lambda bench: _rates(method_config("lora", bench.info)),
-            model=Workbench.bridge,
-        ),
-        Method(
-            "RED",
-            _trained("red", lambda bench, seed: Red.for_model(bench.model), _own),
-            lambda bench: _rates(method_config("red", bench.info)),
-        ),
-        Method(
-            "LoReFT",
-            _trained("loreft", lambda bench, seed: LoReft.for_model(bench.model, seed=seed), _own),
-            lambda bench: _rates(method_config("loreft", bench.info)),
-        ),
+        Method("ITI", _fit_iti, lambda bench: ITI_GRID, ("alpha",)),
+        Method("RepE", _fit_repe, lambda bench: REPE_GRID, ("coefficient", "layers")),
+        Method(CHANCE, _lofit("3 %", _by_chance), _tuned_rates, TRAINED, least_seeds=DRAWS),
+        Method(LEARNED, _lofit("3 %", _by_norm), _tuned_rates, TRAINED),
+        Method("LoFiT 10 %", _lofit("10 %", _by_norm), _tuned_rates, TRAINED),
+        _adapter("LoRA", lambda bench, seed: Lora.for_model(bench.bridge(), seed=seed), Workbench.bridge),
+        _adapter("RED", lambda bench, seed: Red.for_model(bench.model)),
+        _adapter("LoReFT", lambda bench, seed: LoReft.for_model(bench.model, seed=seed)),
     )
 }
 
@@ -242,21 +288,14 @@ def _selector_methods() -> dict[str, Method]:
     """Each head selector as a method: its K best heads (as many as LoFiT's 3 %), then offsets with the preset's settings."""
 
     def with_heads_by(select: Any) -> Callable[[Workbench, Settings, int], Intervention]:
-        def fit_offsets(bench: Workbench, settings: Settings, seed: int) -> Intervention:
+        def fit_selected(bench: Workbench, settings: Settings, seed: int) -> Intervention:
             scores = bench.shared(
                 (select, seed),
                 lambda: select(bench.model, bench.task, seed=seed, n_train=bench.n_train, progress=False),
             )
-            return tune_offsets(
-                bench.model,
-                bench.task,
-                scores.top(k_of(bench, "3 %")),
-                seed=seed,
-                n_train=bench.n_train,
-                progress=False,
-            )
+            return fit_offsets(bench, scores.top(k_of(bench, "3 %")), settings, seed)
 
-        return fit_offsets
+        return fit_selected
 
     return {
         f"heads by {name}": Method(

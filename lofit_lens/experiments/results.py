@@ -1,5 +1,6 @@
-"""What a study's folder holds, read for figures and tables; nothing is trained here."""
+"""What a store of grids holds, read for figures and tables; nothing is trained here."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,17 +10,15 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from lofit_lens import io
 from lofit_lens.errors import DataError, InputError, unknown
 from lofit_lens.evaluation.result import EvalResult
-from lofit_lens.experiments import store
+from lofit_lens.experiments.compute import choice
 from lofit_lens.experiments.methods import CHANCE as CHANCE_ROW
 from lofit_lens.experiments.methods import LEARNED
-from lofit_lens.experiments.plan import CHANCE, LOFIT, OWN, TRAINED, ZERO, wide_k
+from lofit_lens.experiments.paper import CHANCE, OWN, TRAINED
 from lofit_lens.experiments.runs import MethodRuns, Run
-from lofit_lens.experiments.study import KIND as STUDY_KIND
-from lofit_lens.experiments.study import SCHEMA as STUDY_SCHEMA
-from lofit_lens.experiments.study import read_scores
+from lofit_lens.experiments.shelf import Store
+from lofit_lens.experiments.specs import LOFIT, ZERO, heads_of
 from lofit_lens.experiments.table import MethodTable
 from lofit_lens.experiments.tuning import Tuned
 from lofit_lens.heads import HeadScores, HeadSet
@@ -31,22 +30,23 @@ COLUMNS = (
     "task", "tested", "method", "heads_from", "source", "k", "n_train", "seed", "draw", "metric", "value", "n_items",
     "n_parameters", "heads", "fit_seconds", "eval_seconds",
 )  # fmt: skip
+ASKED = ("task", "tested", "method", "heads_from", "source", "k", "n_train", "seed", "draw")  # what tells runs apart
 
 
 @dataclass(frozen=True, eq=False)
 class Results:
-    """A study that was run (`run_study`), or as much of it as is there.
+    """Grids that were run (`run_grid`), or as much of them as is there.
 
     Attributes:
-        folder: where it lies.
-        record: `study.json`.
+        folder: the store.
+        record: what was asked for: `seeds`, `draws`, `limit`, `tasks`, `other_tasks`, `versions`.
         model: the model.
-        tasks: names of the tasks, in the study's order.
+        tasks: names of the tasks, in the grids' order.
         runs: one row a run, see `COLUMNS`: `task` was learned, `tested` was asked; `k` and `n_train` are NaN where they do not
             apply (all of the task's own training examples).
         evaluations: one a row of `runs`.
         folders: where each lies.
-        scores: (task, selector, seed) -> head scores.
+        scores: (task, selection, seed) -> head scores.
     """
 
     folder: Path
@@ -64,7 +64,7 @@ class Results:
 
     def wide_k(self, task: str) -> int:
         """Number of heads of the 10 % setting."""
-        return wide_k(self.k(task), self.model.n_layers * self.model.n_heads)
+        return heads_of("3K", self.k(task), self.model.n_layers * self.model.n_heads)
 
     def metric(self, task: str) -> str:
         """The task's own metric."""
@@ -79,7 +79,7 @@ class Results:
     @property
     def seeds(self) -> tuple[int, ...]:
         """Seeds of selection and fits."""
-        return tuple(self.record["plan"]["seeds"])
+        return tuple(self.record["seeds"])
 
     def rows(self, **wanted: Any) -> pd.DataFrame:
         """Rows of `runs` whose columns have these values (None: not set), by seed and draw; tested on their own task unless
@@ -189,17 +189,27 @@ class Results:
         self._tables[key] = MethodTable.of(runs, reference)
         return self._tables[key]
 
+    @cached_property
+    def _store(self) -> Store:
+        return Store(self.folder)
+
     def _run(self, i: Any) -> Run:
-        record = io.read_json(self.folders[i] / "run.json")
-        return Run(int(record["spec"]["seed"]), record["settings"], self.evaluations[i], **record["run"])
+        record = self._store.read(self.folders[i].name)
+        row, run = self.runs.loc[i], record["run"]
+        return Run(
+            int(record["spec"]["seed"]), record["settings"], self.evaluations[i], run["n_parameters"], float(row["fit_seconds"]),
+            float(row["eval_seconds"]), self.record["damage"].get(self.folders[i].name), run["heads"],
+        )  # fmt: skip
 
     def _tuned(self, rows: pd.DataFrame) -> Tuned | None:
-        found = io.read_json(self.folders[rows.index[0]] / "run.json").get("tuned")
-        if found is None:
-            return None
-        return Tuned(
-            found["method"], found["task"], found["metric"], found["settings"], found["tried"], pd.DataFrame(found["trials"])
+        spec = self._store.read(self.folders[rows.index[0]].name)["spec"]
+        # What was chosen for LoFiT's own heads is taken over by its other runs.
+        taken_over = spec["method"] == LOFIT and (rows.iloc[0]["heads_from"], rows.iloc[0]["k"]) != (
+            OWN, self.k(spec["task"]["name"]),
         )  # fmt: skip
+        if not spec["chosen"] or taken_over:
+            return None
+        return choice(self._store, spec["chosen"], spec["method"], spec["task"]["name"], spec["task"]["metric"])
 
     def damage(self, task: str) -> Float[np.ndarray, "seeds texts"] | None:
         """KL (nats a token) of LoFiT's adapters on ordinary text; None where not measured."""
@@ -207,50 +217,121 @@ class Results:
         return np.array([h["kl"] for h in hurt if h]) if hurt and all(hurt) else None
 
 
-def load_results(folder: str | Path) -> Results:
-    """Read a study's folder.
+def load_results(folder: str | Path, *, grids: Sequence[str] | None = None, model: str | None = None) -> Results:
+    """Read a store.
+
+    Args:
+        folder: of the store.
+        grids: names of the grids that are wanted; None = all that are there.
+        model: name of the model, where the store holds several.
 
     Raises:
-        DataError: it holds no study, no run, or a damaged file (named).
+        DataError: it holds no grid, no run, or a damaged file (named).
+        InputError: no such grid or model; several models and none is named; or grids that cannot be drawn together, since they
+            ask for the same runs with other settings or test rows.
     """
     folder = Path(folder)
-    path = folder / "study.json"
-    if not path.is_file():
+    if not (folder / "store.json").is_file():
         raise DataError(
-            f"{folder} holds no study (no study.json); run one first: lofit-lens figures {folder} --run, or run_study(...)"
+            f"{folder} holds no study (no store.json); run one first: lofit-lens grid organism/all --store {folder}"
         )
-    record = io.read_json(path)
-    io.check_record(record, STUDY_KIND, STUDY_SCHEMA, ("model", "plan", "tasks", "other_tasks"), str(path))
-    plan = record["plan"]
-    rows, evaluations, folders = [], [], []
-    for run, found in _run_folders(folder):
-        spec = found["spec"]
-        if spec["draw"] >= plan["draws"] if spec["heads_from"] == CHANCE else spec["seed"] not in plan["seeds"]:
-            continue  # of an earlier call with more draws or other seeds
-        result = EvalResult.load(run)
+    store = Store(folder, create=False)
+    records = _records(store, grids, model)
+    record = _joint(records)
+    rows, evaluations, folders, scores = [], [], [], {}
+    damage: dict[str, dict[str, list[float]]] = {}
+    for name, row in sorted(record["cells"].items()):
+        if not store.done(name) or row["kind"] == "trial":
+            continue
+        path = store.folder(name)
+        if row["kind"] == "scores":
+            if row["n_train"] is None:
+                found = HeadScores.load(path / "scores.json")
+                scores[row["task"], row["heads_from"], row["seed"]] = found
+            continue
+        run = store.read(name)
+        if row["kind"] == "damage":
+            damage[run["spec"]["fit"]] = run["damage"]
+            continue
+        result = EvalResult.load(path)
         metric = next(iter(result.metrics))
         rows.append({
-            **{c: spec.get(c) for c in COLUMNS if c in spec}, "metric": metric, "value": result.metrics[metric].mean,
-            "n_items": len(result.items), **{c: found["run"][c] for c in COLUMNS if c in found["run"]},
+            **{c: row.get(c) for c in ASKED}, **run["run"], **_seconds(store, name, run), "metric": metric,
+            "value": result.metrics[metric].mean, "n_items": len(result.items),
         })  # fmt: skip
         evaluations.append(result)
-        folders.append(run)
-    if not rows:
-        raise DataError(f"{folder} holds no run yet; run the study: lofit-lens figures {folder} --run")
+        folders.append(path)
+    if not rows and not scores:
+        raise DataError(f"{folder} holds no run yet; run its grid: lofit-lens grid ... --store {folder}")
     frame = pd.DataFrame(rows).reindex(columns=list(COLUMNS))
     for column in ("k", "n_train"):
         frame[column] = frame[column].astype(float)
+    for column in ("heads_from", "source"):
+        frame[column] = frame[column].fillna("")
+    twice = frame.duplicated(list(ASKED))
+    if twice.any():
+        first = frame.loc[twice].iloc[0]
+        raise InputError(
+            f"{folder} holds {first['method']} on {first['task']} (seed {first['seed']}) with several settings, from the grids "
+            f"{', '.join(records)}; say which are wanted (grids=[...])"
+        )
+    ordered = dict(sorted(scores.items(), key=lambda item: (list(record["tasks"]).index(item[0][0]), item[0][1:])))
+    whole = {**record, "damage": damage}
     return Results(
-        folder, record, ModelInfo(**record["model"]), tuple(record["tasks"]), frame, tuple(evaluations), tuple(folders),
-        read_scores(folder),
+        folder, whole, ModelInfo(**record["model"]), tuple(record["tasks"]), frame, tuple(evaluations), tuple(folders), ordered
     )  # fmt: skip
 
 
-def _run_folders(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Each run's folder with its run.json, by name."""
-    found = []
-    for path in sorted((folder / "runs").glob("*/run.json")):
-        record = io.read_json(path)
-        io.check_record(record, store.KIND, store.SCHEMA, ("spec", "run", "settings"), str(path))
-        found.append((path.parent, record))
-    return found
+def _records(store: Store, grids: Sequence[str] | None, model: str | None) -> dict[str, dict[str, Any]]:
+    """The wanted grids' records, all of one model."""
+    found = store.grids()
+    if not found:
+        raise DataError(f"{store.root} holds no grid; run one: lofit-lens grid organism/all --store {store.root}")
+    for name in grids or ():
+        if name not in found:
+            raise unknown("grid", name, found)
+    found = {name: r for name, r in found.items() if grids is None or name in grids}
+    models = list(dict.fromkeys(r["model"]["name"] for r in found.values()))
+    if model is not None and model not in models:
+        raise unknown("model", model, models)
+    if model is None and len(models) > 1:
+        raise InputError(
+            f"{store.root} holds runs of several models: {', '.join(models)}; say which is wanted (model=...)"
+        )
+    return {name: r for name, r in found.items() if r["model"]["name"] == (model or models[0])}
+
+
+def _joint(records: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """What several grids ask for together."""
+    first = next(iter(records.values()))
+    joint: dict[str, Any] = {
+        "model": first["model"], "versions": first["versions"], "limit": first["grid"]["limit"], "tasks": {}, "other_tasks": {},
+        "cells": {}, "seeds": [], "draws": 0,
+    }  # fmt: skip
+    for name, record in records.items():
+        for what, old, new in (
+            ("model", joint["model"], record["model"]), ("limit", joint["limit"], record["grid"]["limit"]),
+            *((t, joint["tasks"][t], of) for t, of in record["tasks"].items() if t in joint["tasks"]),
+            *((t, joint["other_tasks"][t], of) for t, of in record["other_tasks"].items() if t in joint["other_tasks"]),
+        ):  # fmt: skip
+            if old != new:
+                raise InputError(
+                    f"the grid {name} has another {what} ({new}, not {old}); draw them apart (grids=[...])"
+                )
+        for part in ("tasks", "other_tasks", "cells"):
+            joint[part] |= record[part]
+        joint["seeds"] += [s for s in record["grid"]["seeds"] if s not in joint["seeds"]]
+        joint["draws"] = max([joint["draws"], *(r["draws"] for r in record["grid"]["runs"] if CHANCE in r["heads"])])
+    return joint
+
+
+def _seconds(store: Store, name: str, run: dict[str, Any]) -> dict[str, float]:
+    """Seconds of the fit, with the selection of its heads, and of the test. A test of another task's adapter has the fit's."""
+    own, spec = store.timing(name), run["spec"]
+    if "fit" in spec:
+        fit = store.read(spec["fit"])
+        return {**_seconds(store, spec["fit"], fit), "eval_seconds": own.get("eval_seconds", float("nan"))}
+    seconds = own.get("fit_seconds", float("nan"))
+    if spec["heads"] and "cell" in spec["heads"]:
+        seconds += store.timing(spec["heads"]["cell"]).get("seconds", 0.0)
+    return {"fit_seconds": seconds, "eval_seconds": own.get("eval_seconds", float("nan"))}

@@ -105,7 +105,7 @@ def tune_method(
     """
     chosen = method_of(method)
     bench = model if isinstance(model, Workbench) else Workbench(model, task, n_train=n_train)
-    points = [dict(p) for p in (chosen.grid(bench) if grid is None else grid)]
+    points = [dict(p) for p in (chosen.grid(bench.outline) if grid is None else grid)]
     if not points or not seeds:
         raise InputError(
             f"{len(points)} settings and {len(seeds)} seeds to try for {chosen.name}; give one or more of each"
@@ -121,19 +121,35 @@ def tune_method(
             for seed in seeds:
                 rows.append({**point, "seed": seed, **_trial(bench, chosen, point, seed, batch_size, out)})
                 bar.update()
+    return choose(chosen.name, task.name, task.metric, points, len(seeds), rows)
+
+
+def choose(
+    method: str, task: str, metric: str, points: Sequence[Settings], n_seeds: int, rows: Sequence[dict[str, Any]]
+) -> Tuned:  # fmt: skip
+    """The best of the points: the largest mean over seeds, of equal ones the first; a point with a failed trial is out.
+
+    Args:
+        method: name.
+        task: on whose validation rows they were tried; a name.
+        metric: the task's own.
+        points: settings, from weak to strong.
+        n_seeds: trials a point.
+        rows: trials, point by point, with their `value` (None where training diverged).
+
+    Raises:
+        TrainingDiverged: every point diverged.
+    """
     means: list[float | None] = []
     for i in range(len(points)):
-        values = [r["value"] for r in rows[i * len(seeds) : (i + 1) * len(seeds)]]
+        values = [r["value"] for r in rows[i * n_seeds : (i + 1) * n_seeds]]
         means.append(None if None in values else sum(values) / len(values))
     known = [m for m in means if m is not None]
     if not known:
-        raise TrainingDiverged(
-            f"{chosen.name} diverged at every point of its grid: {points}; give smaller ones (grid=...)"
-        )
+        raise TrainingDiverged(f"{method} diverged at every point of its grid: {list(points)}; give smaller ones")
     best = means.index(max(known))
-    for i, row in enumerate(rows):
-        row["chosen"] = i // len(seeds) == best
-    return Tuned(chosen.name, task.name, task.metric, points[best], len(points), pd.DataFrame(rows))
+    trials = pd.DataFrame([{**row, "chosen": i // n_seeds == best} for i, row in enumerate(rows)])
+    return Tuned(method, task, metric, dict(points[best]), len(points), trials)
 
 
 def _key(point: Mapping[Any, Any], names: Iterable[str]) -> tuple[Any, ...]:

@@ -35,6 +35,7 @@ from lofit_lens.models.info import (
     value_biases_folded,
 )
 from lofit_lens.models.loading import BACKENDS, ORGANISM, hooked_refusal, load_model, parse_device
+from lofit_lens.models.planned import planned_info
 from lofit_lens.models.positions import (
     ALL,
     Borders,
@@ -64,7 +65,7 @@ __all__ = [
     "Positions", "Site", "attention_window", "backend_of", "before_each_pass", "bridge_class", "check_residual",
     "context_length", "declared", "device_of", "extend", "final_norm", "frozen", "gaps_are_exact", "head_output_matrix",
     "head_size", "hook_z", "hooked", "hooked_class", "hooked_refusal", "is_processed", "layout_of", "load_model",
-    "logits_of", "model_info", "parse_device", "pattern_point", "peek", "positions_of", "prefill", "projection",
+    "logits_of", "model_info", "parse_device", "pattern_point", "peek", "planned_info", "positions_of", "prefill", "projection",
     "projection_replaced", "projection_sizes", "remember", "residual_point", "run_through", "same_weights", "step",
     "to_logits", "tokenizer_of", "value_biases_folded",
 ]  # fmt: skip

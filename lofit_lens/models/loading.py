@@ -2,11 +2,12 @@
 
 import contextlib
 import copy
+import functools
 import json
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,36 +62,27 @@ def load_model(
     if backend not in BACKENDS:
         raise unknown("backend", backend, BACKENDS)
     wanted_dtype, wanted_device = io.torch_dtype(dtype), parse_device(device)
-    hf_model, source = (None, name_or_path) if isinstance(name_or_path, str | Path) else (name_or_path, None)
+    hf_model = None if isinstance(name_or_path, str | Path) else name_or_path
     if hf_model is not None and tokenizer is None:
         raise ModelError("a model in memory needs its tokenizer: load_model(model, tokenizer=...)")
-    if str(source) == "organism":
-        source = ORGANISM
-    config = _read_config(source, revision) if hf_model is None else copy.deepcopy(hf_model.config)
-    if hf_model is not None and not config.architectures:  # never saved
-        config.architectures = [type(hf_model).__name__]
-    name = (
-        "organism" if source == ORGANISM else str(source if source is not None else config.name_or_path or "in memory")
-    )
-    model: Any = None
-    if backend in ("auto", "hooked"):
-        reason = hooked_refusal(config, source)
-        if reason is None:
-            try:
-                model = _load_hooked(hf_model, source, config, tokenizer, revision, wanted_dtype, wanted_device)
-            except (ModelError, RuntimeError, KeyError, AttributeError, ValueError, TypeError) as e:
-                if isinstance(e, torch.OutOfMemoryError):
-                    raise
-                reason = _first_line(e)
-        if reason is not None and backend == "hooked":
-            raise ModelError(f"HookedTransformer cannot load {name}: {reason}. Use backend='bridge'")
+    if hf_model is None:
+        source, name = located(name_or_path)
+        config = read_config(source, revision)
+    else:
+        source, config = None, copy.deepcopy(hf_model.config)
+        config.architectures = config.architectures or [type(hf_model).__name__]  # never saved
+        name = str(config.name_or_path or "in memory")
+    model, reason = on_hooked(
+        lambda: _load_hooked(hf_model, source, config, tokenizer, revision, wanted_dtype, wanted_device),
+        config, source, name=name, backend=backend,
+    )  # fmt: skip
+    if model is None:
         if reason is not None and hooked_class() is not None:
             logger.warning("%s: loaded as TransformerBridge, since HookedTransformer cannot: %s", name, reason)
-    if model is None:
         model = _load_bridge(hf_model, source, tokenizer, revision, wanted_dtype, wanted_device)
     model.eval()
     model.requires_grad_(False)
-    object.__setattr__(model, "_lofit_lens_origin", (name, _revision(source, revision)))
+    object.__setattr__(model, "_lofit_lens_origin", (name, weights_revision(source, revision)))
     logger.info("%s loaded as %s", name, model_info(model).class_name)
     return model
 
@@ -114,6 +106,36 @@ def parse_device(device: str | torch.device | None) -> torch.device:
             f"device {device} is not supported (TransformerLens gives silent errors on MPS); use cpu or cuda"
         )
     return parsed
+
+
+def located(name_or_path: str | Path) -> tuple[str | Path, str]:
+    """Where a model is read from (a folder or a hub id), and its name in records."""
+    if str(name_or_path) in ("organism", str(ORGANISM)):
+        return ORGANISM, "organism"
+    return name_or_path, str(name_or_path)
+
+
+def on_hooked(
+    build: Callable[[], Any], config: Any, source: Any, *, name: str, backend: str
+) -> tuple[Any | None, str | None]:
+    """What `build` makes on the way to HookedTransformer, or None and why the bridge has to load it (None: asked for).
+
+    Raises:
+        ModelError: backend is "hooked", and HookedTransformer cannot.
+    """
+    if backend == "bridge":
+        return None, None
+    reason = hooked_refusal(config, source)
+    if reason is None:
+        try:
+            return build(), None
+        except (ModelError, RuntimeError, KeyError, AttributeError, ValueError, TypeError) as e:
+            if isinstance(e, torch.OutOfMemoryError):
+                raise
+            reason = _first_line(e)
+    if backend == "hooked":
+        raise ModelError(f"HookedTransformer cannot load {name}: {reason}. Use backend='bridge'")
+    return None, reason
 
 
 def hooked_refusal(config: Any, source: Any = None) -> str | None:
@@ -145,7 +167,12 @@ def _official_name(source: Any) -> str | None:
     return None
 
 
-def _read_config(source: Any, revision: str | None) -> Any:
+def read_config(source: Any, revision: str | None) -> Any:
+    """The Hugging Face configuration of a folder or hub id; one from the hub is then in the cache.
+
+    Raises:
+        ModelError: no such model, or a folder that lacks its configuration or its weights.
+    """
     from transformers import AutoConfig
 
     path = Path(source)
@@ -171,7 +198,7 @@ def _first_line(e: Exception) -> str:
     return line if len(line) <= 300 else line[:297] + "..."
 
 
-def _revision(source: Any, revision: str | None) -> str | None:
+def weights_revision(source: Any, revision: str | None) -> str | None:
     """The hub's commit hash, or the SHA-256 of a local folder's weights (up to `FULL_HASH_LIMIT`)."""
     if source is None:
         return None
@@ -180,11 +207,16 @@ def _revision(source: Any, revision: str | None) -> str | None:
         files = sorted(path.glob("*.safetensors"))
         if not files or sum(f.stat().st_size for f in files) > FULL_HASH_LIMIT:
             return None
-        return "sha256:" + io.digest([io.file_digest(f) for f in files])
+        return "sha256:" + io.digest([_digest(f, f.stat().st_size, f.stat().st_mtime_ns) for f in files])
     from huggingface_hub import try_to_load_from_cache
 
     cached = try_to_load_from_cache(str(source), "config.json", revision=revision)
     return Path(cached).parent.name if isinstance(cached, str) else None
+
+
+@functools.cache  # a grid asks for the same folder again and again
+def _digest(path: Path, size: int, changed: int) -> str:
+    return io.file_digest(path)
 
 
 def _load_hf(source: Any, revision: str | None, dtype: torch.dtype) -> Any:
@@ -231,7 +263,7 @@ def _load_hooked(
     tokenizer = _in_memory_tokenizer(tokenizer if tokenizer is not None else _load_tokenizer(source, revision))
     cls = hooked_class()
     assert cls is not None
-    official = _official_name(source) if _architecture(config) not in HOOKED_ARCHITECTURES else None
+    official = _own_configuration(config, source)
     with warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore")
         if official is not None:
@@ -239,15 +271,8 @@ def _load_hooked(
                 official, hf_model=hf, tokenizer=tokenizer, dtype=dtype, device="cpu", move_to_device=False
             )
         else:
-            # The class reads the architecture from the folder's *name* ("llama" in the path breaks it):
-            # hand it a folder with a neutral name that holds the configuration alone.
-            with tempfile.TemporaryDirectory(prefix="checkpoint-") as alias:
-                record = config.to_dict()
-                record.setdefault("n_ctx", getattr(config, "max_position_embeddings", None))
-                (Path(alias) / "config.json").write_text(json.dumps(record, default=str))
-                cfg = loading.get_pretrained_model_config(alias, device="cpu", dtype=dtype)
-                _fix_head_size(cfg, config)
-                weights = loading.get_pretrained_state_dict(alias, cfg, hf, dtype=dtype)
+            with _local_config(config, dtype) as (folder, cfg):
+                weights = loading.get_pretrained_state_dict(folder, cfg, hf, dtype=dtype)
             model = cls(cfg, tokenizer, move_to_device=False)
             model.load_and_process_state_dict(
                 weights, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
@@ -257,6 +282,41 @@ def _load_hooked(
     model.cfg.device = str(device)
     model.move_model_modules_to_device()
     return model
+
+
+def hooked_config(config: Any, source: Any, dtype: torch.dtype) -> Any:
+    """What HookedTransformer makes of a Hugging Face configuration, without weights."""
+    from transformer_lens import loading_from_pretrained as loading
+
+    official = _own_configuration(config, source)
+    with warnings.catch_warnings(), _quiet():
+        warnings.simplefilter("ignore")
+        if official is not None:
+            return loading.get_pretrained_model_config(official, device="cpu", dtype=dtype)
+        with _local_config(config, dtype) as (_, cfg):
+            return cfg
+
+
+def _own_configuration(config: Any, source: Any) -> str | None:
+    """The hub name under which HookedTransformer has to look, where it does not build the architecture from a configuration."""
+    return _official_name(source) if _architecture(config) not in HOOKED_ARCHITECTURES else None
+
+
+@contextlib.contextmanager
+def _local_config(config: Any, dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
+    """A folder that holds the configuration alone, and HookedTransformer's own made from it.
+
+    The class reads the architecture from the folder's *name* ("llama" in the path breaks it): this one's is neutral.
+    """
+    from transformer_lens import loading_from_pretrained as loading
+
+    with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
+        record = config.to_dict()
+        record.setdefault("n_ctx", getattr(config, "max_position_embeddings", None))
+        (Path(folder) / "config.json").write_text(json.dumps(record, default=str))
+        cfg = loading.get_pretrained_model_config(folder, device="cpu", dtype=dtype)
+        _fix_head_size(cfg, config)
+        yield folder, cfg
 
 
 def _fix_head_size(cfg: Any, config: Any) -> None:

@@ -33,8 +33,7 @@ def collect(results: Results) -> dict[str, Any]:
         DataError: damaged files.
     """
     readings = read_readings(results)
-    info, plan = results.model, results.record["plan"]
-    seeds = ", ".join(map(str, plan["seeds"]))
+    info, seeds = results.model, ", ".join(map(str, results.seeds))
     notes = [
         f"Seeds {seeds}; adapters whose heads, tokens and patterns are shown are those of seed {results.seeds[0]}.",
         "Promoted tokens: a head's offset v through W_O, the final norm at its mean scale, and W_U; later layers are left out.",
@@ -58,7 +57,8 @@ def collect(results: Results) -> dict[str, Any]:
 
 def _sets(results: Results) -> list[dict[str, Any]]:
     """Every task's scores by every selector and seed; tasks in order, A-norm first, first seed first."""
-    keys = sorted(results.scores, key=lambda key: (results.tasks.index(key[0]), ORDER.index(key[1]), key[2]))
+    places = {by: i for i, by in enumerate(ORDER)}  # selections of one's own come last
+    keys = sorted(results.scores, key=lambda k: (results.tasks.index(k[0]), places.get(k[1], len(ORDER)), *k[1:]))
     return [
         {
             "id": f"{task}|{by}|{seed}", "task": task, "method": by, "seed": seed, "kind": results.scores[task, by, seed].kind,

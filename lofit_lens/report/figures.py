@@ -28,8 +28,8 @@ from lofit_lens.analysis.sweeps import sweep
 from lofit_lens.analysis.transfer import Transfer, transfer_matrix
 from lofit_lens.errors import DataError, InputError
 from lofit_lens.experiments.organism import planted
+from lofit_lens.experiments.paper import LOFIT, OWN, TRAINED, ZERO
 from lofit_lens.experiments.paper_tables import paper_tables
-from lofit_lens.experiments.plan import LOFIT, OWN, TRAINED, ZERO
 from lofit_lens.experiments.results import Results
 from lofit_lens.heads import HeadScores, HeadSet
 from lofit_lens.models import ORGANISM
@@ -204,7 +204,7 @@ def _k_sweep(results: Results) -> Iterator[Drawn]:
         rows = results.rows(task=task, method=LOFIT, heads_from=OWN, source=task, n_train=None)
         values[_series(results, task)] = {k: results.values(rows.loc[rows["k"] == k]) for k in sorted(set(rows["k"]))}
     if all(len(v) < 2 for v in values.values()):
-        raise InputError("one number of heads only; run the study's part 'k'")
+        raise InputError("one number of heads only; run paper/fig5 or organism/fig5 into the same store")
     frame = sweep(values)
     yield Drawn("fig5_heads", k_sweep(frame, n_heads_total=results.model.n_layers * results.model.n_heads), frame)
 
@@ -231,7 +231,7 @@ def _data_efficiency(results: Results) -> Iterator[Drawn]:
         drawn = True
         yield Drawn(f"fig4_data_{names[task]}", fig, frame)
     if not drawn:
-        raise InputError("one number of training examples only; run the study's part 'data'")
+        raise InputError("one number of training examples only; run paper/fig4 or organism/fig4 into the same store")
 
 
 def _n_train(results: Results, rows: pd.DataFrame) -> float:
@@ -242,7 +242,7 @@ def _n_train(results: Results, rows: pd.DataFrame) -> float:
 def _methods(results: Results) -> Iterator[Drawn]:
     tables = {t: table for t in results.tasks if (table := results.method_table(t)) is not None}
     if not tables:
-        raise InputError("no method beside LoFiT; run the study's part 'methods'")
+        raise InputError("no method beside LoFiT; run paper/table1 or organism/table1 into the same store")
     frame = pd.concat([
         pd.DataFrame([
             {

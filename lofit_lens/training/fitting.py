@@ -13,7 +13,7 @@ from lofit_lens.interventions.base import AdapterMeta
 from lofit_lens.models import ALL, frozen, model_info
 from lofit_lens.tasks.base import Task
 from lofit_lens.training.config import TrainConfig
-from lofit_lens.training.loop import train
+from lofit_lens.training.loop import OnStep, train
 from lofit_lens.training.objective import task_loss
 
 
@@ -29,6 +29,7 @@ def fit(
     identity: dict[str, Any] | None = None,
     label: str = "",
     checkpoint: str | Path | None = None,
+    on_step: OnStep | None = None,
     progress: bool = True,
 ) -> None:
     """Train an adapter's trainable parameters on a task, in place, and write its `meta`.
@@ -46,6 +47,7 @@ def fit(
         identity: what tells this run from others, for the checkpoint; beside method, positions, task, data and model.
         label: text in front of the bar.
         checkpoint: state file for Ctrl-C and resume; see `training.loop.train`.
+        on_step: called with every new step's record; see `training.loop.train`.
         progress: show a bar.
 
     Raises:
@@ -80,7 +82,8 @@ def fit(
         with adapter.attached(model):
             train(
                 adapter, len(examples), loss_of, config, seed=seed, penalty=penalty, identity=run,
-                history=adapter.meta.history, checkpoint=checkpoint, progress=progress, label=f"{label} {task.name}".strip(),
+                history=adapter.meta.history, checkpoint=checkpoint, on_step=on_step, progress=progress,
+                label=f"{label} {task.name}".strip(),
             )  # fmt: skip
     adapter.requires_grad_(False)
 

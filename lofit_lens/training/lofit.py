@@ -17,6 +17,7 @@ from lofit_lens.models import model_info
 from lofit_lens.tasks.base import Task
 from lofit_lens.training.config import TrainConfig, preset
 from lofit_lens.training.fitting import fit
+from lofit_lens.training.loop import OnStep
 from lofit_lens.training.losses import l1_norm
 
 
@@ -29,6 +30,7 @@ def select_heads(
     config: TrainConfig | None = None,
     n_train: int | None = None,
     checkpoint: str | Path | None = None,
+    on_step: OnStep | None = None,
     progress: bool = True,
 ) -> HeadScores:
     """Step 1: score every head by the L2 norm of its learned scaling A.
@@ -41,6 +43,7 @@ def select_heads(
         config: hyperparameters; None = the preset for this task and model.
         n_train: training examples drawn; None = the task's own number.
         checkpoint: state file for Ctrl-C and resume; see `training.loop.train`.
+        on_step: called with every new step's record; see there.
         progress: show a bar.
 
     Returns:
@@ -52,8 +55,9 @@ def select_heads(
             good step in `.adapter`.
     """
     lofit = tune_scalings(
-        model, task, heads, seed=seed, config=config, n_train=n_train, checkpoint=checkpoint, progress=progress
-    )
+        model, task, heads, seed=seed, config=config, n_train=n_train, checkpoint=checkpoint, on_step=on_step,
+        progress=progress,
+    )  # fmt: skip
     return learned_scores(lofit, "A", kind="A-norm")
 
 
@@ -76,11 +80,12 @@ def tune_scalings(
     config: TrainConfig | None = None,
     n_train: int | None = None,
     checkpoint: str | Path | None = None,
+    on_step: OnStep | None = None,
     progress: bool = True,
 ) -> Lofit:
     """Train A alone (v = 0) and keep it; on every head by default. Arguments and errors as in `select_heads`."""
     config = config or preset(model_info(model), task.family, task.objective).select
-    return _tune(model, task, heads, "A", seed, config, n_train, checkpoint, progress)
+    return _tune(model, task, heads, "A", seed, config, n_train, checkpoint, on_step, progress)
 
 
 def tune_offsets(
@@ -92,6 +97,7 @@ def tune_offsets(
     config: TrainConfig | None = None,
     n_train: int | None = None,
     checkpoint: str | Path | None = None,
+    on_step: OnStep | None = None,
     progress: bool = True,
 ) -> Lofit:
     """Step 2: train offsets v on the chosen heads (None = every head) from the unmodified model.
@@ -102,18 +108,18 @@ def tune_offsets(
         The adapter, `K * d_head` learned numbers, on the model's device and not attached.
     """
     config = config or preset(model_info(model), task.family, task.objective).tune
-    return _tune(model, task, heads, "v", seed, config, n_train, checkpoint, progress)
+    return _tune(model, task, heads, "v", seed, config, n_train, checkpoint, on_step, progress)
 
 
 def _tune(
     model: Any, task: Task, heads: HeadSet | Iterable[Any] | None, component: Component, seed: int, config: TrainConfig,
-    n_train: int | None, checkpoint: str | Path | None, progress: bool,
+    n_train: int | None, checkpoint: str | Path | None, on_step: OnStep | None, progress: bool,
 ) -> Lofit:  # fmt: skip
     lofit = Lofit.for_model(model, heads)
     lofit.init_(component, seed=seed, std=config.init_std).train_only(component)
     fit(
-        lofit, model, task, config, seed=seed, n_train=n_train, checkpoint=checkpoint, progress=progress,
-        penalty=(lambda: l1_norm(lofit.A)) if component == "A" else None,
+        lofit, model, task, config, seed=seed, n_train=n_train, checkpoint=checkpoint, on_step=on_step,
+        progress=progress, penalty=(lambda: l1_norm(lofit.A)) if component == "A" else None,
         identity={"component": component, "heads": [list(h) for h in lofit.heads]},
         label="select heads" if component == "A" else f"tune offsets (K={lofit.k})",
     )  # fmt: skip

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 LossOfRows = Callable[[Sequence[int]], Tensor]
 Record = dict[str, float]
+OnStep = Callable[[Record], None]
 
 
 def row_order(n_rows: int, *, seed: int, epoch: int) -> list[int]:
@@ -43,6 +44,7 @@ def train(
     penalty: Callable[[], Tensor] | None = None,
     identity: dict[str, Any] | None = None,
     checkpoint: str | Path | None = None,
+    on_step: OnStep | None = None,
     progress: bool = True,
     label: str = "training",
     history: list[Record] | None = None,
@@ -59,6 +61,7 @@ def train(
         identity: what this run is; a checkpoint of another run is refused.
         checkpoint: a file that holds the state at every epoch's end and at Ctrl-C; an existing one is resumed from,
             to the same numbers as a run that was never stopped. It is left in place at the end.
+        on_step: called with every new step's record, after the step; after a resume with those that follow.
         progress: show a bar with loss, L1 and steps per second.
         label: text in front of the bar.
         history: an empty list to fill with the records as they come; None = a new one.
@@ -113,6 +116,8 @@ def train(
                 raise state.diverged(bad, record, rows, history)
             optimizer.step()
             history.append(record)
+            if on_step is not None:
+                on_step(record)
             bar.update()
             bar.set_postfix({"loss": f"{record['loss']:.4f}"} | ({"L1": f"{record['l1']:.2f}"} if penalty else {}))
             if place == steps_per_epoch - 1 or step == last - 1 or interrupted():

@@ -26,13 +26,14 @@ from tqdm.auto import tqdm
 
 from lofit_lens import io
 from lofit_lens.errors import InputError
-from lofit_lens.heads import HeadScores
+from lofit_lens.heads import HeadScores, HeadSet
 from lofit_lens.models import device_of, frozen, head_size, hook_z, hooked, model_info, tokenizer_of
 from lofit_lens.probing import probe_heads, probe_layers, record
 from lofit_lens.tasks.base import Task
 from lofit_lens.tasks.collate import encode_training
 from lofit_lens.training.config import TrainConfig
 from lofit_lens.training.lofit import learned_scores, select_heads, tune_offsets
+from lofit_lens.training.loop import OnStep
 from lofit_lens.training.objective import task_loss
 from lofit_lens.training.patching import AnswerLogProbs, answer_rows, few_shot_prompts, patch_effects, replace_head
 
@@ -65,16 +66,17 @@ def random_scores(
 
 
 def bias_scores(
-    model: Any, task: Task, *, seed: int = 42, config: TrainConfig | None = None, n_train: int | None = None,
-    checkpoint: str | Path | None = None, progress: bool = True,
+    model: Any, task: Task, *, heads: HeadSet | None = None, seed: int = 42, config: TrainConfig | None = None,
+    n_train: int | None = None, checkpoint: str | Path | None = None, on_step: OnStep | None = None, progress: bool = True,
 ) -> HeadScores:  # fmt: skip
-    """L2 norm of the offset v that each head learns when v is trained on every head at once.
+    """L2 norm of the offset v that each head learns when v is trained on every head (or on those given) at once.
 
     Arguments and errors as in `tune_offsets`; `config=None` takes step 2's preset.
     """
     lofit = tune_offsets(
-        model, task, None, seed=seed, config=config, n_train=n_train, checkpoint=checkpoint, progress=progress
-    )
+        model, task, heads, seed=seed, config=config, n_train=n_train, checkpoint=checkpoint, on_step=on_step,
+        progress=progress,
+    )  # fmt: skip
     return learned_scores(lofit, "v", kind="bias norm")
 
 

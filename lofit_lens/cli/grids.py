@@ -1,0 +1,176 @@
+"""lofit-lens grid: run a grid of runs, here or on Ray."""
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lofit_lens.cli import common as c
+
+if TYPE_CHECKING:
+    from lofit_lens.experiments.runner import Report
+    from lofit_lens.experiments.specs import Grid
+
+
+def grid(
+    name: Annotated[str | None, typer.Argument(metavar="GRID", help="A grid's name (--list shows them) or a YAML file.")] = None,
+    store: Annotated[
+        Path, typer.Option("--store", "-o", help="Folder of the runs; what is in it is not computed again.")
+    ] = Path("runs/grid"),
+    model: Annotated[list[str] | None, typer.Option("--model", "-m", help="In place of the grid's; may be repeated.")] = None,
+    task: Annotated[list[str] | None, typer.Option("--task", "-t", help="In place of the grid's; may be repeated.")] = None,
+    seeds: Annotated[int | None, typer.Option("--seeds", help="Number of seeds (0, 1, ...).", min=1)] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Only the first test rows.", min=1)] = None,
+    data_dir: Annotated[Path | None, typer.Option(
+        "--data-dir", help="Folder with one sub-folder a task (or a single task's files); left out: fetched."
+    )] = None,
+    workers: Annotated[int, typer.Option("--workers", help="Processes; 0 = one a GPU, or one a core.", min=0)] = 0,
+    devices: Annotated[str | None, typer.Option("--devices", help="Of the workers, with commas: cuda:0,cuda:1.")] = None,
+    executor: Annotated[str, typer.Option("--executor", help="local or ray.")] = "local",
+    address: Annotated[str | None, typer.Option("--address", help="Ray: of the cluster (auto, or HOST:PORT).")] = None,
+    cpus: Annotated[float, typer.Option("--cpus", help="Ray: CPUs a cell.", min=0)] = 1.0,
+    gpus: Annotated[float, typer.Option("--gpus", help="Ray: GPUs a cell (0.5: two cells share one).", min=0)] = 0.0,
+    retries: Annotated[int, typer.Option("--retries", help="Further tries of a cell that failed.", min=0)] = 1,
+    track: Annotated[str | None, typer.Option("--track", help="wandb or tensorboard: reads the steps of training.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be computed.")] = False,
+    listing: Annotated[bool, typer.Option("--list", help="Show the grids that come with the library.")] = False,
+    quiet: c.Quiet = False,
+    as_json: c.AsJson = False,
+) -> None:  # fmt: skip
+    """Run a grid of runs; a run that is in the store is not computed again, and a stopped grid goes on.
+
+    Example: lofit-lens grid organism/all --store runs/organism
+    """
+    from lofit_lens.errors import InputError, unknown
+
+    c.console.stderr = as_json
+    from lofit_lens.experiments.paper import known_grids
+
+    if listing:
+        for known, what in known_grids().items():
+            c.console.print(f"{known:20} {what}")
+        return
+    if name is None:
+        raise InputError("give a grid's name (lofit-lens grid --list shows them) or a YAML file")
+    if executor not in ("local", "ray"):
+        raise unknown("executor", executor, ("local", "ray"))
+    start = time.perf_counter()
+    c.quiet_libraries()
+    os.environ["PYTHONWARNINGS"] = "ignore"  # for the worker processes
+    from lofit_lens.experiments.compute import compute
+    from lofit_lens.experiments.grid import open_grid, plan_grid, write_plan
+    from lofit_lens.experiments.runner import run_cells
+    from lofit_lens.experiments.shelf import Store
+
+    asked = _changed(open_grid(name), model, task, seeds, limit, data_dir)
+    planned = plan_grid(asked, track=track)
+    if dry_run:
+        _print_plan(planned.cells, store, as_json)
+        return
+    kept = Store(store)
+    write_plan(kept, planned)
+    listed = _devices(devices)
+    n = workers or len(listed) or _workers()
+    where: Any = None
+    if executor == "ray":
+        from lofit_lens.experiments.ray_runner import RayExecutor
+
+        where = RayExecutor(kept, compute, planned.context, address=address, cpus=cpus, gpus=gpus)
+    found = run_cells(
+        kept, planned.cells, compute, planned.context, executor=where, workers=n, devices=listed or None, retries=retries,
+        progress=not quiet,
+    )  # fmt: skip
+    report(found, store)
+    c.console.print(f"{time.perf_counter() - start:.0f} s. Figures: lofit-lens figures {store}")
+    if as_json:
+        c.print_json({
+            "store": str(store), "computed": list(found.computed), "there": list(found.there), "failed": found.failed,
+            "blocked": found.blocked,
+        })  # fmt: skip
+    if found.failed:
+        raise SystemExit(1)
+
+
+def report(found: "Report", store: Path) -> None:
+    """Say what a grid's run computed, and what failed."""
+    parts = [f"{len(found.computed)} computed", f"{len(found.there)} there before"]
+    if found.failed:
+        parts.append(f"{len(found.failed)} failed")
+    if found.blocked:
+        parts.append(f"{len(found.blocked)} could not be begun for that")
+    c.console.print(f"cells in {store}: {', '.join(parts)}")
+    for cell, error in found.failed.items():
+        c.console.print(f"  {cell}: {error}", style="red", markup=False)
+    if found.failed:
+        c.console.print(f"  logs: {store / 'logs'}; the same command tries them again")
+
+
+def _changed(
+    grid: "Grid", models: Sequence[str] | None, tasks: Sequence[str] | None, seeds: int | None, limit: int | None,
+    data_dir: Path | None,
+) -> "Grid":  # fmt: skip
+    """The grid with what the options put in place of its own."""
+    from lofit_lens.cli.methods import task_names
+    from lofit_lens.experiments.specs import Grid
+    from lofit_lens.organism.words import TASKS
+
+    asked = grid.model_dump()
+    if models:
+        asked["model"] = [next((m.model_dump() for m in grid.model if m.name == n), {"name": n}) for n in models]
+    if tasks:
+        asked["tasks"] = [{"name": n} for n in task_names(tasks)]
+        embedded = [n for n in task_names(tasks) if n.removeprefix("organism/") in TASKS]
+        if (
+            embedded
+            and not any(t["name"].startswith("organism/") for t in asked["other_tasks"])
+            and asked["other_tasks"]
+        ):
+            asked["other_tasks"], asked["texts"] = [{"name": f"{n}-cued"} for n in embedded], "organism"
+    if seeds is not None:
+        asked["seeds"] = tuple(range(seeds))
+    if limit is not None:
+        asked["limit"] = limit
+    if data_dir is not None:
+        for part in ("tasks", "other_tasks"):
+            asked[part] = [_at(t, data_dir) for t in asked[part]]
+    return Grid(**asked)
+
+
+def _at(task: dict[str, Any], data_dir: Path) -> dict[str, Any]:
+    """The task with its files in `data_dir`, or in the sub-folder of its name there; embedded tasks have none."""
+    own = data_dir / task["name"].split(":")[0]
+    return (
+        task if task["name"].startswith("organism/") else {**task, "data_dir": str(own if own.is_dir() else data_dir)}
+    )
+
+
+def _devices(given: str | None) -> list[str]:
+    """Devices that are named, or every GPU there is."""
+    import torch
+
+    from lofit_lens.models import parse_device
+
+    if given is None:
+        return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    listed = [d.strip() for d in given.split(",") if d.strip()]
+    for device in listed:
+        parse_device(device)
+    return listed
+
+
+def _workers() -> int:
+    return os.cpu_count() or 1
+
+
+def _print_plan(cells: Sequence[Any], store: Path, as_json: bool) -> None:
+    """What there is and what would be computed, without making the store."""
+    there = {p.name for p in (store / "runs").iterdir()} if (store / "runs").is_dir() else set()
+    todo = [cell for cell in cells if cell.name not in there]
+    for cell in todo:
+        c.console.print(f"  {cell.label}", markup=False)
+    c.console.print(f"{len(cells)} cells: {len(cells) - len(todo)} in {store}, {len(todo)} to compute")
+    if as_json:
+        c.print_json({"there": len(cells) - len(todo), "to_compute": [cell.name for cell in todo]})

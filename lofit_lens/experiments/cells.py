@@ -1,0 +1,38 @@
+"""A cell: one piece of a grid's work, named by the hash of everything that can change its result."""
+
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from lofit_lens import io
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One piece of work. Two cells with equal specs are the same cell, whatever grid they stand in.
+
+    Attributes:
+        label: what people read, made from the spec alone.
+        spec: all that can change the result, JSON-able: model, data hash, method, heads, settings, seed, library versions, and
+            the names of the cells it builds on.
+        needs: names of cells that must be done before; also in `spec`.
+        row: what a table of runs says of it (task, method, k, seed, ...): text, whole numbers, decimals or None.
+        cost: relative length, for the order of work and the time left.
+    """
+
+    label: str
+    spec: dict[str, Any] = field(hash=False)
+    needs: tuple[str, ...] = ()
+    row: dict[str, Any] = field(default_factory=dict, compare=False)
+    cost: float = field(default=1.0, compare=False)
+
+    @cached_property
+    def key(self) -> str:
+        """SHA-256 of the spec."""
+        return io.digest(self.spec)
+
+    @cached_property
+    def name(self) -> str:
+        """Its folder's name: the label, then the first 16 digits of the key."""
+        return f"{re.sub(r'[^A-Za-z0-9.]+', '_', self.label).strip('_')[:100]}-{self.key[:16]}"

@@ -1,0 +1,318 @@
+"""A grid as cells: what there is to compute, each piece once, and what it builds on.
+
+- `scores`: head scores of a task by a selector and a seed.
+- `trial`: one point of a method's settings, fitted and tried on the validation rows.
+- `fit`: one fit, tested once on the test rows. Its heads come from a `scores` cell, its settings from `trial` cells.
+- `test`: a fit's adapter on a task that it did not learn.
+- `damage`: a fit's adapter on ordinary text.
+
+Nothing is loaded but the data: a model is known by its configuration (`models.planned_info`).
+"""
+
+import importlib.metadata
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+
+import lofit_lens
+from lofit_lens.errors import InputError, unknown
+from lofit_lens.experiments.cells import Cell
+from lofit_lens.experiments.methods import LEARNED, METHODS, Outline, training_config
+from lofit_lens.experiments.specs import (
+    ALL,
+    CHOSEN,
+    EVERY,
+    LOFIT,
+    OTHERS,
+    OWN,
+    PRESET,
+    RANDOM,
+    ZERO,
+    Grid,
+    Run,
+    heads_of,
+)
+from lofit_lens.models import ModelInfo
+from lofit_lens.tasks.base import Task
+from lofit_lens.training.config import TrainConfig
+
+STEERED = ("ITI", "RepE")  # without a preset strength
+COST = {"scores": 1.2, "fit": 1.0, "trial": 1.0, "test": 0.15, "damage": 0.2}  # relative to a fit of LoFiT
+CHEAP = {ZERO: 0.15, "ITI": 0.5, "RepE": 0.5, "LoRA": 1.5, "LoReFT": 1.5}  # by method, beside 1
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """One model of a grid with its tasks opened.
+
+    Attributes:
+        grid: what is asked for.
+        info: of the model.
+        tasks: by name, as the grid lists them.
+        others: tasks that are tested only.
+        texts: digest of the ordinary texts; empty = none.
+        versions: of the libraries that a result depends on, cut to what may change it.
+    """
+
+    grid: Grid
+    info: ModelInfo
+    tasks: Mapping[str, Task]
+    others: Mapping[str, Task] = field(default_factory=dict)
+    texts: str = ""
+
+    @property
+    def n_heads(self) -> int:
+        """Heads of the model."""
+        return self.info.n_layers * self.info.n_heads
+
+    def outline(self, task: str) -> Outline:
+        """Model and preset."""
+        return Outline.of(self.info, self.tasks[task])
+
+
+def model_key(info: ModelInfo) -> dict[str, Any]:
+    """What of a model can change a result: weights, class, dtype; not where they lie."""
+    weights = info.revision if (info.revision or "").startswith("sha256:") else f"{info.name}@{info.revision}"
+    return {
+        "weights": weights, "backend": info.backend, "processed": info.processed, "dtype": info.dtype,
+        "heads": [info.n_layers, info.n_heads],
+    }  # fmt: skip
+
+
+def task_key(task: Task) -> dict[str, Any]:
+    """What of a task can change a result."""
+    grade = "" if task.grade is None else f"{task.grade.__module__}.{getattr(task.grade, '__qualname__', '')}"
+    return {
+        "name": task.name, "form": task.form, "data_hash": task.data_hash, "objective": task.objective, "metric": task.metric,
+        "max_new_tokens": task.max_new_tokens, "grade": grade,
+    }  # fmt: skip
+
+
+def versions_key() -> dict[str, str]:
+    """Major versions (for a 0.x version the minor too) of what computes."""
+    found = {
+        "lofit-lens": lofit_lens.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
+        "transformer-lens": importlib.metadata.version("transformer-lens"),
+    }  # fmt: skip
+    return {k: ".".join(v.split(".")[: 2 if v.startswith("0.") else 1]) for k, v in found.items()}
+
+
+def expand(setting: Setting) -> list[Cell]:
+    """All cells of a grid on one model, each once, needs before what builds on them.
+
+    Raises:
+        InputError: a task that the grid does not have, more heads or training examples than there are, no validation rows where
+            settings are to be chosen, a value out of range; before anything is computed.
+    """
+    maker = _Maker(setting)
+    grid = setting.grid
+    for name in dict.fromkeys((*grid.scores, *(n for n, s in grid.selections.items() if s.seeds))):
+        seeds = dict.fromkeys((*(grid.seeds if name in grid.scores else ()), *grid.selection(name).seeds))
+        for task in setting.tasks:
+            for seed in seeds:
+                maker.scores(name, task, seed, None)
+    for run in grid.runs:
+        maker.run(run)
+    return list(maker.cells.values())
+
+
+@dataclass
+class _Maker:
+    setting: Setting
+    cells: dict[str, Cell] = field(default_factory=dict)
+
+    def add(self, label: Sequence[object], spec: dict[str, Any], needs: Sequence[str], row: dict[str, Any]) -> Cell:
+        """The cell; what is there already is not made twice."""
+        kind, info = spec["kind"], self.setting.info
+        whole = {"cell": 1, **spec, "model": model_key(info), "needs": list(needs), "versions": versions_key()}
+        text = " ".join(str(part) for part in label if part not in ("", None))
+        row = {"model": info.name, "backend": info.backend, "dtype": info.dtype, **row, "kind": kind}
+        cost = COST[kind] * (CHEAP.get(row.get("method", ""), 1.0) if kind in ("fit", "trial") else 1.0)
+        cell = Cell(text, whole, tuple(needs), row, cost)
+        return self.cells.setdefault(cell.name, cell)
+
+    # ------------------------------------------------------------------------------------------ head scores
+
+    def scores(self, name: str, task: str, seed: int, n_train: int | None) -> Cell:
+        """Scores by a selection."""
+        grid, data = self.setting.grid, self.setting.tasks[task]
+        selection, outline = grid.selection(name), self.setting.outline(task)
+        n = selection.n_train or n_train
+        among = None
+        needs: list[str] = []
+        if selection.among is not None:
+            k = heads_of(selection.among_k, outline.preset.k, self.setting.n_heads)
+            before = self.scores(selection.among, task, seed, n_train)
+            among, needs = {"cell": before.name, "k": k}, [before.name]
+        config: TrainConfig | None = None
+        if selection.by in ("A-norm", "bias norm"):
+            base = outline.preset.select if selection.by == "A-norm" else outline.preset.tune
+            config = _changed(base, selection.settings)
+        spec = {
+            "kind": "scores", "task": task_key(data), "by": selection.by, "seed": seed, "n_train": _rows(data, n, seed),
+            "config": config and config.to_dict(), "among": among,
+        }  # fmt: skip
+        row = {"task": task, "heads_from": name, "seed": seed, "n_train": n}
+        label = (task, selection.by, among and f"of {among['k']}", n and f"n{n}", f"seed{seed}")
+        return self.add(label, spec, needs, row)
+
+    # ------------------------------------------------------------------------------------------------- runs
+
+    def run(self, run: Run) -> None:
+        """Every run of a block."""
+        for n_train in run.n_train:
+            for method in run.method:
+                for task in self.setting.tasks:
+                    for fit in self._fits(run, method, task, n_train):
+                        self._tests(run, fit, task)
+
+    def _fits(self, run: Run, method: str, task: str, n_train: int | None) -> Iterator[Cell]:
+        seeds = run.seeds or self.setting.grid.seeds
+        if method != LOFIT:
+            for seed in seeds[:1] if method == ZERO else seeds:
+                yield self._fit(run, method, task, n_train, seed, {})
+            return
+        outline = self.setting.outline(task)
+        for heads in run.heads:
+            for k in dict.fromkeys(heads_of(k, outline.preset.k, self.setting.n_heads) for k in run.k):
+                if heads == RANDOM:
+                    for draw in range(run.draws):
+                        what = {"heads_from": RANDOM, "source": "", "k": k, "draw": draw}
+                        yield self._fit(run, method, task, n_train, draw, what, {"random": draw, "k": k})
+                elif heads == ALL:
+                    for seed in seeds:
+                        what = {"heads_from": ALL, "source": "", "k": self.setting.n_heads}
+                        yield self._fit(run, method, task, n_train, seed, what, {"all": True})
+                else:
+                    for source in self._sources(run, task):
+                        for seed in seeds:
+                            scores = self.scores(heads, source, seed, n_train if source == task else None)
+                            what = {"heads_from": heads, "source": source, "k": k}
+                            chosen = {"cell": scores.name, "k": k}
+                            yield self._fit(run, method, task, n_train, seed, what, chosen)
+                if heads == ALL:
+                    break
+
+    def _sources(self, run: Run, task: str) -> list[str]:
+        found: list[str] = []
+        for name in run.of:
+            if name == OWN:
+                found.append(task)
+            elif name == OTHERS:
+                found += [t for t in self.setting.tasks if t != task]
+            elif name == EVERY:
+                found += self.setting.tasks
+            elif name in self.setting.tasks:
+                found.append(name)
+            else:
+                raise unknown(
+                    "task", name, (OWN, OTHERS, EVERY, *self.setting.tasks), hint="`of` takes the grid's tasks."
+                )
+        return list(dict.fromkeys(found))
+
+    def _fit(
+        self, run: Run, method: str, task: str, n_train: int | None, seed: int, what: dict[str, Any],
+        heads: dict[str, Any] | None = None,
+    ) -> Cell:  # fmt: skip
+        needs = [heads["cell"]] if heads and "cell" in heads else []
+        settings, trials = self._settings(run, method, task)
+        base = {} if trials else settings
+        spec = {
+            **self._spec(method, task, seed, n_train, base, heads), "kind": "fit", "split": "test",
+            "limit": self.setting.grid.limit, "chosen": None if trials is None else [list(t) for t in trials],
+        }  # fmt: skip
+        needs += [name for point in trials or () for name in point]
+        row = {
+            "task": task, "tested": task, "method": method, **what, "seed": seed, "draw": 0, "n_train": n_train, **what,
+            "settings": CHOSEN if trials else run.settings if isinstance(run.settings, str) else "given",
+        }  # fmt: skip
+        label = (task, method, *self._heads_label(what, task), n_train and f"n{n_train}", f"seed{seed}")
+        return self.add(label, spec, needs, row)
+
+    def _heads_label(self, what: Mapping[str, Any], task: str) -> Iterator[object]:
+        """Heads of a fit for its label: by what, whose, how many."""
+        if what:
+            by = what["heads_from"]
+            yield by if by in (RANDOM, ALL) else self.setting.grid.selection(by).by
+            yield f"of {what['source']}" if what["source"] not in ("", task) else ""
+            yield f"k{what['k']}"
+
+    def _spec(
+        self, method: str, task: str, seed: int, n_train: int | None, settings: Mapping[str, Any],
+        heads: dict[str, Any] | None,
+    ) -> dict[str, Any]:  # fmt: skip
+        data, outline = self.setting.tasks[task], self.setting.outline(task)
+        config = None
+        if method not in (ZERO, *STEERED):
+            config = _changed(training_config(method, outline, {}), settings).to_dict()
+        return {
+            "task": task_key(data), "method": method, "seed": seed,
+            "n_train": None if method == ZERO else _rows(data, n_train, seed), "settings": dict(settings), "config": config,
+            "heads": heads, "k": outline.preset.k if method == "ITI" else None, "batch_size": self.setting.grid.batch_size,
+        }  # fmt: skip
+
+    def _settings(self, run: Run, method: str, task: str) -> tuple[dict[str, Any], list[list[str]] | None]:
+        """Settings that are given or the preset's; or the trials that they are chosen from, a list for each point."""
+        if method == ZERO:
+            return {}, None
+        if isinstance(run.settings, dict):
+            return dict(run.settings), None
+        if run.settings == PRESET and method not in STEERED:
+            return {"lr": training_config(method, self.setting.outline(task), {}).lr}, None
+        data, grid = self.setting.tasks[task], self.setting.grid
+        if not data.test.get("val"):
+            raise InputError(
+                f"{task} has no validation rows, on which the settings of {method} are chosen; add some, or give them "
+                "(settings: {...})"
+            )
+        outline = self.setting.outline(task)
+        points = METHODS[LEARNED if method == LOFIT else method].grid(outline)
+        return {}, [[self._trial(method, task, dict(p), seed).name for seed in grid.tuning_seeds] for p in points]
+
+    def _trial(self, method: str, task: str, point: dict[str, Any], seed: int) -> Cell:
+        """What is chosen for LoFiT is chosen with the task's own heads by A-norm and the usual K."""
+        heads, needs = None, []
+        if method == LOFIT:
+            k = self.setting.outline(task).preset.k
+            scores = self.scores("A-norm", task, seed, None)
+            heads, needs = {"cell": scores.name, "k": k}, [scores.name]
+        spec = {**self._spec(method, task, seed, None, point, heads), "kind": "trial", "split": "val"}
+        row = {
+            "task": task,
+            "tested": task,
+            "method": method,
+            "seed": seed,
+            **{f"set_{k}": v for k, v in point.items()},
+        }
+        shown = (f"{k}{v:.3g}" if isinstance(v, float) else f"{k}{v}" for k, v in point.items())
+        return self.add((task, method, "trial", *shown, f"seed{seed}"), spec, needs, row)
+
+    # ------------------------------------------------------------------------------------- tests of a fit
+
+    def _tests(self, run: Run, fit: Cell, task: str) -> None:
+        grid = self.setting.grid
+        if run.tested and (fit.row["method"] != ZERO or task == next(iter(self.setting.tasks))):
+            for name, other in self.setting.others.items():
+                spec = {
+                    "kind": "test", "fit": fit.name, "task": task_key(other), "limit": grid.limit, "batch_size": grid.batch_size,
+                }  # fmt: skip
+                self.add((fit.label, "on", name), spec, [fit.name], {**fit.row, "tested": name})
+        if run.damage and self.setting.texts and fit.row["method"] != ZERO:
+            spec = {"kind": "damage", "fit": fit.name, "texts": self.setting.texts}
+            self.add((fit.label, "damage"), spec, [fit.name], {**fit.row, "tested": ""})
+
+
+def _rows(task: Task, n: int | None, seed: int) -> int | None:
+    """Training examples that are drawn (None: all); raises where there are not so many."""
+    task.drawn("train", n=n, seed=seed)
+    return task.n_train if n is None else n
+
+
+def _changed(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConfig:
+    try:
+        return config.with_changes(**settings)
+    except TypeError as e:
+        raise InputError(f"settings {dict(settings)}: {e}; give numbers") from e

@@ -1,0 +1,203 @@
+"""Run a grid: open what it names, expand it into cells, compute those that the store does not hold.
+
+    run_grid("organism/all", "runs/grid")             # again: nothing is computed
+    run_grid("my-grid.yaml", "runs/grid", workers=2)
+
+A store may hold several grids; what they share is computed once. `load_results(store)` reads it for tables and figures.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from lofit_lens import io
+from lofit_lens.errors import InputError
+from lofit_lens.evaluation.texts import load_texts
+from lofit_lens.experiments.cells import Cell
+from lofit_lens.experiments.compute import Context, compute
+from lofit_lens.experiments.expand import Setting, expand, model_key, task_key
+from lofit_lens.experiments.methods import METHODS, Outline, Workbench
+from lofit_lens.experiments.paper import grid_named, known_grids
+from lofit_lens.experiments.runner import Executor, Report, run_cells
+from lofit_lens.experiments.shelf import Store
+from lofit_lens.experiments.specs import Grid, ModelSpec, TaskSpec, read_grid
+from lofit_lens.models import ModelInfo, model_info, planned_info
+from lofit_lens.tasks import Task, load_task
+
+
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """A grid as it will be computed.
+
+    Attributes:
+        cells: every piece of work, once; needs before what builds on them.
+        context: what the cells' specs only name.
+        records: name in the store -> what is kept of the grid, one for each model.
+        texts: ordinary texts of the grid.
+    """
+
+    cells: list[Cell]
+    context: Context
+    records: dict[str, dict[str, Any]] = field(default_factory=dict)
+    texts: tuple[str, ...] = ()
+
+
+def open_grid(grid: Grid | str | Path) -> Grid:
+    """A grid itself, one that comes with the library by its name, or one from a YAML file.
+
+    Raises:
+        InputError: neither a known name nor a file.
+        DataError: not YAML.
+    """
+    if isinstance(grid, Grid):
+        return grid
+    if str(grid) not in known_grids() and (Path(grid).is_file() or Path(grid).suffix in (".yaml", ".yml")):
+        return read_grid(grid)
+    return grid_named(str(grid))
+
+
+def plan_grid(
+    grid: Grid | str | Path,
+    *,
+    model: Any = None,
+    tasks: Sequence[Task] | None = None,
+    other_tasks: Sequence[Task] | None = None,
+    texts: Sequence[str] | None = None,
+    device: str | None = None,
+    track: str | None = None,
+) -> Planned:
+    """Open a grid's data and configurations and list its cells; no weights are read. Arguments and errors as in `run_grid`."""
+    grid = open_grid(grid)
+    named = _by_name([_load(t) for t in grid.tasks] if tasks is None else tasks)
+    others = _by_name([_load(t) for t in grid.other_tasks] if other_tasks is None else other_tasks)
+    if both := [t for t in others if t in named]:
+        raise InputError(
+            f"{both[0]} is a task and an other task of this grid; other tasks are those that nothing is tuned on"
+        )
+    if texts is None:
+        wanted = grid.texts is not None and any(run.damage for run in grid.runs)
+        texts = list(islice(load_texts(str(grid.texts)), grid.n_texts)) if wanted else []
+    digest = io.digest(list(texts)) if texts else ""
+    planned = Planned([], Context({}, {io.digest(task_key(t)): t for t in (*named.values(), *others.values())}))
+    load: dict[str, dict[str, Any]] = {}
+    cells: dict[str, Cell] = {}
+    for spec in grid.model if model is None else (None,):
+        info = _info(grid, spec) if spec is not None else model_info(model)
+        setting = Setting(grid, info, named, others, digest)
+        if spec is not None:
+            load[io.digest(model_key(info))] = {
+                "name": spec.name, "backend": info.backend, "dtype": spec.dtype, "revision": spec.revision,
+            }  # fmt: skip
+        elif any("LoRA" in run.method for run in grid.runs):
+            METHODS["LoRA"].model(
+                Workbench(model, next(iter(named.values())))
+            )  # better known now than after the other fits
+        mine = expand(setting)
+        cells |= {cell.name: cell for cell in mine}
+        name = grid.name if model is not None or len(grid.model) == 1 else f"{grid.name} {info.name}"
+        planned.records[name] = _record(setting, mine, digest)
+    context = replace(planned.context, load=load, loaded=model, device=device, track=track)
+    return Planned(list(cells.values()), context, planned.records, tuple(texts))
+
+
+def run_grid(
+    grid: Grid | str | Path,
+    store: str | Path,
+    *,
+    model: Any = None,
+    tasks: Sequence[Task] | None = None,
+    other_tasks: Sequence[Task] | None = None,
+    texts: Sequence[str] | None = None,
+    workers: int = 1,
+    devices: Sequence[str] | None = None,
+    executor: Executor | None = None,
+    retries: int = 1,
+    device: str | None = None,
+    track: str | None = None,
+    progress: bool = True,
+) -> Report:
+    """Compute the cells of a grid that the store does not hold yet.
+
+    Args:
+        grid: a `Grid`, the name of one that comes with the library (`known_grids`), or a YAML file.
+        store: folder; made if it is missing. Several runners may work on it at once.
+        model: a loaded model in place of the grid's; for one process.
+        tasks: tasks in memory in place of the grid's.
+        other_tasks: likewise.
+        texts: ordinary texts in place of the grid's.
+        workers: processes, each on one CPU thread; 1 = this process.
+        devices: of the workers, in turn, e.g. `["cuda:0", "cuda:1"]`; None = `device`.
+        executor: another place to compute, e.g. a `RayExecutor`.
+        retries: further tries of a cell that failed for a reason that may pass.
+        device: of the models; None = CUDA where there is one, else the CPU.
+        track: `"wandb"` or `"tensorboard"` reads the steps of training.
+        progress: show what is done, what runs and the time left.
+
+    Returns:
+        What was computed, what was there, what failed and what could not be begun for it.
+
+    Raises:
+        InputError: a name, number or field that the grid cannot have, several workers with a model in memory; before anything is
+            computed. Or the disk is full.
+        DataError: a store of a newer version, or damaged files.
+        KeyboardInterrupt: Ctrl-C; the same call goes on from there.
+    """
+    if model is not None and (workers > 1 or executor is not None):
+        raise InputError(
+            "several workers need the model by name, since each loads its own; leave `model` out, or give workers=1"
+        )
+    planned = plan_grid(
+        grid, model=model, tasks=tasks, other_tasks=other_tasks, texts=texts, device=device, track=track
+    )
+    kept = Store(store)
+    write_plan(kept, planned)
+    return run_cells(
+        kept, planned.cells, compute, planned.context, executor=executor, workers=workers, devices=devices, retries=retries,
+        progress=progress,
+    )  # fmt: skip
+
+
+def write_plan(store: Store, planned: Planned) -> None:
+    """Keep what is asked for: each model's grid, and the texts that its cells name by their hash."""
+    if planned.texts:
+        store.keep(list(planned.texts))
+    for name, record in planned.records.items():
+        store.write_grid(name, record)
+
+
+def _load(spec: TaskSpec) -> Task:
+    return load_task(spec.name, fold=spec.fold, source=spec.source, form=spec.form, data_dir=spec.data_dir)
+
+
+def _by_name(tasks: Sequence[Task]) -> dict[str, Task]:
+    named = {t.name: t for t in tasks}
+    if len(named) < len(tasks):
+        raise InputError(f"a grid needs tasks, each once; got {', '.join(t.name for t in tasks)}")
+    return named
+
+
+def _info(grid: Grid, spec: ModelSpec) -> ModelInfo:
+    """What the model will be. LoRA needs the bridge: with it in the grid, every method runs on that class."""
+    backend = spec.backend
+    if backend == "auto" and any("LoRA" in run.method for run in grid.runs):
+        backend = "bridge"
+    return planned_info(spec.name, backend=backend, dtype=spec.dtype, revision=spec.revision)
+
+
+def _record(setting: Setting, cells: Sequence[Cell], texts: str) -> dict[str, Any]:
+    def of(task: Task) -> dict[str, Any]:
+        return {"data_hash": task.data_hash, "metric": task.metric, "form": task.form}
+
+    tasks: dict[str, dict[str, Any]] = {}
+    for name, task in setting.tasks.items():
+        preset = Outline.of(setting.info, task).preset
+        tasks[name] = {**of(task), "k": preset.k, "select": preset.select.to_dict(), "tune": preset.tune.to_dict()}
+    rows: Mapping[str, Any] = {c.name: c.row for c in cells}
+    return {
+        "grid": json.loads(setting.grid.model_dump_json()), "model": setting.info.to_dict(), "tasks": tasks,
+        "other_tasks": {name: of(task) for name, task in setting.others.items()}, "texts": texts, "cells": rows,
+        "versions": io.environment(),
+    }  # fmt: skip

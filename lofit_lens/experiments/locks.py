@@ -1,0 +1,113 @@
+"""Locks on a shared folder: one file each, which its holder touches again and again.
+
+A holder that was killed on this host is replaced at once. One elsewhere is replaced when its file has been still for a lease
+(for two on file systems that cannot swap two names, such as NFS) by the clock of whoever asks, so clocks may differ. A
+stillness is noticed only by a process that has asked before.
+"""
+
+import contextlib
+import functools
+import logging
+import os
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import LeaseCompromise, LeaseSettingsMismatch, SoftFileLease, Timeout
+
+from lofit_lens import io
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def claimed(path: Path, seconds: float) -> Iterator[bool]:
+    """Hold a lock while the block runs; yields False at once where another holds it, an outer block of this thread included.
+
+    Whoever is so long silent that the lock is taken over (stopped, or cut off) is warned in the log, and may go on.
+
+    Args:
+        path: of its file.
+        seconds: of the lease; the holder touches the file three times in it.
+
+    Raises:
+        InputError: the file cannot be written (`DiskFull`: no space is left).
+    """
+    lease = _lease(str(path), seconds, os.getpid())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        mine = not lease.is_locked and (_acquired(lease) or (_cleared(lease) and _acquired(lease)))
+    except OSError as e:
+        raise io.cannot_write(path, e) from e
+    try:
+        yield mine
+    finally:
+        if mine:
+            with contextlib.suppress(OSError):  # a file that cannot be removed now goes still
+                lease.release()
+
+
+def held(path: Path, seconds: float) -> bool:
+    """Whether a lock is held by a process that may be alive; changes nothing."""
+    if not path.exists():
+        return False
+    try:
+        with tempfile.TemporaryDirectory() as folder:  # whether its copy can be had
+            lease = SoftFileLease(shutil.copy2(path, folder), lease_duration=seconds)
+            mine = _acquired(lease)
+            lease.release()
+    except OSError:
+        return path.exists()
+    return not mine
+
+
+@functools.cache  # one a process: it remembers since when another's lock has been silent
+def _lease(path: str, seconds: float, _process: int) -> SoftFileLease:
+    return SoftFileLease(path, lease_duration=seconds, on_compromise=_warn)
+
+
+def _warn(lost: LeaseCompromise) -> None:
+    log.warning(
+        "the lock %s was lost (%s): another runner may compute this run too; the first to finish is kept",
+        lost.lock_file, lost.reason,
+    )  # fmt: skip
+
+
+def _acquired(lease: SoftFileLease) -> bool:
+    for _ in range(2):  # the first may do no more than clear a dead holder's lock away
+        with contextlib.suppress(Timeout, LeaseSettingsMismatch):
+            lease.acquire(blocking=False)
+            return True
+    return False
+
+
+_silent: dict[
+    str, tuple[tuple[int, int], float]
+] = {}  # lock file -> its inode and time stamp, and since when they stand
+
+
+def _cleared(lease: SoftFileLease) -> bool:
+    """Remove a lock that has been silent for two leases, for file systems where filelock cannot (NFS: no swap of two names)."""
+    path, owner, now = lease.lock_file, lease.owner, time.monotonic()
+    try:
+        with open(path, "rb") as f:  # opening makes a network file system look afresh
+            there = os.fstat(f.fileno())
+            stamp = (there.st_ino, there.st_mtime_ns)
+            known, since = _silent.get(path, (None, now))
+            if known != stamp:
+                _silent[path] = (stamp, now)
+                return False
+            if now - since < 2 * max(lease.lease_duration, (owner and owner.lease_duration) or 0):
+                return False
+            aside = f"{path}.{uuid.uuid4().hex}.tmp"
+            os.rename(path, aside)
+            moved = Path(aside).stat()
+            if (moved.st_ino, moved.st_mtime_ns) != stamp:  # another was faster: that is its lock, which goes back
+                os.link(aside, path)
+            os.unlink(aside)
+    except OSError:
+        return False
+    return True

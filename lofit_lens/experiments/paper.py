@@ -1,0 +1,145 @@
+"""The paper's grids as data (arXiv 2406.01563): what its tables and figures are drawn from, one block of runs each.
+
+`paper/NAME` asks for the paper's models and tasks, `organism/NAME` for the embedded model's; NAME is one of `PARTS`, or `all`.
+Other models and tasks take the same blocks: `paper_grid(parts, model=..., tasks=...)`.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from lofit_lens.errors import InputError, unknown
+from lofit_lens.experiments.specs import CHOSEN, LOFIT, PRESET, ZERO, Grid, ModelSpec, Run, Selection, TaskSpec
+from lofit_lens.organism.words import TASKS
+
+OWN, CHANCE = "A-norm", "random"
+STEERING, TRAINED = ("ITI", "RepE"), ("LoRA", "RED", "LoReFT")
+
+# What all that is said about a head set is set against: the unmodified model, the task's own heads, and as many at random.
+BASE = (
+    Run(method=ZERO, tested=True),
+    Run(heads=OWN, tested=True, damage=True),
+    Run(heads=CHANCE, draws=5),
+)  # fmt: skip
+BLOCKS: dict[str, tuple[Run, ...]] = {
+    "table1": (Run(method=STEERING), Run(heads=OWN, k="3K")),
+    "table2": (Run(heads=("bias norm", "probe accuracy", "probing layers")),),
+    "table3": (Run(method=TRAINED), Run(heads=OWN, k="3K")),
+    "table5": (),
+    "fig2": (Run(heads=OWN, of="others"),),
+    "fig3": (),
+    "fig4": (Run(method=("LoRA", "RED"), n_train=(10, 40)), Run(heads=OWN, n_train=(10, 40))),
+    "fig5": (Run(heads=OWN, k=(1, "K", "3K", "20 %")),),
+    "stability": (),
+}
+SCORES_ALONE = ("fig3", "stability")  # no run is needed, head scores suffice
+PARTS = tuple(BLOCKS)
+# The models of the paper, in the precision of its runs, and its three tasks.
+LLAMA_7B = ModelSpec(name="meta-llama/Llama-2-7b-hf")
+LLAMA_13B = ModelSpec(name="meta-llama/Llama-2-13b-hf", dtype="bfloat16")
+GEMMA = ModelSpec(name="google/gemma-7b", dtype="bfloat16")
+MODELS = {"table1": (GEMMA, LLAMA_7B, LLAMA_13B), "fig3": (GEMMA, LLAMA_7B, LLAMA_13B)}
+PAPER_TASKS = (TaskSpec(name="truthfulqa", fold=0), TaskSpec(name="mquake"), TaskSpec(name="clutrr"))
+OUT_OF_DOMAIN = ("triviaqa", "nq", "mmlu")
+
+
+def paper_grid(
+    parts: Iterable[str],
+    *,
+    name: str,
+    model: Any,
+    tasks: Sequence[str | TaskSpec],
+    other_tasks: Sequence[str | TaskSpec] = (),
+    texts: str | None = None,
+    seeds: Sequence[int] = (0, 1),
+    draws: int = 5,
+    limit: int | None = None,
+    batch_size: int = 16,
+    tune: bool = False,
+) -> Grid:
+    """The blocks of some parts of the paper for any model and tasks.
+
+    Args:
+        parts: of `PARTS`; `"all"` = all.
+        name: of the grid.
+        model: name, or `ModelSpec`, or several.
+        tasks: trained on and tested.
+        other_tasks: that the task's own adapters are tested on too (Table 5).
+        texts: ordinary text for damage; see `load_texts`.
+        seeds: of selection and fits; head selection alone takes two more where its stability is asked for.
+        draws: of random heads.
+        limit: only the first test rows.
+        batch_size: of the evaluations.
+        tune: choose every trained method's learning rate on the validation rows, not those of ITI and RepE alone.
+
+    Raises:
+        InputError: an unknown part, or a value out of range.
+    """
+    asked = list(parts)
+    for part in asked:
+        if part not in (*PARTS, "all"):
+            raise unknown("part", part, (*PARTS, "all"))
+    if not asked:
+        raise InputError(f"no part of the paper is asked for; give one or more of {', '.join(PARTS)}, or all")
+    wanted = PARTS if "all" in asked else tuple(p for p in PARTS if p in asked)
+    runs = [run for part in wanted for run in BLOCKS[part]]
+    if any(part not in SCORES_ALONE for part in wanted):
+        runs += BASE
+    changed = tuple(_with(run, draws=draws, tune=tune, fresh="table5" in wanted) for run in runs)
+    extra = tuple(range(max(seeds, default=0) + 1, max(seeds, default=0) + 3))
+    selections = {OWN: Selection(by=OWN, seeds=extra)} if "stability" in wanted else {}
+    scores = (OWN, "gradient attribution") if "table2" in wanted else (OWN,)
+    return Grid(
+        name=name, model=model, tasks=tuple(tasks), other_tasks=tuple(other_tasks) if "table5" in wanted else (),
+        texts=texts, seeds=tuple(seeds), limit=limit, batch_size=batch_size, selections=selections, scores=scores,
+        runs=tuple(dict.fromkeys(changed)),
+    )  # fmt: skip
+
+
+def _with(run: Run, *, draws: int, tune: bool, fresh: bool) -> Run:
+    chosen = CHOSEN if tune or run.method == STEERING else PRESET
+    return run.model_copy(update={"draws": draws, "settings": chosen, "tested": run.tested and fresh})
+
+
+def known_grids() -> dict[str, str]:
+    """Names of the grids that come with the library, each with what it is."""
+    named = {f"paper/{p}": f"{p} on the paper's models and tasks" for p in (*PARTS, "all")}
+    return {**named, **{f"organism/{p}": f"{p} on the embedded model's three tasks" for p in (*PARTS, "all")}}
+
+
+def grid_named(name: str) -> Grid:
+    """A grid that comes with the library.
+
+    Raises:
+        InputError: no such grid.
+    """
+    if name not in known_grids():
+        raise unknown("grid", name, known_grids(), hint="Or give a YAML file.")
+    family, part = name.split("/")
+    if family == "organism":
+        return paper_grid(
+            [part], name=name, model=ModelSpec(name="organism", backend="bridge"), tasks=[f"organism/{t}" for t in TASKS],
+            other_tasks=[f"organism/{t}-cued" for t in TASKS], texts="organism", batch_size=64,
+        )  # fmt: skip
+    return paper_grid(
+        [part],
+        name=name,
+        model=MODELS.get(part, (LLAMA_7B,)),
+        tasks=PAPER_TASKS,
+        other_tasks=OUT_OF_DOMAIN,
+        texts="wikitext",
+    )
+
+
+__all__ = [
+    "BLOCKS",
+    "CHANCE",
+    "LOFIT",
+    "OWN",
+    "PARTS",
+    "STEERING",
+    "TRAINED",
+    "ZERO",
+    "grid_named",
+    "known_grids",
+    "paper_grid",
+]

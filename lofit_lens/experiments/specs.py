@@ -1,0 +1,312 @@
+"""What a grid of runs is asked for, in Python or YAML: frozen records without a field too many.
+
+    name: heads-of-others
+    model: organism
+    tasks: [organism/truth, organism/kinship]
+    seeds: [0, 1]
+    runs:
+      - {method: zero-shot}
+      - {heads: A-norm, k: [1, K, 3K, 20 %]}       # step 1, then offsets on the K best heads
+      - {heads: A-norm, of: others}                # on the heads that the other tasks chose
+      - {heads: random, draws: 5}
+      - {method: [LoRA, RED], n_train: [10, 40], settings: {lr: 1e-3}}
+
+A list in `method`, `heads`, `k` or `n_train` means one run for each.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+
+from lofit_lens import io
+from lofit_lens.errors import DataError, InputError, no_field, unknown
+from lofit_lens.experiments.methods import METHODS, TRAINED
+from lofit_lens.heads import check_k
+from lofit_lens.io import torch_dtype
+from lofit_lens.training.selectors import SELECTORS
+
+LOFIT, ZERO = "LoFiT", "zero-shot"
+GRID_METHODS = (LOFIT, *(m for m in METHODS if not m.startswith((LOFIT, "random"))))
+OWN, OTHERS, EVERY = "own", "others", "every"
+RANDOM, ALL = "random", "all"
+PRESET, CHOSEN = "preset", "chosen"
+
+
+def _listed(value: Any) -> Any:
+    """One value stands for a list of one."""
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+Texts = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_listed), Field(min_length=1)]
+def _number(value: Any) -> Any:
+    """YAML reads 1e-3 as text."""
+    with suppress(ValueError):
+        value = float(value) if isinstance(value, str) else value
+    if not isinstance(value, int | float):
+        raise ValueError(f"is {value!r}; give a number")
+    return value
+
+
+Settings = dict[str, Annotated[Any, BeforeValidator(_number)]]
+
+
+class Spec(pydantic.BaseModel):
+    """Frozen and strict: a field that is not known, or has another type, is refused with what is allowed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    def __init__(self, **fields: Any) -> None:
+        with _readable():
+            super().__init__(**fields)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_known_fields(cls, given: Any) -> Any:
+        for name in given if isinstance(given, Mapping) else ():
+            if name not in cls.model_fields:
+                raise no_field(str(name), cls.model_fields)
+        return given
+
+
+class ModelSpec(Spec):
+    """A model by name: see `load_model` for the fields."""
+
+    name: str
+    revision: str | None = None
+    backend: Literal["auto", "hooked", "bridge"] = "auto"
+    dtype: str = "float32"
+
+    @model_validator(mode="after")
+    def _known_dtype(self) -> "ModelSpec":
+        torch_dtype(self.dtype)
+        return self
+
+
+class TaskSpec(Spec):
+    """A task by name: see `load_task` for the fields."""
+
+    name: str
+    fold: int | None = None
+    source: str | None = None
+    form: str | None = None
+    data_dir: str | None = None
+
+
+class Selection(Spec):
+    """How heads are scored.
+
+    Attributes:
+        by: name of a selector, see `training.selectors.SELECTORS`.
+        among: name of another selection; A or v is trained on its best heads alone (A-norm and bias norm only).
+        among_k: how many; as `Run.k`.
+        n_train: training examples; None = those of the run that asks for these heads.
+        settings: fields of `TrainConfig` that differ from the preset's (A-norm and bias norm only).
+        seeds: scored with these too, whether or not a run asks for it.
+    """
+
+    by: str
+    among: str | None = None
+    among_k: int | str = "3K"
+    n_train: Annotated[int, Field(ge=1)] | None = None
+    settings: Settings = {}
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_listed)] = ()
+
+    @model_validator(mode="after")
+    def _trained_ones(self) -> "Selection":
+        if self.by not in SELECTORS:
+            raise unknown("selector", self.by, SELECTORS)
+        if (self.among or self.settings) and self.by not in ("A-norm", "bias norm"):
+            raise InputError(
+                f"'among' and 'settings' are for selectors that train (A-norm, bias norm); {self.by} does not"
+            )
+        for setting in self.settings:
+            if setting not in TRAINED:
+                raise InputError(f"settings: {no_field(setting, TRAINED)}")
+        heads_of(self.among_k, 1, 1000)
+        return self
+
+
+class Run(Spec):
+    """One block of runs; each list stands for one run an entry, for every task and seed.
+
+    Attributes:
+        method: of `GRID_METHODS`.
+        heads: LoFiT alone: name of a selection (a selector's name is one by itself), `random`, or `all`.
+        of: whose heads are taken: the task's `own`, the `others`' of the grid, `every` task's, or task names.
+        k: heads: a number, `K` (the preset's), `3K`, or `20 %` of the model's heads.
+        n_train: training examples, of the selection too; None = the task's own number.
+        settings: `preset`; `chosen` on the validation rows among the method's own points; or values, e.g. `{lr: 0.01}`.
+            ITI and RepE have no preset: theirs are always chosen, or given.
+        draws: of random heads; draw d is also the seed.
+        seeds: None = the grid's.
+        tested: also test the adapters on the grid's other tasks.
+        damage: measure the adapters' damage on the grid's texts.
+    """
+
+    method: Texts = (LOFIT,)
+    heads: Texts = ("A-norm",)
+    of: Texts = (OWN,)
+    k: Annotated[tuple[int | str, ...], BeforeValidator(_listed)] = ("K",)
+    n_train: Annotated[tuple[Annotated[int, Field(ge=1)] | None, ...], BeforeValidator(_listed)] = (None,)
+    settings: Literal["preset", "chosen"] | Settings = PRESET
+    draws: Annotated[int, Field(ge=1)] = 5
+    seeds: Seeds | None = None
+    tested: bool = False
+    damage: bool = False
+
+    @model_validator(mode="after")
+    def _known_names(self) -> "Run":
+        for name in self.method:
+            if name not in GRID_METHODS:
+                raise unknown("method", name, GRID_METHODS)
+            for setting in self.settings if isinstance(self.settings, dict) else ():
+                if setting not in setting_names(name):
+                    raise InputError(f"settings of {name}: {no_field(setting, setting_names(name))}")
+        for k in self.k:
+            heads_of(k, 1, 1000)
+        return self
+
+
+class Grid(Spec):
+    """A grid of runs: models x tasks x runs x seeds, with the head scores that they need.
+
+    Attributes:
+        name: of the grid.
+        model: one or several.
+        tasks: trained on and tested.
+        other_tasks: tested only, by runs with `tested`.
+        texts: ordinary text for `damage`: a name or file for `load_texts`.
+        n_texts: how many of them.
+        seeds: of selection and fits.
+        tuning_seeds: of the choice of settings.
+        limit: only the first test rows.
+        batch_size: of the evaluations.
+        selections: named ways to score heads. A selector's own name stands for it with the preset's settings, unless it is here.
+        scores: selections that are scored for every task and seed even if no run asks.
+        runs: blocks of runs.
+    """
+
+    name: str
+    model: Annotated[tuple[ModelSpec, ...], BeforeValidator(lambda v: tuple(_named(m) for m in _listed(v)))]
+    tasks: Annotated[tuple[TaskSpec, ...], BeforeValidator(lambda v: tuple(_named(t) for t in _listed(v)))]
+    other_tasks: Annotated[tuple[TaskSpec, ...], BeforeValidator(lambda v: tuple(_named(t) for t in _listed(v)))] = ()
+    texts: str | None = None
+    n_texts: Annotated[int, Field(ge=1)] = 50
+    seeds: Seeds = (0, 1)
+    tuning_seeds: Seeds = (0,)
+    limit: Annotated[int, Field(ge=1)] | None = None
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    selections: dict[str, Selection] = {}
+    scores: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
+    runs: Annotated[tuple[Run, ...], BeforeValidator(_listed)] = ()
+
+    @model_validator(mode="after")
+    def _whole(self) -> "Grid":
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._ /+-]*", self.name):
+            raise InputError(f"name is {self.name!r}; a grid's name has letters, digits and . _ - / and spaces")
+        if not self.model or not self.tasks:
+            raise InputError(f"{len(self.model)} models and {len(self.tasks)} tasks; give one or more of each")
+        if not self.runs and not self.scores and not any(s.seeds for s in self.selections.values()):
+            raise InputError("this grid asks for nothing; give runs, or scores")
+        for name, selection in self.selections.items():
+            if name in (RANDOM, ALL) or (name in SELECTORS and selection.by != name):
+                raise InputError(f"a selection by {selection.by} is named {name!r}, which stands for others; rename it")
+        for name in (*self.scores, *self.selections):
+            self._no_circle(name)
+        for run in self.runs:
+            for name in run.heads:
+                if name not in (RANDOM, ALL):
+                    self.selection(name)
+        return self
+
+    def _no_circle(self, name: str) -> None:
+        path = [name]
+        while (before := self.selection(path[-1]).among) is not None:
+            path.append(before)
+            if before in path[:-1]:
+                raise InputError(f"selections go in a circle: {' among '.join(path)}; one of them must not say among")
+
+    def selection(self, name: str) -> Selection:
+        """A selection by its name, or by a selector's.
+
+        Raises:
+            InputError: no such selection.
+        """
+        if name not in self.selections and name not in SELECTORS:
+            raise unknown("selection", name, (*self.selections, *SELECTORS))
+        return self.selections.get(name) or Selection(by=name)
+
+
+def setting_names(method: str) -> tuple[str, ...]:
+    """Settings that a method of `GRID_METHODS` takes."""
+    return TRAINED if method == LOFIT else METHODS[method].settings
+
+
+def _named(value: Any) -> Any:
+    """A name stands for a record that holds nothing else."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+def heads_of(k: int | str, usual: int, n_heads: int) -> int:
+    """Number of heads that `k` stands for: a number, `K` or `3K` (once or several times the preset's), `20 %` of all heads.
+
+    Several times the preset's is at most all heads (the paper's 10 % setting is `3K`: 96 of Llama-2-7B's 1,024).
+
+    Raises:
+        InputError: none of these, or more heads than there are.
+    """
+    if isinstance(k, int) and not isinstance(k, bool):
+        check_k(k, n_heads, "the model")
+        return k
+    if found := re.fullmatch(r"(\d*) ?K", str(k)):
+        return max(1, min(int(found[1] or 1) * usual, n_heads))
+    if (found := re.fullmatch(r"(\d+(?:\.\d+)?) ?%", str(k))) and 0 < float(found[1]) <= 100:
+        return max(1, round(float(found[1]) / 100 * n_heads))
+    raise InputError(
+        f"k is {k!r}; give a number of heads, K or 3K (the preset's number, or times 3), or a share such as 20 %"
+    )
+
+
+def read_grid(path: str | Path) -> Grid:
+    """A grid from a YAML file.
+
+    Raises:
+        DataError: unreadable, or not YAML; names the line.
+        InputError: an unknown field, a wrong type or name; says where in the file and what is allowed.
+    """
+    try:
+        found = yaml.safe_load(io.decoded(path))
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        where = f":{mark.line + 1}" if mark is not None else ""
+        raise DataError(f"{path}{where} is not YAML: {getattr(e, 'problem', None) or e}") from e
+    if not isinstance(found, dict):
+        raise DataError(f"{path} holds {type(found).__name__}; a grid is a record with name, model, tasks and runs")
+    try:
+        return Grid(**{str(k): v for k, v in found.items()})
+    except InputError as e:
+        raise InputError(f"{path}: {e}") from e
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    """Turn pydantic's error into one line: where, what came, what is allowed."""
+    try:
+        yield
+    except pydantic.ValidationError as e:
+        found = max(e.errors(), key=lambda error: len(error["loc"]))  # of several allowed types, the one that was meant
+        where = ".".join(str(p) for p in found["loc"] if not re.search(r"[\[(-]", str(p)))
+        if found["type"] == "value_error":
+            text = str(found["ctx"]["error"])
+        elif found["type"] == "missing":
+            text = "is missing"
+        else:
+            text = f"is {found['input']!r}: {found['msg'][0].lower()}{found['msg'][1:]}"
+        raise InputError(f"{where}{' ' if text.startswith('is ') else ': '}{text}" if where else text) from None

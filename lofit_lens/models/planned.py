@@ -1,0 +1,54 @@
+"""What a model will be once it is loaded, from its configuration alone: a grid is planned where its models do not fit."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lofit_lens import io
+from lofit_lens.errors import unknown
+from lofit_lens.models.info import ModelInfo
+from lofit_lens.models.loading import BACKENDS, hooked_config, located, on_hooked, read_config, weights_revision
+
+
+def planned_info(
+    name_or_path: str | Path,
+    *,
+    backend: str = "auto",
+    dtype: str | torch.dtype = "float32",
+    revision: str | None = None,
+) -> ModelInfo:
+    """What `model_info(load_model(...))` would be with the same arguments; no weights are loaded.
+
+    One thing is known after loading alone: a checkpoint whose conversion goes wrong, for which `backend="auto"` takes the
+    bridge in the end. A local folder's weights are read for their checksum (up to 1 GiB), once a process.
+
+    Args:
+        name_or_path: `"organism"`, a hub id or a local Hugging Face folder; of a hub id the configuration is fetched.
+        backend: `"hooked"`, `"bridge"` or `"auto"`.
+        dtype: of the frozen weights.
+        revision: hub commit, tag or branch.
+
+    Raises:
+        InputError: unknown backend or dtype.
+        ModelError: no such model, or HookedTransformer was asked for and cannot load it.
+    """
+    if backend not in BACKENDS:
+        raise unknown("backend", backend, BACKENDS)
+    wanted = io.torch_dtype(dtype)
+    source, name = located(name_or_path)
+    config = read_config(source, revision)
+    on, _ = on_hooked(lambda: hooked_config(config, source, wanted), config, source, name=name, backend=backend)
+    shape = _shape(config) if on is None else (on.n_layers, on.n_heads, on.d_model, on.d_vocab)
+    n_layers, n_heads, d_model, d_vocab = map(int, shape)
+    return ModelInfo(
+        name=name, revision=weights_revision(source, revision), backend="bridge" if on is None else "hooked", processed=False,
+        dtype=str(wanted).removeprefix("torch."), n_layers=n_layers, n_heads=n_heads, d_model=d_model, d_vocab=d_vocab,
+    )  # fmt: skip
+
+
+def _shape(config: Any) -> tuple[int, int, int, int]:
+    """Layers, heads, width and vocabulary as the bridge counts them (a model without attention has one nominal head)."""
+    text = config.get_text_config()
+    n_heads = getattr(text, "num_attention_heads", None) or getattr(text, "num_heads", None) or 1
+    return text.num_hidden_layers, n_heads, text.hidden_size, text.vocab_size
