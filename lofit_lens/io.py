@@ -106,11 +106,11 @@ def sync_folder(path: str | Path) -> None:
         os.close(handle)
 
 
-def new_file_mode() -> int:
-    """Permission bits that the process's umask leaves to a new file."""
+def new_mode(*, folder: bool = False) -> int:
+    """Permission bits that the process's umask leaves to a new file or folder."""
     mask = os.umask(0)
     os.umask(mask)
-    return 0o666 & ~mask
+    return (0o777 if folder else 0o666) & ~mask
 
 
 def write_bytes(path: str | Path, data: bytes) -> Path:
@@ -128,7 +128,7 @@ def write_bytes(path: str | Path, data: bytes) -> Path:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
-        os.chmod(temporary, new_file_mode())
+        os.chmod(temporary, new_mode())
         os.replace(temporary, path)
     except BaseException as e:
         if temporary is not None:
@@ -250,7 +250,7 @@ def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise cannot_write(path, e) from e
     try:
         yield temporary
-        os.chmod(temporary, new_file_mode() | 0o111)
+        os.chmod(temporary, new_mode(folder=True))
         try:
             replace_folder(temporary, path)
         except OSError as e:

@@ -4,6 +4,7 @@ A cell's spec says what it does: {"does": what, "log": a file that gets one line
 """
 
 import errno
+import json
 import logging
 import os
 import signal
@@ -14,6 +15,8 @@ from pathlib import Path
 
 from lofit_lens.errors import DiskFull, InputError, TrainingDiverged
 from lofit_lens.experiments.cells import Cell
+from lofit_lens.experiments.runner import run_cells
+from lofit_lens.experiments.shelf import Store
 
 
 def cell(label, folder, *, needs=(), does="write", cost=1.0, model=None, **more):
@@ -51,8 +54,8 @@ def forgetful(store, cell, context, device):
 
 def talk(spec, tries):
     """In every way."""
-    print("a print")
-    print("a print to stderr", file=sys.stderr)
+    print("a print")  # noqa: T201
+    print("a print to stderr", file=sys.stderr)  # noqa: T201
     logging.getLogger("lofit_lens.tests").info("a record")
     logging.getLogger("other").warning("another record")
     logging.getLogger("other").info("a record that nobody asked for")
@@ -84,6 +87,23 @@ def hang(spec, tries):
             raise
 
 
+def step(spec, tries):
+    """Like training: a first Ctrl-C lets the step in progress end; notes every Ctrl-C."""
+    seen = []
+
+    def remember(number, frame):
+        seen.append(number)
+        note(spec["log"] + ".signals", os.getpid())
+
+    if tries <= spec.get("times", 99):
+        signal.signal(signal.SIGINT, remember)
+        note(spec["log"] + ".hangs", os.getpid())
+        while not seen:
+            time.sleep(0.01)
+        time.sleep(spec.get("seconds", 0))
+        raise KeyboardInterrupt
+
+
 def raises(error):
     """An action that raises."""
 
@@ -95,7 +115,7 @@ def raises(error):
 
 _DOES = {
     "write": lambda spec, tries: time.sleep(spec.get("seconds", 0)),
-    "talk": talk, "fail": fail, "die": die, "hang": hang, "exit": lambda spec, tries: sys.exit(3),
+    "talk": talk, "fail": fail, "die": die, "hang": hang, "step": step, "exit": lambda spec, tries: sys.exit(3),
     "bad input": raises(InputError("no such head")), "diverge": raises(TrainingDiverged("loss is nan")),
     "disk full": raises(DiskFull("no space left for it")), "no space": raises(OSError(errno.ENOSPC, "No space left on device")),
     "stop": raises(KeyboardInterrupt()),
@@ -111,3 +131,23 @@ class Unreadable:
 
 def _refuse():
     raise ImportError("no module of that name here")
+
+
+def main():
+    """Run cells as a process of its own: FOLDER WORKERS RUNNERS, cells from FOLDER/cells.json; the report goes to stdout.
+
+    It begins when so many runners (lines of FOLDER/runners) are there.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the parent process does with Ctrl-C
+    folder = Path(sys.argv[1])
+    asked = json.loads((folder / "cells.json").read_text())
+    cells = [cell(one.pop("label"), folder, **one) for one in asked]
+    note(folder / "runners", os.getpid())
+    while len((folder / "runners").read_text().split()) < int(sys.argv[3]):
+        time.sleep(0.01)
+    try:
+        report = run_cells(Store(folder / "store"), cells, work, "context", workers=int(sys.argv[2]))
+    except KeyboardInterrupt as e:
+        sys.stdout.write(f"{e}\n")
+        raise SystemExit(130) from None
+    sys.stdout.write(json.dumps({"computed": report.computed, "there": report.there, "failed": report.failed}))

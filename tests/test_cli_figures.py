@@ -75,7 +75,7 @@ def test_report_is_written_once(shell, study_folder, tmp_path):
 def test_transfer_prints_the_matrix(shell, study_folder, checkpoint, tmp_path, monkeypatch):
     """The runs that are there are read: a row a source of heads, random ones last, and the matrix as JSON."""
     copy = shutil.copytree(study_folder, tmp_path / "study")
-    monkeypatch.setattr("lofit_lens.cli.studies.run", lambda asked: None)
+    monkeypatch.setattr("lofit_lens.cli.studies.run", lambda asked, name: None)
     code, said, _ = shell("transfer", "--out", copy, "--json")
     assert code == 0
     found = json.loads(said)

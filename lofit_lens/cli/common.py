@@ -49,6 +49,9 @@ LearningRate = Annotated[float | None, typer.Option("--lr", help="Learning rate;
 Epochs = Annotated[int | None, typer.Option("--epochs", help="Passes over the examples; left out: the preset's.")]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Examples a step; left out: the preset's.")]
 MaxSteps = Annotated[int | None, typer.Option("--max-steps", help="Stop after so many steps, e.g. to try things out.")]
+Track = Annotated[
+    str | None, typer.Option("--track", help="wandb or tensorboard reads the training's steps; files go to OUT.track.")
+]  # fmt: skip
 
 
 def guarded(verb: Callable[..., None]) -> Callable[..., None]:
@@ -153,6 +156,22 @@ def check_new(path: Path, *, overwrite: bool) -> None:
             pass
     except OSError as e:
         raise InputError(f"cannot write {path}: {e.strerror or e}; choose a folder you may write to") from e
+
+
+def open_tracker(kind: str | None, out: Path) -> Any:
+    """Who reads the steps of the training whose result goes to `out`, with its files beside it; None: nobody."""
+    from lofit_lens.training import tracker
+
+    return None if kind is None else tracker(kind, out.with_name(f"{out.name}.track"))
+
+
+def tracked_run(reader: Any, out: Path, info: Any, task: Any, seed: int, **settings: Any) -> Any:
+    """`training.tracked` under a name that is the same when the run is resumed, and another for other settings."""
+    from lofit_lens import io
+    from lofit_lens.training import tracked
+
+    config = {"model": info.to_dict(), "task": task.name, "data_hash": task.data_hash, "seed": seed, **settings}
+    return tracked(reader, f"{out.name}-{io.digest(config)[:12]}", config)
 
 
 def state_file(out: Path) -> Path:

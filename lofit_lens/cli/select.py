@@ -38,6 +38,7 @@ def select(
     epochs: c.Epochs = None,
     batch_size: c.BatchSize = None,
     max_steps: c.MaxSteps = None,
+    track: c.Track = None,
     overwrite: c.Overwrite = False,
     quiet: c.Quiet = False,
 ) -> None:
@@ -51,8 +52,9 @@ def select(
     if by not in SELECTORS:
         raise unknown("score", by, SELECTORS)
     ours = {"lr": lr, "l1": l1, "epochs": epochs, "batch_size": batch_size, "max_steps": max_steps}
-    if by != A_NORM and (given := [name for name, value in ours.items() if value is not None]):
+    if by != A_NORM and (given := [n for n, value in {**ours, "track": track}.items() if value is not None]):
         raise InputError(f"--{given[0].replace('_', '-')} is a setting of {A_NORM}; leave it out with --by {by!r}")
+    reader = c.open_tracker(track, out)
     loaded = c.open_model(model, backend=backend, dtype=dtype, device=device, revision=revision)
     data = c.open_task(task, fold=fold, data_dir=data_dir, source=source)
     from lofit_lens.heads import check_k
@@ -66,9 +68,18 @@ def select(
     state = c.state_file(out)
     if by == A_NORM:
         config = settings.select.with_changes(**ours)
-        scores = select_heads(
-            loaded, data, seed=seed, config=config, n_train=n_train, checkpoint=state, progress=not quiet
-        )
+        asked = {"n_train": n_train, "config": config.to_dict()}
+        with c.tracked_run(reader, out, info, data, seed, **asked) as run:
+            scores = select_heads(
+                loaded,
+                data,
+                seed=seed,
+                config=config,
+                n_train=n_train,
+                checkpoint=state,
+                on_step=run,
+                progress=not quiet,
+            )
     else:
         scores = SELECTORS[by](loaded, data, seed=seed, n_train=n_train, progress=not quiet)
     heads = c.write_heads(out, scores, wanted, overwrite=overwrite)

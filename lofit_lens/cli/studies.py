@@ -48,7 +48,7 @@ class Request:
 
 
 def run(asked: Request, name: str) -> None:
-    """Run what is missing of the study, a grid of that name, and what is read from its adapters."""
+    """Run what is missing of the study, a grid of that name (and of its parts), and what is read from its adapters."""
     c.quiet_libraries()
     os.environ["PYTHONWARNINGS"] = "ignore"  # for the worker processes
     from lofit_lens.analysis.readings import run_readings
@@ -69,10 +69,11 @@ def run(asked: Request, name: str) -> None:
     source = asked.texts or ("organism" if embedded else "none")
     # LoRA needs the bridge: with it in the study, every method runs on that class.
     backend = "bridge" if asked.backend == "auto" and {"table3", "fig4", "all"} & set(parts) else asked.backend
+    model = ModelSpec(name=asked.model, revision=asked.revision, backend=backend, dtype=asked.dtype)
     grid = paper_grid(
-        parts, name=name, tasks=[t.name for t in tasks], other_tasks=[t.name for t in rest], seeds=range(asked.seeds),
-        model=ModelSpec(name=asked.model, revision=asked.revision, backend=backend, dtype=asked.dtype), draws=asked.draws,
-        texts=None if source == "none" else source, limit=asked.limit, batch_size=64 if embedded else 16, tune=asked.tune,
+        parts, name=" ".join([name, *(asked.parts or ())]), model=model, tasks=[t.name for t in tasks],
+        other_tasks=[t.name for t in rest], texts=None if source == "none" else source, seeds=range(asked.seeds),
+        draws=asked.draws, limit=asked.limit, batch_size=64 if embedded else 16, tune=asked.tune,
     )  # fmt: skip
     workers = workers_for(asked.workers, asked.model, asked.device)
     found = run_grid(

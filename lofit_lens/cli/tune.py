@@ -33,6 +33,7 @@ def tune(
     epochs: c.Epochs = None,
     batch_size: c.BatchSize = None,
     max_steps: c.MaxSteps = None,
+    track: c.Track = None,
     overwrite: c.Overwrite = False,
     quiet: c.Quiet = False,
 ) -> None:  # fmt: skip
@@ -42,6 +43,7 @@ def tune(
     """
     c.check_new(out, overwrite=overwrite)
     chosen = read_heads(heads, k)
+    reader = c.open_tracker(track, out)
     loaded = c.open_model(model, backend=backend, dtype=dtype, device=device, revision=revision)
     data = c.open_task(task, fold=fold, data_dir=data_dir, source=source)
     from lofit_lens.heads import HeadSet, check_k
@@ -58,9 +60,12 @@ def tune(
         lr=lr, epochs=epochs, batch_size=batch_size, max_steps=max_steps
     )
     state = c.state_file(out)
-    lofit = tune_offsets(
-        loaded, data, chosen, seed=seed, config=config, n_train=n_train, checkpoint=state, progress=not quiet
-    )
+    settings = {"heads": [list(h) for h in chosen], "n_train": n_train, "config": config.to_dict()}
+    with c.tracked_run(reader, out, info, data, seed, **settings) as run:
+        lofit = tune_offsets(
+            loaded, data, chosen, seed=seed, config=config, n_train=n_train, checkpoint=state, on_step=run,
+            progress=not quiet,
+        )  # fmt: skip
     lofit.save_pretrained(out, overwrite=overwrite)
     state.unlink(missing_ok=True)
     c.console.print(f"[bold]adapter[/bold] {lofit!r}")

@@ -5,7 +5,6 @@ warnings, prints, the traceback of a failure) is appended to the cell's log in t
 """
 
 import contextlib
-import errno
 import logging
 import os
 import sys
@@ -16,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TextIO
 
+from lofit_lens import io
 from lofit_lens.errors import DiskFull, InputError, TrainingDiverged
 from lofit_lens.experiments.cells import Cell
 from lofit_lens.experiments.pool import one_thread
@@ -24,8 +24,6 @@ from lofit_lens.experiments.shelf import Store
 Work = Callable[[Store, Cell, Any, str | None], None]
 """(store, cell, context, device): computes the cell and writes it through `store.new`; picklable by reference."""
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -33,7 +31,7 @@ class Outcome:
 
     Attributes:
         name: of the cell.
-        state: "done" (computed now), "there" (was done already), "busy" (another runner holds it), "failed" or "stopped" (Ctrl-C).
+        state: "done" (computed now), "there" (was done already), "busy" (another holds it), "failed" or "stopped" (Ctrl-C).
         error: kind and text of the error, of a failure.
         details: its traceback.
         again: a failure that may not come a second time.
@@ -102,7 +100,7 @@ def _text(e: BaseException) -> str:
 
 def _is_full(e: BaseException | None) -> bool:
     while e is not None:
-        if isinstance(e, DiskFull) or (isinstance(e, OSError) and e.errno in FULL):
+        if isinstance(e, DiskFull) or (isinstance(e, OSError) and e.errno in io.FULL):
             return True
         e = e.__cause__ or e.__context__
     return False
@@ -130,6 +128,15 @@ def cell_log(store: Store, cell: Cell, *, whole_process: bool) -> Iterator[None]
                 log.write(f"{_traceback(e)}{_now()} {_text(e)} (after {time.perf_counter() - start:.1f} s)\n")
             raise
         log.write(f"{_now()} done in {time.perf_counter() - start:.1f} s\n")
+
+
+def write_line(store: Store, cell: Cell, text: str) -> None:
+    """Add a line to the cell's log, for a worker that can no longer do so."""
+    path = store.log_file(cell.name)
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as log:
+            log.write(f"{_now()} {text}\n")
 
 
 def _now() -> str:

@@ -18,7 +18,7 @@ from lofit_lens.errors import DataError, InputError
 from lofit_lens.experiments.records import FAILURE, FAILURE_SCHEMA, GRID, GRID_SCHEMA
 from lofit_lens.experiments.shelf import OWN_FILES, RUN, RUN_SCHEMA, Problem, Store
 
-RUN_NAME = re.compile(r"[A-Za-z0-9._]+-[0-9a-f]{16}")
+RUN_NAME = re.compile(r"[A-Za-z0-9._]*-[0-9a-f]{16}")  # as Cell.name makes them
 OLD = 3600.0  # seconds after which a temporary file that no lock speaks for is nobody's
 
 log = logging.getLogger(__name__)
@@ -263,7 +263,7 @@ def _remove(store: Store, name: str, path: Path) -> bool:
     """Remove one thing, unless its run's lock is held."""
     if path.parent == store.root / "runs":
         return store.remove(name)
-    with store.claim(name) if name else contextlib.nullcontext(True) as mine:
+    with store.claim_to_remove(name) if name else contextlib.nullcontext(True) as mine:
         if not mine:
             return False
         if path.is_dir() and not path.is_symlink():

@@ -26,6 +26,7 @@ from lofit_lens.models import model_info
 from lofit_lens.tasks.base import Task
 from lofit_lens.training import TrainConfig, select_heads
 from lofit_lens.training.selectors import SELECTORS, bias_scores
+from lofit_lens.training.trackers import Tracked, tracked, tracker
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,8 +64,12 @@ def compute(store: Store, cell: Cell, context: Any, device: str | None) -> None:
     """
     bench = _bench(cell, context, device)
     start = time.perf_counter()
-    with store.new(cell) as draft:
-        KINDS[cell.spec["kind"]](_Job(store, cell, context, bench, draft))
+    kind = cell.spec["kind"]
+    reader = (
+        tracker(context.track, store.root / "track") if context.track and kind in ("scores", "fit", "trial") else None
+    )
+    with tracked(reader, cell.name, cell.spec) as steps, store.new(cell) as draft:
+        KINDS[kind](_Job(store, cell, bench, draft, steps))
         draft.timing["seconds"] = time.perf_counter() - start
 
 
@@ -88,17 +93,13 @@ def _bench(cell: Cell, context: Context, device: str | None) -> Workbench:
 class _Job:
     store: Store
     cell: Cell
-    context: Context
     bench: Workbench
     draft: Draft
+    steps: Tracked
     spec: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
         self.spec = self.cell.spec
-
-    def training(self) -> Any:
-        """Who reads the steps of the training inside the cell."""
-        return nullcontext()
 
     @property
     def checkpoint(self) -> Path:
@@ -117,16 +118,8 @@ def _scores(job: _Job) -> None:
     else:
         select = {"A-norm": select_heads, "bias norm": bias_scores}[spec["by"]]
         config = TrainConfig(**{**spec["config"], "betas": tuple(spec["config"]["betas"])})
-        with job.training() as on_step:
-            scores = select(
-                bench.model,
-                bench.task,
-                heads=heads,
-                config=config,
-                checkpoint=job.checkpoint,
-                on_step=on_step,
-                **options,
-            )
+        options |= {"heads": heads, "config": config, "checkpoint": job.checkpoint, "on_step": job.steps}
+        scores = select(bench.model, bench.task, **options)
     scores.save(job.draft.path / "scores.json")
 
 
@@ -159,14 +152,13 @@ def _trial(job: _Job) -> None:
 
 def _fitted(job: _Job, settings: Mapping[str, Any]) -> Intervention | None:
     spec, bench = job.spec, job.bench
-    with job.training() as on_step:
-        bench.training = Training(job.checkpoint, on_step)
-        try:
-            if spec["method"] != LOFIT:
-                return METHODS[spec["method"]].fit(bench, settings, spec["seed"])
-            return fit_offsets(bench, _heads(job), settings, spec["seed"])
-        finally:
-            bench.training = Training()
+    bench.training = Training(job.checkpoint, job.steps)
+    try:
+        if spec["method"] != LOFIT:
+            return METHODS[spec["method"]].fit(bench, settings, spec["seed"])
+        return fit_offsets(bench, _heads(job), settings, spec["seed"])
+    finally:
+        bench.training = Training()
 
 
 def _heads(job: _Job) -> HeadSet:
@@ -187,6 +179,7 @@ def _test(job: _Job, fitted: Intervention | None) -> None:
     job.draft.timing["eval_seconds"] = time.perf_counter() - start
     result.write_into(job.draft.path)
     job.draft.record["result"] = result.to_dict()
+    job.steps.metrics = {name: m.mean for name, m in result.metrics.items()}
 
 
 def _other(job: _Job) -> None:

@@ -9,15 +9,11 @@
 Nothing is loaded but the data: a model is known by its configuration (`models.planned_info`).
 """
 
-import importlib.metadata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-import transformers
-
-import lofit_lens
+from lofit_lens import io
 from lofit_lens.errors import InputError, unknown
 from lofit_lens.experiments.cells import Cell
 from lofit_lens.experiments.methods import LEARNED, METHODS, Outline, training_config
@@ -93,11 +89,14 @@ def task_key(task: Task) -> dict[str, Any]:
 
 def versions_key() -> dict[str, str]:
     """Major versions (for a 0.x version the minor too) of what computes."""
-    found = {
-        "lofit-lens": lofit_lens.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
-        "transformer-lens": importlib.metadata.version("transformer-lens"),
-    }  # fmt: skip
-    return {k: ".".join(v.split(".")[: 2 if v.startswith("0.") else 1]) for k, v in found.items()}
+    found = io.environment()
+    return {
+        name: _cut(found[name]) for name in ("lofit-lens", "torch", "transformers", "transformer-lens") if name in found
+    }
+
+
+def _cut(version: str) -> str:
+    return ".".join(version.split(".")[: 2 if version.startswith("0.") else 1])
 
 
 def expand(setting: Setting) -> list[Cell]:

@@ -1,8 +1,8 @@
 """Locks on a shared folder: one file each, which its holder touches again and again.
 
-A holder that was killed on this host is replaced at once. One elsewhere is replaced when its file has been still for a lease
-(for two on file systems that cannot swap two names, such as NFS) by the clock of whoever asks, so clocks may differ. A
-stillness is noticed only by a process that has asked before.
+A holder that was killed on this host is replaced at once. One elsewhere is replaced when its file has been still for a lease,
+by the clock of whoever asks, so clocks may differ (for two leases on file systems that cannot swap two names, such as NFS; for
+two seconds where the file is empty). A stillness is noticed only by a process that has asked before.
 """
 
 import contextlib
@@ -19,6 +19,8 @@ from pathlib import Path
 from filelock import LeaseCompromise, LeaseSettingsMismatch, SoftFileLease, Timeout
 
 from lofit_lens import io
+
+EMPTY = 2.0  # seconds after which a lock without a word in it was left by a process that was killed before it wrote one
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +102,8 @@ def _cleared(lease: SoftFileLease) -> bool:
             if known != stamp:
                 _silent[path] = (stamp, now)
                 return False
-            if now - since < 2 * max(lease.lease_duration, (owner and owner.lease_duration) or 0):
+            patience = 2 * max(lease.lease_duration, (owner and owner.lease_duration) or 0)
+            if now - since < (patience if there.st_size else EMPTY):
                 return False
             aside = f"{path}.{uuid.uuid4().hex}.tmp"
             os.rename(path, aside)

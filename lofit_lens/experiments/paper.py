@@ -16,19 +16,19 @@ STEERING, TRAINED = ("ITI", "RepE"), ("LoRA", "RED", "LoReFT")
 
 # What all that is said about a head set is set against: the unmodified model, the task's own heads, and as many at random.
 BASE = (
-    Run(method=ZERO, tested=True),
-    Run(heads=OWN, tested=True, damage=True),
-    Run(heads=CHANCE, draws=5),
+    Run(method=(ZERO,), tested=True),
+    Run(heads=(OWN,), tested=True, damage=True),
+    Run(heads=(CHANCE,), draws=5),
 )  # fmt: skip
 BLOCKS: dict[str, tuple[Run, ...]] = {
-    "table1": (Run(method=STEERING), Run(heads=OWN, k="3K")),
+    "table1": (Run(method=STEERING), Run(heads=(OWN,), k=("3K",))),
     "table2": (Run(heads=("bias norm", "probe accuracy", "probing layers")),),
-    "table3": (Run(method=TRAINED), Run(heads=OWN, k="3K")),
+    "table3": (Run(method=TRAINED), Run(heads=(OWN,), k=("3K",))),
     "table5": (),
-    "fig2": (Run(heads=OWN, of="others"),),
+    "fig2": (Run(heads=(OWN,), of=("others",)),),
     "fig3": (),
-    "fig4": (Run(method=("LoRA", "RED"), n_train=(10, 40)), Run(heads=OWN, n_train=(10, 40))),
-    "fig5": (Run(heads=OWN, k=(1, "K", "3K", "20 %")),),
+    "fig4": (Run(method=("LoRA", "RED"), n_train=(10, 40)), Run(heads=(OWN,), n_train=(10, 40))),
+    "fig5": (Run(heads=(OWN,), k=(1, "K", "3K", "20 %")),),
     "stability": (),
 }
 SCORES_ALONE = ("fig3", "stability")  # no run is needed, head scores suffice
@@ -89,10 +89,14 @@ def paper_grid(
     selections = {OWN: Selection(by=OWN, seeds=extra)} if "stability" in wanted else {}
     scores = (OWN, "gradient attribution") if "table2" in wanted else (OWN,)
     return Grid(
-        name=name, model=model, tasks=tuple(tasks), other_tasks=tuple(other_tasks) if "table5" in wanted else (),
+        name=name, model=model, tasks=_tasks(tasks), other_tasks=_tasks(other_tasks) if "table5" in wanted else (),
         texts=texts, seeds=tuple(seeds), limit=limit, batch_size=batch_size, selections=selections, scores=scores,
         runs=tuple(dict.fromkeys(changed)),
     )  # fmt: skip
+
+
+def _tasks(named: Sequence[str | TaskSpec]) -> tuple[TaskSpec, ...]:
+    return tuple(TaskSpec(name=t) if isinstance(t, str) else t for t in named)
 
 
 def _with(run: Run, *, draws: int, tune: bool, fresh: bool) -> Run:

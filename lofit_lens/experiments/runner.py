@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 from lofit_lens.errors import DiskFull, InputError
 from lofit_lens.experiments.attempt import Outcome, Work, attempt
 from lofit_lens.experiments.cells import Cell
-from lofit_lens.experiments.live import Tally, board
+from lofit_lens.experiments.live import Tally, board, duration
 from lofit_lens.experiments.schedule import Schedule, checked
 from lofit_lens.experiments.shelf import Store
 from lofit_lens.experiments.workers import LocalExecutor
@@ -127,7 +127,9 @@ def run_cells(
         executor.close()
     if run.full:
         raise DiskFull(f"{run.full}; {run.tally.counts}; free space and run the same command again")
-    return run.report()
+    report = run.report()
+    log.info("%s in %s", run.tally.counts, duration(report.seconds))
+    return report
 
 
 class _Run:
@@ -144,12 +146,13 @@ class _Run:
         self.computed: set[str] = set()
         self.failed: dict[str, str] = {}
         self.full = ""
+        self.asked = False  # to stop, by Ctrl-C in a worker
         self.stopping = False
         self.start = time.monotonic()
 
     def loop(self, stopped: Callable[[], bool]) -> None:
         while True:
-            if stopped() and not self.stopping:
+            if (self.asked or stopped()) and not self.stopping:
                 self.stopping = True
                 self.tally.note = "stopping: training writes its checkpoint; Ctrl-C again kills it"
                 self.executor.interrupt()
@@ -166,6 +169,7 @@ class _Run:
                 self._take_in(outcome)
 
     def _hand_out(self) -> None:
+        self.tally.slots = self.executor.slots
         while len(self.running) < self.executor.slots:
             cell = self.schedule.take(time.monotonic(), self.loaded)
             if cell is None:
@@ -192,7 +196,7 @@ class _Run:
         elif outcome.state == "busy":
             self.schedule.put_back(name, time.monotonic() + LOOK_AGAIN)
         elif outcome.state == "stopped":
-            self.stopping = True
+            self.asked = True
         elif outcome.full:
             self.full = outcome.error
         elif not (outcome.again and self.schedule.again(name, self.retries)):

@@ -30,7 +30,7 @@ from typing import Any
 import pandas as pd
 
 from lofit_lens import io
-from lofit_lens.errors import DataError, InputError
+from lofit_lens.errors import DataError, DiskFull, InputError
 from lofit_lens.experiments.cells import Cell
 from lofit_lens.experiments.locks import claimed, held
 from lofit_lens.experiments.records import Records, checked
@@ -215,7 +215,7 @@ class Store(Records):
     def _put(self, draft: Path, target: Path) -> None:
         """Make a draft a finished run, or drop it where the run is there already."""
         try:
-            draft.chmod(io.new_file_mode() | 0o111)
+            draft.chmod(io.new_mode(folder=True))
             io.sync(draft)
             runs = self._part("runs")
             os.rename(draft, target)  # a folder with files in it is never replaced
@@ -227,7 +227,7 @@ class Store(Records):
 
     def remove(self, name: str) -> bool:
         """Remove a finished run, whole in one step; False where it is not there, or its lock is held by another."""
-        with self.claim(name) as mine:
+        with self.claim_to_remove(name) as mine:
             if not mine or not self.done(name):
                 return False
             aside = self._part("drafts") / f"{name}.{uuid.uuid4().hex[:8]}"
@@ -251,6 +251,16 @@ class Store(Records):
             if mine:
                 with contextlib.suppress(OSError), os.scandir(self.root / "runs"):
                     pass  # makes a network file system look afresh at which runs are there
+            yield mine
+
+    @contextlib.contextmanager
+    def claim_to_remove(self, name: str) -> Iterator[bool]:
+        """As `claim`; on a full disk, where no lock can be written, whether nobody holds it: else nothing could be freed."""
+        with contextlib.ExitStack() as stack:
+            try:
+                mine = stack.enter_context(self.claim(name))
+            except DiskFull:
+                mine = not self.held(name)
             yield mine
 
     def held(self, name: str) -> bool:

@@ -29,6 +29,7 @@ from lofit_lens.errors import DataError, InputError, no_field, unknown
 from lofit_lens.experiments.methods import METHODS, TRAINED
 from lofit_lens.heads import check_k
 from lofit_lens.io import torch_dtype
+from lofit_lens.models.loading import BACKENDS
 from lofit_lens.training.selectors import SELECTORS
 
 LOFIT, ZERO = "LoFiT", "zero-shot"
@@ -45,6 +46,8 @@ def _listed(value: Any) -> Any:
 
 Texts = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_listed), Field(min_length=1)]
+
+
 def _number(value: Any) -> Any:
     """YAML reads 1e-3 as text."""
     with suppress(ValueError):
@@ -80,11 +83,13 @@ class ModelSpec(Spec):
 
     name: str
     revision: str | None = None
-    backend: Literal["auto", "hooked", "bridge"] = "auto"
+    backend: str = "auto"
     dtype: str = "float32"
 
     @model_validator(mode="after")
-    def _known_dtype(self) -> "ModelSpec":
+    def _known_values(self) -> "ModelSpec":
+        if self.backend not in BACKENDS:
+            raise unknown("backend", self.backend, BACKENDS)
         torch_dtype(self.dtype)
         return self
 
@@ -304,7 +309,7 @@ def _readable() -> Iterator[None]:
         found = max(e.errors(), key=lambda error: len(error["loc"]))  # of several allowed types, the one that was meant
         where = ".".join(str(p) for p in found["loc"] if not re.search(r"[\[(-]", str(p)))
         if found["type"] == "value_error":
-            text = str(found["ctx"]["error"])
+            text = str(found.get("ctx", {}).get("error"))
         elif found["type"] == "missing":
             text = "is missing"
         else:

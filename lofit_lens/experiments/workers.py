@@ -21,12 +21,12 @@ from typing import Any
 import torch
 
 from lofit_lens.errors import InputError
-from lofit_lens.experiments.attempt import Outcome, Work, attempt
+from lofit_lens.experiments.attempt import Outcome, Work, attempt, write_line
 from lofit_lens.experiments.cells import Cell
 from lofit_lens.experiments.shelf import Store
 
 _READY = "ready"
-PATIENCE = 5.0  # seconds that a free worker gets to exit by itself
+PATIENCE = 5.0  # seconds that a worker which closed its pipe gets to exit by itself
 
 
 @dataclass(eq=False)
@@ -96,18 +96,11 @@ class LocalExecutor:
                         os.kill(worker.process.pid, signal.SIGINT)
 
     def close(self) -> None:
-        """Let free workers go, kill the others."""
+        """End all workers at once; a free one holds nothing that could be lost."""
         for worker in self._workers:
-            worker.pipe.close()
-            if worker.cell is not None:
-                worker.process.kill()
-        for worker in self._workers:
-            worker.process.join(PATIENCE)
-            if worker.process.is_alive():
-                worker.process.kill()
-                worker.process.join()
-            worker.process.close()
-        self._workers.clear()
+            worker.process.kill()
+        for worker in [*self._workers]:
+            self._drop(worker)
 
     def _start(self) -> _Worker:
         used = [w.device for w in self._workers]
@@ -159,9 +152,9 @@ class LocalExecutor:
                 'calls this needs `if __name__ == "__main__":` around it; or use workers=1'
             )
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        return Outcome(
-            cell.name, "failed", f"worker died ({how}){': out of memory?' if code == -signal.SIGKILL else ''}"
-        )
+        error = f"worker died ({how}){': out of memory?' if code == -signal.SIGKILL else ''}"
+        write_line(self._setting[0], cell, error)
+        return Outcome(cell.name, "failed", error)
 
     def _drop(self, worker: _Worker) -> int:
         """Forget a worker that is dead or dying; its exit code, negative for a signal."""

@@ -1,0 +1,259 @@
+"""The same cells as Ray tasks, on one machine or on a cluster: `run_cells(..., executor=RayExecutor(...))`.
+
+Every task checks that its node sees the store and has the library's versions, then does what a local worker does. A task whose
+node or process dies is begun again by Ray; the store's locks see to it that nothing is computed twice meanwhile. The cluster
+may grow and shrink while cells run.
+"""
+
+import functools
+import importlib
+import os
+import platform
+import socket
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lofit_lens import io
+from lofit_lens.errors import InputError
+from lofit_lens.experiments.attempt import Outcome, Work, attempt
+from lofit_lens.experiments.cells import Cell
+from lofit_lens.experiments.shelf import Store
+from lofit_lens.experiments.workers import prepare_process
+
+SAME = ("lofit-lens", "torch", "transformer-lens", "transformers")  # packages of one version on all nodes
+LOOK = 5.0  # seconds between two looks at the cluster's nodes
+PATIENCE = 60.0  # seconds that a node gets to answer at the start
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What all tasks share: sent to every node once."""
+
+    store: Store
+    work: Work
+    context: Any
+    probe: str
+    versions: dict[str, str]
+
+
+class RayExecutor:
+    """Cells as Ray tasks; see `runner.Executor`.
+
+    Args:
+        store: as `run_cells`; its folder lies on a file system that all nodes see under the same path.
+        work: as `run_cells`; a function of a module that all nodes can import.
+        context: as `run_cells`.
+        address: of the cluster, `"auto"` or `"HOST:PORT"`; None = the one of RAY_ADDRESS, else Ray is started on this
+            machine for this run. A Ray that this process has initialised already is used as it is.
+        cpus: CPUs a cell.
+        gpus: GPUs a cell; at 0.5 two cells share one.
+        slots: cells at a time, at most; None = as many as the cluster has room for.
+        max_retries: further tries of a cell whose node or process died.
+
+    Raises:
+        InputError: Ray is not installed or cannot be reached; no node has room for a cell; a node (named) does not see the store
+            or has other versions.
+    """
+
+    def __init__(
+        self, store: Store, work: Work, context: Any, *, address: str | None = None, cpus: float = 1.0, gpus: float = 0.0,
+        slots: int | None = None, max_retries: int = 3,
+    ) -> None:  # fmt: skip
+        if cpus < 0 or gpus < 0 or cpus + gpus == 0 or (slots is not None and slots < 1) or max_retries < 0:
+            raise InputError(
+                f"a cell needs some CPU or GPU, one slot or more and 0 retries or more; got cpus={cpus}, gpus={gpus}, "
+                f"slots={slots}, max_retries={max_retries}"
+            )
+        self._ray = _ray()
+        self._cpus, self._gpus, self._most = cpus, gpus, slots
+        self._running: dict[Any, Cell] = {}  # by the task's reference
+        self._ours = not self._ray.is_initialized()
+        self._probe = store.root / f".seen-by-{uuid.uuid4().hex[:12]}"
+        if self._ours:
+            _connect(self._ray, address)
+        try:
+            io.write_text(self._probe, "every node of the cluster must see this file\n")
+            setting = _Setting(store, work, context, str(self._probe), _versions())
+            self._shared = [self._ray.put(setting)]  # in a list: a task gets the reference, not a copy of its own
+            self._task = self._ray.remote(_compute).options(num_cpus=cpus, num_gpus=gpus, max_retries=max_retries)
+            self._count()
+            self._check_nodes(setting)
+        except BaseException:
+            self.close()
+            raise
+
+    def submit(self, cell: Cell) -> None:
+        """Hand a cell to the cluster."""
+        self._running[self._task.remote(self._shared, cell)] = cell
+
+    def wait(self, timeout: float) -> list[Outcome]:
+        """Outcomes that came within `timeout` seconds.
+
+        Raises:
+            InputError: a node (named) that joined the cluster does not see the store or has other versions.
+        """
+        if time.monotonic() > self._looked + LOOK:
+            self._count()
+        ready, _ = self._ray.wait(list(self._running), timeout=timeout)
+        if ready:  # and what else is ready by now
+            ready, _ = self._ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
+        return [self._outcome(ref, self._running.pop(ref)) for ref in ready]
+
+    def interrupt(self) -> None:
+        """KeyboardInterrupt in every task."""
+        for ref in self._running:
+            self._ray.cancel(ref, force=False)
+
+    def close(self) -> None:
+        """Kill what is in progress; end Ray, or leave the cluster, if this executor began it."""
+        self._probe.unlink(missing_ok=True)
+        if self._ray.is_initialized():
+            for ref in self._running:
+                self._ray.cancel(ref, force=True)
+            if self._ours:
+                self._ray.shutdown()
+        self._running.clear()
+
+    def _outcome(self, ref: Any, cell: Cell) -> Outcome:
+        errors = self._ray.exceptions
+        try:
+            outcome = self._ray.get(ref)
+        except errors.TaskCancelledError:
+            return Outcome(cell.name, "stopped")
+        except errors.RayError as e:
+            return Outcome(cell.name, "failed", f"{type(e).__name__}: {_first_line(e)}", str(e))
+        if isinstance(outcome, str):
+            raise InputError(outcome)
+        return outcome
+
+    def _nodes(self) -> list[dict[str, Any]]:
+        """Nodes with room for a cell."""
+        return [n for n in self._ray.nodes() if n["Alive"] and self._room(n)]
+
+    def _room(self, node: dict[str, Any]) -> int:
+        has, wants = node["Resources"], {"CPU": self._cpus, "GPU": self._gpus}
+        return int(min(has.get(kind, 0.0) / amount + 1e-9 for kind, amount in wants.items() if amount))
+
+    def _count(self) -> None:
+        """Look how many cells the cluster has room for; one at least, which waits for a node that comes back."""
+        room = max(1, sum(map(self._room, self._nodes())))
+        self.slots = room if self._most is None else min(room, self._most)
+        self._looked = time.monotonic()
+
+    def _check_nodes(self, setting: _Setting) -> None:
+        nodes = self._nodes()
+        if not nodes:
+            raise InputError(
+                f"no node of this cluster has room for a cell ({self._cpus:g} CPUs, {self._gpus:g} GPUs); it has "
+                f"{self._ray.cluster_resources()}. Ask for less a cell, or add a node"
+            )
+        at = importlib.import_module("ray.util.scheduling_strategies").NodeAffinitySchedulingStrategy
+        task, asked = self._ray.remote(_complaint), {}
+        for node in nodes:
+            there = task.options(num_cpus=0, scheduling_strategy=at(node["NodeID"], soft=False))
+            asked[there.remote(setting.probe, setting.versions)] = node
+        ready, _ = self._ray.wait(list(asked), num_returns=len(asked), timeout=PATIENCE)
+        for ref, node in asked.items():
+            name = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+            if ref not in ready:
+                raise InputError(f"node {name} did not answer within {PATIENCE:.0f} s; look at it, or take it out")
+            try:
+                complaint = self._ray.get(ref)
+            except self._ray.exceptions.RayError as e:
+                raise InputError(
+                    f"node {name} cannot run this library ({_first_line(e)}); install the same lofit-lens on every node"
+                ) from e
+            if complaint:
+                raise InputError(complaint)
+
+
+def _ray() -> Any:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # no advice about a coming default
+    try:
+        return importlib.import_module("ray")
+    except ImportError as e:
+        raise InputError(f'Ray is not installed ({e}): pip install "lofit-lens[ray]"') from e
+
+
+def _connect(ray: Any, address: str | None) -> None:
+    """Join a cluster, or start one on this machine that the loopback alone reaches."""
+    options: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
+    there = address or os.environ.get("RAY_ADDRESS")
+    if there in (None, "local"):
+        options |= {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    else:
+        _check_reachable(there)
+        options["address"] = there
+    try:
+        ray.init(**options)
+    except Exception as e:
+        where = f"the Ray cluster at {there}" if there else "Ray on this machine"
+        raise InputError(
+            f"cannot reach or start {where}: {_first_line(e)}; start one with `ray start --head` and give its HOST:PORT, or "
+            "leave the address out"
+        ) from e
+
+
+def _check_reachable(address: str) -> None:
+    """Fail at once where nothing listens; Ray itself would try for a minute, then end the process."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    try:
+        if "://" in address or not host:
+            raise ValueError("not of the form HOST:PORT")
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, ValueError) as e:
+        raise InputError(
+            f"no Ray cluster at {address} ({e}); give 'auto' or the HOST:PORT that `ray start --head` printed"
+        ) from e
+
+
+def _versions() -> dict[str, str]:
+    """Versions that must agree; builds of one version (+cpu, +cu128) may differ."""
+    found = io.environment()
+    return {name: found.get(name, "none").split("+")[0] for name in SAME}
+
+
+def _first_line(e: BaseException) -> str:
+    lines = [line for line in str(e).splitlines() if line.strip()]
+    return lines[0].strip() if lines else type(e).__name__
+
+
+# ------------------------------------------------------------------------------------------------ on the node
+
+
+def _compute(shared: list[Any], cell: Cell) -> Outcome | str:
+    """A task: the outcome, or what is wrong with this node."""
+    ray = importlib.import_module("ray")
+    setting = _opened(shared[0])
+    complaint = _complaint(setting.probe, setting.versions)
+    if complaint:
+        return complaint
+    device = "cuda" if ray.get_gpu_ids() else None
+    return attempt(setting.store, cell, setting.work, setting.context, device, whole_process=True)
+
+
+@functools.lru_cache(maxsize=1)
+def _opened(ref: Any) -> _Setting:
+    """The setting, read once a process."""
+    prepare_process()
+    return importlib.import_module("ray").get(ref)
+
+
+def _complaint(probe: str, versions: dict[str, str]) -> str | None:
+    """Why this node cannot take part, or None."""
+    here = _versions()
+    other = [f"{name} {here[name]} instead of {versions[name]}" for name in versions if here[name] != versions[name]]
+    if other:
+        return f"node {platform.node()} has {', '.join(other)}; install the same versions on every node"
+    if not Path(probe).is_file():
+        return (
+            f"node {platform.node()} does not see the store {Path(probe).parent}; put the store on a file system that all nodes "
+            "share under one path"
+        )
+    return None

@@ -1,0 +1,167 @@
+"""Trackers: Weights & Biases or TensorBoard read the records of training's steps, and metrics at the end.
+
+Training knows none of them: it calls `on_step`, and results are the same to the byte with a tracker and without. A tracker
+that fails (no network, a full disk) is dropped with one warning, and training goes on.
+"""
+
+import contextlib
+import importlib
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from lofit_lens.errors import InputError, unknown
+from lofit_lens.training.loop import Record
+
+logger = logging.getLogger(__name__)
+
+TRACKERS = ("wandb", "tensorboard")
+PATIENCE = 60  # seconds that wandb gets to reach its server, at the start and at the end
+
+
+@runtime_checkable
+class Tracker(Protocol):
+    """Who reads along. A run that was stopped is started again under its name and goes on with the steps that follow."""
+
+    def start(self, name: str, config: dict[str, Any]) -> None:
+        """Begin a run, or go on with it; `config` is JSON-able."""
+
+    def step(self, record: Record) -> None:
+        """Take one step's record (step, epoch, loss, l1, grad_norm, lr)."""
+
+    def finish(self, metrics: Mapping[str, float] | None) -> None:
+        """End the run with its metrics; None = it was stopped before its end."""
+
+
+def tracker(kind: str, folder: str | Path, *, project: str = "lofit-lens") -> Tracker:
+    """A tracker by its name.
+
+    Args:
+        kind: `"wandb"` or `"tensorboard"`.
+        folder: where it writes; TensorBoard gets a folder a run in it.
+        project: wandb's.
+
+    Raises:
+        InputError: an unknown kind, or its package is not installed.
+    """
+    if kind not in TRACKERS:
+        raise unknown("tracker", kind, TRACKERS)
+    try:
+        if kind == "wandb":
+            return _Wandb(importlib.import_module("wandb"), Path(folder), project)
+        return _TensorBoard(importlib.import_module("torch.utils.tensorboard"), Path(folder))
+    except ImportError as e:
+        raise InputError(f'{kind} is not installed ({e}): pip install "lofit-lens[{kind}]"') from e
+
+
+class Tracked:
+    """One run that is read along: pass it as `on_step`, and put into `metrics` what is known at the end."""
+
+    def __init__(self, reader: Tracker | None) -> None:
+        self.reader = reader
+        self.metrics: dict[str, float] = {}
+
+    def __call__(self, record: Record) -> None:
+        """One step's record."""
+        self.tell("step", dict(record))
+
+    def tell(self, what: str, *arguments: Any) -> None:
+        """Call the tracker's `start`, `step` or `finish`; once it has failed, nothing is told any more."""
+        if self.reader is None:
+            return
+        try:
+            getattr(self.reader, what)(*arguments)
+        except Exception as e:
+            logger.warning(
+                "the tracker %s failed (%s: %s); the run goes on without it",
+                type(self.reader).__name__.strip("_"), type(e).__name__, e,
+            )  # fmt: skip
+            failed, self.reader = self.reader, None
+            if what != "finish":
+                with contextlib.suppress(Exception):
+                    failed.finish(None)
+
+
+@contextlib.contextmanager
+def tracked(reader: Tracker | None, name: str, config: Mapping[str, Any]) -> Iterator[Tracked]:
+    """Let a tracker (None: nobody) read a run along: `with tracked(...) as run: tune_offsets(..., on_step=run)`.
+
+    Args:
+        reader: made by `tracker`, or your own.
+        name: of the run, the same when it is resumed.
+        config: what the run is, JSON-able.
+    """
+    run = Tracked(reader)
+    run.tell("start", name, dict(config))
+    try:
+        yield run
+    except BaseException:
+        run.tell("finish", None)
+        raise
+    run.tell("finish", run.metrics)
+
+
+class _Wandb:
+    """Weights & Biases; the run's name is its id, so that a resumed run goes on in the same chart."""
+
+    def __init__(self, wandb: Any, folder: Path, project: str) -> None:
+        self.wandb, self.folder, self.project = wandb, folder, project
+        self.run: Any = None
+
+    def start(self, name: str, config: dict[str, Any]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        quiet = self.wandb.Settings(
+            silent=True, console="off", init_timeout=PATIENCE, finish_timeout=PATIENCE, reinit="finish_previous"
+        )
+        self.run = self.wandb.init(
+            project=self.project, id=_plain(name), name=name, config=config, resume="allow", dir=str(self.folder),
+            settings=quiet,
+        )  # fmt: skip
+
+    def step(self, record: Record) -> None:
+        self.run.log({k: v for k, v in record.items() if k != "step"}, step=int(record["step"]))
+
+    def finish(self, metrics: Mapping[str, float] | None) -> None:
+        if self.run is not None:
+            self.run.summary.update(dict(metrics or {}))
+            self.run.finish(exit_code=1 if metrics is None else 0)
+
+
+class _TensorBoard:
+    """Event files in a folder of the run's name; steps that a killed run had beyond its checkpoint are hidden on resume."""
+
+    def __init__(self, tensorboard: Any, folder: Path) -> None:
+        self.tensorboard, self.folder = tensorboard, folder
+        self.writer: Any = None
+        self.last = 0
+
+    def start(self, name: str, config: dict[str, Any]) -> None:
+        self.place, self.config = self.folder / _plain(name), config
+
+    def step(self, record: Record) -> None:
+        self.last = int(record["step"])
+        writer = self._open(self.last)
+        for name, value in record.items():
+            if name != "step":
+                writer.add_scalar(f"train/{name}", value, self.last)
+
+    def finish(self, metrics: Mapping[str, float] | None) -> None:
+        if metrics:
+            for name, value in metrics.items():
+                self._open(None).add_scalar(f"metrics/{name}", value, self.last)
+        if self.writer is not None:
+            self.writer.close()
+
+    def _open(self, step: int | None) -> Any:
+        if self.writer is None:
+            self.writer = self.tensorboard.SummaryWriter(str(self.place), purge_step=step, flush_secs=30)
+            self.writer.add_text("config", f"```json\n{json.dumps(self.config, indent=2)}\n```")
+        return self.writer
+
+
+def _plain(name: str) -> str:
+    """A name that is a folder's and a wandb id alike."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)[-128:]

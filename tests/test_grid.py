@@ -1,0 +1,274 @@
+"""A grid that is run: what its cells hold, that nothing is computed twice, that a stop at any moment changes nothing."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from lofit_lens.errors import DataError, InputError, ModelError, TrainingDiverged
+from lofit_lens.evaluation.evaluate import evaluate
+from lofit_lens.experiments import compute as computing
+from lofit_lens.experiments.grid import open_grid, plan_grid, run_grid
+from lofit_lens.experiments.methods import METHODS
+from lofit_lens.experiments.shelf import Store
+from lofit_lens.experiments.specs import Grid, Run, Selection
+from lofit_lens.heads import HeadScores, HeadSet
+from lofit_lens.interventions import Lofit, load_adapter
+from lofit_lens.models import model_info
+from lofit_lens.training import preset, select_heads, tune_offsets
+from lofit_lens.training.selectors import bias_scores
+from lofit_lens.training.trackers import Tracked
+from tests.studies import OTHER, TASKS
+
+KIN = TASKS[0]
+
+
+def grid_of(*runs, **fields):
+    return Grid(**{"name": "g", "model": "in memory", "tasks": "kin", "runs": runs, "seeds": 0, **fields})
+
+
+def run(store, model, grid, **options):
+    given = {"tasks": [KIN], "other_tasks": [OTHER] if grid.other_tasks else [], "progress": False, **options}
+    return run_grid(grid, store, model=model, **given)
+
+
+def cell(store, model, grid, kind="fit", **columns):
+    """Folder and record of the one cell of a grid that fits."""
+    planned = plan_grid(grid, model=model, tasks=[KIN], other_tasks=[OTHER] if grid.other_tasks else [])
+    (found,) = [
+        c.name for c in planned.cells if c.row["kind"] == kind and all(c.row.get(k) == v for k, v in columns.items())
+    ]  # fmt: skip
+    return Store(store).folder(found), Store(store).read(found)
+
+
+def contents(store):
+    """Every file of every run but its timing."""
+    runs = Store(store).root / "runs"
+    return {
+        str(p.relative_to(runs)): p.read_bytes() for p in runs.rglob("*") if p.is_file() and p.name != "timing.json"
+    }
+
+
+def test_a_fit_is_what_the_library_gives(llama, tmp_path):
+    """The cell's adapter, heads and result are those of the two steps called by hand, to the bit."""
+    grid = grid_of(Run(k=2, n_train=4), limit=5)
+    assert len(run(tmp_path, llama, grid).computed) == 2
+    folder, record = cell(tmp_path, llama, grid)
+    scores = select_heads(llama, KIN, seed=0, n_train=4, progress=False)
+    lofit = tune_offsets(llama, KIN, scores.top(2), seed=0, n_train=4, progress=False)
+    assert record["run"] == {"n_parameters": 16, "heads": str(scores.top(2))}
+    kept = Lofit.from_pretrained(folder / "adapter", model=llama)
+    assert torch.equal(kept.v, lofit.v)
+    with lofit.attached(llama):
+        result = evaluate(llama, KIN, limit=5, progress=False)
+    assert record["result"]["metrics"] == json.loads(json.dumps(result.to_dict()["metrics"]))
+    folder, record = cell(tmp_path, llama, grid, "scores")
+    assert HeadScores.load(folder / "scores.json").values.equal(scores.values)
+    assert record["row"]["heads_from"] == "A-norm"
+
+
+def test_settings_reach_the_fit(bridge_llama, tmp_path):
+    """Given settings of LoFiT, RED and ITI; a selection among another's best heads by its own settings."""
+    model = bridge_llama
+    grid = grid_of(
+        Run(method=("LoFiT", "RED"), heads="narrow", k=1, settings={"lr": 0.2, "epochs": 1}),
+        Run(method="ITI", settings={"alpha": 3.0}),
+        selections={
+            "wide": Selection(by="A-norm", settings={"epochs": 1}),
+            "narrow": Selection(by="bias norm", among="wide", among_k=3, settings={"epochs": 2}),
+        },
+    )
+    run(tmp_path, model, grid)
+    steps = preset(model_info(model), KIN.family, KIN.objective)
+    wide = select_heads(model, KIN, seed=0, config=steps.select.with_changes(epochs=1), progress=False).top(3)
+    narrow = bias_scores(model, KIN, heads=wide, seed=0, config=steps.tune.with_changes(epochs=2), progress=False)
+    config = steps.tune.with_changes(epochs=1, lr=0.2)
+    lofit = tune_offsets(model, KIN, narrow.top(1), seed=0, config=config, progress=False)
+    folder, _ = cell(tmp_path, model, grid, method="LoFiT")
+    assert torch.equal(Lofit.from_pretrained(folder / "adapter").v, lofit.v)
+    folder, _ = cell(tmp_path, model, grid, method="RED")
+    assert load_adapter(folder / "adapter", model=model).meta.config["lr"] == 0.2
+    folder, record = cell(tmp_path, model, grid, method="ITI")
+    assert load_adapter(folder / "adapter").alpha == 3.0
+    assert record["settings"] == {"alpha": 3.0}
+
+
+def test_the_best_point_is_chosen(bridge_llama, tmp_path, monkeypatch):
+    """Of the trials on the validation rows the best is fitted; one that diverged is a result and is not chosen."""
+    tried = []
+    values = {5.0: 0.25, 15.0: None, 45.0: 0.75, 135.0: 0.5}
+    inner = METHODS["ITI"].fit
+
+    def fit(bench, settings, seed):
+        tried.append(settings["alpha"])
+        if values[settings["alpha"]] is None:
+            raise TrainingDiverged("loss is nan at step 3; the last good state is in /somewhere/else")
+        return inner(bench, settings, seed)
+
+    def graded(model, task, *, split, **options):
+        found = evaluate(model, task, split=split, **options)
+        if split == "val":
+            mean = found.metrics["em"].__class__(values[tried[-1]], None, 4)
+            object.__setattr__(found, "metrics", {"em": mean})
+        return found
+
+    monkeypatch.setitem(METHODS, "ITI", METHODS["ITI"].__class__(**{**vars(METHODS["ITI"]), "fit": fit}))
+    monkeypatch.setattr(computing, "evaluate", graded)
+    grid = grid_of(Run(method="ITI"))
+    assert not run(tmp_path, bridge_llama, grid).failed
+    assert tried == [5.0, 15.0, 45.0, 135.0, 45.0]
+    _, record = cell(tmp_path, bridge_llama, grid)
+    assert record["settings"] == {"alpha": 45.0}
+    _, trial = cell(tmp_path, bridge_llama, grid, "trial", set_alpha=15.0)
+    assert trial["note"] == "loss is nan at step 3"
+    assert "result" not in trial
+    monkeypatch.setitem(values, 5.0, None)
+    monkeypatch.setitem(values, 45.0, None)
+    monkeypatch.setitem(values, 135.0, None)
+    found = run(tmp_path / "none", bridge_llama, grid)
+    assert ["ITI diverged at every point" in e for e in found.failed.values()] == [True]
+
+
+def test_a_fit_that_diverges_is_reported_and_the_others_are_made(llama, tmp_path, monkeypatch):
+    """What needs it is not begun; the same call tries it again."""
+
+    def diverge(*args):
+        raise TrainingDiverged("loss is nan")
+
+    monkeypatch.setattr(computing, "fit_offsets", diverge)
+    grid = grid_of(Run(heads="random", draws=2, tested=True), Run(method="zero-shot"), other_tasks="other")
+    found = run(tmp_path, llama, grid)
+    assert len(found.computed) == 1
+    assert all("loss is nan" in e for e in found.failed.values())
+    assert len(found.failed) == 2
+    assert set(found.blocked.values()) == set(found.failed)
+    assert len(Store(tmp_path).failures()) == 2
+    again = run(tmp_path, llama, grid)
+    assert set(again.failed) == set(found.failed)
+    assert len(again.there) == 1
+    monkeypatch.undo()
+    assert len(run(tmp_path, llama, grid).computed) == 4
+    assert Store(tmp_path).failures() == {}
+
+
+def test_what_is_there_is_not_computed_again(llama, tmp_path, monkeypatch):
+    """A second call computes nothing; a run that is gone is made anew, to the same bytes; another grid shares what it can."""
+    grid = grid_of(Run(k=(1, 2)), Run(heads="random", draws=1))
+    first = run(tmp_path, llama, grid)
+    assert len(first.computed) == 4
+    before = contents(tmp_path)
+    monkeypatch.setattr(computing, "KINDS", {})
+    assert run(tmp_path, llama, grid).computed == ()
+    monkeypatch.undo()
+    folder, _ = cell(tmp_path, llama, grid, k=2)
+    shutil.rmtree(folder)
+    assert run(tmp_path, llama, grid).computed == (folder.name,)
+    assert contents(tmp_path) == before
+    wider = run(tmp_path, llama, grid_of(Run(k=(2, 3)), name="wider"))
+    assert (len(wider.computed), len(wider.there)) == (1, 2)
+    assert set(Store(tmp_path).grids()) == {"g", "wider"}
+
+
+def test_training_resumes_inside_a_run(llama, tmp_path):
+    """Ctrl-C in the middle of a fit: its state lies in the store, and the next call goes on to the same bytes."""
+    grid = grid_of(Run(heads="random", draws=1))
+    run(tmp_path / "whole", llama, grid)
+    seen = []
+
+    def interrupt(record):
+        seen.append(record["step"])
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    tuned = computing.fit_offsets
+
+    def stopped(bench, heads, settings, seed):
+        object.__setattr__(bench.training, "on_step", interrupt)
+        return tuned(bench, heads, settings, seed)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(computing, "fit_offsets", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "cut", llama, grid)
+    assert len(list((tmp_path / "cut" / "states").iterdir())) == 1
+    assert Store(tmp_path / "cut").names() == []
+    steps = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tracked, "__call__", lambda self, record: steps.append(record["step"]))
+        run(tmp_path / "cut", llama, grid)
+    assert steps[0] == 3, "an epoch has one step here; two were done and kept"
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    assert not any((tmp_path / "cut" / "states").iterdir())
+
+
+def test_another_model_than_planned_is_refused(llama, loaded, backend, tmp_path):
+    """The class or weights that were planned are those that are run."""
+    planned = plan_grid(grid_of(Run(method="zero-shot")), model=llama, tasks=[KIN])
+    context = computing.Context(planned.context.load, planned.context.tasks, loaded("gpt2", backend))
+    with pytest.raises(ModelError, match="is not the one that was planned"):
+        computing.compute(Store(tmp_path), planned.cells[0], context, None)
+    assert Store(tmp_path).names() == []
+
+
+def test_bad_grids_are_refused_before_anything_is_made(llama, tmp_path):
+    """No store appears."""
+    own = grid_of(Run(n_train=9))
+    for grid, options, message in (
+        (own, {}, "9 training examples asked for; kin has 8"),
+        (grid_of(Run(), other_tasks="kin"), {"other_tasks": [KIN]}, "kin is a task and an other task"),
+        (grid_of(Run(), tasks=["kin", "kin"]), {"tasks": [KIN, KIN]}, "each once"),
+        (grid_of(Run()), {"workers": 2}, "by name"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run(tmp_path / "s", llama, grid, **options)
+    with pytest.raises(InputError, match="unknown grid 'organism/al'"):
+        run_grid("organism/al", tmp_path / "s")
+    with pytest.raises(DataError, match="cannot read"):
+        run_grid(tmp_path / "no.yaml", tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+def test_grids_open_by_name_file_or_as_they_are(tmp_path):
+    """A file wins over nothing but an unknown name."""
+    (tmp_path / "g.yaml").write_text(
+        "name: mine\nmodel: organism\ntasks: organism/truth\nruns: [{method: zero-shot}]\n"
+    )
+    assert open_grid(tmp_path / "g.yaml").name == "mine"
+    assert open_grid("organism/fig2").name == "organism/fig2"
+    grid = open_grid("organism/fig2")
+    assert open_grid(grid) is grid
+
+
+def test_models_are_planned_by_name(checkpoint, tmp_path):
+    """Two models in one grid: cells of both, each loaded once; a folder's weights name it, not its path."""
+    folders = [checkpoint("llama"), checkpoint("gpt2")]
+    grid = grid_of(Run(method="zero-shot"), Run(heads="random", draws=1), model=[str(f) for f in folders])
+    planned = plan_grid(grid, tasks=[KIN])
+    assert len(planned.cells) == 4
+    assert len(planned.records) == 2
+    found = run_grid(grid, tmp_path / "s", tasks=[KIN], progress=False, device="cpu")
+    assert len(found.computed) == 4
+    moved = shutil.copytree(folders[0], tmp_path / "elsewhere")
+    again = plan_grid(grid.model_copy(update={"model": grid_of(Run(), model=str(moved)).model}), tasks=[KIN])
+    assert [c.name for c in again.cells] == [c.name for c in planned.cells[:2]]
+
+
+def test_lora_puts_the_grid_on_the_bridge(checkpoint):
+    """All methods run on one class."""
+    plain = plan_grid(grid_of(Run(method="RED"), model=str(checkpoint("llama"))), tasks=[KIN])
+    lora = plan_grid(grid_of(Run(method=("RED", "LoRA")), model=str(checkpoint("llama"))), tasks=[KIN])
+    assert {c.row["backend"] for c in lora.cells} == {"bridge"}
+    assert {c.row["backend"] for c in plain.cells} <= {"hooked", "bridge"}
+
+
+def test_random_heads_are_the_draws(llama, tmp_path):
+    """Draw d of K heads is HeadSet.random with seed d; the fit's seed is d too."""
+    grid = grid_of(Run(heads="random", k=3, draws=2))
+    run(tmp_path, llama, grid)
+    for d in range(2):
+        folder, record = cell(tmp_path, llama, grid, draw=d)
+        heads = HeadSet.random((3, 4), 3, seed=d)
+        assert record["run"]["heads"] == str(heads)
+        expected = tune_offsets(llama, KIN, heads, seed=d, progress=False)
+        assert torch.equal(Lofit.from_pretrained(folder / "adapter", model=llama).v, expected.v)
