@@ -36,9 +36,10 @@ del _organism_tasks
 
 _PARTS = ("analysis", "experiments", "plots", "probing", "report")
 _LATER = {
-    "compare_methods": "experiments.comparison", "compare_selectors": "experiments.comparison", "fit_probes": "probing",
-    "load_results": "experiments.results", "parameter_counts": "training.counts", "probe_heads": "probing",
-    "reading_vectors": "probing", "run_study": "experiments.study", "tune_method": "experiments.tuning",
+    "Grid": "experiments.specs", "compare_methods": "experiments.comparison", "compare_selectors": "experiments.comparison",
+    "fit_probes": "probing", "load_results": "experiments.results", "paper_grid": "experiments.paper",
+    "parameter_counts": "training.counts", "probe_heads": "probing", "read_grid": "experiments.specs",
+    "reading_vectors": "probing", "run_grid": "experiments.grid", "tune_method": "experiments.tuning",
 }  # fmt: skip
 
 

@@ -87,6 +87,14 @@ def hang(spec, tries):
             raise
 
 
+def wrap(spec, tries):
+    """A full disk behind another error."""
+    try:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    except OSError as e:
+        raise RuntimeError("cannot save") from e
+
+
 def step(spec, tries):
     """Like training: a first Ctrl-C lets the step in progress end; notes every Ctrl-C."""
     seen = []
@@ -115,7 +123,7 @@ def raises(error):
 
 _DOES = {
     "write": lambda spec, tries: time.sleep(spec.get("seconds", 0)),
-    "talk": talk, "fail": fail, "die": die, "hang": hang, "step": step, "exit": lambda spec, tries: sys.exit(3),
+    "talk": talk, "fail": fail, "die": die, "hang": hang, "step": step, "wrapped": wrap, "exit": lambda spec, tries: sys.exit(3),
     "bad input": raises(InputError("no such head")), "diverge": raises(TrainingDiverged("loss is nan")),
     "disk full": raises(DiskFull("no space left for it")), "no space": raises(OSError(errno.ENOSPC, "No space left on device")),
     "stop": raises(KeyboardInterrupt()),

@@ -1,13 +1,12 @@
 """The embedded model, end to end: runs, their folders, and the findings it was built to show."""
 
-import json
 
 import pytest
 import torch
 
 import lofit_lens as ll
-from lofit_lens.experiments.organism import Cell, cue_patching, planted, run_cell, run_grid
-from lofit_lens.experiments.store import run_folder
+from lofit_lens.experiments.organism import Cell, cue_patching, planted, run_cell, run_demo
+from lofit_lens.experiments.shelf import Store
 from lofit_lens.models import ORGANISM, hooked, logits_of
 from lofit_lens.organism.words import TASKS
 from lofit_lens.organism.world import rows, with_cue
@@ -62,21 +61,15 @@ def test_run_is_a_folder_and_repeats_to_the_byte(tmp_path):
     cell = Cell("organism", "auto", "kinship", "random heads", 0)
     first, _ = run_cell(cell, tmp_path / "a")
     second, _ = run_cell(cell, tmp_path / "b")
-    folders = [next((tmp_path / x).iterdir()) for x in "ab"]
-    assert folders[0].name == folders[1].name
-    assert folders[0].name.startswith("organism_kinship-random_heads-0-")
-    for name in ("items.jsonl", "adapter/adapter_model.safetensors", "result.json"):
-        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
-    record = json.loads((folders[0] / "run.json").read_text())
+    stores = [Store(tmp_path / x) for x in "ab"]
+    assert stores[0].names() == stores[1].names()
+    (run,) = stores[0].names()
+    assert run.startswith("organism_kinship_random_heads_0-")
+    for name in ("items.jsonl", "adapter/adapter_model.safetensors", "result.json", "run.json"):
+        assert (stores[0].folder(run) / name).read_bytes() == (stores[1].folder(run) / name).read_bytes()
+    record = stores[0].read(run)
     assert record["result"]["metrics"]["em"]["mean"] == first["value"] == second["value"]
     assert record["spec"]["data_hash"] == ll.load_task("organism/kinship").data_hash
-
-
-def test_folder_name_follows_the_whole_spec(tmp_path):
-    """Any change of the spec gives another folder; order of keys does not."""
-    spec = {"task": "t", "method": "m", "seed": 1, "lr": 0.1}
-    assert run_folder(tmp_path, spec) == run_folder(tmp_path, dict(reversed(spec.items())))
-    assert run_folder(tmp_path, spec) != run_folder(tmp_path, {**spec, "lr": 0.2})
 
 
 @pytest.mark.slow
@@ -123,7 +116,7 @@ def test_patching_moves_the_one_head(organism):
 @pytest.mark.slow
 def test_findings_of_the_embedded_model(tmp_path):
     """The promised picture: LoFiT far above zero-shot and random heads, own heads above others', planted heads found."""
-    found = run_grid(seeds=(0, 1), full=True, workers=2, out=tmp_path, progress=False)
+    found = run_demo(seeds=(0, 1), full=True, workers=2, out=tmp_path, progress=False)
     mean = found.runs.groupby(["task", "method"])["value"].mean()
     own, others = [], []
     for task in TASKS:
@@ -136,4 +129,4 @@ def test_findings_of_the_embedded_model(tmp_path):
     ranks = found.ranks()
     by_norm = ranks[[c for c in ranks.columns if c.startswith("A-norm")]].to_numpy()
     assert (by_norm <= 6).mean() >= 0.60
-    assert len(list(tmp_path.iterdir())) == len(found.runs) == 3 * (1 + 2 + 5 + 2) + 3 * 2 * 2
+    assert len(Store(tmp_path).names()) == len(found.runs) == 3 * (1 + 2 + 5 + 2) + 3 * 2 * 2

@@ -185,7 +185,8 @@ def test_a_cell_that_was_done_before_the_lock_was_had_is_there(tmp_path, store):
     ("does", "error", "again", "full"),
     [("fail", "RuntimeError: try 1 failed", True, False), ("bad input", "InputError: no such head", False, False),
      ("diverge", "TrainingDiverged: loss is nan", False, False), ("disk full", "DiskFull: no space left for it", False, True),
-     ("no space", "OSError: [Errno 28] No space left on device", True, True), ("exit", "SystemExit: 3", True, False)],
+     ("no space", "OSError: [Errno 28] No space left on device", True, True), ("exit", "SystemExit: 3", True, False),
+     ("wrapped", "RuntimeError: cannot save", True, True)],
 )  # fmt: skip
 def test_errors_are_outcomes(tmp_path, store, does, error, again, full):
     """With their kind and text; bad input and divergence come again by themselves, so they are not worth a retry."""
@@ -218,11 +219,11 @@ def test_ctrl_c_is_an_outcome(tmp_path, store):
 def test_the_log_has_what_the_cell_says_over_all_tries(tmp_path, store, capsys, caplog):
     """Prints and records, INFO of this library too, which other handlers do not get; then all is as before."""
     one = cell("one", tmp_path, does="talk")
+    caplog.handler.setLevel(logging.NOTSET)
     before = (logging.getLogger().handlers[:], logging.getLogger("lofit_lens").level, sys.stdout)
-    with caplog.at_level(logging.WARNING):
-        attempt(store, one, work, 1, None)
-        store.remove(one.name)
-        attempt(store, one, work, 1, None)
+    attempt(store, one, work, 1, None)
+    store.remove(one.name)
+    attempt(store, one, work, 1, None)
     said = store.log_file(one.name).read_text()
     for text in ("start: one", "a print\n", "a print to stderr\n", "INFO lofit_lens.tests: a record\n",
                  "WARNING other: another record\n", "done in "):  # fmt: skip
@@ -369,6 +370,15 @@ def test_a_freed_worker_gets_a_cell_of_its_model(tmp_path, store):
     executor = Scripted(store, slots=1)
     run_cells(store, [*cells, cell("Y3", tmp_path, cost=9, model="Y")], work, None, executor=executor, progress=False)
     assert executor.given == ["Y3", "Y0", "Y1", "Y2", "X0", "X1", "X2"]
+
+
+def test_a_loaded_model_is_given_out_once(tmp_path, store):
+    """The worker of X has got its cell: the next free worker, Y's, takes Y's, though X's is longer."""
+    asked = (("X0", 9, "X"), ("Y0", 8, "Y"), ("X1", 3, "X"), ("X2", 2, "X"), ("Y1", 1, "Y"))
+    cells = [cell(label, tmp_path, cost=cost, model=model) for label, cost, model in asked]
+    executor = Scripted(store, slots=2)
+    run_cells(store, cells, work, None, executor=executor, progress=False)
+    assert executor.given == ["X0", "Y0", "X1", "Y1", "X2"]
 
 
 def test_a_busy_cell_is_tried_again_and_others_go_on(tmp_path, store):

@@ -118,7 +118,7 @@ def test_files_that_are_no_grid(read, text, error, message):
 
 def test_a_missing_file_is_named(tmp_path):
     """Not a stack of file-system errors."""
-    with pytest.raises(DataError, match="cannot read .*nothing.yaml"):
+    with pytest.raises(DataError, match=r"cannot read .*nothing.yaml"):
         read_grid(tmp_path / "nothing.yaml")
 
 
@@ -158,7 +158,7 @@ def test_the_grids_that_come_with_the_library():
         "google/gemma-7b", "meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-13b-hf"
     ]  # fmt: skip
     assert [m.dtype for m in grid_named("paper/table1").model] == ["bfloat16", "float32", "bfloat16"]
-    with pytest.raises(InputError, match="unknown grid 'paper/fig9'.*Or give a YAML file"):
+    with pytest.raises(InputError, match=r"unknown grid 'paper/fig9'.*Or give a YAML file"):
         grid_named("paper/fig9")
 
 

@@ -264,14 +264,15 @@ def compute(store: Store, cells: list[Cell], journal: Path | None = None) -> Non
                         time.sleep(0.01)
 
 
-def test_thirty_kills_at_random_moments(store, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kills", [8, pytest.param(50, marks=pytest.mark.slow)])
+def test_kills_at_random_moments(store, tmp_path, monkeypatch, kills):
     """After each, whatever is done is whole; at the end all is as if nothing had happened, and nothing is left over."""
     monkeypatch.setattr(locks, "EMPTY", 0.2)
     draw, cells, drafts, n_done = random.Random(0), [cell(i) for i in range(40)], 0, [0]
     start = time.monotonic()
     compute(Store(tmp_path / "clock"), cells[:3])
     longest = time.monotonic() - start  # so long a process may live: a few runs, however slow this machine is now
-    while len(n_done) <= 30 or drafts < 3 or n_done[-1] < 5:
+    while len(n_done) <= kills or drafts < 2 or n_done[-1] < 2:
         assert len(n_done) < 500, f"{drafts} kills came while a run was written, {n_done[-1]} runs are done"
         if n_done[-1] > len(cells) - 10:
             cells += [cell(i) for i in range(len(cells), len(cells) + 20)]
@@ -309,7 +310,7 @@ def dies_at(store: Store, cells: list[Cell], function: str, k: int) -> bool:
     return os.WIFSIGNALED(os.waitpid(forked(work), 0)[1])
 
 
-@pytest.mark.parametrize("function", ["open", "write", "fsync", "mkdir", "chmod", "replace", "rename", "unlink"])
+@pytest.mark.parametrize("function", ["open", "write", "fsync", "mkdir", "rename", "unlink"])
 def test_a_kill_at_each_step_leaves_nothing_or_a_finished_run(store, tmp_path, monkeypatch, function):
     """Before the first call, the second, ... until the run is done: what is done is whole, what is left over is collected."""
     monkeypatch.setattr(locks, "EMPTY", 0.0)
@@ -332,7 +333,8 @@ STEP = st.tuples(
 )
 
 
-@settings(max_examples=15)
+@pytest.mark.slow
+@settings(max_examples=40)
 @given(steps=st.lists(STEP, min_size=2, max_size=8))
 def test_whatever_happens_in_whatever_order_finished_runs_are_whole(steps):
     """Writing, dying, removing, collecting, damage that is found: the store always holds what it should, byte for byte."""
@@ -583,16 +585,15 @@ def test_a_full_disk_in_the_work_itself_is_told_as_such(store):
     assert not list((store.root / "drafts").iterdir())
 
 
-def test_space_can_be_freed_on_a_full_disk(store, monkeypatch):
+def test_space_can_be_freed_on_a_full_disk(store, holder, monkeypatch):
     """Where not even a lock can be written, runs and garbage can still be removed, but nothing that is held."""
     write(store, cell(0), cell(1))
     (store.root / "drafts" / f"{cell(1).name}.abc").mkdir()
     opened = os.open
-    with store.claim(cell(0).name):
-        monkeypatch.setattr(os, "open", lambda p, *a, **k: full() if str(p).endswith(".lock") else opened(p, *a, **k))
-        assert not store.remove(cell(0).name)
-        assert len(store.collect_garbage(dry_run=False)) == 1
-        assert store.remove(cell(1).name)
+    monkeypatch.setattr(os, "open", lambda p, *a, **k: full() if str(p).endswith(".lock") else opened(p, *a, **k))
+    assert not store.remove(cell(0).name)
+    assert store.collect_garbage(dry_run=False) == [store.root / "drafts" / f"{cell(1).name}.abc"]
+    assert store.remove(cell(1).name)
     assert store.names() == [cell(0).name]
 
 

@@ -16,9 +16,11 @@ from lofit_lens.cli import (
     evaluate,
     figures,
     generate,
+    grids,
     probe,
     report,
     select,
+    store,
     transfer,
     tune,
 )
@@ -31,9 +33,11 @@ app = typer.Typer(
 for _name, _verb in (
     ("demo", demo.demo), ("select", select.select), ("probe", probe.probe), ("tune", tune.tune), ("eval", evaluate.evaluate),
     ("compare", compare.compare), ("transfer", transfer.transfer), ("figures", figures.figures), ("report", report.report),
+    ("grid", grids.grid),
     ("damage", damage.damage), ("generate", generate.generate), ("doctor", doctor.doctor),
 ):  # fmt: skip
     app.command(_name)(common.guarded(_verb))
+app.add_typer(store.app)
 
 
 def main() -> None:

@@ -32,13 +32,13 @@ def demo(
     c.quiet_libraries()
     os.environ["PYTHONWARNINGS"] = "ignore"  # for the worker processes
     from lofit_lens import io
-    from lofit_lens.experiments.organism import run_grid
+    from lofit_lens.experiments.organism import run_demo
     from lofit_lens.plots import head_grid, layer_distribution, save_figure
 
     start = time.perf_counter()
     c.check_new(out, overwrite=True)
     c.console.print(f"[bold]LoFiT on the embedded model[/bold]: 3 tasks, {seeds} seeds, runs in {out / 'runs'}")
-    found = run_grid(
+    found = run_demo(
         model=model, backend=backend, seeds=range(seeds), out=out / "runs", full=full,
         workers=workers or min(4, os.cpu_count() or 1), progress=not quiet,
     )  # fmt: skip

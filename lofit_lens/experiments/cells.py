@@ -35,4 +35,4 @@ class Cell:
     @cached_property
     def name(self) -> str:
         """Its folder's name: the label, then the first 16 digits of the key."""
-        return f"{re.sub(r'[^A-Za-z0-9.]+', '_', self.label).strip('_')[:100]}-{self.key[:16]}"
+        return f"{re.sub(r'[^A-Za-z0-9.]+', '_', self.label).strip('_.')[:100]}-{self.key[:16]}"

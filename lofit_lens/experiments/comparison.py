@@ -19,8 +19,8 @@ from lofit_lens.evaluation.damage import damage
 from lofit_lens.evaluation.evaluate import evaluate
 from lofit_lens.experiments.methods import CHANCE, LEARNED, METHODS, SELECTED_BY, Method, Settings, Workbench, method_of
 from lofit_lens.experiments.pool import Pool, kept_model
-from lofit_lens.experiments.runs import DAMAGE_COLUMNS, MethodRuns, Run
-from lofit_lens.experiments.store import load_run, save_run
+from lofit_lens.experiments.runs import DAMAGE_COLUMNS, MethodRuns, Run, load_run, save_run
+from lofit_lens.experiments.shelf import Store
 from lofit_lens.experiments.table import MethodTable
 from lofit_lens.experiments.tuning import spec_of, tune_method
 from lofit_lens.tasks.base import Task
@@ -196,6 +196,8 @@ def compare_tasks(
         tuple(texts),
         None if out is None else str(out),
     )
+    if out is not None:
+        Store(out)  # better refused now than after the first fit
     groups = _groups(wanted)
     for m in [] if by_name else wanted:
         m.model(Workbench(model, tasks[0]))
@@ -272,9 +274,9 @@ def _run(bench: Workbench, method: Method, settings: dict[str, Any], seed: int, 
         **spec_of(bench, method, settings, seed), "split": options.split, "limit": options.limit,
         "texts": list(options.texts),
     }  # fmt: skip
-    root = None if options.out is None else Path(options.out) / "runs"
+    root = options.out
     if root is not None and (found := load_run(root, spec)) is not None:
-        return Run(seed, settings, found[0], **found[1]["run"])
+        return Run(seed, settings, found[0], **found[1]["run"], fit_seconds=found[2]["fit_seconds"], eval_seconds=found[2]["eval_seconds"])
     model = method.model(bench)
     fitted, seconds = bench.timed(lambda: method.fit(bench, settings, seed))
     start = time.perf_counter()
@@ -290,9 +292,10 @@ def _run(bench: Workbench, method: Method, settings: dict[str, Any], seed: int, 
         hurt = {name: texts[name].tolist() for name in DAMAGE_COLUMNS}
     heads = getattr(fitted, "heads", None)
     more: dict[str, Any] = {
-        "n_parameters": 0 if fitted is None else fitted.n_parameters, "fit_seconds": seconds, "eval_seconds": took,
-        "damage": hurt, "heads": "" if heads is None else str(heads),
+        "n_parameters": 0 if fitted is None else fitted.n_parameters, "damage": hurt,
+        "heads": "" if heads is None else str(heads),
     }  # fmt: skip
+    timing: dict[str, Any] = {"fit_seconds": seconds, "eval_seconds": took}
     if root is not None:
-        save_run(root, spec, result, adapter=fitted, seconds=seconds + took, more={"run": more})
-    return Run(seed, settings, result, **more)
+        save_run(root, spec, result, adapter=fitted, more={"run": more}, timing=timing)
+    return Run(seed, settings, result, **more, **timing)

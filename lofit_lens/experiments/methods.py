@@ -157,7 +157,7 @@ class Method:
     Attributes:
         name: in tables.
         fit: workbench, settings, seed -> the fitted intervention (None: the model as it is).
-        grid: outline of model and task -> settings that may be chosen.
+        grid: workbench, or its outline alone -> settings that may be chosen.
         settings: names of all that may be set.
         model: workbench -> the model that the intervention is attached to.
         seeded: whether another seed can give another result.
@@ -166,7 +166,7 @@ class Method:
 
     name: str
     fit: Callable[[Workbench, Settings, int], Intervention | None]
-    grid: Callable[[Outline], tuple[dict[str, Any], ...]]
+    grid: Callable[[Any], tuple[dict[str, Any], ...]]
     settings: tuple[str, ...] = ()
     model: Callable[[Workbench], Any] = field(default=lambda bench: bench.model)
     seeded: bool = True
@@ -257,7 +257,7 @@ LEARNED, CHANCE = "LoFiT 3 %", "random heads"
 TRAINED = tuple(f.name for f in fields(TrainConfig))
 
 
-def _tuned_rates(bench: Outline) -> tuple[dict[str, Any], ...]:
+def _tuned_rates(bench: Workbench | Outline) -> tuple[dict[str, Any], ...]:
     return _rates(bench.preset.tune)
 
 

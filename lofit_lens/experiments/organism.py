@@ -21,7 +21,7 @@ from lofit_lens.errors import DataError
 from lofit_lens.evaluation.evaluate import evaluate
 from lofit_lens.evaluation.stats import bootstrap_interval_over_seeds
 from lofit_lens.experiments.pool import Pool, kept_model, one_thread
-from lofit_lens.experiments.store import save_run
+from lofit_lens.experiments.runs import save_run
 from lofit_lens.heads import Head, HeadScores, HeadSet
 from lofit_lens.models import (
     ORGANISM,
@@ -106,7 +106,7 @@ class GridResult:
         return pd.DataFrame(found)
 
 
-def run_grid(
+def run_demo(
     *,
     model: str = "organism",
     backend: str = "auto",
@@ -122,7 +122,7 @@ def run_grid(
         model: `"organism"`, or a folder written by `python -m lofit_lens.organism.train`.
         backend: as in `load_model`.
         seeds: of LoFiT (draw of examples, init, row order).
-        out: folder for one sub-folder a run; None = keep nothing.
+        out: store for the runs; None = keep nothing.
         full: add the transfer matrix and the patching ranks.
         workers: processes.
         progress: show a bar.
@@ -204,7 +204,7 @@ def run_cell(cell: Cell, out: str | Path | None = None) -> tuple[dict[str, Any],
     if out is not None:
         spec = {**asdict(cell), "task": task.name, "model": info.to_dict(), "k": lofit and lofit.k,
                 "data_hash": task.data_hash, "select": settings.select.to_dict(), "tune": settings.tune.to_dict()}  # fmt: skip
-        save_run(out, spec, result, adapter=lofit, scores=scores, seconds=seconds)
+        save_run(out, spec, result, adapter=lofit, scores=scores, timing={"seconds": seconds})
     metric = result.metrics[task.metric]
     low, high = metric.interval or (None, None)
     record = {

@@ -1,10 +1,15 @@
-"""What a comparison computes: each method's runs, one a seed."""
+"""What a comparison computes: each method's runs, one a seed, and how they are kept in a store."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lofit_lens.evaluation.result import EvalResult
+from lofit_lens.experiments.cells import Cell
+from lofit_lens.experiments.shelf import Store
 from lofit_lens.experiments.tuning import Tuned
+from lofit_lens.heads import HeadScores
+from lofit_lens.interventions import Intervention
 
 DAMAGE_COLUMNS = ("kl", "cross_entropy", "cross_entropy_base")
 
@@ -41,3 +46,42 @@ class MethodRuns:
     method: str
     runs: tuple[Run, ...]
     tuned: Tuned | None = None
+
+
+def save_run(
+    root: str | Path, spec: dict[str, Any], result: EvalResult, *, adapter: Intervention | None = None,
+    scores: HeadScores | None = None, more: dict[str, Any] | None = None, timing: dict[str, float] | None = None,
+) -> Path:  # fmt: skip
+    """Put a run into a store, whole or not at all; returns its folder. `more` joins run.json, `timing` timing.json.
+
+    Raises:
+        InputError: the folder is no store, or cannot be written to.
+    """
+    store, cell = Store(root), _cell(spec)
+    with store.new(cell) as draft:
+        result.write_into(draft.path)
+        if scores is not None:
+            scores.save(draft.path / "scores.json")
+        if adapter is not None:
+            adapter.save_pretrained(draft.path / "adapter")
+        draft.record |= {"result": result.to_dict(), **(more or {})}
+        draft.timing |= timing or {}
+    return store.folder(cell.name)
+
+
+def load_run(root: str | Path, spec: dict[str, Any]) -> tuple[EvalResult, dict[str, Any], dict[str, Any]] | None:
+    """Evaluation, run.json and timing.json of a run that is in a store; None where it is not.
+
+    Raises:
+        InputError: the folder is no store.
+        DataError: the run is damaged.
+    """
+    store, name = Store(root), _cell(spec).name
+    if not store.done(name):
+        return None
+    return EvalResult.load(store.folder(name)), store.read(name), store.timing(name)
+
+
+def _cell(spec: dict[str, Any]) -> Cell:
+    """The run as a cell: task, method and seed in front."""
+    return Cell(" ".join(str(spec[k]) for k in ("task", "method", "seed") if k in spec), spec)

@@ -105,7 +105,7 @@ def tune_method(
     """
     chosen = method_of(method)
     bench = model if isinstance(model, Workbench) else Workbench(model, task, n_train=n_train)
-    points = [dict(p) for p in (chosen.grid(bench.outline) if grid is None else grid)]
+    points = [dict(p) for p in (chosen.grid(bench) if grid is None else grid)]
     if not points or not seeds:
         raise InputError(
             f"{len(points)} settings and {len(seeds)} seeds to try for {chosen.name}; give one or more of each"
