@@ -16,7 +16,7 @@ from pathlib import Path
 from lofit_lens.errors import DiskFull, InputError, TrainingDiverged
 from lofit_lens.experiments.cells import Cell
 from lofit_lens.experiments.runner import run_cells
-from lofit_lens.experiments.shelf import Store
+from lofit_lens.experiments.store import Store
 
 
 def cell(label, folder, *, needs=(), does="write", cost=1.0, model=None, **more):

@@ -1,12 +1,11 @@
 """The embedded model, end to end: runs, their folders, and the findings it was built to show."""
 
-
 import pytest
 import torch
 
 import lofit_lens as ll
 from lofit_lens.experiments.organism import Cell, cue_patching, planted, run_cell, run_demo
-from lofit_lens.experiments.shelf import Store
+from lofit_lens.experiments.store import Store
 from lofit_lens.models import ORGANISM, hooked, logits_of
 from lofit_lens.organism.words import TASKS
 from lofit_lens.organism.world import rows, with_cue

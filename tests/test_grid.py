@@ -11,8 +11,8 @@ from lofit_lens.evaluation.evaluate import evaluate
 from lofit_lens.experiments import compute as computing
 from lofit_lens.experiments.grid import open_grid, plan_grid, run_grid
 from lofit_lens.experiments.methods import METHODS
-from lofit_lens.experiments.shelf import Store
 from lofit_lens.experiments.specs import Grid, Run, Selection
+from lofit_lens.experiments.store import Store
 from lofit_lens.heads import HeadScores, HeadSet
 from lofit_lens.interventions import Lofit, load_adapter
 from lofit_lens.models import model_info

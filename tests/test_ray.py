@@ -11,7 +11,7 @@ import pytest
 
 from lofit_lens.errors import InputError
 from lofit_lens.experiments.runner import run_cells
-from lofit_lens.experiments.shelf import Store
+from lofit_lens.experiments.store import Store
 from tests import fake_work
 
 ray = pytest.importorskip("ray")
@@ -22,7 +22,7 @@ import psutil  # noqa: E402 (comes with Ray's own tests' needs)
 from lofit_lens.experiments import ray_runner  # noqa: E402
 from lofit_lens.experiments.ray_runner import RayExecutor  # noqa: E402
 
-NODE = {"node_ip_address": "127.0.0.1", "object_store_memory": 100 * 2**20}
+NODE = {"object_store_memory": 100 * 2**20}  # bytes, of each node
 QUICK = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
 
 
@@ -33,7 +33,7 @@ def processes():
 
 @pytest.fixture(scope="module")
 def cluster():
-    """A head that computes nothing and two workers of two CPUs each, all on 127.0.0.1; gone at the end, whatever happened."""
+    """A head that computes nothing and two workers of two CPUs each, all on this machine; gone at the end, whatever happened."""
     from ray.cluster_utils import Cluster
 
     before = processes()

@@ -1,18 +1,29 @@
 """The README's Python blocks run as they stand."""
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-BLOCKS = re.findall(
-    r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8"), re.DOTALL
-)
+from lofit_lens.experiments.grid import plan_grid
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_there_are_examples():
-    """A first use, measuring, other methods, head sets, a task of one's own."""
-    assert len(BLOCKS) == 5
+    """A first use, measuring, other methods, head sets, a grid, a task of one's own."""
+    assert len(BLOCKS) == 6
+
+
+def test_readme_grid_is_one(tmp_path):
+    """The YAML file can be planned: its runs, and the selections and trials that they share."""
+    (text,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "grid.yaml").write_text(text)
+    cells = plan_grid(tmp_path / "grid.yaml").cells
+    kinds = Counter(cell.row["kind"] for cell in cells)
+    assert kinds == {"scores": 8, "trial": 8, "fit": 2 + 2 * 2 * 2 * 3 + 2 * 2 + 2 * 5 + 2 * 2 * 2 + 2 * 2}
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from lofit_lens.experiments.cells import Cell
 from lofit_lens.experiments.live import Tally, board, duration, view
 from lofit_lens.experiments.runner import run_cells
 from lofit_lens.experiments.schedule import Schedule, checked
-from lofit_lens.experiments.shelf import Store
+from lofit_lens.experiments.store import Store
 from lofit_lens.experiments.workers import LocalExecutor
 from tests import fake_work
 from tests.fake_work import cell, computed, work

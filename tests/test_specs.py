@@ -107,7 +107,11 @@ def test_what_cannot_be_meant_is_refused(read, text, message):
             r"name is '../a'; a grid's name has letters",
         ),
         ("name: a\nmodel: {name: x, dtype: int4}\ntasks: [a]\nruns: [{}]", InputError, "model.0: unknown dtype 'int4'"),
-        ("name: a\nmodel: {name: x, backend: hook}\ntasks: [a]\nruns: [{}]", InputError, "model.0: unknown backend 'hook'"),
+        (
+            "name: a\nmodel: {name: x, backend: hook}\ntasks: [a]\nruns: [{}]",
+            InputError,
+            "model.0: unknown backend 'hook'",
+        ),
     ],
 )
 def test_files_that_are_no_grid(read, text, error, message):

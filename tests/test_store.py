@@ -24,9 +24,10 @@ from typer.testing import CliRunner
 from lofit_lens import io
 from lofit_lens.cli import store as verbs
 from lofit_lens.errors import DataError, DiskFull, InputError
-from lofit_lens.experiments import checks, locks, shelf
+from lofit_lens.experiments import checks, locks
+from lofit_lens.experiments import store as stores
 from lofit_lens.experiments.cells import Cell
-from lofit_lens.experiments.shelf import Store
+from lofit_lens.experiments.store import Store
 
 ELSEWHERE = "host=some-other-machine"
 
@@ -44,7 +45,7 @@ def result(i: int) -> dict:
     return {"kind": "lofit_lens.EvalResult", "metrics": metrics}
 
 
-def fill(draft: shelf.Draft, c: Cell) -> None:
+def fill(draft: stores.Draft, c: Cell) -> None:
     """A small fake work: two files, one in a folder, and a result."""
     (draft.path / "items.jsonl").write_text(f'{{"item": {c.spec["toy"]}}}\n' * 20)
     (draft.path / "adapter").mkdir()
@@ -173,7 +174,7 @@ def test_a_run_has_the_same_bytes_wherever_and_whenever_it_is_made(store, tmp_pa
     """Another process on another machine in another folder writes the same, timing.json aside."""
     write(store, cell(1), cell(2))
     other = Store(tmp_path / "elsewhere" / "store")
-    monkeypatch.setattr(shelf.platform, "node", lambda: "another-host")
+    monkeypatch.setattr(stores.platform, "node", lambda: "another-host")
     assert os.waitpid(forked(lambda: write(other, cell(2), cell(1))), 0)[1] == 0
     assert results_of(other) == results_of(store)
     assert other.timing(cell(1).name)["host"] == "another-host"

@@ -63,7 +63,7 @@ def grid(
     from lofit_lens.experiments.compute import compute
     from lofit_lens.experiments.grid import open_grid, plan_grid, write_plan
     from lofit_lens.experiments.runner import run_cells
-    from lofit_lens.experiments.shelf import Store
+    from lofit_lens.experiments.store import Store
 
     asked = _changed(open_grid(name), model, task, seeds, limit, data_dir)
     planned = plan_grid(asked, track=track)

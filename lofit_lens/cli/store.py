@@ -9,7 +9,7 @@ import typer
 from lofit_lens.cli import common as c
 
 if TYPE_CHECKING:
-    from lofit_lens.experiments.shelf import Store
+    from lofit_lens.experiments.store import Store
 
 app = typer.Typer(
     name="store", no_args_is_help=True,
@@ -138,7 +138,7 @@ for _name, _verb in VERBS.items():
 
 
 def _opened(folder: Path) -> "Store":
-    from lofit_lens.experiments.shelf import Store
+    from lofit_lens.experiments.store import Store
 
     return Store(folder, create=False)
 

@@ -19,7 +19,7 @@ from lofit_lens import io
 from lofit_lens.errors import DiskFull, InputError, TrainingDiverged
 from lofit_lens.experiments.cells import Cell
 from lofit_lens.experiments.pool import one_thread
-from lofit_lens.experiments.shelf import Store
+from lofit_lens.experiments.store import Store
 
 Work = Callable[[Store, Cell, Any, str | None], None]
 """(store, cell, context, device): computes the cell and writes it through `store.new`; picklable by reference."""

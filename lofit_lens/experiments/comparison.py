@@ -20,7 +20,7 @@ from lofit_lens.evaluation.evaluate import evaluate
 from lofit_lens.experiments.methods import CHANCE, LEARNED, METHODS, SELECTED_BY, Method, Settings, Workbench, method_of
 from lofit_lens.experiments.pool import Pool, kept_model
 from lofit_lens.experiments.runs import DAMAGE_COLUMNS, MethodRuns, Run, load_run, save_run
-from lofit_lens.experiments.shelf import Store
+from lofit_lens.experiments.store import Store
 from lofit_lens.experiments.table import MethodTable
 from lofit_lens.experiments.tuning import spec_of, tune_method
 from lofit_lens.tasks.base import Task
@@ -276,7 +276,8 @@ def _run(bench: Workbench, method: Method, settings: dict[str, Any], seed: int, 
     }  # fmt: skip
     root = options.out
     if root is not None and (found := load_run(root, spec)) is not None:
-        return Run(seed, settings, found[0], **found[1]["run"], fit_seconds=found[2]["fit_seconds"], eval_seconds=found[2]["eval_seconds"])
+        seconds, took = found[2]["fit_seconds"], found[2]["eval_seconds"]
+        return Run(seed, settings, found[0], fit_seconds=seconds, eval_seconds=took, **found[1]["run"])
     model = method.model(bench)
     fitted, seconds = bench.timed(lambda: method.fit(bench, settings, seed))
     start = time.perf_counter()

@@ -17,8 +17,8 @@ from lofit_lens.experiments.expand import model_key
 from lofit_lens.experiments.methods import METHODS, Training, Workbench, fit_offsets
 from lofit_lens.experiments.pool import kept_model
 from lofit_lens.experiments.runs import DAMAGE_COLUMNS
-from lofit_lens.experiments.shelf import Draft, Store
 from lofit_lens.experiments.specs import LOFIT
+from lofit_lens.experiments.store import Draft, Store
 from lofit_lens.experiments.tuning import Tuned, choose
 from lofit_lens.heads import HeadScores, HeadSet
 from lofit_lens.interventions import Intervention, load_adapter

@@ -22,8 +22,8 @@ from lofit_lens.experiments.expand import Setting, expand, model_key, task_key
 from lofit_lens.experiments.methods import METHODS, Outline, Workbench
 from lofit_lens.experiments.paper import grid_named, known_grids
 from lofit_lens.experiments.runner import Executor, Report, run_cells
-from lofit_lens.experiments.shelf import Store
 from lofit_lens.experiments.specs import Grid, ModelSpec, TaskSpec, read_grid
+from lofit_lens.experiments.store import Store
 from lofit_lens.models import ModelInfo, model_info, planned_info
 from lofit_lens.tasks import Task, load_task
 

@@ -17,8 +17,8 @@ from lofit_lens.experiments.methods import CHANCE as CHANCE_ROW
 from lofit_lens.experiments.methods import LEARNED
 from lofit_lens.experiments.paper import CHANCE, OWN, TRAINED
 from lofit_lens.experiments.runs import MethodRuns, Run
-from lofit_lens.experiments.shelf import Store
 from lofit_lens.experiments.specs import LOFIT, ZERO, heads_of
+from lofit_lens.experiments.store import Store
 from lofit_lens.experiments.table import MethodTable
 from lofit_lens.experiments.tuning import Tuned
 from lofit_lens.heads import HeadScores, HeadSet

@@ -5,11 +5,9 @@ on one store share the work: a cell that another one holds is looked at again la
 """
 
 import logging
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,8 +16,9 @@ from lofit_lens.experiments.attempt import Outcome, Work, attempt
 from lofit_lens.experiments.cells import Cell
 from lofit_lens.experiments.live import Tally, board, duration
 from lofit_lens.experiments.schedule import Schedule, checked
-from lofit_lens.experiments.shelf import Store
+from lofit_lens.experiments.store import Store
 from lofit_lens.experiments.workers import LocalExecutor
+from lofit_lens.training.loop import first_ctrl_c
 
 TICK = 0.2  # seconds between two looks at Ctrl-C
 LOOK_AGAIN = 1.0  # seconds until a cell that another runner holds is tried again
@@ -119,7 +118,7 @@ def run_cells(
         )
     run = _Run(store, by_name, there, executor, retries)
     try:
-        with board(run.tally, progress), _ctrl_c(wanted=not here) as stopped:
+        with board(run.tally, progress), nullcontext(lambda: False) if here else first_ctrl_c() as stopped:
             run.loop(stopped)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped: {run.tally.counts}; the same call goes on with the rest") from None
@@ -253,23 +252,3 @@ class _Here:
 
     def close(self) -> None:
         pass
-
-
-@contextmanager
-def _ctrl_c(*, wanted: bool) -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a flag; the second one raises KeyboardInterrupt. Only the main thread can."""
-    seen: list[bool] = []
-    before = signal.getsignal(signal.SIGINT)
-    if not wanted or threading.current_thread() is not threading.main_thread() or before in (signal.SIG_IGN, None):
-        yield lambda: False
-        return
-
-    def remember(number: int, frame: Any) -> None:
-        seen.append(True)
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, remember)
-    try:
-        yield lambda: bool(seen)
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -6,7 +6,7 @@ from typing import Any
 
 from lofit_lens.evaluation.result import EvalResult
 from lofit_lens.experiments.cells import Cell
-from lofit_lens.experiments.shelf import Store
+from lofit_lens.experiments.store import Store
 from lofit_lens.experiments.tuning import Tuned
 from lofit_lens.heads import HeadScores
 from lofit_lens.interventions import Intervention

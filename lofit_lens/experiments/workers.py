@@ -23,7 +23,7 @@ import torch
 from lofit_lens.errors import InputError
 from lofit_lens.experiments.attempt import Outcome, Work, attempt, write_line
 from lofit_lens.experiments.cells import Cell
-from lofit_lens.experiments.shelf import Store
+from lofit_lens.experiments.store import Store
 
 _READY = "ready"
 PATIENCE = 5.0  # seconds that a worker which closed its pipe gets to exit by itself

@@ -92,7 +92,7 @@ def train(
     history.extend(state.resume())
     order: list[int] = []
     with (
-        _interrupt_between_steps() as interrupted,
+        first_ctrl_c() as interrupted,
         tqdm(total=last, initial=len(history), desc=label, disable=not progress, unit="step", leave=True) as bar,
     ):
         for step in range(len(history), last):
@@ -197,8 +197,8 @@ class _State:
 
 
 @contextlib.contextmanager
-def _interrupt_between_steps() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a flag that is read between steps; only the main thread can."""
+def first_ctrl_c() -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C into a flag that is read between two steps; the second acts at once. Only the main thread can."""
     seen: list[bool] = []
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
