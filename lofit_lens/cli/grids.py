@@ -1,6 +1,8 @@
 """lofit-lens grid: run a grid of runs, here or on Ray."""
 
+import contextlib
 import os
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +29,7 @@ def grid(
     data_dir: Annotated[Path | None, typer.Option(
         "--data-dir", help="Folder with one sub-folder a task (or a single task's files); left out: fetched."
     )] = None,
-    workers: Annotated[int, typer.Option("--workers", help="Processes; 0 = one a GPU, or one a core.", min=0)] = 0,
+    workers: Annotated[int, typer.Option("--workers", help="Processes; 0 = one a GPU, else one (embedded model: one a core).", min=0)] = 0,
     devices: Annotated[str | None, typer.Option("--devices", help="Of the workers, with commas: cuda:0,cuda:1.")] = None,
     executor: Annotated[str, typer.Option("--executor", help="local or ray.")] = "local",
     address: Annotated[str | None, typer.Option("--address", help="Ray: of the cluster (auto, or HOST:PORT).")] = None,
@@ -70,19 +72,21 @@ def grid(
     if dry_run:
         _print_plan(planned.cells, store, as_json)
         return
+    listed = _devices(devices)
     kept = Store(store)
     write_plan(kept, planned)
-    listed = _devices(devices)
-    n = workers or len(listed) or _workers()
+    small = all(m.name == "organism" for m in asked.model)
+    n = workers or len(listed) or ((os.cpu_count() or 1) if small else 1)
     where: Any = None
     if executor == "ray":
         from lofit_lens.experiments.ray_runner import RayExecutor
 
         where = RayExecutor(kept, compute, planned.context, address=address, cpus=cpus, gpus=gpus)
-    found = run_cells(
-        kept, planned.cells, compute, planned.context, executor=where, workers=n, devices=listed or None, retries=retries,
-        progress=not quiet,
-    )  # fmt: skip
+    with contextlib.redirect_stdout(sys.stderr):  # Ray writes there when a node dies
+        found = run_cells(
+            kept, planned.cells, compute, planned.context, executor=where, workers=n, devices=listed or None, retries=retries,
+            progress=not quiet,
+        )  # fmt: skip
     report(found, store)
     c.console.print(f"{time.perf_counter() - start:.0f} s. Figures: lofit-lens figures {store}")
     if as_json:
@@ -159,10 +163,6 @@ def _devices(given: str | None) -> list[str]:
     for device in listed:
         parse_device(device)
     return listed
-
-
-def _workers() -> int:
-    return os.cpu_count() or 1
 
 
 def _print_plan(cells: Sequence[Any], store: Path, as_json: bool) -> None:

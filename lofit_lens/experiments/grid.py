@@ -26,6 +26,7 @@ from lofit_lens.experiments.specs import Grid, ModelSpec, TaskSpec, read_grid
 from lofit_lens.experiments.store import Store
 from lofit_lens.models import ModelInfo, model_info, planned_info
 from lofit_lens.tasks import Task, load_task
+from lofit_lens.training.trackers import tracker
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +72,8 @@ def plan_grid(
 ) -> Planned:
     """Open a grid's data and configurations and list its cells; no weights are read. Arguments and errors as in `run_grid`."""
     grid = open_grid(grid)
+    if track is not None:
+        tracker(track, ".")  # a missing package is better known now
     named = _by_name([_load(t) for t in grid.tasks] if tasks is None else tasks)
     others = _by_name([_load(t) for t in grid.other_tasks] if other_tasks is None else other_tasks)
     if both := [t for t in others if t in named]:
