@@ -113,6 +113,7 @@ def run_demo(
     seeds: Sequence[int] = (0, 1),
     out: str | Path | None = None,
     full: bool = False,
+    draws: int = N_RANDOM,
     workers: int = 1,
     progress: bool = True,
 ) -> GridResult:
@@ -124,12 +125,13 @@ def run_demo(
         seeds: of LoFiT (draw of examples, init, row order).
         out: store for the runs; None = keep nothing.
         full: add the transfer matrix and the patching ranks.
+        draws: of random heads.
         workers: processes.
         progress: show a bar.
     """
     plant = planted(ORGANISM if model == "organism" else Path(model))
     cells = [Cell(model, backend, t, m, s) for t in TASKS for s in seeds for m in ("LoFiT heads", "all heads")]
-    cells += [Cell(model, backend, t, "random heads", seeds[d % len(seeds)], d) for t in TASKS for d in range(N_RANDOM)]
+    cells += [Cell(model, backend, t, "random heads", seeds[d % len(seeds)], d) for t in TASKS for d in range(draws)]
     cells += [Cell(model, backend, t, "zero-shot", seeds[0]) for t in TASKS]
     n_cross = len(TASKS) * (len(TASKS) - 1) * len(seeds) if full else 0
     records: list[dict[str, Any]] = []
