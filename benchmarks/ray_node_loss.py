@@ -2,14 +2,14 @@
 
     python benchmarks/ray_node_loss.py organism/fig5 --local runs/local --out benchmarks/results/ray_node_loss.json
 
-A head without a CPU for cells and two worker nodes with one each, as separate `ray start` processes on this machine. When half of the cells
-are done, one worker node gets SIGKILL with all its processes. Every cell must be done at the end, and every file of every run be
-the same bytes as in the local store (made first, where it is missing), timings aside.
+A head without a CPU for cells and two worker nodes with one each, as separate `ray start` processes on this machine. When half of
+the cells are done, one worker node gets SIGKILL with all its processes. Every cell must be done at the end, and every file of
+every run be the same bytes as in the local store (made first, where it is missing), timings aside.
 """
 
 import argparse
 import contextlib
-import os
+import json
 import shutil
 import signal
 import socket
@@ -57,24 +57,26 @@ def main() -> None:
     shutil.rmtree(asked.folder, ignore_errors=True)
     if run_once(asked.grid, asked.local, []).wait():
         raise SystemExit("the local run failed")
-    os.environ["RAY_health_check_period_ms"], os.environ["RAY_health_check_failure_threshold"] = "1000", "3"
     port = free_port()
     address = f"127.0.0.1:{port}"
+    quick = json.dumps({"health_check_period_ms": 1000, "health_check_failure_threshold": 3})
+    here = ("--node-ip-address", "127.0.0.1")
     nodes = [
         start(
             "--head",
-            "--node-ip-address",
-            "127.0.0.1",
+            *here,
             "--port",
             str(port),
             "--num-cpus",
             "0",
             "--include-dashboard=false",
+            "--system-config",
+            quick,
         )
     ]
     try:
         time.sleep(10)
-        nodes += [start("--address", address, "--node-ip-address", "127.0.0.1", "--num-cpus", "1") for _ in range(2)]
+        nodes += [start("--address", address, *here, "--num-cpus", "1") for _ in range(2)]
         time.sleep(10)
         begun = time.monotonic()
         driver = run_once(asked.grid, asked.folder, ["--executor", "ray", "--address", address])

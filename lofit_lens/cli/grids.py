@@ -29,7 +29,7 @@ def grid(
     data_dir: Annotated[Path | None, typer.Option(
         "--data-dir", help="Folder with one sub-folder a task (or a single task's files); left out: fetched."
     )] = None,
-    workers: Annotated[int, typer.Option("--workers", help="Processes; 0 = one a GPU, else one (embedded model: one a core).", min=0)] = 0,
+    workers: Annotated[int, typer.Option("--workers", help="Processes; 0 = one a GPU (embedded model: a core).", min=0)] = 0,
     devices: Annotated[str | None, typer.Option("--devices", help="Of the workers, with commas: cuda:0,cuda:1.")] = None,
     executor: Annotated[str, typer.Option("--executor", help="local or ray.")] = "local",
     address: Annotated[str | None, typer.Option("--address", help="Ray: of the cluster (auto, or HOST:PORT).")] = None,
