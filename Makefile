@@ -47,7 +47,7 @@ test-unit: $(READY)
 # Files of tests that load no model are left out: they ran in the other leg, and TransformerLens is nothing to them. So are the two
 # longest tests of what the embedded model shows (five minutes); its weights are the same.
 NO_MODEL := $(addprefix --ignore=tests/test_,$(addsuffix .py,stats overlap layer_shares stability sweeps transfer \
-  plots_statistics report report_browser method_table io))
+  plots_statistics report report_browser method_table io specs expand store runner ray kills))
 
 test-tl4: $(TL4_READY)
 	$(TL4)/bin/python -m pytest -n 2 $(NO_MODEL) -m "not slow"

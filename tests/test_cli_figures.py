@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from lofit_lens.cli import common
+from lofit_lens.experiments.store import Store
 from tests import studies
 from tests.test_cli import run as run_cli
 
@@ -75,6 +76,7 @@ def test_report_is_written_once(shell, study_folder, tmp_path):
 def test_transfer_prints_the_matrix(shell, study_folder, checkpoint, tmp_path, monkeypatch):
     """The runs that are there are read: a row a source of heads, random ones last, and the matrix as JSON."""
     copy = shutil.copytree(study_folder, tmp_path / "study")
+    Store(copy).write_grid("transfer fig2", Store(copy).grids()["small"])
     monkeypatch.setattr("lofit_lens.cli.studies.run", lambda asked, name: None)
     code, said, _ = shell("transfer", "--out", copy, "--json")
     assert code == 0

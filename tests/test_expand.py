@@ -110,6 +110,10 @@ def test_few_examples_reach_the_selection_too():
     assert rows(cells, "fit", "n_train") == [(4,), (None,)]
     with pytest.raises(InputError, match="9 training examples asked for; kin has 8"):
         cells_of(Run(n_train=9))
+    drawn = replace(KIN, n_train=4)
+    usual, four = (cells_of(Run(n_train=n), tasks=[drawn], seeds=0) for n in (None, 4))
+    assert [c.name for c in usual] == [c.name for c in four], "the task's own number is a number"
+    assert rows(four, "fit", "n_train") == [(None,)]
     fixed = cells_of(
         Run(heads="few", n_train=8), tasks=[KIN], seeds=0, selections={"few": Selection(by="A-norm", n_train=2)}
     )

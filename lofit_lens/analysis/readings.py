@@ -51,6 +51,7 @@ def run_readings(
     other_tasks: Sequence[Task] = (),
     texts: Sequence[str] = (),
     draws: int = 5,
+    grids: Sequence[str] | None = None,
     workers: int = 1,
     backend: str = "auto",
     dtype: str = "float32",
@@ -61,12 +62,13 @@ def run_readings(
     """Read the adapters of a study; what is in its folder already is not computed again.
 
     Args:
-        model: as in `run_study`.
+        model: as in `load_model`, or loaded.
         tasks: of the study.
         out: the study's folder.
         other_tasks: of the study; one named `<task>-cued`, which the unmodified model can do, shows whether it needs the heads.
         texts: ordinary texts that stand in front of questions in long contexts; none = that part is left out.
         draws: of random heads and orders.
+        grids: names of the study's grids, where the folder holds others too; see `load_results`.
         workers: processes, each on one thread.
         backend: as in `load_model`, like the three that follow, for a model given by name.
         dtype: of the weights.
@@ -81,14 +83,16 @@ def run_readings(
         DataError: the folder holds no study.
         InputError: it lacks an adapter.
     """
-    results = load_results(out)
+    results = load_results(out, grids=grids)
     load = {"backend": backend, "dtype": dtype, "device": device, "revision": revision}
     by_name = isinstance(model, str | Path)
     every = {t.name: t for t in (*tasks, *other_tasks)}
     jobs = [t.name for t in tasks] + ([TOGETHER] if len(tasks) > 1 else [])
     asked = {name: _asked(results, name, every, texts, draws) for name in jobs}
     left = [name for name in jobs if not _is_there(results.folder, name, asked[name])]
-    work = [(model, load if by_name else None, str(out), every, name, tuple(texts), asked[name]) for name in left]
+    work = [
+        (model, load if by_name else None, str(out), every, name, tuple(texts), asked[name], grids) for name in left
+    ]
     with Pool(workers) as pool, tqdm(total=len(left), desc="readings", disable=not progress, unit="task") as bar:
         for _ in pool.run(_read, work, bar):
             pass
@@ -101,7 +105,7 @@ def reading_file(folder: Path, task: str) -> Path:
 
 
 def read_readings(results: Results) -> dict[str, dict[str, Any]]:
-    """Task (and `"together"`) -> what was read, as far as it is there.
+    """Task (and `"together"`) -> what was read of this model, as far as it is there.
 
     Raises:
         DataError: a damaged file.
@@ -111,8 +115,9 @@ def read_readings(results: Results) -> dict[str, dict[str, Any]]:
         path = reading_file(results.folder, name)
         if path.is_file():
             record = io.read_json(path)
-            io.check_record(record, KIND, SCHEMA, ("task", "parts"), str(path))
-            found[name] = record["parts"]
+            io.check_record(record, KIND, SCHEMA, ("task", "parts", "asked"), str(path))
+            if record["asked"].get("model") == results.record["model"]:
+                found[name] = record["parts"]
     return found
 
 
@@ -121,7 +126,7 @@ def _asked(results: Results, name: str, tasks: Mapping[str, Task], texts: Sequen
     of = results.tasks if name == TOGETHER else (name,)
     wide = [] if name == TOGETHER else results.lofit(name, seed=results.seeds[0], k=results.wide_k(name)).index
     return {
-        "seed": results.seeds[0], "draws": draws, "limit": results.record["limit"],
+        "model": results.record["model"], "seed": results.seeds[0], "draws": draws, "limit": results.record["limit"],
         "heads": {t: str(results.adapter(t).heads) for t in of}, "cued": f"{name}-cued" in tasks, "wide": len(wide) > 0,
         "texts": io.digest(list(texts)) if texts else "",
     }  # fmt: skip
@@ -139,10 +144,10 @@ def _is_there(folder: Path, name: str, asked: dict[str, Any]) -> bool:
 
 def _read(
     model: Any, load: dict[str, Any] | None, folder: str, tasks: Mapping[str, Task], name: str, texts: tuple[str, ...],
-    asked: dict[str, Any],
+    asked: dict[str, Any], grids: Sequence[str] | None,
 ) -> None:  # fmt: skip
     loaded = model if load is None else kept_model(str(model), **load)
-    results = load_results(folder)
+    results = load_results(folder, grids=grids)
     if name == TOGETHER:
         parts = _together(loaded, results, tasks)
     else:

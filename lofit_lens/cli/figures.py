@@ -37,6 +37,7 @@ def figures(
         "--texts",
         help="Ordinary text for damage and long contexts: wikitext, organism, a file, none. Left out: the embedded model's own.",
     )] = None,
+    grid: s.Grids = None,
     data_dir: c.DataDir = None,
     backend: c.Backend = "auto",
     dtype: c.Dtype = "float32",
@@ -78,6 +79,6 @@ def figures(
             c.console.print(f"study in {results}: {time.perf_counter() - start:.0f} s")
         from lofit_lens.experiments.results import load_results
 
-        files = draw_all(load_results(results), out, formats=wanted, heads=heads)
+        files = draw_all(load_results(results, grids=grid), out, formats=wanted, heads=heads)
     s.print_files(files, out)
     c.console.print(f"{time.perf_counter() - start:.0f} s")

@@ -6,11 +6,13 @@ from typing import Annotated
 import typer
 
 from lofit_lens.cli import common as c
+from lofit_lens.cli import studies as s
 
 
 def report(
     results: Annotated[Path, typer.Argument(help="Folder of a study (lofit-lens figures RESULTS --run makes one).")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The page.")] = Path("report.html"),
+    grid: s.Grids = None,
     overwrite: c.Overwrite = False,
 ) -> None:  # fmt: skip
     """Write a page that anyone can open without Python: tables, head sets side by side, tokens, attention patterns.
@@ -22,5 +24,5 @@ def report(
     from lofit_lens.report.collect import collect
     from lofit_lens.report.page import write_report
 
-    write_report(collect(load_results(results)), out)
+    write_report(collect(load_results(results, grids=grid)), out)
     c.console.print(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB); open it in a browser")

@@ -18,6 +18,10 @@ Tasks = Annotated[
 Seeds = Annotated[int, typer.Option("--seeds", help="Number of seeds (0, 1, ...).", min=1)]
 Draws = Annotated[int, typer.Option("--draws", help="Draws of random heads.", min=1)]
 Limit = Annotated[int | None, typer.Option("--limit", help="Only the first test rows.", min=1)]
+Grids = Annotated[
+    list[str] | None,
+    typer.Option("--grid", help="Only this grid of RESULTS (lofit-lens store list shows them); may be repeated."),
+]
 Workers = Annotated[
     int, typer.Option("--workers", help="Processes; 0 = one a core (embedded model on the CPU).", min=0)
 ]
@@ -89,7 +93,7 @@ def run(asked: Request, name: str) -> None:
     if asked.readings:
         texts = [] if source == "none" else list(islice(load_texts(source), grid.n_texts))
         run_readings(
-            asked.model, tasks, out=asked.results, other_tasks=rest, texts=texts, draws=asked.draws, workers=workers,
+            asked.model, tasks, out=asked.results, grids=[grid.name], other_tasks=rest, texts=texts, draws=asked.draws, workers=workers,
             backend=backend, dtype=asked.dtype, device=asked.device, revision=asked.revision, progress=not asked.quiet,
         )  # fmt: skip
 

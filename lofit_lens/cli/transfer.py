@@ -47,7 +47,7 @@ def transfer(
     from lofit_lens.plots.transfer import transfer_heatmap
     from lofit_lens.report.figures import transfer as matrix
 
-    found = matrix(load_results(out))
+    found = matrix(load_results(out, grids=["transfer fig2"]))
     cells = {
         (r["source"], r["task"]): f"{r['relative']:.0f} [{r['low']:.0f}, {r['high']:.0f}] {r['mark']}".strip()
         for r in found.frame.to_dict("records")

@@ -139,7 +139,7 @@ class _Maker:
         """Scores by a selection."""
         grid, data = self.setting.grid, self.setting.tasks[task]
         selection, outline = grid.selection(name), self.setting.outline(task)
-        n = selection.n_train or n_train
+        n = self._given(selection.n_train or n_train, task)
         among = None
         needs: list[str] = []
         if selection.among is not None:
@@ -165,8 +165,12 @@ class _Maker:
         for n_train in run.n_train:
             for method in run.method:
                 for task in self.setting.tasks:
-                    for fit in self._fits(run, method, task, n_train):
+                    for fit in self._fits(run, method, task, self._given(n_train, task)):
                         self._tests(run, fit, task)
+
+    def _given(self, n_train: int | None, task: str) -> int | None:
+        """The task's own number is as good as none given."""
+        return None if n_train == self.setting.tasks[task].n_train else n_train
 
     def _fits(self, run: Run, method: str, task: str, n_train: int | None) -> Iterator[Cell]:
         seeds = run.seeds or self.setting.grid.seeds

@@ -273,7 +273,7 @@ def load_results(folder: str | Path, *, grids: Sequence[str] | None = None, mode
         first = frame.loc[twice].iloc[0]
         raise InputError(
             f"{folder} holds {first['method']} on {first['task']} (seed {first['seed']}) with several settings, from the grids "
-            f"{', '.join(records)}; say which are wanted (grids=[...])"
+            f"{', '.join(records)}; say which are wanted (grids=[...], --grid)"
         )
     ordered = dict(sorted(scores.items(), key=lambda item: (list(record["tasks"]).index(item[0][0]), item[0][1:])))
     whole = {**record, "damage": damage}
@@ -296,7 +296,8 @@ def _records(store: Store, grids: Sequence[str] | None, model: str | None) -> di
         raise unknown("model", model, models)
     if model is None and len(models) > 1:
         raise InputError(
-            f"{store.root} holds runs of several models: {', '.join(models)}; say which is wanted (model=...)"
+            f"{store.root} holds runs of several models: {', '.join(models)}; say which is wanted (model=...), or name its grids "
+            f"(grids=[...], --grid): {', '.join(map(repr, found))}"
         )
     return {name: r for name, r in found.items() if r["model"]["name"] == (model or models[0])}
 
@@ -316,7 +317,7 @@ def _joint(records: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         ):  # fmt: skip
             if old != new:
                 raise InputError(
-                    f"the grid {name} has another {what} ({new}, not {old}); draw them apart (grids=[...])"
+                    f"the grid {name} has another {what} ({new}, not {old}); draw them apart (grids=[...], --grid)"
                 )
         for part in ("tasks", "other_tasks", "cells"):
             joint[part] |= record[part]
