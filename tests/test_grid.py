@@ -254,6 +254,15 @@ def test_models_are_planned_by_name(checkpoint, tmp_path):
     assert [c.name for c in again.cells] == [c.name for c in planned.cells[:2]]
 
 
+def test_a_folder_given_from_here_is_found_from_elsewhere(checkpoint, tmp_path, monkeypatch):
+    """Workers may start in another folder; the embedded model's name means no folder."""
+    shutil.copytree(checkpoint("llama"), tmp_path / "mine")
+    (tmp_path / "organism").mkdir()
+    monkeypatch.chdir(tmp_path)
+    planned = plan_grid(grid_of(Run(method="zero-shot"), model=["mine", "organism"]), tasks=[KIN])
+    assert [load["name"] for load in planned.context.load.values()] == [str(tmp_path / "mine"), "organism"]
+
+
 def test_lora_puts_the_grid_on_the_bridge(checkpoint):
     """All methods run on one class."""
     plain = plan_grid(grid_of(Run(method="RED"), model=str(checkpoint("llama"))), tasks=[KIN])

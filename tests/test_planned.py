@@ -74,7 +74,7 @@ def test_a_hub_name_that_hookedtransformer_knows(hub, hf):
 
 
 def test_a_model_of_any_size_is_planned(tmp_path):
-    """70 billion weights are a configuration here, and above the limit no checksum is made."""
+    """70 billion weights are a configuration here, and above the limit a sample of them stands for all."""
     config = tiny.configs()["llama-gqa"]
     config.update({"num_hidden_layers": 80, "num_attention_heads": 64, "hidden_size": 8192, "head_dim": 128,
                    "intermediate_size": 28672, "vocab_size": 32000, "architectures": ["LlamaForCausalLM"]})  # fmt: skip
@@ -83,7 +83,15 @@ def test_a_model_of_any_size_is_planned(tmp_path):
         f.truncate(2**30 + 1)  # a file with nothing in it
     planned = planned_info(tmp_path, dtype="bfloat16")
     assert (planned.n_layers, planned.n_heads, planned.d_model, planned.d_vocab) == (80, 64, 8192, 32000)
-    assert planned.revision is None
+    assert planned.revision.startswith("sha256:sample:")
+    places = (0, 2**29, 2**30)  # front, middle, last byte
+    seen = {planned.revision}
+    for place in places:
+        with open(tmp_path / "model.safetensors", "r+b") as f:
+            f.seek(place)
+            f.write(b"x")
+        seen.add(planned_info(tmp_path, dtype="bfloat16").revision)
+    assert len(seen) == 4
     assert planned.backend == ("bridge" if hooked_class() is None else "hooked")
 
 

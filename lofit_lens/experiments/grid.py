@@ -87,7 +87,7 @@ def plan_grid(
     planned = Planned([], Context({}, {io.digest(task_key(t)): t for t in (*named.values(), *others.values())}))
     load: dict[str, dict[str, Any]] = {}
     cells: dict[str, Cell] = {}
-    for spec in grid.model if model is None else (None,):
+    for spec in map(_placed, grid.model) if model is None else (None,):
         info = _info(grid, spec) if spec is not None else model_info(model)
         setting = Setting(grid, info, named, others, digest)
         if spec is not None:
@@ -169,6 +169,16 @@ def write_plan(store: Store, planned: Planned) -> None:
         store.keep(list(planned.texts))
     for name, record in planned.records.items():
         store.write_grid(name, record)
+
+
+def _placed(spec: ModelSpec) -> ModelSpec:
+    """A local folder by its whole path: workers may start elsewhere."""
+    folder = Path(spec.name)
+    return (
+        spec.model_copy(update={"name": str(folder.absolute())})
+        if folder.is_dir() and spec.name != "organism"
+        else spec
+    )
 
 
 def _load(spec: TaskSpec) -> Task:

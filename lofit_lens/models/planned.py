@@ -21,7 +21,8 @@ def planned_info(
     """What `model_info(load_model(...))` would be with the same arguments; no weights are loaded.
 
     One thing is known after loading alone: a checkpoint whose conversion goes wrong, for which `backend="auto"` takes the
-    bridge in the end. A local folder's weights are read for their checksum (up to 1 GiB), once a process.
+    bridge in the end. A local folder's weights are read for their checksum (above 1 GiB a sample of
+    them), once a process.
 
     Args:
         name_or_path: `"organism"`, a hub id or a local Hugging Face folder; of a hub id the configuration is fetched.
