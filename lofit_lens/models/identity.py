@@ -44,7 +44,7 @@ def folder_digest(name_or_path: str | Path) -> str:
 
 
 @torch.no_grad()
-def fingerprint(model: torch.nn.Module) -> str:
+def fingerprint(model: Any) -> str:
     """Of a model in memory: names, shapes and types of its parameters, and of each its sum and up to 4,096 of its values.
 
     Edited or fine-tuned weights give another one; it takes one pass over the weights, where they lie.
