@@ -223,7 +223,7 @@ def test_runs_that_are_kept_are_not_run_again(model, tmp_path):
     again = compare_methods(model, TASK, methods=[counted("a", fits), counted("b", fits)], **options)
     assert len(fits) == n
     assert again.cells() == first.cells()
-    assert {p.name for p in tmp_path.iterdir()} == {"store.json", "runs", "drafts", "trials"}
+    assert {p.name for p in tmp_path.iterdir()} == {"store.json", "runs", "drafts", "locks", "trials"}
     compare_methods(model, TASK, methods=[counted("a", fits)], **{**options, "texts": ["Bob met Ann"]})
     assert len(fits) == n + 2  # other texts: other runs
 

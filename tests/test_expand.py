@@ -1,6 +1,7 @@
 """A grid as cells: each piece of work once, with what it builds on, named by all that can change its result."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -117,7 +118,8 @@ def test_few_examples_reach_the_selection_too():
     fixed = cells_of(
         Run(heads="few", n_train=8), tasks=[KIN], seeds=0, selections={"few": Selection(by="A-norm", n_train=2)}
     )
-    assert rows(fixed, "scores", "n_train") == [(2,)]
+    assert [c.spec["n_train"] for c in fixed if c.row["kind"] == "scores"] == [2]
+    assert rows(fixed, "scores", "n_train") == [(None,)], "it is the selection's own"
 
 
 def test_selections_build_on_others():
@@ -130,6 +132,14 @@ def test_selections_build_on_others():
     assert cells[2].spec["among"] == {"cell": cells[1].name, "k": 7}
     assert cells[2].needs == (cells[1].name,)
     assert cells[3].needs == (cells[2].name,)
+    with pytest.raises(
+        InputError, match="9 heads are asked of the selection narrow, which scores 7; raise its among_k"
+    ):
+        cells_of(
+            Run(heads="narrow", k=9),
+            selections={"narrow": Selection(by="A-norm", among="A-norm", among_k=7)},
+            tasks=[KIN],
+        )
 
 
 def test_tests_and_damage_need_the_fit():
@@ -147,7 +157,7 @@ def test_tests_and_damage_need_the_fit():
             assert cell.spec["fit"] == cell.needs[0]
     assert len(rows(cells, "damage", "task")) == 2
     assert not rows(cells_of(Run(damage=True), seeds=0), "damage", "task")
-    assert rows(cells_of(Run(method="zero-shot"), seeds=(3, 4)), "fit", "seed") == [(3,), (3,)]
+    assert rows(cells_of(Run(method="zero-shot"), seeds=(3, 4)), "fit", "seed") == [(0,), (0,)], "no seed matters"
 
 
 def test_names_follow_all_that_can_change_a_result(monkeypatch):
@@ -165,11 +175,12 @@ def test_names_follow_all_that_can_change_a_result(monkeypatch):
     assert names(info=local) == names(info=replace(local, name="/there/m"))
     same = {"selections": {"mine": Selection(by="A-norm")}, "runs": [Run(heads="mine")]}
     assert base == names(**same)
-    rows_of = {split: KIN.hashes[split] for split in KIN.hashes}
+    first = replace(KIN.test["test"][0], prompt="another")
+    asked = replace(KIN, test={**KIN.test, "test": (first, *KIN.test["test"][1:])})
     for changes in (
         {"info": replace(INFO, revision="abd")}, {"info": replace(INFO, revision=None)}, {"info": replace(INFO, dtype="fp16")},
         {"info": replace(INFO, backend="hooked")}, {"info": replace(INFO, name="org/other")}, {"seeds": 1},
-        {"info": replace(INFO, processed=True)}, {"tasks": [replace(KIN, hashes={**rows_of, "train": "0"})]},
+        {"info": replace(INFO, processed=True)}, {"tasks": [asked]},
         {"tasks": [replace(KIN, form="options")]}, {"tasks": [replace(KIN, max_new_tokens=2)]},
         {"runs": [Run(n_train=4)]}, {"selections": {"A-norm": Selection(by="A-norm", settings={"l1": 1.0})}},
     ):  # fmt: skip
@@ -206,6 +217,37 @@ def test_keys_hold_no_path():
     assert "/home" not in str(model_key(local))
     assert model_key(local)["weights"] == "sha256:12"
     assert model_key(INFO)["weights"] == "org/model@abc"
-    own = replace(KIN, grade=lambda text, example: {"em": 1.0})
-    assert task_key(own) != task_key(KIN)
-    assert task_key(KIN)["data_hash"] == KIN.data_hash
+    assert model_key(INFO, "a") != model_key(INFO, "b")
+
+
+def yes(text, example):
+    """A grader."""
+    return {"em": 1.0}
+
+
+def test_a_grader_is_its_source():
+    """A function by its name and source; what cannot be named by them is refused."""
+    assert task_key(replace(KIN, grade=yes)) != task_key(KIN)
+    assert task_key(replace(KIN, grade=yes)) == task_key(replace(KIN, grade=yes))
+    mark = 1.0
+
+    def captures(text, example):
+        return {"em": mark}
+
+    def defaults(text, example, mark=0.5):
+        return {"em": mark}
+
+    def plain(text, example):
+        return {"em": 0.5}
+
+    assert task_key(replace(KIN, grade=plain))["grade"] != task_key(replace(KIN, grade=yes))["grade"]
+    for grade in (captures, defaults, lambda text, example: {"em": 1.0}, partial(defaults, mark=1.0), Grader()):
+        with pytest.raises(InputError, match=r"the grader of kin is .*must be a function"):
+            task_key(replace(KIN, grade=grade))
+
+
+class Grader:
+    """A grader with a state."""
+
+    def __call__(self, text, example):
+        return {"em": 1.0}

@@ -1,7 +1,10 @@
 """A grid that is run: what its cells hold, that nothing is computed twice, that a stop at any moment changes nothing."""
 
+import gc
 import json
 import shutil
+import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,13 +12,14 @@ import torch
 from lofit_lens.errors import DataError, InputError, ModelError, TrainingDiverged
 from lofit_lens.evaluation.evaluate import evaluate
 from lofit_lens.experiments import compute as computing
+from lofit_lens.experiments import pool
 from lofit_lens.experiments.grid import open_grid, plan_grid, run_grid
 from lofit_lens.experiments.methods import METHODS
 from lofit_lens.experiments.specs import Grid, Run, Selection
 from lofit_lens.experiments.store import Store
 from lofit_lens.heads import HeadScores, HeadSet
 from lofit_lens.interventions import Lofit, load_adapter
-from lofit_lens.models import model_info
+from lofit_lens.models import load_model, model_info
 from lofit_lens.training import preset, select_heads, tune_offsets
 from lofit_lens.training.selectors import bias_scores
 from lofit_lens.training.trackers import Tracked
@@ -205,10 +209,88 @@ def test_training_resumes_inside_a_run(llama, tmp_path):
 def test_another_model_than_planned_is_refused(llama, loaded, backend, tmp_path):
     """The class or weights that were planned are those that are run."""
     planned = plan_grid(grid_of(Run(method="zero-shot")), model=llama, tasks=[KIN])
-    context = computing.Context(planned.context.load, planned.context.tasks, loaded("gpt2", backend))
+    context = replace(planned.context, loaded=loaded("gpt2", backend))
     with pytest.raises(ModelError, match="is not the one that was planned"):
         computing.compute(Store(tmp_path), planned.cells[0], context, None)
     assert Store(tmp_path).names() == []
+
+
+def grades_one(text, example):
+    """Everything is right."""
+    return {"em": 1.0}
+
+
+def test_another_grader_or_other_rows_are_another_run(bridge_llama, tmp_path):
+    """The same name and the same hashes of files: neither the store nor what a process keeps takes one for the other."""
+    grid = grid_of(Run(method="zero-shot"))
+    first = run(tmp_path, bridge_llama, grid)
+    graded = run(tmp_path, bridge_llama, grid, tasks=[replace(KIN, grade=grades_one)])
+    assert first.computed != graded.computed
+    assert Store(tmp_path).read(graded.computed[0])["result"]["metrics"]["em"]["mean"] == 1.0
+    few = run(tmp_path, bridge_llama, grid, tasks=[replace(KIN, test={**KIN.test, "test": KIN.test["test"][:2]})])
+    assert Store(tmp_path).read(few.computed[0])["result"]["metrics"]["em"]["n"] == 2
+
+
+@torch.no_grad()
+def test_a_model_in_memory_is_its_weights(checkpoint, tmp_path, backend):
+    """Edited weights are another model, whatever it was loaded from."""
+    model = load_model(checkpoint("llama"), backend=backend, device="cpu")
+    grid = grid_of(Run(method="zero-shot"))
+    assert len(run(tmp_path, model, grid).computed) == 1
+    assert len(run(tmp_path, model, grid).there) == 1
+    next(p for p in model.parameters() if p.numel() > 100)[..., 3] += 0.1
+    assert len(run(tmp_path, model, grid).computed) == 1
+
+
+def test_models_of_one_name_have_records_of_their_own(checkpoint, tmp_path):
+    """Two classes of one checkpoint, and its configuration changed: other cells, another record for each."""
+    folder = shutil.copytree(checkpoint("llama"), tmp_path / "m")
+    models = [{"name": str(folder), "backend": "bridge", "dtype": d} for d in ("float32", "bfloat16")]
+    planned = plan_grid(grid_of(Run(method="zero-shot"), model=models), tasks=[KIN])
+    assert len(planned.records) == len(planned.cells) == 2
+    assert len({c.model for c in planned.cells}) == 2
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
+    again = plan_grid(grid_of(Run(method="zero-shot"), model=models), tasks=[KIN])
+    assert not {c.name for c in again.cells} & {c.name for c in planned.cells}
+
+
+def test_models_are_freed(checkpoint, tmp_path):
+    """A worker holds one model at a time: its benches go with it."""
+    grid = grid_of(Run(method="zero-shot"), model=[str(checkpoint("llama")), str(checkpoint("gpt2"))])
+    alive = []
+    inner = pool.load_model
+
+    def load(*args, **options):
+        gc.collect()
+        alive.append(sum(ref() is not None for ref in made))
+        model = inner(*args, **options)
+        made.append(weakref.ref(model))
+        return model
+
+    made = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool, "load_model", load)
+        patch.setattr(pool, "_loaded", {})
+        run_grid(grid, tmp_path, tasks=[KIN], device="cpu", progress=False)
+    assert alive == [0, 0]
+
+
+def test_a_model_that_cannot_be_loaded_is_tried_once(checkpoint, tmp_path, monkeypatch):
+    """Not read again for every cell."""
+    tried = []
+
+    def refuse(*args, **options):
+        tried.append(1)
+        raise ModelError("its logits differ")
+
+    monkeypatch.setattr(pool, "load_model", refuse)
+    monkeypatch.setattr(pool, "_loaded", {})
+    monkeypatch.setattr(pool, "_refused", {})
+    grid = grid_of(Run(method="zero-shot"), Run(heads="random", draws=3), model=str(checkpoint("llama")))
+    found = run_grid(grid, tmp_path, tasks=[KIN], device="cpu", progress=False)
+    assert len(found.failed) == 4
+    assert len(tried) == 1
 
 
 def test_bad_grids_are_refused_before_anything_is_made(llama, tmp_path):

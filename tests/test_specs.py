@@ -63,8 +63,12 @@ def test_yaml_and_python_give_the_same_grid(read):
         ("runs: [{k: true}]", "k"),
         ("runs: [{n_train: 0}]", r"n_train.0 is 0: input should be greater than or equal to 1"),
         ("runs: [{n_train: ten}]", "n_train.0 is 'ten'"),
-        ("runs: [{settings: choose}]", "settings is 'choose': input should be 'preset' or 'chosen'"),
-        ("runs: [{settings: {lr: fast}}]", "settings.lr is 'fast'"),
+        ("runs: [{settings: choose}]", "settings is 'choose'; give preset, chosen, or values"),
+        ("runs: [{settings: {lr: fast}}]", "lr is 'fast'; give a number"),
+        ("runs: [{settings: {lr: .nan}}]", "lr is nan; give a number"),
+        ("runs: [{settings: {epochs: 2.5}}]", "epochs is 2.5; give a whole number"),
+        ("runs: [{settings: {betas: 1}}]", "betas is 1; give a number"),
+        ("runs: [{settings: {lr: true}}]", "lr is True; give a number"),
         ("runs: [{draws: 0}]", "draws is 0"),
         ("runs: [{heads: wide}]", "unknown selection 'wide'; allowed: A-norm, bias norm"),
         ("runs: [{}]\nseeds: []", "seeds is"),
@@ -124,6 +128,13 @@ def test_a_missing_file_is_named(tmp_path):
     """Not a stack of file-system errors."""
     with pytest.raises(DataError, match=r"cannot read .*nothing.yaml"):
         read_grid(tmp_path / "nothing.yaml")
+
+
+def test_numbers_are_one_value_however_they_are_written(read):
+    """15 and 15.0, 1e1 and 10: equal settings, of the type that training takes; K may be of any model."""
+    runs = read(SMALL + "runs: [{settings: {lr: 1, epochs: 1e1}}, {settings: {lr: 1.0, epochs: 10}}, {k: 1600}]").runs
+    assert runs[0].settings == runs[1].settings
+    assert [type(v) for v in runs[0].settings.values()] == [float, int]
 
 
 def test_specs_are_frozen():

@@ -2,9 +2,11 @@
 
 import contextlib
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,7 +36,9 @@ def grid(
     executor: Annotated[str, typer.Option("--executor", help="local or ray.")] = "local",
     address: Annotated[str | None, typer.Option("--address", help="Ray: of the cluster (auto, or HOST:PORT).")] = None,
     cpus: Annotated[float, typer.Option("--cpus", help="Ray: CPUs a cell.", min=0)] = 1.0,
-    gpus: Annotated[float, typer.Option("--gpus", help="Ray: GPUs a cell (0.5: two cells share one).", min=0)] = 0.0,
+    gpus: Annotated[float | None, typer.Option(
+        "--gpus", help="Ray: GPUs a cell (0.5: two cells share one); left out: 1 where the cluster has GPUs.", min=0
+    )] = None,
     retries: Annotated[int, typer.Option("--retries", help="Further tries of a cell that failed.", min=0)] = 1,
     track: Annotated[str | None, typer.Option("--track", help="wandb or tensorboard: reads the steps of training.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be computed.")] = False,
@@ -62,31 +66,31 @@ def grid(
     start = time.perf_counter()
     c.quiet_libraries()
     os.environ["PYTHONWARNINGS"] = "ignore"  # for the worker processes
-    from lofit_lens.experiments.compute import compute
-    from lofit_lens.experiments.grid import open_grid, plan_grid, write_plan
-    from lofit_lens.experiments.runner import run_cells
-    from lofit_lens.experiments.store import Store
+    from lofit_lens.experiments.grid import open_grid, plan_grid, run_grid
 
     asked = _changed(open_grid(name), model, task, seeds, limit, data_dir)
-    planned = plan_grid(asked, track=track)
     if dry_run:
-        _print_plan(planned.cells, store, as_json)
+        _print_plan(plan_grid(asked).cells, store, as_json)
         return
     listed = _devices(devices)
-    kept = Store(store)
-    write_plan(kept, planned)
     small = all(m.name == "organism" for m in asked.model)
     n = workers or len(listed) or ((os.cpu_count() or 1) if small else 1)
-    where: Any = None
+    place = None
     if executor == "ray":
         from lofit_lens.experiments.ray_runner import RayExecutor
 
-        where = RayExecutor(kept, compute, planned.context, address=address, cpus=cpus, gpus=gpus)
+        place = partial(RayExecutor, address=address, cpus=cpus, gpus=gpus)
     with contextlib.redirect_stdout(sys.stderr):  # Ray writes there when a node dies
-        found = run_cells(
-            kept, planned.cells, compute, planned.context, executor=where, workers=n, devices=listed or None, retries=retries,
+        found = run_grid(
+            asked,
+            store,
+            workers=n,
+            devices=listed or None,
+            executor=place,
+            retries=retries,
+            track=track,
             progress=not quiet,
-        )  # fmt: skip
+        )
     report(found, store)
     c.console.print(f"{time.perf_counter() - start:.0f} s. Figures: lofit-lens figures {store}")
     if as_json:
@@ -123,9 +127,12 @@ def _changed(
 
     asked = grid.model_dump()
     if models:
+        asked["name"] = f"{grid.name} {' '.join(re.sub(r'[^A-Za-z0-9._/-]+', '-', m) for m in models)}"
         asked["model"] = [next((m.model_dump() for m in grid.model if m.name == n), {"name": n}) for n in models]
     if tasks:
-        asked["tasks"] = [{"name": n} for n in task_names(tasks)]
+        asked["tasks"] = [
+            next((t.model_dump() for t in grid.tasks if t.name == n), {"name": n}) for n in task_names(tasks)
+        ]
         embedded = [n for n in task_names(tasks) if n.removeprefix("organism/") in TASKS]
         if (
             embedded

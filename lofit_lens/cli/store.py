@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="store", no_args_is_help=True,
-    help="Look into a store of runs (a grid's --out folder): list, verify, gc, index. Example: lofit-lens store list runs/grid",
+    help="Look into a store of runs (a grid's --store folder): list, verify, gc, index. Example: lofit-lens store list runs/grid",
 )  # fmt: skip
 Folder = Annotated[Path, typer.Argument(help="The store: the folder that a grid was run into.", metavar="STORE")]
 

@@ -71,8 +71,8 @@ def run(asked: Request, name: str) -> None:
     tasks, rest = ([c.open_task(n, fold=None, data_dir=asked.data_dir if n not in embedded else None) for n in listed]
                    for listed in (names, others))  # fmt: skip
     source = asked.texts or ("organism" if embedded else "none")
-    # LoRA needs the bridge: with it in the study, every method runs on that class.
-    backend = "bridge" if asked.backend == "auto" and {"table3", "fig4", "all"} & set(parts) else asked.backend
+    # LoRA needs the bridge: all parts run on that class, so that they share their runs.
+    backend = "bridge" if asked.backend == "auto" else asked.backend
     model = ModelSpec(name=asked.model, revision=asked.revision, backend=backend, dtype=asked.dtype)
     grid = paper_grid(
         parts, name=" ".join([name, *(asked.parts or ())]), model=model, tasks=[t.name for t in tasks],
@@ -93,8 +93,9 @@ def run(asked: Request, name: str) -> None:
     if asked.readings:
         texts = [] if source == "none" else list(islice(load_texts(source), grid.n_texts))
         run_readings(
-            asked.model, tasks, out=asked.results, grids=[grid.name], other_tasks=rest, texts=texts, draws=asked.draws, workers=workers,
-            backend=backend, dtype=asked.dtype, device=asked.device, revision=asked.revision, progress=not asked.quiet,
+            asked.model, tasks, out=asked.results, grids=[grid.name], other_tasks=rest, texts=texts, draws=asked.draws,
+            workers=workers, backend=backend, dtype=asked.dtype, device=asked.device, revision=asked.revision,
+            progress=not asked.quiet,
         )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from lofit_lens import io
 
 @dataclass(frozen=True)
 class Cell:
-    """One piece of work. Two cells with equal specs are the same cell, whatever grid they stand in.
+    """One piece of work. Cells with equal specs (and the label that follows from it) are the same, whatever grid they stand in.
 
     Attributes:
         label: what people read, made from the spec alone.
@@ -26,6 +26,11 @@ class Cell:
     needs: tuple[str, ...] = ()
     row: dict[str, Any] = field(default_factory=dict, compare=False)
     cost: float = field(default=1.0, compare=False)
+
+    @property
+    def model(self) -> Any:
+        """What tells its model from others, for runners that keep one loaded; None = no matter."""
+        return self.row.get("model_id", self.row.get("model"))
 
     @cached_property
     def key(self) -> str:

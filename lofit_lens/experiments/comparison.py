@@ -5,7 +5,6 @@ split, once. Head selectors are compared in the same way, without a choice of se
 """
 
 import time
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -25,6 +24,8 @@ from lofit_lens.experiments.table import MethodTable
 from lofit_lens.experiments.tuning import spec_of, tune_method
 from lofit_lens.tasks.base import Task
 from lofit_lens.training.selectors import SELECTORS
+
+KEPT = "_lofit_lens_benches"  # attribute of a model: its workbenches
 
 
 @dataclass(frozen=True)
@@ -227,9 +228,6 @@ def _groups(wanted: Sequence[Method]) -> list[list[Method]]:
     return groups
 
 
-_benches: "weakref.WeakKeyDictionary[Any, dict[Any, Workbench]]" = weakref.WeakKeyDictionary()
-
-
 def _job(
     model: Any,
     load: dict[str, Any] | None,
@@ -244,10 +242,12 @@ def _job(
 
 
 def bench_of(model: Any, task: Task, n_train: int | None) -> Workbench:
-    """The workbench of a model and a task in this process, made once."""
-    kept = _benches.setdefault(model, {})
-    key = (task.name, task.data_hash, task.form, n_train)
-    if key not in kept:
+    """The workbench of a model and a task in this process, made once; it goes with the model."""
+    if (kept := getattr(model, KEPT, None)) is None:
+        kept = {}
+        object.__setattr__(model, KEPT, kept)
+    key = (task.name, task.form, n_train)
+    if key not in kept or kept[key].task != task:
         kept[key] = Workbench(model, task, n_train=n_train)
     return kept[key]
 
@@ -276,7 +276,7 @@ def _run(bench: Workbench, method: Method, settings: dict[str, Any], seed: int, 
     }  # fmt: skip
     root = options.out
     if root is not None and (found := load_run(root, spec)) is not None:
-        seconds, took = found[2]["fit_seconds"], found[2]["eval_seconds"]
+        seconds, took = (found[2].get(k, float("nan")) for k in ("fit_seconds", "eval_seconds"))
         return Run(seed, settings, found[0], fit_seconds=seconds, eval_seconds=took, **found[1]["run"])
     model = method.model(bench)
     fitted, seconds = bench.timed(lambda: method.fit(bench, settings, seed))

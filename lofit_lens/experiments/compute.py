@@ -22,7 +22,7 @@ from lofit_lens.experiments.store import Draft, Store
 from lofit_lens.experiments.tuning import Tuned, choose
 from lofit_lens.heads import HeadScores, HeadSet
 from lofit_lens.interventions import Intervention, load_adapter
-from lofit_lens.models import model_info
+from lofit_lens.models import ModelInfo, model_info
 from lofit_lens.tasks.base import Task
 from lofit_lens.training import TrainConfig, select_heads
 from lofit_lens.training.selectors import SELECTORS, bias_scores
@@ -35,6 +35,7 @@ class Context:
 
     Attributes:
         load: digest of a model's key -> arguments of `load_model`.
+        infos: digest of a model's key -> what it will be.
         tasks: digest of a task's key -> task.
         loaded: a model in memory, in place of all that `load` names; for one process.
         device: of the models, where the runner gives none.
@@ -42,10 +43,14 @@ class Context:
     """
 
     load: Mapping[str, Mapping[str, Any]]
+    infos: Mapping[str, ModelInfo]
     tasks: Mapping[str, Task]
     loaded: Any = None
     device: str | None = None
     track: str | None = None
+
+
+_silent: set[str] = set()  # trackers that failed in this process
 
 
 def compute(store: Store, cell: Cell, context: Any, device: str | None) -> None:
@@ -74,19 +79,18 @@ def compute(store: Store, cell: Cell, context: Any, device: str | None) -> None:
 
 
 def _bench(cell: Cell, context: Context, device: str | None) -> Workbench:
-    wanted = cell.spec["model"]
-    model = context.loaded
+    key = io.digest(cell.spec["model"])
+    model, planned = context.loaded, context.infos[key]
     if model is None:
-        load = dict(context.load[io.digest(wanted)])
+        load = dict(context.load[key])
         model = kept_model(load.pop("name"), device=device or context.device, **load)
-    if (found := model_key(model_info(model))) != wanted:
+    if (found := model_key(model_info(model))) != model_key(planned):
         raise ModelError(
-            f"the model that was loaded ({found}) is not the one that was planned ({wanted}); name its class in the grid "
-            "(backend: bridge), or plan the grid anew if the files have changed"
+            f"the model that was loaded ({found}) is not the one that was planned ({model_key(planned)}); name its class in the "
+            "grid (backend: bridge), or plan the grid anew if the files have changed"
         )
     task = context.tasks[io.digest(cell.spec["task"])] if "task" in cell.spec else next(iter(context.tasks.values()))
-    n_train = cell.spec.get("n_train")
-    return bench_of(model, task, n_train)
+    return bench_of(model, task, cell.spec.get("n_train"))
 
 
 @dataclass
@@ -152,6 +156,8 @@ def _trial(job: _Job) -> None:
 
 def _fitted(job: _Job, settings: Mapping[str, Any]) -> Intervention | None:
     spec, bench = job.spec, job.bench
+    if spec["config"] is not None:  # all of it: the preset may be another where the model has another name
+        settings = {**spec["config"], "betas": tuple(spec["config"]["betas"]), **settings}
     bench.training = Training(job.checkpoint, job.steps)
     try:
         if spec["method"] != LOFIT:

@@ -9,8 +9,10 @@
 Nothing is loaded but the data: a model is known by its configuration (`models.planned_info`).
 """
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from lofit_lens import io
@@ -50,7 +52,7 @@ class Setting:
         tasks: by name, as the grid lists them.
         others: tasks that are tested only.
         texts: digest of the ordinary texts; empty = none.
-        versions: of the libraries that a result depends on, cut to what may change it.
+        files: as `model_key`.
     """
 
     grid: Grid
@@ -58,6 +60,17 @@ class Setting:
     tasks: Mapping[str, Task]
     others: Mapping[str, Task] = field(default_factory=dict)
     texts: str = ""
+    files: str = ""
+
+    @cached_property
+    def model_key(self) -> dict[str, Any]:
+        """Key of the model."""
+        return model_key(self.info, self.files)
+
+    @cached_property
+    def task_keys(self) -> dict[str, dict[str, Any]]:
+        """Key of every task."""
+        return {name: task_key(task) for name, task in (*self.tasks.items(), *self.others.items())}
 
     @property
     def n_heads(self) -> int:
@@ -69,22 +82,60 @@ class Setting:
         return Outline.of(self.info, self.tasks[task])
 
 
-def model_key(info: ModelInfo) -> dict[str, Any]:
-    """What of a model can change a result: weights, class, dtype; not where they lie."""
+def model_key(info: ModelInfo, files: str = "") -> dict[str, Any]:
+    """What of a model can change a result: weights, configuration and tokenizer, class, dtype; not where they lie.
+
+    Args:
+        info: of the model.
+        files: digest of a local folder's configuration and tokenizer (`models.folder_digest`), or of a model in memory.
+    """
     weights = info.revision if (info.revision or "").startswith("sha256:") else f"{info.name}@{info.revision}"
     return {
-        "weights": weights, "backend": info.backend, "processed": info.processed, "dtype": info.dtype,
+        "weights": weights, "files": files, "backend": info.backend, "processed": info.processed, "dtype": info.dtype,
         "heads": [info.n_layers, info.n_heads],
     }  # fmt: skip
 
 
 def task_key(task: Task) -> dict[str, Any]:
-    """What of a task can change a result."""
-    grade = "" if task.grade is None else f"{task.grade.__module__}.{getattr(task.grade, '__qualname__', '')}"
+    """What of a task can change a result: its rows in training and test form, and how answers are graded.
+
+    Raises:
+        InputError: a grader that is not known by a name and its source.
+    """
+    rows = {
+        name: {split: [repr(e) for e in listed] for split, listed in form.items()}
+        for name, form in (("training", task.training), ("test", task.test))
+    }
     return {
-        "name": task.name, "form": task.form, "data_hash": task.data_hash, "objective": task.objective, "metric": task.metric,
-        "max_new_tokens": task.max_new_tokens, "grade": grade,
+        "name": task.name, "form": task.form, "objective": task.objective, "metric": task.metric,
+        "max_new_tokens": task.max_new_tokens, "data": io.digest([rows, sorted(task.leaked), task.n_train]),
+        "grade": _grader(task),
     }  # fmt: skip
+
+
+def _grader(task: Task) -> str:
+    """A grader's name; outside the library its source too, since it may change under its name."""
+    grade: Any = task.grade
+    if grade is None:
+        return ""
+    name = f"{getattr(grade, '__module__', '')}.{getattr(grade, '__qualname__', '')}"
+    if name.startswith("lofit_lens."):
+        return name
+    if (
+        not inspect.isfunction(grade)
+        or name.endswith("<lambda>")
+        or grade.__closure__
+        or grade.__defaults__
+        or grade.__kwdefaults__
+    ):
+        raise InputError(
+            f"the grader of {task.name} is {grade!r}: a run is named by all that can change it, so a grader in a grid must be a "
+            "function (def) that takes nothing from around it and has no defaults"
+        )
+    try:
+        return f"{name}:{io.digest(inspect.getsource(grade))[:16]}"
+    except OSError as e:
+        raise InputError(f"the source of the grader {name} cannot be read; put it into a file") from e
 
 
 def versions_key() -> dict[str, str]:
@@ -126,9 +177,12 @@ class _Maker:
     def add(self, label: Sequence[object], spec: dict[str, Any], needs: Sequence[str], row: dict[str, Any]) -> Cell:
         """The cell; what is there already is not made twice."""
         kind, info = spec["kind"], self.setting.info
-        whole = {"cell": 1, **spec, "model": model_key(info), "needs": list(needs), "versions": versions_key()}
+        whole = {"cell": 1, **spec, "model": self.setting.model_key, "needs": list(needs), "versions": versions_key()}
         text = " ".join(str(part) for part in label if part not in ("", None))
-        row = {"model": info.name, "backend": info.backend, "dtype": info.dtype, **row, "kind": kind}
+        row = {
+            "model": info.name, "model_id": io.digest(self.setting.model_key)[:8], "backend": info.backend, "dtype": info.dtype,
+            **row, "kind": kind,
+        }  # fmt: skip
         cost = COST[kind] * (CHEAP.get(row.get("method", ""), 1.0) if kind in ("fit", "trial") else 1.0)
         cell = Cell(text, whole, tuple(needs), row, cost)
         return self.cells.setdefault(cell.name, cell)
@@ -151,10 +205,10 @@ class _Maker:
             base = outline.preset.select if selection.by == "A-norm" else outline.preset.tune
             config = _changed(base, selection.settings)
         spec = {
-            "kind": "scores", "task": task_key(data), "by": selection.by, "seed": seed, "n_train": _rows(data, n, seed),
-            "config": config and config.to_dict(), "among": among,
+            "kind": "scores", "task": self.setting.task_keys[task], "by": selection.by, "seed": seed,
+            "n_train": _rows(data, n, seed), "config": config and config.to_dict(), "among": among,
         }  # fmt: skip
-        row = {"task": task, "heads_from": name, "seed": seed, "n_train": n}
+        row = {"task": task, "heads_from": name, "seed": seed, "n_train": None if selection.n_train else n}
         label = (task, selection.by, among and f"of {among['k']}", n and f"n{n}", f"seed{seed}")
         return self.add(label, spec, needs, row)
 
@@ -175,7 +229,7 @@ class _Maker:
     def _fits(self, run: Run, method: str, task: str, n_train: int | None) -> Iterator[Cell]:
         seeds = run.seeds or self.setting.grid.seeds
         if method != LOFIT:
-            for seed in seeds[:1] if method == ZERO else seeds:
+            for seed in (0,) if method == ZERO else seeds:
                 yield self._fit(run, method, task, n_train, seed, {})
             return
         outline = self.setting.outline(task)
@@ -194,10 +248,19 @@ class _Maker:
                         for seed in seeds:
                             scores = self.scores(heads, source, seed, n_train if source == task else None)
                             what = {"heads_from": heads, "source": source, "k": k}
+                            self._enough(heads, scores, k)
                             chosen = {"cell": scores.name, "k": k}
                             yield self._fit(run, method, task, n_train, seed, what, chosen)
                 if heads == ALL:
                     break
+
+    def _enough(self, name: str, scores: Cell, k: int) -> None:
+        """A selection among k heads has no more to give."""
+        among = scores.spec["among"]
+        if among is not None and k > among["k"]:
+            raise InputError(
+                f"{k} heads are asked of the selection {name}, which scores {among['k']}; raise its among_k"
+            )
 
     def _sources(self, run: Run, task: str) -> list[str]:
         found: list[str] = []
@@ -252,7 +315,7 @@ class _Maker:
         if method not in (ZERO, *STEERED):
             config = _changed(training_config(method, outline, {}), settings).to_dict()
         return {
-            "task": task_key(data), "method": method, "seed": seed,
+            "task": self.setting.task_keys[task], "method": method, "seed": seed,
             "n_train": None if method == ZERO else _rows(data, n_train, seed), "settings": dict(settings), "config": config,
             "heads": heads, "k": outline.preset.k if method == "ITI" else None, "batch_size": self.setting.grid.batch_size,
         }  # fmt: skip
@@ -298,9 +361,10 @@ class _Maker:
     def _tests(self, run: Run, fit: Cell, task: str) -> None:
         grid = self.setting.grid
         if run.tested and (fit.row["method"] != ZERO or task == next(iter(self.setting.tasks))):
-            for name, other in self.setting.others.items():
+            for name in self.setting.others:
                 spec = {
-                    "kind": "test", "fit": fit.name, "task": task_key(other), "limit": grid.limit, "batch_size": grid.batch_size,
+                    "kind": "test", "fit": fit.name, "task": self.setting.task_keys[name], "limit": grid.limit,
+                    "batch_size": grid.batch_size,
                 }  # fmt: skip
                 self.add((fit.label, "on", name), spec, [fit.name], {**fit.row, "tested": name})
         if run.damage and self.setting.texts and fit.row["method"] != ZERO:

@@ -7,8 +7,8 @@ A store may hold several grids; what they share is computed once. `load_results(
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,13 @@ from lofit_lens.errors import InputError
 from lofit_lens.evaluation.texts import load_texts
 from lofit_lens.experiments.cells import Cell
 from lofit_lens.experiments.compute import Context, compute
-from lofit_lens.experiments.expand import Setting, expand, model_key, task_key
+from lofit_lens.experiments.expand import Setting, expand
 from lofit_lens.experiments.methods import METHODS, Outline, Workbench
 from lofit_lens.experiments.paper import grid_named, known_grids
-from lofit_lens.experiments.runner import Executor, Report, run_cells
+from lofit_lens.experiments.runner import Executor, Report, Work, run_cells
 from lofit_lens.experiments.specs import Grid, ModelSpec, TaskSpec, read_grid
 from lofit_lens.experiments.store import Store
-from lofit_lens.models import ModelInfo, model_info, planned_info
+from lofit_lens.models import ModelInfo, fingerprint, folder_digest, model_info, planned_info
 from lofit_lens.tasks import Task, load_task
 from lofit_lens.training.trackers import tracker
 
@@ -84,16 +84,21 @@ def plan_grid(
         wanted = grid.texts is not None and any(run.damage for run in grid.runs)
         texts = list(islice(load_texts(str(grid.texts)), grid.n_texts)) if wanted else []
     digest = io.digest(list(texts)) if texts else ""
-    planned = Planned([], Context({}, {io.digest(task_key(t)): t for t in (*named.values(), *others.values())}))
     load: dict[str, dict[str, Any]] = {}
+    infos: dict[str, ModelInfo] = {}
     cells: dict[str, Cell] = {}
+    records: dict[str, dict[str, Any]] = {}
+    by_key: dict[str, Task] = {}
     for spec in map(_placed, grid.model) if model is None else (None,):
         info = _info(grid, spec) if spec is not None else model_info(model)
-        setting = Setting(grid, info, named, others, digest)
+        files = folder_digest(spec.name) if spec is not None else fingerprint(model)
+        setting = Setting(grid, info, named, others, digest, files)
+        key = io.digest(setting.model_key)
+        infos[key] = info
+        by_key |= {io.digest(setting.task_keys[name]): task for name, task in (*named.items(), *others.items())}
         if spec is not None:
-            load[io.digest(model_key(info))] = {
-                "name": spec.name, "backend": info.backend, "dtype": spec.dtype, "revision": spec.revision,
-            }  # fmt: skip
+            commit = info.revision if info.revision and not info.revision.startswith("sha256:") else spec.revision
+            load[key] = {"name": spec.name, "backend": info.backend, "dtype": spec.dtype, "revision": commit}
         elif any("LoRA" in run.method for run in grid.runs):
             METHODS["LoRA"].model(
                 Workbench(model, next(iter(named.values())))
@@ -101,9 +106,14 @@ def plan_grid(
         mine = expand(setting)
         cells |= {cell.name: cell for cell in mine}
         name = grid.name if model is not None or len(grid.model) == 1 else f"{grid.name} {info.name}"
-        planned.records[name] = _record(setting, mine, digest)
-    context = replace(planned.context, load=load, loaded=model, device=device, track=track)
-    return Planned(list(cells.values()), context, planned.records, tuple(texts))
+        if name in records:
+            name = f"{name} {info.backend} {info.dtype}"
+        records[name] = _record(setting, mine, digest)
+    context = Context(load, infos, by_key, model, device, track)
+    return Planned(list(cells.values()), context, records, tuple(texts))
+
+
+Place = Callable[[Store, Work, Any], Executor]
 
 
 def run_grid(
@@ -116,7 +126,7 @@ def run_grid(
     texts: Sequence[str] | None = None,
     workers: int = 1,
     devices: Sequence[str] | None = None,
-    executor: Executor | None = None,
+    executor: Place | None = None,
     retries: int = 1,
     device: str | None = None,
     track: str | None = None,
@@ -133,7 +143,8 @@ def run_grid(
         texts: ordinary texts in place of the grid's.
         workers: processes, each on one CPU thread; 1 = this process.
         devices: of the workers, in turn, e.g. `["cuda:0", "cuda:1"]`; None = `device`.
-        executor: another place to compute, e.g. a `RayExecutor`.
+        executor: makes another place to compute from store, work and context, e.g. `RayExecutor`, or
+            `functools.partial(RayExecutor, address="auto", gpus=1)`.
         retries: further tries of a cell that failed for a reason that may pass.
         device: of the models; None = CUDA where there is one, else the CPU.
         track: `"wandb"` or `"tensorboard"` reads the steps of training.
@@ -157,8 +168,9 @@ def run_grid(
     )
     kept = Store(store)
     write_plan(kept, planned)
+    where = None if executor is None else executor(kept, compute, planned.context)
     return run_cells(
-        kept, planned.cells, compute, planned.context, executor=executor, workers=workers, devices=devices, retries=retries,
+        kept, planned.cells, compute, planned.context, executor=where, workers=workers, devices=devices, retries=retries,
         progress=progress,
     )  # fmt: skip
 

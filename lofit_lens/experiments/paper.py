@@ -33,11 +33,17 @@ BLOCKS: dict[str, tuple[Run, ...]] = {
 }
 SCORES_ALONE = ("fig3", "stability")  # no run is needed, head scores suffice
 PARTS = tuple(BLOCKS)
-# The models of the paper, in the precision of its runs, and its three tasks.
-LLAMA_7B = ModelSpec(name="meta-llama/Llama-2-7b-hf")
-LLAMA_13B = ModelSpec(name="meta-llama/Llama-2-13b-hf", dtype="bfloat16")
-GEMMA = ModelSpec(name="google/gemma-7b", dtype="bfloat16")
-MODELS = {"table1": (GEMMA, LLAMA_7B, LLAMA_13B), "fig3": (GEMMA, LLAMA_7B, LLAMA_13B)}
+# The models of the paper, in the precision of its runs, and its three tasks. All on the bridge, which LoRA needs, so that all
+# parts share their runs.
+LLAMA_7B = ModelSpec(name="meta-llama/Llama-2-7b-hf", backend="bridge")
+LLAMA_13B = ModelSpec(name="meta-llama/Llama-2-13b-hf", backend="bridge", dtype="bfloat16")
+GEMMA = ModelSpec(name="google/gemma-7b", backend="bridge", dtype="bfloat16")
+ALL_MODELS = (GEMMA, LLAMA_7B, LLAMA_13B)
+MODELS: dict[str, tuple[ModelSpec, ...]] = {
+    "table1": ALL_MODELS,
+    "fig3": ALL_MODELS,
+    "all": ALL_MODELS,
+}  # others: Llama-2-7B
 PAPER_TASKS = (TaskSpec(name="truthfulqa", fold=0), TaskSpec(name="mquake"), TaskSpec(name="clutrr"))
 OUT_OF_DOMAIN = ("triviaqa", "nq", "mmlu")
 
@@ -106,7 +112,10 @@ def _with(run: Run, *, draws: int, tune: bool, fresh: bool) -> Run:
 
 def known_grids() -> dict[str, str]:
     """Names of the grids that come with the library, each with what it is."""
-    named = {f"paper/{p}": f"{p} on the paper's models and tasks" for p in (*PARTS, "all")}
+    named = {
+        f"paper/{p}": f"{p} on {', '.join(m.name for m in MODELS.get(p, (LLAMA_7B,)))}; TruthfulQA, MQuAKE, CLUTRR"
+        for p in (*PARTS, "all")
+    }
     return {**named, **{f"organism/{p}": f"{p} on the embedded model's three tasks" for p in (*PARTS, "all")}}
 
 

@@ -4,6 +4,7 @@ So a result does not depend on the number of processes: sums over many threads m
 """
 
 import contextlib
+import gc
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -11,9 +12,11 @@ from typing import Any
 
 import torch
 
+from lofit_lens.errors import InputError
 from lofit_lens.models import load_model
 
 _loaded: dict[tuple[Any, ...], Any] = {}
+_refused: dict[tuple[Any, ...], InputError] = {}  # models that cannot be loaded, not to be read again for every cell
 
 
 def kept_model(
@@ -26,9 +29,18 @@ def kept_model(
 ) -> Any:
     """The model of that name, loaded once a process; another one takes its place."""
     key = (name, backend, dtype, device, revision)
+    if key in _refused:
+        raise _refused[key]
     if key not in _loaded:
         _loaded.clear()
-        _loaded[key] = load_model(name, backend=backend, dtype=dtype, device=device, revision=revision)
+        gc.collect()  # the old model holds itself in circles
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        try:
+            _loaded[key] = load_model(name, backend=backend, dtype=dtype, device=device, revision=revision)
+        except InputError as e:
+            _refused[key] = e
+            raise
     return _loaded[key]
 
 

@@ -12,6 +12,7 @@ import platform
 import socket
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ class RayExecutor:
         address: of the cluster, `"auto"` or `"HOST:PORT"`; None = the one of RAY_ADDRESS, else Ray is started on this
             machine for this run. A Ray that this process has initialised already is used as it is.
         cpus: CPUs a cell.
-        gpus: GPUs a cell; at 0.5 two cells share one.
+        gpus: GPUs a cell; at 0.5 two cells share one. None = 1 where the cluster has GPUs, else 0. A cell without one is computed
+            on the CPU.
         slots: cells at a time, at most; None = as many as the cluster has room for.
         max_retries: further tries of a cell whose node or process died.
 
@@ -59,26 +61,42 @@ class RayExecutor:
     """
 
     def __init__(
-        self, store: Store, work: Work, context: Any, *, address: str | None = None, cpus: float = 1.0, gpus: float = 0.0,
+        self, store: Store, work: Work, context: Any, *, address: str | None = None, cpus: float = 1.0, gpus: float | None = None,
         slots: int | None = None, max_retries: int = 3,
     ) -> None:  # fmt: skip
-        if cpus < 0 or gpus < 0 or cpus + gpus == 0 or (slots is not None and slots < 1) or max_retries < 0:
+        if (
+            cpus < 0
+            or (gpus or 0) < 0
+            or cpus + (gpus or 0) == 0
+            or (slots is not None and slots < 1)
+            or max_retries < 0
+        ):
             raise InputError(
                 f"a cell needs some CPU or GPU, one slot or more and 0 retries or more; got cpus={cpus}, gpus={gpus}, "
                 f"slots={slots}, max_retries={max_retries}"
             )
         self._ray = _ray()
-        self._cpus, self._gpus, self._most = cpus, gpus, slots
+        self._most = slots
         self._running: dict[Any, Cell] = {}  # by the task's reference
         self._ours = not self._ray.is_initialized()
         self._probe = store.root / f".seen-by-{uuid.uuid4().hex[:12]}"
         if self._ours:
             _connect(self._ray, address)
         try:
+            if gpus is None:
+                gpus = 1.0 if self._ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
+            self._cpus, self._gpus = cpus, gpus
             io.write_text(self._probe, "every node of the cluster must see this file\n")
             setting = _Setting(store, work, context, str(self._probe), _versions())
-            self._shared = [self._ray.put(setting)]  # in a list: a task gets the reference, not a copy of its own
-            self._task = self._ray.remote(_compute).options(num_cpus=cpus, num_gpus=gpus, max_retries=max_retries)
+            try:
+                self._shared = [self._ray.put(setting)]  # in a list: a task gets the reference, not a copy of its own
+            except TypeError as e:
+                raise InputError(f"the work or its context cannot be sent to other nodes ({_first_line(e)})") from e
+            # A process sees all GPUs of its node and takes the one that it is given, which may be another one at the next cell.
+            seen = {"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}} if gpus else None
+            self._task = self._ray.remote(_compute).options(
+                num_cpus=cpus, num_gpus=gpus, max_retries=max_retries, runtime_env=seen
+            )
             self._count()
             self._check_nodes(setting)
         except BaseException:
@@ -234,8 +252,17 @@ def _compute(shared: list[Any], cell: Cell) -> Outcome | str:
     complaint = _complaint(setting.probe, setting.versions)
     if complaint:
         return complaint
-    device = "cuda" if ray.get_gpu_ids() else None
+    device = _device(ray.get_gpu_ids(), os.environ.get("CUDA_VISIBLE_DEVICES"))
     return attempt(setting.store, cell, setting.work, setting.context, device, whole_process=True)
+
+
+def _device(given: Sequence[Any], visible: str | None) -> str:
+    """The first GPU that Ray gives a task, by its place among those that the process sees; the CPU without one."""
+    if not given:
+        return "cpu"
+    places = [name.strip() for name in visible.split(",")] if visible else []
+    first = str(given[0])
+    return f"cuda:{places.index(first) if first in places else first}"
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,6 +1,6 @@
 """What a store of grids holds, read for figures and tables; nothing is trained here."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -231,6 +231,8 @@ def load_results(folder: str | Path, *, grids: Sequence[str] | None = None, mode
             ask for the same runs with other settings or test rows.
     """
     folder = Path(folder)
+    if (folder / "study.json").is_file():
+        raise DataError(f"{folder} is a study of an earlier version; run its grid again, into a new folder")
     if not (folder / "store.json").is_file():
         raise DataError(
             f"{folder} holds no study (no store.json); run one first: lofit-lens grid organism/all --store {folder}"
@@ -246,8 +248,10 @@ def load_results(folder: str | Path, *, grids: Sequence[str] | None = None, mode
         path = store.folder(name)
         if row["kind"] == "scores":
             if row["n_train"] is None:
-                found = HeadScores.load(path / "scores.json")
-                scores[row["task"], row["heads_from"], row["seed"]] = found
+                key = (row["task"], row["heads_from"], row["seed"])
+                if key in scores:
+                    raise _several(folder, f"head scores of {key[0]} by {key[1]} (seed {key[2]})", records)
+                scores[key] = HeadScores.load(path / "scores.json")
             continue
         run = store.read(name)
         if row["kind"] == "damage":
@@ -271,15 +275,19 @@ def load_results(folder: str | Path, *, grids: Sequence[str] | None = None, mode
     twice = frame.duplicated(list(ASKED))
     if twice.any():
         first = frame.loc[twice].iloc[0]
-        raise InputError(
-            f"{folder} holds {first['method']} on {first['task']} (seed {first['seed']}) with several settings, from the grids "
-            f"{', '.join(records)}; say which are wanted (grids=[...], --grid)"
-        )
+        raise _several(folder, f"{first['method']} on {first['task']} (seed {first['seed']})", records)
     ordered = dict(sorted(scores.items(), key=lambda item: (list(record["tasks"]).index(item[0][0]), item[0][1:])))
     whole = {**record, "damage": damage}
     return Results(
         folder, whole, ModelInfo(**record["model"]), tuple(record["tasks"]), frame, tuple(evaluations), tuple(folders), ordered
     )  # fmt: skip
+
+
+def _several(folder: Path, what: str, grids: Iterable[str]) -> InputError:
+    return InputError(
+        f"{folder} holds {what} with several settings, from the grids {', '.join(grids)}; say which are wanted (grids=[...], "
+        "--grid). Tables and figures take one value of each setting; all runs are in Store(...).index()"
+    )
 
 
 def _records(store: Store, grids: Sequence[str] | None, model: str | None) -> dict[str, dict[str, Any]]:

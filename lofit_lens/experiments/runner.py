@@ -109,7 +109,12 @@ def run_cells(
             f"a run needs 1 worker or more, 0 retries or more, and devices, if any; got workers={workers}, retries={retries}, "
             f"devices={devices}"
         )
-    by_name = checked(cells, store.done)
+    try:
+        by_name = checked(cells, store.done)
+    except InputError:
+        if executor is not None:
+            executor.close()
+        raise
     there = {name for name in by_name if store.done(name)}
     here = executor is None and workers == 1
     if executor is None:
@@ -176,7 +181,7 @@ class _Run:
             if self.store.done(cell.name):  # by another runner
                 self._finish(Outcome(cell.name, "there"))
                 continue
-            model = cell.row.get("model")
+            model = cell.model
             if model in self.loaded:
                 self.loaded.remove(model)
             elif self.loaded and len(self.loaded) + len(self.running) >= self.executor.slots:
@@ -188,7 +193,7 @@ class _Run:
     def _take_in(self, outcome: Outcome) -> None:
         name = outcome.name
         self.running.remove(name)
-        self.loaded.append(self.cells[name].row.get("model"))
+        self.loaded.append(self.cells[name].model)
         self.tally.end(name)
         if outcome.state in ("done", "there"):
             self._finish(outcome)

@@ -58,7 +58,7 @@ def save_run(
         InputError: the folder is no store, or cannot be written to.
     """
     store, cell = Store(root), _cell(spec)
-    with store.new(cell) as draft:
+    with store.claim(cell.name), store.new(cell) as draft:
         result.write_into(draft.path)
         if scores is not None:
             scores.save(draft.path / "scores.json")

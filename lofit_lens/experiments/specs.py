@@ -14,11 +14,12 @@
 A list in `method`, `heads`, `k` or `n_train` means one run for each.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import pydantic
 import yaml
@@ -37,6 +38,8 @@ GRID_METHODS = (LOFIT, *(m for m in METHODS if not m.startswith((LOFIT, "random"
 OWN, OTHERS, EVERY = "own", "others", "every"
 RANDOM, ALL = "random", "all"
 PRESET, CHOSEN = "preset", "chosen"
+MANY = 10**9  # heads, where the model is not known yet
+WHOLE = ("epochs", "batch_size", "max_steps")  # settings that count
 
 
 def _listed(value: Any) -> Any:
@@ -48,16 +51,35 @@ Texts = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_listed), Field(min_length=1)]
 
 
-def _number(value: Any) -> Any:
-    """YAML reads 1e-3 as text."""
-    with suppress(ValueError):
-        value = float(value) if isinstance(value, str) else value
-    if not isinstance(value, int | float):
-        raise ValueError(f"is {value!r}; give a number")
-    return value
+def _numbers(value: Any) -> Any:
+    """Settings as numbers: YAML reads 1e-3 as text, and 15 and 15.0 are one value."""
+    if not isinstance(value, Mapping):
+        return value
+    found = {}
+    for name, given in value.items():
+        number = given
+        with suppress(ValueError):
+            number = float(given) if isinstance(given, str) else given
+        if (
+            isinstance(number, bool)
+            or not isinstance(number, int | float)
+            or not math.isfinite(number)
+            or name == "betas"
+        ):
+            raise ValueError(f"{name} is {given!r}; give a number")
+        if name in WHOLE and number != int(number):
+            raise ValueError(f"{name} is {given!r}; give a whole number")
+        found[str(name)] = int(number) if name in WHOLE else float(number)
+    return found
 
 
-Settings = dict[str, Annotated[Any, BeforeValidator(_number)]]
+def _preset_or_numbers(value: Any) -> Any:
+    if isinstance(value, str) and value not in (PRESET, CHOSEN):
+        raise ValueError(f"is {value!r}; give {PRESET}, {CHOSEN}, or values, e.g. {{lr: 0.01}}")
+    return _numbers(value)
+
+
+Settings = Annotated[dict[str, int | float], BeforeValidator(_numbers)]
 
 
 class Spec(pydantic.BaseModel):
@@ -134,7 +156,7 @@ class Selection(Spec):
         for setting in self.settings:
             if setting not in TRAINED:
                 raise InputError(f"settings: {no_field(setting, TRAINED)}")
-        heads_of(self.among_k, 1, 1000)
+        heads_of(self.among_k, 1, MANY)
         return self
 
 
@@ -160,7 +182,7 @@ class Run(Spec):
     of: Texts = (OWN,)
     k: Annotated[tuple[int | str, ...], BeforeValidator(_listed)] = ("K",)
     n_train: Annotated[tuple[Annotated[int, Field(ge=1)] | None, ...], BeforeValidator(_listed)] = (None,)
-    settings: Literal["preset", "chosen"] | Settings = PRESET
+    settings: Annotated[str | dict[str, int | float], BeforeValidator(_preset_or_numbers)] = PRESET
     draws: Annotated[int, Field(ge=1)] = 5
     seeds: Seeds | None = None
     tested: bool = False
@@ -175,7 +197,7 @@ class Run(Spec):
                 if setting not in setting_names(name):
                     raise InputError(f"settings of {name}: {no_field(setting, setting_names(name))}")
         for k in self.k:
-            heads_of(k, 1, 1000)
+            heads_of(k, 1, MANY)
         return self
 
 

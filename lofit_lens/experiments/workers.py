@@ -68,10 +68,10 @@ class LocalExecutor:
         for worker in [w for w in self._workers if w.cell is None and not w.process.is_alive()]:
             self._drop(worker)
         free = [w for w in self._workers if w.cell is None]
-        worker = next((w for w in free if w.model == cell.row.get("model")), None)
+        worker = next((w for w in free if w.model == cell.model), None)
         if worker is None:
             worker = self._start() if len(self._workers) < self.slots else free[0]
-        worker.cell, worker.model = cell, cell.row.get("model")
+        worker.cell, worker.model = cell, cell.model
         if worker.ready:
             self._send(worker, cell)
 

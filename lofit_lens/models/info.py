@@ -30,8 +30,8 @@ def bridge_class() -> type:
 class ModelInfo:
     """What a model is and how it was loaded; stored in every adapter and result.
 
-    `revision` is the hub's commit hash, or `sha256:...` of a local folder's weights (`sha256:sample:...` of large ones), or None if
-    unknown.
+    `revision` is the hub's commit hash, or `sha256:...` of a local folder's weights (`sha256:sample:...` of large ones), or None
+    if unknown.
     `processed` tells whether TransformerLens changed the weights.
     """
 

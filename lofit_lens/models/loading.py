@@ -2,8 +2,6 @@
 
 import contextlib
 import copy
-import functools
-import hashlib
 import json
 import logging
 import tempfile
@@ -17,6 +15,7 @@ import torch
 from lofit_lens import io
 from lofit_lens.errors import InputError, ModelError, unknown
 from lofit_lens.models.hooks import frozen
+from lofit_lens.models.identity import weights_revision
 from lofit_lens.models.info import bridge_class, hooked_class, model_info
 
 logger = logging.getLogger(__name__)
@@ -29,8 +28,6 @@ HOOKED_ARCHITECTURES = frozenset({
     "GPTNeoXForCausalLM", "GPT2LMHeadModel", "OPTForCausalLM", "GPTJForCausalLM", "BloomForCausalLM",
     "Phi3ForCausalLM",
 })  # fmt: skip
-FULL_HASH_LIMIT = 2**30  # bytes of local weights up to which a folder's revision is their SHA-256
-SAMPLE = 2**20  # bytes of each piece that stands for larger ones
 
 
 def load_model(
@@ -198,40 +195,6 @@ def _first_line(e: Exception) -> str:
     text = str(e).strip()
     line = text.splitlines()[0] if text else type(e).__name__
     return line if len(line) <= 300 else line[:297] + "..."
-
-
-def weights_revision(source: Any, revision: str | None) -> str | None:
-    """The hub's commit hash, or a checksum of a local folder's weights: of all bytes up to `FULL_HASH_LIMIT`, else of a sample."""
-    if source is None:
-        return None
-    path = Path(source)
-    if path.is_dir():
-        files = [(f, f.stat()) for f in sorted(path.glob("*.safetensors"))]
-        if not files:
-            return None
-        whole = sum(stat.st_size for _, stat in files) <= FULL_HASH_LIMIT
-        found = [(_digest if whole else _sample)(f, stat.st_size, stat.st_mtime_ns) for f, stat in files]
-        return ("sha256:" if whole else "sha256:sample:") + io.digest(found)
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = try_to_load_from_cache(str(source), "config.json", revision=revision)
-    return Path(cached).parent.name if isinstance(cached, str) else None
-
-
-@functools.cache  # a grid asks for the same folder again and again
-def _digest(path: Path, size: int, changed: int) -> str:
-    return io.file_digest(path)
-
-
-@functools.cache
-def _sample(path: Path, size: int, changed: int) -> str:
-    """SHA-256 of a file's size, its front (names and shapes of all tensors) and 64 further pieces of 1 MiB, evenly spaced."""
-    found = hashlib.sha256(str(size).encode())
-    with path.open("rb") as f:
-        for i in range(65):
-            f.seek(i * max(0, size - SAMPLE) // 64)
-            found.update(f.read(SAMPLE))
-    return found.hexdigest()
 
 
 def _load_hf(source: Any, revision: str | None, dtype: torch.dtype) -> Any:

@@ -7,8 +7,9 @@ import torch
 
 from lofit_lens import io
 from lofit_lens.errors import unknown
+from lofit_lens.models.identity import weights_revision
 from lofit_lens.models.info import ModelInfo
-from lofit_lens.models.loading import BACKENDS, hooked_config, located, on_hooked, read_config, weights_revision
+from lofit_lens.models.loading import BACKENDS, hooked_config, located, on_hooked, read_config
 
 
 def planned_info(

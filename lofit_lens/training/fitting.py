@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lofit_lens import io
 from lofit_lens.errors import InputError, TrainingDiverged
 from lofit_lens.interventions.base import AdapterMeta
-from lofit_lens.models import ALL, frozen, model_info
+from lofit_lens.models import ALL, ModelInfo, frozen, model_info
 from lofit_lens.tasks.base import Task
 from lofit_lens.training.config import TrainConfig
 from lofit_lens.training.loop import OnStep, train
@@ -72,7 +72,7 @@ def fit(
     )
     run = {
         "method": getattr(adapter, "method", type(adapter).__name__), "positions": str(positions), **(identity or {}),
-        "task": task.name, "data_hash": task.data_hash, "model": info.to_dict(),
+        "task": task.name, "data_hash": task.data_hash, "model": _weights(info),
     }  # fmt: skip
     wanted = [p for p in adapter.parameters() if p.requires_grad]
     with _kept(adapter), frozen(model):
@@ -86,6 +86,12 @@ def fit(
                 label=f"{label} {task.name}".strip(),
             )  # fmt: skip
     adapter.requires_grad_(False)
+
+
+def _weights(info: ModelInfo) -> dict[str, Any]:
+    """The model without its name where its weights are known: a folder may be moved between stop and resume."""
+    found = info.to_dict()
+    return {k: v for k, v in found.items() if k != "name"} if info.revision else found
 
 
 @contextlib.contextmanager
