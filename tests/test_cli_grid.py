@@ -6,6 +6,7 @@ import pytest
 
 from lofit_lens.cli import common
 from lofit_lens.experiments import compute
+from lofit_lens.experiments.ray_runner import _device
 from lofit_lens.experiments.store import Store
 from tests.test_cli import run as run_cli
 from tests.test_kills import grid_in
@@ -130,3 +131,11 @@ def test_known_grids_are_listed(shell):
     said = shell("--list")[1]
     assert "paper/fig2" in said
     assert "organism/all" in said
+
+
+def test_a_ray_task_takes_the_gpu_that_it_is_given():
+    """By its place among those that the process sees; the CPU without one."""
+    assert _device([], "0,1") == "cpu"
+    assert _device([2], None) == "cuda:2"
+    assert _device(["5"], "4,5,6") == "cuda:1"
+    assert _device([3], "3") == "cuda:0"

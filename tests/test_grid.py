@@ -5,6 +5,7 @@ import json
 import shutil
 import weakref
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -363,3 +364,39 @@ def test_random_heads_are_the_draws(llama, tmp_path):
         assert record["run"]["heads"] == str(heads)
         expected = tune_offsets(llama, KIN, heads, seed=d, progress=False)
         assert torch.equal(Lofit.from_pretrained(folder / "adapter", model=llama).v, expected.v)
+
+
+class Reader:
+    """A tracker that notes what it is told; it may fail at every step."""
+
+    started: ClassVar[list[str]] = []
+
+    def __init__(self, broken):
+        self.broken, self.steps, self.metrics = broken, 0, None
+
+    def start(self, name, config):
+        type(self).started.append(name)
+
+    def step(self, record):
+        self.steps += 1
+        if self.broken:
+            raise OSError("no network")
+
+    def finish(self, metrics):
+        self.metrics = metrics
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_trackers_read_what_trains(bridge_llama, tmp_path, monkeypatch, broken):
+    """Runs with steps alone are read, with their metrics at the end; a tracker that failed is not waited for again."""
+    made = []
+    monkeypatch.setattr(Reader, "started", [])
+    monkeypatch.setattr(computing, "_silent", set())
+    monkeypatch.setattr(computing, "tracker", lambda kind, folder: made.append(Reader(broken)) or made[-1])
+    grid = grid_of(Run(method="zero-shot"), Run(heads="random", draws=3), Run(method="ITI", settings={"alpha": 1}))
+    found = run(tmp_path, bridge_llama, grid, track="tensorboard")
+    assert len(found.computed) == 5
+    assert len(Reader.started) == (1 if broken else 3)
+    assert all("LoFiT" in name for name in Reader.started)
+    if not broken:
+        assert all(reader.steps > 0 and set(reader.metrics) == {"em"} for reader in made)

@@ -57,7 +57,7 @@ def grid(
 
     if listing:
         for known, what in known_grids().items():
-            c.console.print(f"{known:20} {what}")
+            c.console.print(f"{known:20} {what}", soft_wrap=True)
         return
     if name is None:
         raise InputError("give a grid's name (lofit-lens grid --list shows them) or a YAML file")

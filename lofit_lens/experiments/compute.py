@@ -22,7 +22,7 @@ from lofit_lens.experiments.store import Draft, Store
 from lofit_lens.experiments.tuning import Tuned, choose
 from lofit_lens.heads import HeadScores, HeadSet
 from lofit_lens.interventions import Intervention, load_adapter
-from lofit_lens.models import ModelInfo, model_info
+from lofit_lens.models import ModelInfo, device_of, model_info
 from lofit_lens.tasks.base import Task
 from lofit_lens.training import TrainConfig, select_heads
 from lofit_lens.training.selectors import SELECTORS, bias_scores
@@ -69,13 +69,14 @@ def compute(store: Store, cell: Cell, context: Any, device: str | None) -> None:
     """
     bench = _bench(cell, context, device)
     start = time.perf_counter()
-    kind = cell.spec["kind"]
-    reader = (
-        tracker(context.track, store.root / "track") if context.track and kind in ("scores", "fit", "trial") else None
-    )
+    reader = None
+    if context.track and cell.spec.get("config") and context.track not in _silent:
+        reader = tracker(context.track, store.root / "track")
     with tracked(reader, cell.name, cell.spec) as steps, store.new(cell) as draft:
-        KINDS[kind](_Job(store, cell, bench, draft, steps))
-        draft.timing["seconds"] = time.perf_counter() - start
+        KINDS[cell.spec["kind"]](_Job(store, cell, bench, draft, steps))
+        draft.timing |= {"seconds": time.perf_counter() - start, "device": str(device_of(bench.model))}
+    if context.track and reader is not None and steps.reader is None:
+        _silent.add(context.track)  # it failed; no further cell waits for it
 
 
 def _bench(cell: Cell, context: Context, device: str | None) -> Workbench:

@@ -31,6 +31,12 @@ BLOCKS: dict[str, tuple[Run, ...]] = {
     "fig5": (Run(heads=(OWN,), k=(1, "K", "3K", "20 %")),),
     "stability": (),
 }
+WHAT = {
+    "table1": "LoFiT beside zero-shot, ITI and RepE", "table2": "heads by other selectors",
+    "table3": "LoFiT beside LoRA, RED and LoReFT", "table5": "tuned adapters on other tasks and ordinary text",
+    "fig2": "offsets on other tasks' heads", "fig3": "layers of the chosen heads", "fig4": "accuracy by training examples",
+    "fig5": "accuracy by number of heads", "stability": "head selection with further seeds", "all": "all of these",
+}  # fmt: skip
 SCORES_ALONE = ("fig3", "stability")  # no run is needed, head scores suffice
 PARTS = tuple(BLOCKS)
 # The models of the paper, in the precision of its runs, and its three tasks. All on the bridge, which LoRA needs, so that all
@@ -112,11 +118,11 @@ def _with(run: Run, *, draws: int, tune: bool, fresh: bool) -> Run:
 
 def known_grids() -> dict[str, str]:
     """Names of the grids that come with the library, each with what it is."""
-    named = {
-        f"paper/{p}": f"{p} on {', '.join(m.name for m in MODELS.get(p, (LLAMA_7B,)))}; TruthfulQA, MQuAKE, CLUTRR"
-        for p in (*PARTS, "all")
-    }
-    return {**named, **{f"organism/{p}": f"{p} on the embedded model's three tasks" for p in (*PARTS, "all")}}
+    found = {}
+    for part in (*PARTS, "all"):
+        models = len(MODELS.get(part, (LLAMA_7B,)))
+        found[f"paper/{part}"] = f"{WHAT[part]} ({'Llama-2-7B' if models == 1 else 'Gemma-7B, Llama-2-7B and 13B'})"
+    return found | {f"organism/{part}": f"{WHAT[part]} (embedded model)" for part in (*PARTS, "all")}
 
 
 def grid_named(name: str) -> Grid:
