@@ -135,12 +135,12 @@ def test_a_lacking_part_is_said_and_the_rest_is_drawn(study_folder, tmp_path, ca
 def test_damaged_results_stop_it(study_folder, tmp_path):
     """A run whose items are cut off is named; no figure is drawn without it."""
     copy = shutil.copytree(study_folder, tmp_path / "study")
-    items = next((copy / "runs").glob("*")) / "items.jsonl"
+    folder = load_results(copy).folders[0]
+    items = folder / "items.jsonl"
     items.write_text("\n".join(items.read_text().splitlines()[:-1]) + "\n")
     with pytest.raises(DataError, match=r"items\.jsonl"):
         load_results(copy)
-    run = next((copy / "runs").glob("*")) / "run.json"
-    run.write_text(json.dumps({"kind": "something else"}))
+    (folder / "run.json").write_text(json.dumps({"kind": "something else"}))
     with pytest.raises(DataError, match=r"not a lofit_lens\.run record"):
         load_results(copy)
 

@@ -38,7 +38,7 @@ def test_five_kills_change_nothing(tmp_path):
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
     store = Store(tmp_path / "killed")
     assert [p for p in store.verify() if p.kind != "leftover"] == []
-    assert len(store.names()) == 23
+    assert store.names() == Store(tmp_path / "whole").names()
     store.collect_garbage(dry_run=False)
     assert not any((store.root / "drafts").iterdir())
     assert not any((store.root / "states").iterdir())

@@ -110,7 +110,7 @@ def test_a_grid_is_computed_once_and_as_locally(cluster, store, tmp_path):
     assert not ray.is_initialized()
     assert not list(store.root.glob(".seen-by-*"))
     local = Store(tmp_path / "local")
-    run_cells(local, cells, fake_work.work, "context", progress=False)
+    run_cells(local, cells, fake_work.work, "context", devices=["cpu"], progress=False)
     assert records(store) == records(local)
     again = run(store, cells, on(cluster, store, slots=1))
     assert (again.computed, len(again.there)) == ((), len(cells))
@@ -175,7 +175,7 @@ def test_a_worker_node_is_killed_half_way(joined, store, tmp_path):
     assert {c.label for c in cells} == set(done)
     assert not twice & {c.label for c in cells if c.name in killed[0]}
     local = Store(tmp_path / "local")
-    run_cells(local, cells, fake_work.work, "context", progress=False)
+    run_cells(local, cells, fake_work.work, "context", devices=["cpu"], progress=False)
     assert records(store) == records(local)
 
 
