@@ -45,7 +45,7 @@ test-unit: $(READY)
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 # Files of tests that load no model are left out: they ran in the other leg, and TransformerLens is nothing to them. So are the two
-# longest tests of what the embedded model shows (five minutes); its weights are the same.
+# longest tests of what the embedded model shows; its weights are the same.
 NO_MODEL := $(addprefix --ignore=tests/test_,$(addsuffix .py,stats overlap layer_shares stability sweeps transfer \
   plots_statistics report report_browser method_table io specs expand store runner ray kills))
 

@@ -4,8 +4,13 @@ import pytest
 import torch
 
 import lofit_lens as ll
+from lofit_lens.experiments import organism as organism_grid
+from lofit_lens.experiments.grid import run_grid
 from lofit_lens.experiments.organism import Cell, cue_patching, planted, run_cell, run_demo
+from lofit_lens.experiments.results import load_results
+from lofit_lens.experiments.specs import Grid, Run
 from lofit_lens.experiments.store import Store
+from lofit_lens.heads import HeadScores
 from lofit_lens.models import ORGANISM, hooked, logits_of
 from lofit_lens.organism.words import TASKS
 from lofit_lens.organism.world import rows, with_cue
@@ -115,17 +120,46 @@ def test_patching_moves_the_one_head(organism):
 @pytest.mark.slow
 def test_findings_of_the_embedded_model(tmp_path):
     """The promised picture: LoFiT far above zero-shot and random heads, own heads above others', planted heads found."""
-    found = run_demo(seeds=(0,), full=True, draws=2, workers=1, out=tmp_path, progress=False)
-    mean = found.runs.groupby(["task", "method"])["value"].mean()
-    own, others = [], []
-    for task in TASKS:
-        chosen = mean[task, "LoFiT heads"]
-        assert chosen - mean[task, "zero-shot"] >= 0.50, task
-        assert chosen - mean[task, "random heads"] >= 0.15, task
+    tasks = [f"organism/{t}" for t in TASKS]
+    runs = [Run(method="zero-shot"), Run(), Run(of="others"), Run(heads="random", draws=2)]
+    grid = Grid(name="findings", model="organism", tasks=tasks, seeds=0, batch_size=64, runs=runs)
+    assert len(run_grid(grid, tmp_path, progress=False).computed) == 3 * (1 + 1 + 1 + 2 + 2)
+    found = load_results(tmp_path)
+    own, others, ranks = [], [], []
+    for short, task in zip(TASKS, tasks, strict=True):
+        chosen = found.lofit(task)["value"].mean()
+        assert chosen - found.zero_shot(task)["value"].mean() >= 0.50, task
+        assert chosen - found.by_chance(task)["value"].mean() >= 0.15, task
         own.append(chosen)
-        others += [mean[task, f"heads of {o}"] for o in TASKS if o != task]
+        others += [found.lofit(task, source=o)["value"].mean() for o in tasks if o != task]
+        ranks += [found.scores[task, "A-norm", 0].rank(head) for head in planted(ORGANISM)[short]]
     assert sum(own) / len(own) - sum(others) / len(others) >= 0.10
+    assert sum(rank <= 6 for rank in ranks) / len(ranks) >= 0.60
+
+
+def test_the_demo_runs_its_cells(monkeypatch):
+    """Own and all heads for every seed, random heads once a draw, zero-shot once; with `full` other tasks' heads: one table."""
+    value = {"zero-shot": 0.1, "LoFiT heads": 0.9, "random heads": 0.4, "all heads": 0.8}
+
+    def fake(cell, out):
+        scores = torch.arange(96.0).view(6, 16).tolist() if cell.method == "LoFiT heads" else None
+        right = round(10 * value.get(cell.method, 0.5))
+        return {
+            "task": cell.task, "method": cell.method, "seed": cell.seed, "draw": cell.draw, "metric": "em",
+            "value": right / 10, "low": 0.0, "high": 1.0, "n_items": 10, "heads": "L5H15", "seconds": 0.0,
+            "items": [1.0] * right + [0.0] * (10 - right),
+        }, scores  # fmt: skip
+
+    monkeypatch.setattr(organism_grid, "run_cell", fake)
+    monkeypatch.setattr(organism_grid, "cue_patching", lambda model, task: HeadScores(torch.zeros(6, 16)))
+    found = run_demo(seeds=(0, 1), full=True, draws=3, progress=False)
+    assert len(found.runs) == 3 * (1 + 2 + 2 + 3) + 3 * 2 * 2
+    table = found.table().set_index(["task", "method"])
+    for task in TASKS:
+        assert {m: table.loc[(task, m), "mean"] for m in value} == pytest.approx(value)
+        assert table.loc[(task, "random heads"), "count"] == 3
+        assert table.loc[(task, f"heads of {next(t for t in TASKS if t != task)}"), "count"] == 2
+    assert list(found.runs["task"].drop_duplicates()) == list(TASKS)
     ranks = found.ranks()
-    by_norm = ranks[[c for c in ranks.columns if c.startswith("A-norm")]].to_numpy()
-    assert (by_norm <= 6).mean() >= 0.60
-    assert len(Store(tmp_path).names()) == len(found.runs) == 3 * (1 + 1 + 2 + 1) + 3 * 2
+    assert len(ranks) == 9
+    assert {"A-norm, seed 0", "A-norm, seed 1", "patching"} <= set(ranks.columns)
