@@ -392,7 +392,8 @@ def test_trackers_read_what_trains(bridge_llama, tmp_path, monkeypatch, broken):
     made = []
     monkeypatch.setattr(Reader, "started", [])
     monkeypatch.setattr(computing, "_silent", set())
-    monkeypatch.setattr("lofit_lens.experiments.grid.tracker", lambda kind, folder: None)  # whether it is installed or not
+    # whether it is installed or not
+    monkeypatch.setattr("lofit_lens.experiments.grid.tracker", lambda kind, folder: None)
     monkeypatch.setattr(computing, "tracker", lambda kind, folder: made.append(Reader(broken)) or made[-1])
     grid = grid_of(Run(method="zero-shot"), Run(heads="random", draws=3), Run(method="ITI", settings={"alpha": 1}))
     found = run(tmp_path, bridge_llama, grid, track="tensorboard")
