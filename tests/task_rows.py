@@ -19,6 +19,15 @@ def row(question="Who?", options=("Ann", "Bob", "Cy"), right=2, **changes):
     }  # fmt: skip
 
 
+def words_task(folder):
+    """A task folder of twelve rows to train on and to test: 3 steps an epoch in batches of 4."""
+    folder.mkdir()
+    rows = [{"prompt": f"word {i}:", "answer": f" {'yes' if i % 2 else 'no'}"} for i in range(12)]
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return folder
+
+
 BOOLQ = {
     "instruction": "Please answer the following question with true or false, question: is it?\n\nAnswer format: true/false",
     "output": "the correct answer is false", "answer": "false",

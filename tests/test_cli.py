@@ -13,6 +13,7 @@ from lofit_lens import cli
 from lofit_lens.heads import HeadSet
 from lofit_lens.interventions import Lofit
 from tests import tiny
+from tests.task_rows import words_task
 
 
 @pytest.fixture(scope="module")
@@ -22,12 +23,7 @@ def llama(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def own_task(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("task") / "caps"
-    folder.mkdir()
-    rows = [{"prompt": f"word {i}:", "answer": f" {'yes' if i % 2 else 'no'}"} for i in range(12)]
-    for split in ("train", "test"):
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return folder
+    return words_task(tmp_path_factory.mktemp("task") / "caps")
 
 
 def run(capsys, monkeypatch, *args) -> tuple[int, str, str]:

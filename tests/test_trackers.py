@@ -17,6 +17,7 @@ from lofit_lens.heads import HeadSet
 from lofit_lens.interventions.lofit import Lofit
 from lofit_lens.tasks import load_task
 from lofit_lens.training import TRACKERS, TrainConfig, select_heads, tracked, tracker, tune_offsets, tune_scalings
+from tests.task_rows import words_task
 
 CONFIG = TrainConfig(lr=1e-2, epochs=2, batch_size=4, l1=1e-3)
 HEADS = HeadSet(["L0H1", "L2H3"])
@@ -50,12 +51,7 @@ class Notes:
 @pytest.fixture(scope="module")
 def own_task(tmp_path_factory):
     """Twelve rows: 3 steps an epoch in batches of 4."""
-    folder = tmp_path_factory.mktemp("task") / "caps"
-    folder.mkdir()
-    rows = [{"prompt": f"word {i}:", "answer": f" {'yes' if i % 2 else 'no'}"} for i in range(12)]
-    for split in ("train", "test"):
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return folder
+    return words_task(tmp_path_factory.mktemp("task") / "caps")
 
 
 @pytest.fixture(scope="module")

@@ -66,6 +66,7 @@ def grid(
     start = time.perf_counter()
     c.quiet_libraries()
     os.environ["PYTHONWARNINGS"] = "ignore"  # for the worker processes
+    from lofit_lens.cli.methods import workers_for
     from lofit_lens.experiments.grid import open_grid, plan_grid, run_grid
 
     asked = _changed(open_grid(name), model, task, seeds, limit, data_dir)
@@ -73,8 +74,8 @@ def grid(
         _print_plan(plan_grid(asked).cells, store, as_json)
         return
     listed = _devices(devices)
-    small = all(m.name == "organism" for m in asked.model)
-    n = workers or len(listed) or ((os.cpu_count() or 1) if small else 1)
+    models = {m.name for m in asked.model}
+    n = workers_for(workers or len(listed), models.pop() if len(models) == 1 else "several", None)
     place = None
     if executor == "ray":
         from lofit_lens.experiments.ray_runner import RayExecutor

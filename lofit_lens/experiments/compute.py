@@ -24,8 +24,8 @@ from lofit_lens.heads import HeadScores, HeadSet
 from lofit_lens.interventions import Intervention, load_adapter
 from lofit_lens.models import ModelInfo, device_of, model_info
 from lofit_lens.tasks.base import Task
-from lofit_lens.training import TrainConfig, select_heads
-from lofit_lens.training.selectors import SELECTORS, bias_scores
+from lofit_lens.training import TrainConfig
+from lofit_lens.training.selectors import SELECTORS
 from lofit_lens.training.trackers import Tracked, tracked, tracker
 
 
@@ -118,13 +118,10 @@ def _scores(job: _Job) -> None:
     if spec["among"] is not None:
         heads = HeadScores.load(job.store.folder(spec["among"]["cell"]) / "scores.json").top(spec["among"]["k"])
     options: dict[str, Any] = {"seed": spec["seed"], "n_train": spec["n_train"], "progress": False}
-    if spec["config"] is None:
-        scores = SELECTORS[spec["by"]](bench.model, bench.task, **options)
-    else:
-        select = {"A-norm": select_heads, "bias norm": bias_scores}[spec["by"]]
+    if spec["config"] is not None:
         config = TrainConfig(**{**spec["config"], "betas": tuple(spec["config"]["betas"])})
         options |= {"heads": heads, "config": config, "checkpoint": job.checkpoint, "on_step": job.steps}
-        scores = select(bench.model, bench.task, **options)
+    scores = SELECTORS[spec["by"]](bench.model, bench.task, **options)
     scores.save(job.draft.path / "scores.json")
 
 
@@ -230,9 +227,11 @@ def choice(store: Store, points: list[list[str]], method: str, task: str, metric
         TrainingDiverged: every point diverged.
         DataError: a damaged trial.
     """
-    rows = []
-    for name in (n for point in points for n in point):
+    rows, settings = [], []
+    for place, name in ((i, n) for point in points for i, n in enumerate(point)):
         record = store.read(name)
+        if place == 0:
+            settings.append(record["settings"])
         found: dict[str, Any] = {"value": None, "low": None, "high": None}
         if "result" in record:
             mean = record["result"]["metrics"][metric]
@@ -242,7 +241,6 @@ def choice(store: Store, points: list[list[str]], method: str, task: str, metric
         rows.append({
             **record["settings"], "seed": record["spec"]["seed"], **found, "seconds": seconds, "note": record.get("note", "")
         })  # fmt: skip
-    settings = [store.read(point[0])["settings"] for point in points]
     return choose(method, task, metric, settings, len(points[0]), rows)
 
 

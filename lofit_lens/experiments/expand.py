@@ -28,6 +28,7 @@ from lofit_lens.experiments.specs import (
     OWN,
     PRESET,
     RANDOM,
+    TRAINING,
     ZERO,
     Grid,
     Run,
@@ -201,7 +202,7 @@ class _Maker:
             before = self.scores(selection.among, task, seed, n_train)
             among, needs = {"cell": before.name, "k": k}, [before.name]
         config: TrainConfig | None = None
-        if selection.by in ("A-norm", "bias norm"):
+        if selection.by in TRAINING:
             base = outline.preset.select if selection.by == "A-norm" else outline.preset.tune
             config = _changed(base, selection.settings)
         spec = {
@@ -234,14 +235,15 @@ class _Maker:
             return
         outline = self.setting.outline(task)
         for heads in run.heads:
-            for k in dict.fromkeys(heads_of(k, outline.preset.k, self.setting.n_heads) for k in run.k):
+            ks = ("100 %",) if heads == ALL else run.k
+            for k in dict.fromkeys(heads_of(k, outline.preset.k, self.setting.n_heads) for k in ks):
                 if heads == RANDOM:
                     for draw in range(run.draws):
                         what = {"heads_from": RANDOM, "source": "", "k": k, "draw": draw}
                         yield self._fit(run, method, task, n_train, draw, what, {"random": draw, "k": k})
                 elif heads == ALL:
                     for seed in seeds:
-                        what = {"heads_from": ALL, "source": "", "k": self.setting.n_heads}
+                        what = {"heads_from": ALL, "source": "", "k": k}
                         yield self._fit(run, method, task, n_train, seed, what, {"all": True})
                 else:
                     for source in self._sources(run, task):
@@ -251,8 +253,6 @@ class _Maker:
                             self._enough(heads, scores, k)
                             chosen = {"cell": scores.name, "k": k}
                             yield self._fit(run, method, task, n_train, seed, what, chosen)
-                if heads == ALL:
-                    break
 
     def _enough(self, name: str, scores: Cell, k: int) -> None:
         """A selection among k heads has no more to give."""
@@ -285,14 +285,13 @@ class _Maker:
     ) -> Cell:  # fmt: skip
         needs = [heads["cell"]] if heads and "cell" in heads else []
         settings, trials = self._settings(run, method, task)
-        base = {} if trials else settings
         spec = {
-            **self._spec(method, task, seed, n_train, base, heads), "kind": "fit", "split": "test",
-            "limit": self.setting.grid.limit, "chosen": None if trials is None else [list(t) for t in trials],
+            **self._spec(method, task, seed, n_train, settings, heads), "kind": "fit", "split": "test",
+            "limit": self.setting.grid.limit, "chosen": trials,
         }  # fmt: skip
         needs += [name for point in trials or () for name in point]
         row = {
-            "task": task, "tested": task, "method": method, **what, "seed": seed, "draw": 0, "n_train": n_train, **what,
+            "task": task, "tested": task, "method": method, "seed": seed, "draw": 0, "n_train": n_train, **what,
             "settings": CHOSEN if trials else run.settings if isinstance(run.settings, str) else "given",
         }  # fmt: skip
         label = (task, method, *self._heads_label(what, task), n_train and f"n{n_train}", f"seed{seed}")

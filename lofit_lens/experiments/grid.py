@@ -7,8 +7,8 @@ A store may hold several grids; what they share is computed once. `load_results(
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,8 @@ class Planned:
 
     cells: list[Cell]
     context: Context
-    records: dict[str, dict[str, Any]] = field(default_factory=dict)
-    texts: tuple[str, ...] = ()
+    records: dict[str, dict[str, Any]]
+    texts: tuple[str, ...]
 
 
 def open_grid(grid: Grid | str | Path) -> Grid:
@@ -167,20 +167,15 @@ def run_grid(
         grid, model=model, tasks=tasks, other_tasks=other_tasks, texts=texts, device=device, track=track
     )
     kept = Store(store)
-    write_plan(kept, planned)
+    if planned.texts:
+        kept.keep(list(planned.texts))
+    for name, record in planned.records.items():
+        kept.write_grid(name, record)
     where = None if executor is None else executor(kept, compute, planned.context)
     return run_cells(
         kept, planned.cells, compute, planned.context, executor=where, workers=workers, devices=devices, retries=retries,
         progress=progress,
     )  # fmt: skip
-
-
-def write_plan(store: Store, planned: Planned) -> None:
-    """Keep what is asked for: each model's grid, and the texts that its cells name by their hash."""
-    if planned.texts:
-        store.keep(list(planned.texts))
-    for name, record in planned.records.items():
-        store.write_grid(name, record)
 
 
 def _placed(spec: ModelSpec) -> ModelSpec:
@@ -220,9 +215,8 @@ def _record(setting: Setting, cells: Sequence[Cell], texts: str) -> dict[str, An
     for name, task in setting.tasks.items():
         preset = Outline.of(setting.info, task).preset
         tasks[name] = {**of(task), "k": preset.k, "select": preset.select.to_dict(), "tune": preset.tune.to_dict()}
-    rows: Mapping[str, Any] = {c.name: c.row for c in cells}
     return {
         "grid": json.loads(setting.grid.model_dump_json()), "model": setting.info.to_dict(), "tasks": tasks,
-        "other_tasks": {name: of(task) for name, task in setting.others.items()}, "texts": texts, "cells": rows,
-        "versions": io.environment(),
+        "other_tasks": {name: of(task) for name, task in setting.others.items()}, "texts": texts,
+        "cells": {c.name: c.row for c in cells}, "versions": io.environment(),
     }  # fmt: skip

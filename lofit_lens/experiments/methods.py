@@ -83,8 +83,8 @@ class Workbench:
 
     def __init__(self, model: Any, task: Task, *, n_train: int | None = None, progress: bool = False) -> None:
         self.model, self.task, self.n_train, self.progress = model, task, n_train, progress
-        self.outline = Outline.of(model_info(model), task)
-        self.info, self.preset = self.outline.info, self.outline.preset
+        known = Outline.of(model_info(model), task)
+        self.info, self.preset = known.info, known.preset
         self.training = Training()
         self._kept: dict[Any, tuple[Any, float]] = {}
         self._borrowed = 0.0
@@ -177,7 +177,7 @@ def _zero_shot(bench: Workbench, settings: Settings, seed: int) -> None:
     return None
 
 
-def k_of(bench: Workbench | Outline, share: str) -> int:
+def k_of(bench: Workbench, share: str) -> int:
     """Number of heads: the preset's for 3 %, three times as many for 10 % (96 of Llama-2-7B's 1,024, as in the paper)."""
     k = {"3 %": bench.preset.k, "10 %": 3 * bench.preset.k}[share]
     check_k(k, bench.info.n_layers * bench.info.n_heads, bench.info.name)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lofit_lens.errors import InputError, unknown
-from lofit_lens.experiments.specs import CHOSEN, LOFIT, PRESET, ZERO, Grid, ModelSpec, Run, Selection, TaskSpec
+from lofit_lens.experiments.specs import CHOSEN, PRESET, ZERO, Grid, ModelSpec, Run, Selection, TaskSpec
 from lofit_lens.organism.words import TASKS
 
 OWN, CHANCE = "A-norm", "random"
@@ -147,18 +147,3 @@ def grid_named(name: str) -> Grid:
         other_tasks=OUT_OF_DOMAIN,
         texts="wikitext",
     )
-
-
-__all__ = [
-    "BLOCKS",
-    "CHANCE",
-    "LOFIT",
-    "OWN",
-    "PARTS",
-    "STEERING",
-    "TRAINED",
-    "ZERO",
-    "grid_named",
-    "known_grids",
-    "paper_grid",
-]

@@ -17,8 +17,9 @@ from lofit_lens.evaluation.result import Metric, table_html
 from lofit_lens.evaluation.stats import holm, mark
 from lofit_lens.experiments.methods import CHANCE as CHANCE_ROW
 from lofit_lens.experiments.methods import LEARNED
-from lofit_lens.experiments.paper import STEERING, TRAINED, ZERO
+from lofit_lens.experiments.paper import STEERING, TRAINED
 from lofit_lens.experiments.results import Results
+from lofit_lens.experiments.specs import ZERO
 from lofit_lens.experiments.table import MethodTable, markdown, over_texts, paired_tester, settings_text, tex
 
 STARS = "* differs from {reference}, p < .05; + p < .1; paired tests, adjusted over the {rows} of a task by Holm"

@@ -62,7 +62,7 @@ class Pool:
         self.pool = None
         if workers > 1:
             context = multiprocessing.get_context("spawn")
-            self.pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+            self.pool = ProcessPoolExecutor(workers, mp_context=context, initializer=prepare_process)
 
     def __enter__(self) -> "Pool":
         return self
@@ -88,7 +88,8 @@ class Pool:
                 bar.update()
 
 
-def _start_worker() -> None:
+def prepare_process() -> None:
+    """One thread, and no bars and advice from transformers: for a process that does nothing but work on a model."""
     import transformers
 
     torch.set_num_threads(1)

@@ -21,8 +21,8 @@ from lofit_lens import io
 from lofit_lens.errors import InputError
 from lofit_lens.experiments.attempt import Outcome, Work, attempt
 from lofit_lens.experiments.cells import Cell
+from lofit_lens.experiments.pool import prepare_process
 from lofit_lens.experiments.store import Store
-from lofit_lens.experiments.workers import prepare_process
 
 SAME = ("lofit-lens", "torch", "transformer-lens", "transformers")  # packages of one version on all nodes
 LOOK = 5.0  # seconds between two looks at the cluster's nodes

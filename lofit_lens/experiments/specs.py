@@ -38,6 +38,7 @@ GRID_METHODS = (LOFIT, *(m for m in METHODS if not m.startswith((LOFIT, "random"
 OWN, OTHERS, EVERY = "own", "others", "every"
 RANDOM, ALL = "random", "all"
 PRESET, CHOSEN = "preset", "chosen"
+TRAINING = ("A-norm", "bias norm")  # selectors that train
 MANY = 10**9  # heads, where the model is not known yet
 WHOLE = ("epochs", "batch_size", "max_steps")  # settings that count
 
@@ -149,7 +150,7 @@ class Selection(Spec):
     def _trained_ones(self) -> "Selection":
         if self.by not in SELECTORS:
             raise unknown("selector", self.by, SELECTORS)
-        if (self.among or self.settings) and self.by not in ("A-norm", "bias norm"):
+        if (self.among or self.settings) and self.by not in TRAINING:
             raise InputError(
                 f"'among' and 'settings' are for selectors that train (A-norm, bias norm); {self.by} does not"
             )

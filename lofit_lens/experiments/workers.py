@@ -18,11 +18,10 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-import torch
-
 from lofit_lens.errors import InputError
 from lofit_lens.experiments.attempt import Outcome, Work, attempt, write_line
 from lofit_lens.experiments.cells import Cell
+from lofit_lens.experiments.pool import prepare_process
 from lofit_lens.experiments.store import Store
 
 _READY = "ready"
@@ -180,15 +179,6 @@ def _no_ctrl_c() -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------------- in the worker
-
-
-def prepare_process() -> None:
-    """One thread, and no bars and advice from transformers: for a process that does nothing but compute cells."""
-    import transformers
-
-    torch.set_num_threads(1)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def _serve(pipe: Connection, device: str | None) -> None:
