@@ -6,8 +6,8 @@ from torch import nn
 
 from lofit_lens import Task, TrainConfig
 from lofit_lens.errors import AdapterError, DataError, InputError, TrainingDiverged
-from lofit_lens.training import objective
 from lofit_lens.training.fitting import fit
+from lofit_lens.training.steps import Steps
 from tests import golden
 from tests.shift import Shift, shift_of
 from tests.test_adapters_base import run
@@ -122,17 +122,17 @@ def test_what_stops_training_carries_the_adapter(llama, inside, monkeypatch, sto
     adapter = inside if where == "inside" else shift_of(llama, scale=0.0).requires_grad_(True)
     if where == "outside":
         inside.requires_grad_(False)
-    plain, calls = objective.sft_loss, []
+    plain, calls = Steps.__call__, []
 
-    def breaking(*args):
+    def breaking(steps, shares):
         calls.append(1)
         if len(calls) < 3:
-            return plain(*args)
+            return plain(steps, shares)
         if stop == "nan":
-            return plain(*args) * float("nan")
+            return [loss * float("nan") for loss in plain(steps, shares)]
         raise stop
 
-    monkeypatch.setattr(objective, "sft_loss", breaking)
+    monkeypatch.setattr(Steps, "__call__", breaking)
     with pytest.raises(TrainingDiverged if stop == "nan" else stop) as e:
         fit(adapter, llama, golden.sft_task(), CONFIG, seed=1, progress=False)
     assert e.value.adapter is adapter

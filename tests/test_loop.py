@@ -243,7 +243,7 @@ def test_a_damaged_state_is_refused(tmp_path):
     state.write_bytes(whole[:-20])
     with pytest.raises(AdapterError, match="state"):
         fit(Toy(), checkpoint=state)
-    io.save_tensors(state, {"parameter/other": torch.ones(4)}, record)
+    io.save_tensors(state, {"0/parameter/other": torch.ones(4)}, record)
     with pytest.raises(AdapterError, match="lacks parameter w"):
         fit(Toy(), checkpoint=state)
 
@@ -278,7 +278,7 @@ def test_nan_stops_with_step_rows_and_the_last_good_state(tmp_path, how):
     assert torch.equal(toy.w, good.w)
     kept = tmp_path / "run.last_good.state"
     assert str(kept) in message
-    assert torch.equal(io.load_tensors(kept)["parameter/w"], good.w.detach())
+    assert torch.equal(io.load_tensors(kept)["0/parameter/w"], good.w.detach())
 
 
 def test_resuming_is_logged(tmp_path, caplog):

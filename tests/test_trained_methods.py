@@ -17,9 +17,9 @@ from lofit_lens.interventions import Lora, LoReft, Red
 from lofit_lens.interventions.base import CONFIG_FILE, WEIGHTS_FILE
 from lofit_lens.models import load_model, logits_of, model_info, tokenizer_of
 from lofit_lens.tasks.collate import encode_training
-from lofit_lens.training import objective
 from lofit_lens.training.fitting import fit
 from lofit_lens.training.objective import task_loss
+from lofit_lens.training.steps import Steps
 from tests import golden, slow, tiny
 from tests.adapters import random_adapter
 from tests.conftest import PAIRS, needs_hooked
@@ -344,23 +344,23 @@ class _Stop(Exception):
 @each_method
 def test_a_resumed_training_ends_in_the_same_numbers(loaded, tmp_path, monkeypatch, method, on):
     """Stopped in the second pass and run again from the checkpoint: bit by bit what an unbroken run gives."""
-    model, plain, calls = loaded("llama", on), objective.sft_loss, []
+    model, plain, calls = loaded("llama", on), Steps.__call__, []
 
     def go(adapter, **options):
         fit(adapter, model, golden.sft_task(), SHORT, seed=0, progress=False, **options)
         return adapter
 
-    def breaking(*args):
+    def breaking(steps, shares):
         calls.append(1)
         if len(calls) == 5:  # three steps a pass
             raise _Stop
-        return plain(*args)
+        return plain(steps, shares)
 
     unbroken = go(new(method, model))
-    monkeypatch.setattr(objective, "sft_loss", breaking)
+    monkeypatch.setattr(Steps, "__call__", breaking)
     with pytest.raises(_Stop):
         go(new(method, model), checkpoint=tmp_path / "state")
-    monkeypatch.setattr(objective, "sft_loss", plain)
+    monkeypatch.setattr(Steps, "__call__", plain)
     resumed = go(new(method, model), checkpoint=tmp_path / "state")
     assert len(resumed.meta.history) == 6
     assert all(torch.equal(a, b) for a, b in zip(unbroken.parameters(), resumed.parameters(), strict=True))
@@ -369,13 +369,13 @@ def test_a_resumed_training_ends_in_the_same_numbers(loaded, tmp_path, monkeypat
 @each_method
 def test_a_stopped_training_hands_over_its_adapter(loaded, monkeypatch, method, on):
     """NaN in the third step: the error carries the adapter as it was after the second."""
-    model, plain, calls = loaded("llama", on), objective.sft_loss, []
+    model, plain, calls = loaded("llama", on), Steps.__call__, []
 
-    def breaking(*args):
+    def breaking(steps, shares):
         calls.append(1)
-        return plain(*args) * (float("nan") if len(calls) == 3 else 1)
+        return [loss * (float("nan") if len(calls) == 3 else 1) for loss in plain(steps, shares)]
 
-    monkeypatch.setattr(objective, "sft_loss", breaking)
+    monkeypatch.setattr(Steps, "__call__", breaking)
     with pytest.raises(TrainingDiverged) as e:
         fit(new(method, model), model, golden.sft_task(), SHORT, seed=0, progress=False)
     monkeypatch.undo()

@@ -12,6 +12,7 @@ from lofit_lens.errors import DataError, InputError, TrainingDiverged
 from lofit_lens.models import ModelInfo, hooked_class, logits_of, tokenizer_of
 from lofit_lens.training import fitting, objective
 from lofit_lens.training.config import preset
+from lofit_lens.training.steps import Steps
 from tests import golden
 from tests.adapters import CHOSEN
 
@@ -112,7 +113,7 @@ def test_the_model_is_left_as_it_was(llama, monkeypatch, fails):
     wanted.requires_grad_(True)
     llama.blocks[0].training = True
     if fails:
-        monkeypatch.setattr(objective, "sft_loss", lambda *batch: batch[0].sum() * float("nan"))
+        monkeypatch.setattr(objective.Objective, "total", lambda self, rows, sums: sums.sum() * float("nan"))
     try:
         ll.tune_offsets(llama, golden.sft_task(), CHOSEN, config=SHORT, progress=False)
         assert not fails
@@ -158,6 +159,8 @@ def test_the_reference_is_the_model_without_the_adapter(llama, monkeypatch):
     """Computed once, before training, with nothing attached: no init shows in it, however large."""
     calls, inner = [], objective.reference_log_probs
 
+    objective._references.clear()  # what other tests left
+
     def spy(model, encoded, **options):
         calls.append(sum(len(p.fwd_hooks) for p in model.hook_dict.values()))
         return inner(model, encoded, **options)
@@ -199,13 +202,13 @@ def test_the_first_dpo_loss_by_a_slow_loop(llama):
 
 def test_training_examples_are_drawn_as_the_official_code_draws_them(llama, monkeypatch):
     """n_train rows are random.Random(seed).sample(rows, n), in that order; the count is recorded."""
-    seen, inner = [], fitting.task_loss
+    seen, inner = [], fitting.objective
 
     def spy(model, examples, **options):
         seen.append(examples)
         return inner(model, examples, **options)
 
-    monkeypatch.setattr(fitting, "task_loss", spy)
+    monkeypatch.setattr(fitting, "objective", spy)
     task = golden.sft_task()
     lofit = ll.tune_offsets(llama, task, CHOSEN, seed=3, n_train=6, config=SHORT, progress=False)
     assert list(seen[0]) == random.Random(3).sample(list(task.training["train"]), 6)
@@ -291,13 +294,13 @@ def test_a_stopped_training_hands_over_its_adapter(bridge_llama, monkeypatch):
         "t", train=[{"prompt": f"w {i}:", "answer": " yes"} for i in range(8)], test=[{"prompt": "w", "answer": "y"}]
     )
     config = TrainConfig(lr=1e-2, batch_size=1, epochs=1)
-    plain, calls = objective.sft_loss, []
+    plain, calls = Steps.__call__, []
 
-    def breaking(*args):
+    def breaking(steps, shares):
         calls.append(1)
-        return plain(*args) * (float("nan") if len(calls) == 3 else 1)
+        return [loss * (float("nan") if len(calls) == 3 else 1) for loss in plain(steps, shares)]
 
-    monkeypatch.setattr(objective, "sft_loss", breaking)
+    monkeypatch.setattr(Steps, "__call__", breaking)
     with pytest.raises(TrainingDiverged, match=r"error\.adapter") as e:
         ll.tune_offsets(bridge_llama, task, ["L1H2"], config=config, progress=False)
     monkeypatch.undo()

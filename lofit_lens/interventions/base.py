@@ -146,11 +146,21 @@ class Adapter(nn.Module):
         Raises:
             AdapterError: made for another shape, or already attached.
         """
+        with self.reserved(model), self._in_place(model):
+            yield self
+
+    @contextlib.contextmanager
+    def reserved(self, model: Any) -> Iterator[None]:
+        """Count as attached for the length of the block, without an edit in place.
+
+        Raises:
+            AdapterError: made for another shape, or already attached.
+        """
         self.attach_check(model)
         _attached.add(self)
         try:
-            with declared(model, self.positions), self._in_place(model):
-                yield self
+            with declared(model, self.positions):
+                yield
         finally:
             _attached.discard(self)
 

@@ -9,6 +9,8 @@ Weights are never processed (no layer-norm folding, no centring, no value-bias f
 equals the input of Hugging Face's `o_proj` and an adapter means the same thing in both.
 """
 
+from lofit_lens.models.checkpointing import checkpointed
+from lofit_lens.models.fused import fused_attention, fused_refusal
 from lofit_lens.models.hooks import (
     Site,
     check_residual,
@@ -44,6 +46,7 @@ from lofit_lens.models.positions import (
     Positions,
     before_each_pass,
     declared,
+    laid_out,
     layout_of,
     positions_of,
 )
@@ -59,6 +62,7 @@ from lofit_lens.models.running import (
     run_through,
     step,
 )
+from lofit_lens.models.scored import logits_at
 from lofit_lens.models.unembedding import FinalNorm, final_norm, head_output_matrix, to_logits
 
 __all__ = [
@@ -79,6 +83,7 @@ __all__ = [
     "before_each_pass",
     "bridge_class",
     "check_residual",
+    "checkpointed",
     "context_length",
     "declared",
     "device_of",
@@ -87,6 +92,8 @@ __all__ = [
     "fingerprint",
     "folder_digest",
     "frozen",
+    "fused_attention",
+    "fused_refusal",
     "gaps_are_exact",
     "head_output_matrix",
     "head_size",
@@ -95,8 +102,10 @@ __all__ = [
     "hooked_class",
     "hooked_refusal",
     "is_processed",
+    "laid_out",
     "layout_of",
     "load_model",
+    "logits_at",
     "logits_of",
     "model_info",
     "parse_device",

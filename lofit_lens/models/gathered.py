@@ -108,7 +108,7 @@ def rotating_new_keys(model: Any, entries: Sequence[HookedEntry]) -> Iterator[No
         for block, entry in zip(model.blocks, entries, strict=True):
             if entry.rotated:
                 rotary = partial(_rotary, entry, block.attn.apply_rotary)
-                stack.enter_context(_replaced(block.attn, "apply_rotary", rotary))
+                stack.enter_context(replaced(block.attn, "apply_rotary", rotary))
         yield
 
 
@@ -117,16 +117,17 @@ def _rotary(entry: HookedEntry, original: Rotary, x: Tensor, past: int = 0, mask
 
 
 @contextlib.contextmanager
-def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
-    before = module.__dict__.get(name)
-    module.__dict__[name] = value
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Hold another value in an object's own `__dict__` for the length of the block."""
+    had, before = name in owner.__dict__, owner.__dict__.get(name)
+    owner.__dict__[name] = value
     try:
         yield
     finally:
-        if before is None:
-            del module.__dict__[name]
+        if had:
+            owner.__dict__[name] = before
         else:
-            module.__dict__[name] = before
+            del owner.__dict__[name]
 
 
 class BridgeLayer(DynamicLayer):

@@ -156,6 +156,28 @@ def hooked(point: Any, fn: Any, *, prepend: bool = False) -> Iterator[None]:
             point.fwd_hooks.remove(handle)
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anybody looks at what goes into or comes out of a module, forward or backward."""
+    return bool(
+        module._forward_hooks or module._backward_hooks or module._forward_pre_hooks or module._backward_pre_hooks
+    )
+
+
+@contextlib.contextmanager
+def unhooked(model: Any) -> Iterator[None]:
+    """Nobody's hooks on any HookPoint for the length of the block; they are put back in their order."""
+    points = {id(p): p for p in model.hook_dict.values()}.values()
+    held = [(hooks, dict(hooks)) for p in points for hooks in (p._forward_hooks, p._backward_hooks) if hooks]
+    for hooks, _ in held:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, before in held:
+            hooks.clear()
+            hooks.update(before)
+
+
 @contextlib.contextmanager
 def frozen(model: Any) -> Iterator[None]:
     """Eval mode and no gradients for the model's own weights; both are put back as they were."""

@@ -23,20 +23,22 @@ NAMES = ("all", "answer", "predicting", "last")
 
 @dataclass(frozen=True, eq=False)
 class Borders:
-    """Where the prompt of each sequence ends, and the sequence itself.
+    """Where the prompt of each sequence ends, and the sequence itself; and whose it is.
 
     Attributes:
         prompt: number of prompt tokens (BOS included); the answer follows.
         length: number of all tokens; None where the answer is still being decoded.
+        owner: which of several adapters that are attached side by side edits the sequence; None where there is one alone.
     """
 
     prompt: Int[Tensor, " batch"]
     length: Int[Tensor, " batch"] | None = None
+    owner: Int[Tensor, " batch"] | None = None
 
     def select(self, rows: Int[Tensor, " n"]) -> "Borders":
         """Those of some rows."""
         at = rows.to(self.prompt.device)
-        return Borders(self.prompt[at], None if self.length is None else self.length[at])
+        return Borders(*(None if x is None else x[at] for x in (self.prompt, self.length, self.owner)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,15 +162,31 @@ def laid_out(model: Any, layout: Layout) -> Iterator[None]:
     """State what the pass inside the block runs; everything registered with `before_each_pass` is told first."""
     for tell in _before.get(model, ()):
         tell(layout)
+    with resumed(model, layout):
+        yield
+
+
+def stated_layout(model: Any) -> Layout | None:
+    """What `laid_out` states now; None outside of it."""
+    return _running.get(model)
+
+
+@contextlib.contextmanager
+def resumed(model: Any, layout: Layout | None) -> Iterator[None]:
+    """State again what was stated, for a part of a pass that is run once more; nobody is told."""
     outer = _running.get(model)
-    _running[model] = layout
+    _state(model, layout)
     try:
         yield
     finally:
-        if outer is None:
-            del _running[model]
-        else:
-            _running[model] = outer
+        _state(model, outer)
+
+
+def _state(model: Any, layout: Layout | None) -> None:
+    if layout is None:
+        _running.pop(model, None)
+    else:
+        _running[model] = layout
 
 
 def layout_of(model: Any, batch: int, pos: int, device: torch.device) -> Layout:

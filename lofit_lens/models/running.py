@@ -25,7 +25,12 @@ def logits_of(
     `borders` tells where prompts end, for edits that act on certain positions only.
     """
     with laid_out(model, Layout.of(tokens, mask, tokens.shape[1], borders)):
-        return model(tokens, attention_mask=mask).to(tokens.device)
+        return model(tokens, attention_mask=mask, **uncached(model)).to(tokens.device)
+
+
+def uncached(model: Any) -> dict[str, bool]:
+    """What to pass to a forward so that no key-value cache is made: Hugging Face makes one by default."""
+    return {"use_cache": False} if backend_of(model) == "bridge" else {}
 
 
 def run_through(
@@ -33,9 +38,7 @@ def run_through(
 ) -> None:
     """One forward for what hooks see on the way: nothing is cached, and logits are taken at the last place only."""
     with laid_out(model, Layout.of(tokens, mask, tokens.shape[1], borders)), _last_logits(model, tokens) as options:
-        if backend_of(model) == "bridge":
-            options["use_cache"] = False  # Hugging Face keeps one by default
-        model(tokens, attention_mask=mask, **options)
+        model(tokens, attention_mask=mask, **uncached(model), **options)
 
 
 _gaps: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()

@@ -1,11 +1,13 @@
-"""Train any adapter on a task: the part that all methods share."""
+"""Train any adapter on a task, alone or several at once: the part that all methods share."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lofit_lens import io
 from lofit_lens.errors import InputError, TrainingDiverged
@@ -13,8 +15,26 @@ from lofit_lens.interventions.base import AdapterMeta
 from lofit_lens.models import ALL, ModelInfo, frozen, model_info
 from lofit_lens.tasks.base import Task
 from lofit_lens.training.config import TrainConfig
-from lofit_lens.training.loop import OnStep, train
-from lofit_lens.training.objective import task_loss
+from lofit_lens.training.loop import OnStep, Run, train_together
+from lofit_lens.training.objective import objective
+from lofit_lens.training.passes import FAST, Passes
+from lofit_lens.training.steps import Steps
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One training that is asked for; see `fit` for what its fields mean."""
+
+    adapter: Any
+    task: Task
+    config: TrainConfig
+    seed: int
+    n_train: int | None = None
+    penalty: Callable[[], Tensor] | None = None
+    identity: dict[str, Any] | None = None
+    on_step: OnStep | None = None
 
 
 def fit(
@@ -30,6 +50,7 @@ def fit(
     label: str = "",
     checkpoint: str | Path | None = None,
     on_step: OnStep | None = None,
+    passes: Passes = FAST,
     progress: bool = True,
 ) -> None:
     """Train an adapter's trainable parameters on a task, in place, and write its `meta`.
@@ -46,8 +67,9 @@ def fit(
         penalty: added to the loss as `config.l1 * penalty()`.
         identity: what tells this run from others, for the checkpoint; beside method, positions, task, data and model.
         label: text in front of the bar.
-        checkpoint: state file for Ctrl-C and resume; see `training.loop.train`.
-        on_step: called with every new step's record; see `training.loop.train`.
+        checkpoint: state file for Ctrl-C and resume; see `training.loop.train_together`.
+        on_step: called with every new step's record; see `training.loop.Run`.
+        passes: how a step goes through the model; changes nothing beyond rounding.
         progress: show a bar.
 
     Raises:
@@ -58,34 +80,92 @@ def fit(
         TrainingDiverged: NaN or infinity. It and Ctrl-C's KeyboardInterrupt carry the adapter as it was after the last good
             step in `.adapter`.
     """
-    positions = getattr(adapter, "positions", ALL)
-    if positions.name == "last":
+    asked = Fit(adapter, task, config, seed, n_train, penalty, identity, on_step)
+    (error,) = fit_together(
+        model, [asked], adapter.attached, checkpoint=checkpoint, passes=passes, progress=progress,
+        label=f"{label} {task.name}".strip(),
+    )  # fmt: skip
+    if error is not None:
+        raise error
+
+
+def fit_together(
+    model: Any,
+    fits: Sequence[Fit],
+    attached: Callable[[Any], contextlib.AbstractContextManager[Any]],
+    *,
+    checkpoint: str | Path | None = None,
+    passes: Passes = FAST,
+    progress: bool = True,
+    label: str = "",
+) -> list[TrainingDiverged | None]:
+    """Train adapters in the same passes over the model, each as `fit` trains it alone.
+
+    Args:
+        model: the model they belong to.
+        fits: what to train.
+        attached: model -> context in which the adapters act: of a single one its `attached`, else `side_by_side`.
+        checkpoint: one state file for all.
+        passes: how a step goes through the model.
+        progress: show a bar.
+        label: text in front of the bar.
+
+    Returns:
+        For each its error if it diverged, with the adapter after its last good step in `.adapter`; None = trained to its end.
+
+    Raises:
+        InputError, AdapterError, DataError, KeyboardInterrupt: as `fit`.
+    """
+    info = model_info(model)
+    for one in fits:
+        _check_positions(one.adapter)
+        one.adapter.attach_check(model)
+    wanted = [p for one in fits for p in one.adapter.parameters() if p.requires_grad]
+    drawn = [one.task.training_examples("train", n=one.n_train, seed=one.seed) for one in fits]
+    runs: list[Run] = []
+    with _kept(fits), frozen(model), passes.ready(model):
+        # DPO's reference first: the adapters are off.
+        objectives = [
+            objective(model, examples, beta=one.config.beta, passes=passes, batch_size=one.config.batch_size)
+            for one, examples in zip(fits, drawn, strict=True)
+        ]
+        steps = Steps(model, objectives, passes, owned=len(fits) > 1)
+        for p in wanted:  # an adapter inside the model (LoRA) was frozen with it
+            p.requires_grad_(True)
+        for one, examples in zip(fits, drawn, strict=True):
+            one.adapter.meta = AdapterMeta(
+                info, one.task.name, one.task.data_hash, one.seed, one.config.to_dict(), io.environment(), n_train=len(examples)
+            )  # fmt: skip
+            runs.append(Run(
+                one.adapter, len(examples), one.config, one.seed, one.penalty, _identity(one, info), one.on_step,
+                one.adapter.meta.history,
+            ))  # fmt: skip
+        with attached(model):
+            train_together(runs, steps, checkpoint=checkpoint, progress=progress, label=label)
+    done = steps.tokens
+    logger.info("trained in %d passes: %d tokens, %d with padding", done.passes, done.real, done.padded)
+    for one, run in zip(fits, runs, strict=True):
+        one.adapter.requires_grad_(False)
+        if run.error is not None:
+            run.error.adapter = one.adapter  # pyright: ignore[reportAttributeAccessIssue]
+    return [run.error for run in runs]
+
+
+def _check_positions(adapter: Any) -> None:
+    if getattr(adapter, "positions", ALL).name == "last":
         raise InputError(
             "an adapter at positions 'last' learns nothing: no token of an answer is predicted from the last position; train it "
             "at 'predicting', 'all' or the prompt's own (f7+l7)"
         )
-    adapter.attach_check(model)
-    examples = task.training_examples("train", n=n_train, seed=seed)
-    info = model_info(model)
-    adapter.meta = AdapterMeta(
-        info, task.name, task.data_hash, seed, config.to_dict(), io.environment(), n_train=len(examples)
-    )
-    run = {
-        "method": getattr(adapter, "method", type(adapter).__name__), "positions": str(positions), **(identity or {}),
-        "task": task.name, "data_hash": task.data_hash, "model": _weights(info),
+
+
+def _identity(one: Fit, info: ModelInfo) -> dict[str, Any]:
+    """What tells a run from others, for its checkpoint."""
+    return {
+        "method": getattr(one.adapter, "method", type(one.adapter).__name__),
+        "positions": str(getattr(one.adapter, "positions", ALL)), **(one.identity or {}),
+        "task": one.task.name, "data_hash": one.task.data_hash, "model": _weights(info),
     }  # fmt: skip
-    wanted = [p for p in adapter.parameters() if p.requires_grad]
-    with _kept(adapter), frozen(model):
-        loss_of = task_loss(model, examples, beta=config.beta, batch_size=config.batch_size)
-        for p in wanted:  # an adapter inside the model (LoRA) was frozen with it
-            p.requires_grad_(True)
-        with adapter.attached(model):
-            train(
-                adapter, len(examples), loss_of, config, seed=seed, penalty=penalty, identity=run,
-                history=adapter.meta.history, checkpoint=checkpoint, on_step=on_step, progress=progress,
-                label=f"{label} {task.name}".strip(),
-            )  # fmt: skip
-    adapter.requires_grad_(False)
 
 
 def _weights(info: ModelInfo) -> dict[str, Any]:
@@ -95,10 +175,11 @@ def _weights(info: ModelInfo) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _kept(adapter: nn.Module) -> Iterator[None]:
-    """Hand the adapter over with whatever stops its training; around `frozen`, which makes weights trainable again."""
+def _kept(fits: Sequence[Fit]) -> Iterator[None]:
+    """Hand the adapter over with the Ctrl-C that stops its training; around `frozen`, which makes weights trainable again."""
     try:
         yield
-    except (TrainingDiverged, KeyboardInterrupt) as e:
-        e.adapter = adapter.requires_grad_(False)  # pyright: ignore[reportAttributeAccessIssue]
+    except KeyboardInterrupt as e:
+        for one in fits:
+            e.adapter = one.adapter.requires_grad_(False)  # pyright: ignore[reportAttributeAccessIssue]
         raise

@@ -8,6 +8,7 @@ random init; the difference is 0.1 nats at most.)
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from lofit_lens.interventions.lofit import Component, Lofit
 from lofit_lens.models import model_info
 from lofit_lens.tasks.base import Task
 from lofit_lens.training.config import TrainConfig, preset
-from lofit_lens.training.fitting import fit
+from lofit_lens.training.fitting import Fit, fit_together
 from lofit_lens.training.loop import OnStep
 from lofit_lens.training.losses import l1_norm
+from lofit_lens.training.passes import FAST, Passes
 
 
 def select_heads(
@@ -31,6 +33,7 @@ def select_heads(
     n_train: int | None = None,
     checkpoint: str | Path | None = None,
     on_step: OnStep | None = None,
+    passes: Passes = FAST,
     progress: bool = True,
 ) -> HeadScores:
     """Step 1: score every head by the L2 norm of its learned scaling A.
@@ -44,6 +47,7 @@ def select_heads(
         n_train: training examples drawn; None = the task's own number.
         checkpoint: state file for Ctrl-C and resume; see `training.loop.train`.
         on_step: called with every new step's record; see there.
+        passes: how a step goes through the model (bound on memory, shortcuts); changes nothing beyond rounding.
         progress: show a bar.
 
     Returns:
@@ -56,7 +60,7 @@ def select_heads(
     """
     lofit = tune_scalings(
         model, task, heads, seed=seed, config=config, n_train=n_train, checkpoint=checkpoint, on_step=on_step,
-        progress=progress,
+        passes=passes, progress=progress,
     )  # fmt: skip
     return learned_scores(lofit, "A", kind="A-norm")
 
@@ -81,11 +85,12 @@ def tune_scalings(
     n_train: int | None = None,
     checkpoint: str | Path | None = None,
     on_step: OnStep | None = None,
+    passes: Passes = FAST,
     progress: bool = True,
 ) -> Lofit:
     """Train A alone (v = 0) and keep it; on every head by default. Arguments and errors as in `select_heads`."""
-    config = config or preset(model_info(model), task.family, task.objective).select
-    return _tune(model, task, heads, "A", seed, config, n_train, checkpoint, on_step, progress)
+    run = LofitRun(task, "A", heads, seed=seed, config=config, n_train=n_train, on_step=on_step)
+    return _tune(model, run, passes, checkpoint, progress)
 
 
 def tune_offsets(
@@ -98,6 +103,7 @@ def tune_offsets(
     n_train: int | None = None,
     checkpoint: str | Path | None = None,
     on_step: OnStep | None = None,
+    passes: Passes = FAST,
     progress: bool = True,
 ) -> Lofit:
     """Step 2: train offsets v on the chosen heads (None = every head) from the unmodified model.
@@ -107,20 +113,52 @@ def tune_offsets(
     Returns:
         The adapter, `K * d_head` learned numbers, on the model's device and not attached.
     """
-    config = config or preset(model_info(model), task.family, task.objective).tune
-    return _tune(model, task, heads, "v", seed, config, n_train, checkpoint, on_step, progress)
+    run = LofitRun(task, "v", heads, seed=seed, config=config, n_train=n_train, on_step=on_step)
+    return _tune(model, run, passes, checkpoint, progress)
 
 
-def _tune(
-    model: Any, task: Task, heads: HeadSet | Iterable[Any] | None, component: Component, seed: int, config: TrainConfig,
-    n_train: int | None, checkpoint: str | Path | None, on_step: OnStep | None, progress: bool,
-) -> Lofit:  # fmt: skip
-    lofit = Lofit.for_model(model, heads)
-    lofit.init_(component, seed=seed, std=config.init_std).train_only(component)
-    fit(
-        lofit, model, task, config, seed=seed, n_train=n_train, checkpoint=checkpoint, on_step=on_step,
-        progress=progress, penalty=(lambda: l1_norm(lofit.A)) if component == "A" else None,
-        identity={"component": component, "heads": [list(h) for h in lofit.heads]},
-        label="select heads" if component == "A" else f"tune offsets (K={lofit.k})",
+@dataclass(frozen=True)
+class LofitRun:
+    """One training of LoFiT: step 1 (`component` A) or step 2 (v).
+
+    Args:
+        task: what to learn.
+        component: `"A"` (v = 0, with the L1 penalty) or `"v"` (A = 0).
+        heads: heads that are edited; None = every head.
+        seed: of the init, the row order and the draw of training examples.
+        config: hyperparameters; None = the preset for this task and model.
+        n_train: training examples drawn; None = the task's own number.
+        on_step: called with every new step's record.
+    """
+
+    task: Task
+    component: Component
+    heads: HeadSet | Iterable[Any] | None = None
+    seed: int = 42
+    config: TrainConfig | None = None
+    n_train: int | None = None
+    on_step: OnStep | None = None
+
+    def fit(self, model: Any) -> Fit:
+        """The training that this asks for, with a new adapter on the model's device."""
+        lofit, task = Lofit.for_model(model, self.heads), self.task
+        known = preset(model_info(model), task.family, task.objective)
+        config = self.config or (known.select if self.component == "A" else known.tune)
+        lofit.init_(self.component, seed=self.seed, std=config.init_std).train_only(self.component)
+        return Fit(
+            lofit, task, config, self.seed, self.n_train,
+            penalty=(lambda: l1_norm(lofit.A)) if self.component == "A" else None,
+            identity={"component": self.component, "heads": [list(h) for h in lofit.heads]}, on_step=self.on_step,
+        )  # fmt: skip
+
+
+def _tune(model: Any, run: LofitRun, passes: Passes, checkpoint: str | Path | None, progress: bool) -> Lofit:
+    asked = run.fit(model)
+    lofit: Lofit = asked.adapter
+    (error,) = fit_together(
+        model, [asked], lofit.attached, checkpoint=checkpoint, passes=passes, progress=progress,
+        label=f"{'select heads' if run.component == 'A' else f'tune offsets (K={lofit.k})'} {run.task.name}",
     )  # fmt: skip
+    if error is not None:
+        raise error
     return lofit

@@ -1,4 +1,4 @@
-"""The only training loop: AdamW, linear decay to 0, global clip, last step kept.
+"""The only training loop: AdamW, linear decay to 0, global clip, last step kept. For one run, or for several side by side.
 
 It knows rows by their index alone; what a row is and what its loss is belongs to the caller. Epoch e visits the rows in
 the order `torch.randperm(n)` of a generator seeded with `seed + e` (the official order), consecutive rows form the
@@ -11,6 +11,7 @@ import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,122 @@ logger = logging.getLogger(__name__)
 LossOfRows = Callable[[Sequence[int]], Tensor]
 Record = dict[str, float]
 OnStep = Callable[[Record], None]
+Share = tuple[int, Sequence[int]]  # a run's number, and the rows of its next step
+StepOf = Callable[[Sequence[Share]], Sequence[Tensor]]
 
 
 def row_order(n_rows: int, *, seed: int, epoch: int) -> list[int]:
     """Order in which an epoch visits the rows."""
     return torch.randperm(n_rows, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
+
+
+@dataclass(eq=False)
+class Run:
+    """One training: what is learned, from how many rows, and how.
+
+    Args:
+        module: its parameters with `requires_grad` are updated.
+        n_rows: number of training rows.
+        config: hyperparameters.
+        seed: of the row order.
+        penalty: scalar added as `config.l1 * penalty()`; None = nothing.
+        identity: what this run is; a checkpoint of another run is refused.
+        on_step: called with every new step's record, after the step; after a resume with those that follow.
+        history: an empty list to fill with the records as they come.
+
+    Attributes:
+        error: why it was stopped before its end, if it was; its module keeps the last good step's values.
+
+    Raises:
+        InputError: nothing to train, or no rows.
+    """
+
+    module: nn.Module
+    n_rows: int
+    config: TrainConfig
+    seed: int
+    penalty: Callable[[], Tensor] | None = None
+    identity: dict[str, Any] | None = None
+    on_step: OnStep | None = None
+    history: list[Record] = field(default_factory=list)
+    error: TrainingDiverged | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.learned = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
+        if not self.learned:
+            raise InputError("nothing to train: no parameter of this module has requires_grad")
+        if self.n_rows < 1:
+            raise InputError("nothing to train on: 0 rows")
+        c = self.config
+        self.optimizer = torch.optim.AdamW(
+            self.learned.values(), lr=c.lr, betas=c.betas, eps=c.eps, weight_decay=c.weight_decay
+        )
+        self.steps_per_epoch = -(-self.n_rows // c.batch_size)
+        self.total = self.steps_per_epoch * c.epochs
+        self.last = self.total if c.max_steps is None else min(self.total, c.max_steps)
+        self._order: tuple[int, list[int]] | None = None
+
+    @property
+    def what(self) -> dict[str, Any]:
+        """What tells it from other runs, as JSON has it."""
+        known = {"config": self.config.to_dict(), "seed": self.seed, "n_rows": self.n_rows, **(self.identity or {})}
+        return json.loads(json.dumps(known))
+
+    @property
+    def ended(self) -> bool:
+        """All steps are done, or it diverged."""
+        return self.error is not None or len(self.history) >= self.last
+
+    @property
+    def at_epoch_end(self) -> bool:
+        """The last step done was an epoch's last one, or the last of all."""
+        return len(self.history) % self.steps_per_epoch == 0 or len(self.history) == self.last
+
+    def rows(self) -> list[int]:
+        """Rows of the next step."""
+        epoch, place = divmod(len(self.history), self.steps_per_epoch)
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, row_order(self.n_rows, seed=self.seed, epoch=epoch))
+        return self._order[1][place * self.config.batch_size : (place + 1) * self.config.batch_size]
+
+    def begin(self) -> None:
+        """Set the learning rate of the next step and drop old gradients."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._lr
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @property
+    def _lr(self) -> float:
+        return self.config.lr * (1 - len(self.history) / self.total)
+
+    def clipped(self) -> tuple[Tensor, Tensor]:
+        """Add the penalty's gradient to the loss's, and clip; raw penalty and gradient norm before the clip."""
+        some = next(iter(self.learned.values()))
+        l1 = some.new_zeros(()) if self.penalty is None else self.penalty()
+        if self.penalty is not None:
+            (self.config.l1 * l1).backward()
+        return l1.detach(), torch.nn.utils.clip_grad_norm_(self.learned.values(), self.config.clip)
+
+    def finish(self, loss: float, l1: float, norm: float) -> str | None:
+        """Take the step and keep its record; the name of a value that is not finite, and then no step."""
+        done = len(self.history)
+        record = {
+            "step": done + 1, "epoch": done // self.steps_per_epoch + 1, "loss": loss, "l1": l1, "grad_norm": norm,
+            "lr": self._lr,
+        }  # fmt: skip
+        bad = next((n for n in ("loss", "l1", "grad_norm") if not abs(record[n]) < float("inf")), None)
+        if bad is not None:
+            self.error = TrainingDiverged(
+                f"{bad} is {record[bad]} at step {done + 1} (epoch {record['epoch']}), training rows {self.rows()}; the "
+                f"values after step {done} were kept (error.adapter). Try a lower learning rate than {self.config.lr:g}, or "
+                "look at those rows"
+            )
+            return bad
+        self.optimizer.step()
+        self.history.append(record)
+        if self.on_step is not None:
+            self.on_step(record)
+        return None
 
 
 def train(
@@ -47,24 +159,21 @@ def train(
     on_step: OnStep | None = None,
     progress: bool = True,
     label: str = "training",
-    history: list[Record] | None = None,
 ) -> list[Record]:
     """Train a module's trainable parameters in place.
 
     Args:
-        module: its parameters with `requires_grad` are updated.
+        module: see `Run`, as for `n_rows`, `config`, `seed`, `penalty`, `identity` and `on_step`.
         n_rows: number of training rows.
         loss_of: row indices -> scalar task loss with a graph.
         config: hyperparameters.
         seed: of the row order.
-        penalty: scalar added as `config.l1 * penalty()`; None = nothing.
-        identity: what this run is; a checkpoint of another run is refused.
-        checkpoint: a file that holds the state at every epoch's end and at Ctrl-C; an existing one is resumed from,
-            to the same numbers as a run that was never stopped. It is left in place at the end.
-        on_step: called with every new step's record, after the step; after a resume with those that follow.
+        penalty: scalar added as `config.l1 * penalty()`.
+        identity: what this run is.
+        checkpoint: see `train_together`.
+        on_step: called with every new step's record.
         progress: show a bar with loss, L1 and steps per second.
         label: text in front of the bar.
-        history: an empty list to fill with the records as they come; None = a new one.
 
     Returns:
         One record a step: step (from 1), epoch (from 1), loss (without the penalty), l1 (raw sum), grad_norm, lr.
@@ -75,125 +184,133 @@ def train(
         InputError: `checkpoint` belongs to another run.
         KeyboardInterrupt: Ctrl-C, after the step in progress; a second Ctrl-C stops at once.
     """
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    if not parameters:
-        raise InputError("nothing to train: no parameter of this module has requires_grad")
-    if n_rows < 1:
-        raise InputError("nothing to train on: 0 rows")
-    optimizer = torch.optim.AdamW(
-        parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
-    )
-    steps_per_epoch = -(-n_rows // config.batch_size)
-    total = steps_per_epoch * config.epochs
-    last = total if config.max_steps is None else min(total, config.max_steps)
-    run = {"config": config.to_dict(), "seed": seed, "n_rows": n_rows, **(identity or {})}
-    state = _State(module, optimizer, Path(checkpoint) if checkpoint is not None else None, run)
-    history = [] if history is None else history
-    history.extend(state.resume())
-    order: list[int] = []
+
+    def step_of(shares: Sequence[Share]) -> list[Tensor]:
+        loss = loss_of(shares[0][1])
+        loss.backward()
+        return [loss.detach()]
+
+    run = Run(module, n_rows, config, seed, penalty, identity, on_step)
+    train_together([run], step_of, checkpoint=checkpoint, progress=progress, label=label)
+    if run.error is not None:
+        raise run.error
+    return run.history
+
+
+def train_together(
+    runs: Sequence[Run],
+    step_of: StepOf,
+    *,
+    checkpoint: str | Path | None = None,
+    progress: bool = True,
+    label: str = "training",
+) -> None:
+    """Take the steps of several runs side by side, each with its own rows, schedule, clip and end.
+
+    Args:
+        runs: what to train; histories are filled. A run that diverges stops with its `error`, the others go on.
+        step_of: the next rows of each run that is not at its end -> its task loss. It runs the backward pass, too.
+        checkpoint: a file that holds the state of all runs at an epoch's end (of the first run that is not at its end) and at
+            Ctrl-C; an existing one is resumed from, to the same numbers as if never stopped. It is left in place at the end.
+        progress: show a bar with loss, L1 and steps per second.
+        label: text in front of the bar.
+
+    Raises:
+        InputError: `checkpoint` belongs to other runs.
+        KeyboardInterrupt: Ctrl-C, after the step in progress; a second Ctrl-C stops at once.
+    """
+    state = _State(runs, Path(checkpoint) if checkpoint is not None else None)
+    state.resume()
+    longest = max(runs, key=lambda r: r.last)
     with (
         first_ctrl_c() as interrupted,
-        tqdm(total=last, initial=len(history), desc=label, disable=not progress, unit="step", leave=True) as bar,
+        tqdm(total=longest.last, initial=len(longest.history), desc=label, disable=not progress, unit="step") as bar,
     ):
-        for step in range(len(history), last):
-            epoch, place = divmod(step, steps_per_epoch)
-            if place == 0 or not order:
-                order = row_order(n_rows, seed=seed, epoch=epoch)
-            rows = order[place * config.batch_size : (place + 1) * config.batch_size]
-            lr = config.lr * (1 - step / total)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.zero_grad(set_to_none=True)
-            loss = loss_of(rows)
-            l1 = penalty() if penalty is not None else loss.new_zeros(())
-            (loss + config.l1 * l1).backward()
-            norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip)
-            record = {
-                "step": step + 1, "epoch": epoch + 1, "loss": loss.item(), "l1": l1.item(), "grad_norm": norm.item(), "lr": lr,
-            }  # fmt: skip
-            bad = next((n for n in ("loss", "l1", "grad_norm") if not abs(record[n]) < float("inf")), None)
-            if bad is not None:
-                raise state.diverged(bad, record, rows, history)
-            optimizer.step()
-            history.append(record)
-            if on_step is not None:
-                on_step(record)
-            bar.update()
-            bar.set_postfix({"loss": f"{record['loss']:.4f}"} | ({"L1": f"{record['l1']:.2f}"} if penalty else {}))
-            if place == steps_per_epoch - 1 or step == last - 1 or interrupted():
-                state.save(history)
+        while going := [i for i, run in enumerate(runs) if not run.ended]:
+            for i in going:
+                runs[i].begin()
+            losses = step_of([(i, runs[i].rows()) for i in going])
+            values = [x for i, loss in zip(going, losses, strict=True) for x in (loss, *runs[i].clipped())]
+            # One wait for the device a step.
+            found = torch.stack([x.to(values[0].device, torch.float64) for x in values]).view(-1, 3).tolist()
+            for i, (loss, l1, norm) in zip(going, found, strict=True):
+                if runs[i].finish(loss, l1, norm) is not None:
+                    state.diverged(i)
+            bar.update(len(longest.history) - bar.n)
+            loss, l1, _ = (sum(column) / len(going) for column in zip(*found, strict=True))
+            bar.set_postfix({"loss": f"{loss:.4f}"} | ({"L1": f"{l1:.2f}"} if l1 else {}))
+            if interrupted() or runs[going[0]].at_epoch_end:
+                state.save()
             if interrupted():
                 where = (
                     f"run it again to go on from {state.path}" if state.path else "give checkpoint=FILE to go on later"
                 )
-                raise KeyboardInterrupt(f"stopped after step {step + 1} of {last}; {where}")
-    for p in parameters:
-        p.grad = None
-    return history
+                raise KeyboardInterrupt(f"stopped after step {len(longest.history)} of {longest.last}; {where}")
+    for run in runs:
+        run.optimizer.zero_grad(set_to_none=True)
 
 
 class _State:
-    """Parameters, optimiser moments and history, in one safetensors file."""
+    """Parameters, optimiser moments and histories of all runs, in one safetensors file."""
 
-    def __init__(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, path: Path | None, run: dict[str, Any]
-    ) -> None:
-        self.names = {n: p for n, p in module.named_parameters() if p.requires_grad}
-        self.optimizer, self.path = optimizer, path
-        self.run = json.loads(json.dumps(run))
+    def __init__(self, runs: Sequence[Run], path: Path | None) -> None:
+        self.runs, self.path = runs, path
 
-    def save(self, history: list[Record], path: Path | None = None) -> None:
-        path = path or self.path
-        if path is None:
-            return
+    def save(self) -> None:
+        if self.path is not None:
+            self._write(self.path, range(len(self.runs)))
+
+    def _write(self, path: Path, numbers: Sequence[int]) -> None:
         tensors: dict[str, Tensor] = {}
-        for name, p in self.names.items():
-            tensors[f"parameter/{name}"] = p
-            for key in ("exp_avg", "exp_avg_sq"):
-                if key in self.optimizer.state[p]:
-                    tensors[f"{key}/{name}"] = self.optimizer.state[p][key]
-        io.save_tensors(path, tensors, {"state": json.dumps({"run": self.run, "history": history})})
+        for i in numbers:
+            for name, p in self.runs[i].learned.items():
+                tensors[f"{i}/parameter/{name}"] = p
+                kept = self.runs[i].optimizer.state[p]
+                tensors |= {f"{i}/{key}/{name}": kept[key] for key in ("exp_avg", "exp_avg_sq") if key in kept}
+        listed = [
+            {"run": self.runs[i].what, "history": self.runs[i].history, "error": str(self.runs[i].error or "")}
+            for i in numbers
+        ]
+        io.save_tensors(path, tensors, {"state": json.dumps(listed)})
 
-    def resume(self) -> list[Record]:
+    def resume(self) -> None:
         if self.path is None or not self.path.exists():
-            return []
+            return
         tensors = io.load_tensors(self.path)
-        record = json.loads(io.tensor_metadata(self.path).get("state", "{}"))
-        run = record.get("run", {})
-        if run != self.run:
-            other = sorted(k for k in {*run, *self.run} if run.get(k) != self.run.get(k))
+        listed = json.loads(io.tensor_metadata(self.path).get("state", "[]"))
+        was, now = [r["run"] for r in listed], [r.what for r in self.runs]
+        if was != now:
+            other = sorted({k for a, b in zip(was, now, strict=False) for k in {*a, *b} if a.get(k) != b.get(k)})
+            differ = ", ".join(other) if len(was) == len(now) else f"{len(was)} runs, not {len(now)}"
             raise InputError(
-                f"{self.path} is the state of another run (it differs in {', '.join(other)}); "
+                f"{self.path} is the state of another run (it differs in {differ}); "
                 "remove it to start anew, or give another path"
             )
-        history: list[Record] = record["history"]
-        with torch.no_grad():
-            for name, p in self.names.items():
-                if f"parameter/{name}" not in tensors or tensors[f"parameter/{name}"].shape != p.shape:
-                    raise AdapterError(
-                        f"{self.path} lacks parameter {name} or has it in another shape; remove the file"
-                    )
-                p.copy_(tensors[f"parameter/{name}"])
-                if f"exp_avg/{name}" in tensors:
-                    self.optimizer.state[p] = {
-                        "step": torch.tensor(float(len(history))),
-                        "exp_avg": tensors[f"exp_avg/{name}"].to(p.device),
-                        "exp_avg_sq": tensors[f"exp_avg_sq/{name}"].to(p.device),
-                    }
-        logger.info("resumed from %s at step %d", self.path, len(history))
-        return history
+        for i, (run, record) in enumerate(zip(self.runs, listed, strict=True)):
+            self._resume(i, run, record, tensors)
+        logger.info("resumed from %s at step %d", self.path, max(len(run.history) for run in self.runs))
 
-    def diverged(self, what: str, record: Record, rows: Sequence[int], history: list[Record]) -> TrainingDiverged:
-        kept = ""
-        if self.path is not None:
-            good = self.path.with_name(f"{self.path.stem}.last_good{self.path.suffix}")
-            self.save(history, good)
-            kept = f" and written to {good}"
-        return TrainingDiverged(
-            f"{what} is {record[what]} at step {record['step']:.0f} (epoch {record['epoch']:.0f}), training rows "
-            f"{list(rows)}; the values after step {len(history)} were kept (error.adapter){kept}. Try a lower learning rate than "
-            f"{self.run['config']['lr']:g}, or look at those rows"
-        )
+    @torch.no_grad()
+    def _resume(self, i: int, run: Run, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        for name, p in run.learned.items():
+            found = tensors.get(f"{i}/parameter/{name}")
+            if found is None or found.shape != p.shape:
+                raise AdapterError(f"{self.path} lacks parameter {name} or has it in another shape; remove the file")
+            p.copy_(found)
+            if f"{i}/exp_avg/{name}" in tensors:
+                moments = {key: tensors[f"{i}/{key}/{name}"].to(p.device) for key in ("exp_avg", "exp_avg_sq")}
+                run.optimizer.state[p] = {"step": torch.tensor(float(len(record["history"]))), **moments}
+        run.history.extend(record["history"])
+        run.error = TrainingDiverged(record["error"]) if record["error"] else None
+
+    def diverged(self, i: int) -> None:
+        """Keep the last good values of a run beside the checkpoint."""
+        run = self.runs[i]
+        if self.path is not None and run.error is not None:
+            which = f".{i}" if len(self.runs) > 1 else ""
+            good = self.path.with_name(f"{self.path.stem}{which}.last_good{self.path.suffix}")
+            self._write(good, [i])
+            run.error = TrainingDiverged(f"{run.error} (also written to {good})")
 
 
 @contextlib.contextmanager

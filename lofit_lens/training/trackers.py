@@ -114,7 +114,7 @@ class _Wandb:
     def start(self, name: str, config: dict[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         quiet = self.wandb.Settings(
-            silent=True, console="off", init_timeout=PATIENCE, finish_timeout=PATIENCE, reinit="finish_previous"
+            silent=True, console="off", init_timeout=PATIENCE, finish_timeout=PATIENCE, reinit="create_new"
         )
         self.run = self.wandb.init(
             project=self.project, id=_plain(name), name=name, config=config, resume="allow", dir=str(self.folder),

@@ -1,0 +1,77 @@
+"""Several LoFiT adapters on one model at once, each on sequences of its own: `z <- (1 + A_r) * z + v_r` where run r owns the row.
+
+Training many adapters against one frozen model then takes one pass over the model for the rows of all of them.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lofit_lens.errors import InputError
+from lofit_lens.interventions.lofit import Lofit
+from lofit_lens.models import Layout, before_each_pass, hook_z, hooked, layout_of
+
+
+def edit_rows(
+    z: Float[Tensor, "batch pos n_heads d_head"],
+    A: Float[Tensor, "runs n_heads d_head"],
+    v: Float[Tensor, "runs n_heads d_head"],
+    owner: Int[Tensor, " batch"],
+) -> Float[Tensor, "batch pos n_heads d_head"]:
+    """The edit of `lofit.edit_z`, each row's by its own run; computed in float32 or above, rounded once."""
+    return (z * (1 + A[owner][:, None]) + v[owner][:, None]).to(z.dtype)
+
+
+@contextlib.contextmanager
+def side_by_side(model: Any, adapters: Sequence[Lofit]) -> Iterator[None]:
+    """Attach several adapters for the length of the block; `Borders.owner` of each pass says whose each sequence is.
+
+    Every layer that some adapter edits has one hook, which gathers the A and v of each row's owner. An adapter's own heads are
+    the only ones that it changes and learns. Values equal those of the adapter attached alone, up to rounding.
+
+    Raises:
+        AdapterError: an adapter that does not fit the model, is attached already, or is given twice.
+        InputError: no adapter; and, in a pass, one that states no owner.
+    """
+    if not adapters:
+        raise InputError("no adapter to attach; give one or more")
+    with contextlib.ExitStack() as stack:
+        for one in adapters:
+            stack.enter_context(one.reserved(model))
+        stack.enter_context(before_each_pass(model, lambda layout: _stack(layout, adapters)))
+        for layer in sorted({layer for one in adapters for layer in one.heads.layers}):
+            stack.enter_context(hooked(hook_z(model, layer), _hook(model, adapters, layer)))
+        yield
+
+
+def _hook(model: Any, adapters: Sequence[Lofit], layer: int) -> Any:
+    def edit(z: Tensor, hook: Any) -> Tensor:
+        layout = layout_of(model, z.shape[0], z.shape[1], z.device)
+        owner = None if layout.borders is None else layout.borders.owner
+        if owner is None:
+            raise InputError(
+                "several adapters are attached side by side, and this pass does not say whose each sequence is (Borders.owner); "
+                "attach one adapter alone to run the model as usual"
+            )
+        A, v = (component[layer].to(z.device) for component in layout.found[_key(adapters)])
+        return edit_rows(z, A, v, owner.to(z.device))
+
+    return edit
+
+
+def _stack(layout: Layout, adapters: Sequence[Lofit]) -> None:
+    """A and v of all adapters, a tensor `[runs, n_heads, d_head]` a layer: made once a pass, for all its layers.
+
+    Before the pass, so that blocks which are run again for the backward pass (checkpointing) find it made.
+    """
+    keep = torch.stack([one.mask for one in adapters])[..., None]
+    both = ([one.A for one in adapters], [one.v for one in adapters])
+    layout.found[_key(adapters)] = tuple(torch.where(keep, torch.stack(c), 0.0).unbind(1) for c in both)
+
+
+def _key(adapters: Sequence[Lofit]) -> tuple[Any, ...]:
+    return ("side by side", *map(id, adapters))

@@ -1,0 +1,72 @@
+"""Gradient checkpointing on both classes: a block keeps its input and is run again in backward.
+
+Memory for backward falls from everything in all blocks to one residual stream a block and everything in one block; time rises by
+one forward.
+"""
+
+import contextlib
+import functools
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import Cache
+
+from lofit_lens.models.gathered import replaced
+from lofit_lens.models.info import backend_of
+from lofit_lens.models.positions import resumed, stated_layout
+
+_inside: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+
+
+@contextlib.contextmanager
+def checkpointed(model: Any) -> Iterator[None]:
+    """Run every block once more in backward instead of keeping what is in it, for passes inside the block.
+
+    The model's mode stays as it is, so a model in eval mode has no dropout (Hugging Face's own switch asks for training mode).
+    Hooks fire again while a block is run again, with the pass's own layout (see `positions.layout_of`), so that edits are made
+    again: a hook must give the same both times, and one that only looks sees everything twice. Keep the block open until
+    backward is through, and everything else that changes how the model runs (`fused_attention`, adapters) as well.
+
+    A pass that fills or reads a key-value cache, and one without gradients, keeps no less than ever: running a block again would
+    add to the cache again.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge; blocks of one model may be nested.
+
+    Raises:
+        ModelError: neither of the two classes.
+    """
+    backend_of(model)
+    if model in _inside:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        _inside.add(model)
+        stack.callback(_inside.discard, model)
+        for block in model.blocks:
+            stack.enter_context(replaced(block, "forward", _recomputed(model, block.forward)))
+        yield
+
+
+def _recomputed(model: Any, own: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(own)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled() or any(_is_cache(x) for x in (*args, *kwargs.values())):
+            return own(*args, **kwargs)
+        layout = stated_layout(model)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with resumed(model, layout):
+                return own(*args, **kwargs)
+
+        return checkpoint(run, *args, use_reentrant=False, **kwargs)
+
+    return forward
+
+
+def _is_cache(x: Any) -> bool:
+    return isinstance(x, Cache) or hasattr(x, "past_keys")

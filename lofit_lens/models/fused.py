@@ -1,0 +1,210 @@
+"""Attention by torch's fused kernel, where it is proven to do what the class's own attention does.
+
+    z = softmax(q k' / scale + mask) v
+
+Both classes write the pattern down for hooks to look at. Nobody looks while an adapter is trained, and without it a pass is
+faster and keeps less for backward. `fused_attention` puts another way in place for the length of a block:
+
+- HookedTransformer: the class's own q, k, v and rotary code, then `scaled_dot_product_attention`. Weights are laid out in memory
+  as the class's own matrix products ask for them, so that no pass copies them (HookedTransformer copies all of them in each
+  forward and keeps the copies for backward), and the norm in front of attention is computed once instead of three times.
+- TransformerBridge: the Hugging Face module's own forward, whose projections are the bridge's, under
+  `attn_implementation="sdpa"`. Where Hugging Face has one fused q-k-v matrix, the bridge's split one is used (`_rebuilt`).
+
+`hook_z` fires as ever. A pass takes the class's own way if anybody has a hook on another point of attention, if a flag asks for
+more hook points (`use_attn_result`, `use_split_qkv_input`, ...), or in training mode (dropout).
+"""
+
+import contextlib
+import functools
+import logging
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from lofit_lens.errors import ModelError
+from lofit_lens.models.attending import FLAGS, in_place, runs_projections
+from lofit_lens.models.hooks import frozen, hook_z, hooked, unhooked
+from lofit_lens.models.info import backend_of, device_of
+from lofit_lens.models.running import uncached
+
+logger = logging.getLogger(__name__)
+
+TOLERANCE = {
+    torch.float32: 1e-4,
+    torch.float64: 1e-4,
+}  # of the standard deviation of what is compared; half precision: ROUGH
+ROUGH = 0.1
+
+_refusals: "weakref.WeakKeyDictionary[nn.Module, dict[Any, str | None]]" = (
+    weakref.WeakKeyDictionary()
+)  # by device and dtype
+_inside: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+
+
+@contextlib.contextmanager
+def fused_attention(model: Any) -> Iterator[None]:
+    """Have a model attend by torch's fused kernel for the length of the block, where that is proven; else nothing changes.
+
+    Keep the block open until backward is through if blocks are recomputed in it (`checkpointed`). Values at padding may differ
+    from the class's own; at tokens they agree up to rounding. Everything is put back at the end, also after an exception.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge; blocks of one model may be nested.
+    """
+    if model in _inside or fused_refusal(model) is not None:
+        yield
+        return
+    with in_place(model):
+        _inside.add(model)
+        try:
+            yield
+        finally:
+            _inside.discard(model)
+
+
+def fused_refusal(model: Any) -> str | None:
+    """Why `fused_attention` leaves a model as it is; None: it does not. Tried once a model, device and dtype, by a few passes.
+
+    The passes run with everybody's hooks off, a batch padded on the right and one padded on the left: hook_z fires once in each
+    layer, and z and logits equal the class's own while every layer's z is edited.
+    """
+    known, key = _refusals.setdefault(model, {}), (device_of(model), next(model.parameters()).dtype)
+    if key not in known:
+        with frozen(model):
+            if any(getattr(model.cfg, flag, False) for flag in FLAGS):
+                return f"one of {', '.join(FLAGS)} is on"  # may be off next time
+            try:
+                reason = _known_obstacle(model) or _difference(model)
+            except Exception as e:
+                reason = f"{type(e).__name__}: {e}"
+        known[key] = reason
+        if reason is not None:
+            logger.info("%s keeps its class's own attention: %s", model.cfg.model_name, reason)
+    return known[key]
+
+
+# ------------------------------------------------------------------------------------------------------ proof
+
+
+def _known_obstacle(model: Any) -> str | None:
+    """What is known to be computed otherwise, or not known to be computed as here."""
+    layers = range(int(model.cfg.n_layers))
+    for layer in layers:
+        try:
+            hook_z(model, layer)
+        except ModelError as e:
+            return str(e)
+    if backend_of(model) == "bridge":
+        return _bridge_obstacle(model)
+    return next((why for layer in layers if (why := _hooked_obstacle(model.blocks[layer].attn))), None)
+
+
+def _hooked_obstacle(attn: Any) -> str | None:
+    from transformer_lens.components import AbstractAttention
+
+    cfg = attn.cfg
+    direction = getattr(attn, "_attention_dir_override", None) or cfg.attention_dir
+    foreign = type(attn).forward is not AbstractAttention.forward or "forward" in attn.__dict__
+    found = {
+        "another attention forward than the class's": foreign,
+        f"positions of type {cfg.positional_embedding_type}": cfg.positional_embedding_type not in ("rotary", "standard"),
+        f"attention is {direction}": direction != "causal",
+        "a soft cap on attention scores": (cfg.attn_scores_soft_cap or 0) > 0,
+        "attention sinks": bool(getattr(cfg, "use_attention_sinks", False)),
+        "4-bit weights": bool(cfg.load_in_4bit),
+        "queries and keys normed across heads": attn.q_norm is not None and not cfg.use_qk_norm,
+        "clipped queries, keys and values": getattr(cfg, "clip_qkv", None) is not None,
+        "linear products on MPS": attn.W_O.device.type == "mps",
+    }  # fmt: skip
+    return next((what for what, there in found.items() if there), None)
+
+
+def _bridge_obstacle(model: Any) -> str | None:
+    from transformer_lens.model_bridge.generalized_components import (
+        JointQKVAttentionBridge,
+        JointQKVPositionEmbeddingsAttentionBridge,
+    )
+
+    name = type(model.original_model).__name__
+    if not getattr(model.original_model, "_supports_sdpa", False):
+        return f"Hugging Face's {name} has no sdpa attention"
+    known = [c._reconstruct_attention for c in (JointQKVAttentionBridge, JointQKVPositionEmbeddingsAttentionBridge)]
+    for block in model.blocks:
+        attn = block.attn
+        if {"forward", "_reconstruct_attention"} & {*attn.__dict__, *attn.original_component.__dict__}:
+            return "another attention forward than the class's"
+        if runs_projections(attn):
+            continue
+        if getattr(type(attn), "_reconstruct_attention", None) not in known or attn._reorder_and_upcast_attn:
+            return f"{type(attn).__name__} does not run the bridge's q, k, v and o in a way that is known here"
+    return None
+
+
+@torch.no_grad()
+def _difference(model: Any) -> str | None:
+    """Where the fused way and the class's own differ on a few tokens, with z edited in every layer."""
+    dtype, device = next(model.parameters()).dtype, device_of(model)
+    limit = TOLERANCE.get(dtype, ROUGH)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, int(model.cfg.d_vocab), (2, 9), generator=generator).to(device)
+    with unhooked(model), torch.autocast(device.type, enabled=False):
+        for hidden in (slice(6, None), slice(0, 3)):
+            mask = torch.ones_like(tokens)
+            mask[1, hidden] = 0
+            real = mask.bool()
+            plain = _seen(model, tokens, mask, {})
+            edits = {}
+            for layer in range(int(model.cfg.n_layers)):
+                if len(plain[layer]) != 1:
+                    return f"hook_z of layer {layer} fires {len(plain[layer])} times in one forward"
+                z = plain[layer][0]
+                noise = torch.randn(z.shape[2:], generator=generator).to(z.device)
+                edits[layer] = noise * z[real.to(z.device)].float().std()
+            wanted = _seen(model, tokens, mask, edits)
+            with in_place(model):
+                found = _seen(model, tokens, mask, edits)
+            side = "right" if mask[1, 0] else "left"
+            for layer in edits:
+                if len(found[layer]) != 1:
+                    return f"hook_z of layer {layer} fires {len(found[layer])} times in one forward on the fused way"
+            for layer in sorted(wanted):
+                what = "the logits" if layer < 0 else f"hook_z of layer {layer}"
+                off = _off(found[layer][0], wanted[layer][0], real)
+                if not off <= limit:
+                    return f"{what} differs by {off:.2g} standard deviations on a batch padded on the {side}"
+                if not torch.isfinite(found[layer][0]).all():
+                    return f"{what} is not finite at padding"
+            if not _off(wanted[-1][0], plain[-1][0], real) > 3 * limit:
+                return "edits at hook_z do not show in the logits"
+    return None
+
+
+def _seen(
+    model: Any, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], edits: Mapping[int, Tensor]
+) -> dict[int, list[Tensor]]:
+    """What hook_z saw in each layer of one pass, before it was edited, and under -1 the logits."""
+    seen: dict[int, list[Tensor]] = {layer: [] for layer in range(int(model.cfg.n_layers))}
+
+    def edit(z: Tensor, hook: Any, layer: int) -> Tensor:
+        seen[layer].append(z.detach().clone())
+        return z if layer not in edits else (z + edits[layer].to(z.device)).to(z.dtype)
+
+    with contextlib.ExitStack() as stack:
+        for layer in seen:
+            stack.enter_context(hooked(hook_z(model, layer), functools.partial(edit, layer=layer)))
+        seen[-1] = [model(tokens, attention_mask=mask, **uncached(model))]
+    return seen
+
+
+def _off(found: Tensor, wanted: Tensor, real: Bool[Tensor, "batch pos"]) -> float:
+    """Largest distance at a token (root mean square over its numbers), in standard deviations."""
+    if found.shape != wanted.shape:
+        return float("inf")
+    at = real.to(found.device)
+    a, b = found[at].flatten(1).float(), wanted[at].flatten(1).float()
+    return float((a - b).square().mean(dim=1).sqrt().max() / b.std())

@@ -1,0 +1,165 @@
+"""How a step's rows go through the model: which of them together, and what is left out since nothing depends on it.
+
+Nothing here changes what is learned: the loss of a step stays the mean over all its label tokens (SFT) or pairs (DPO), in however
+many passes it is computed; values differ from the plain path (`PLAIN`) by rounding alone.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from lofit_lens.errors import InputError
+from lofit_lens.models import (
+    Borders,
+    Layout,
+    checkpointed,
+    device_of,
+    fused_attention,
+    laid_out,
+    logits_at,
+    logits_of,
+    peek,
+    remember,
+    tokenizer_of,
+)
+from lofit_lens.tasks.collate import Batch, Encoded, collate, pad, pad_id
+from lofit_lens.training.losses import NO_LABEL, summed_log_probs, token_log_probs
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How the forward and backward passes of a step are run; each switch is a shortcut that leaves the numbers as they are.
+
+    Args:
+        token_budget: padded tokens of one forward and backward pass, which bounds its memory; a step that has more is run in
+            several. An example alone may exceed it. None = no bound.
+        near_lengths: run rows of near lengths together where that saves more padding than a further pass costs.
+        fused: attend by fused attention where that is proven for the model (see `models.fused_attention`).
+        scored_only: take logits at the scored places only.
+        share_prompts: run the prompt of a DPO pair once where that saves more tokens than a further pass costs. It keeps the
+            prompts' keys and values: at most as many bytes as a pass over both sequences would.
+        checkpointing: keep each block's input alone for the backward pass and run the block again: less memory, about a third
+            more time. Prompts are not shared then.
+
+    Raises:
+        InputError: a budget below 1.
+    """
+
+    token_budget: int | None = 8192
+    near_lengths: bool = True
+    fused: bool = True
+    scored_only: bool = True
+    share_prompts: bool = True
+    checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if self.token_budget is not None and self.token_budget < 1:
+            raise InputError(f"a token budget of {self.token_budget} leaves nothing to run; give 1 or more, or None")
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able form."""
+        return asdict(self)
+
+    @contextlib.contextmanager
+    def ready(self, model: Any) -> Iterator[None]:
+        """Have the model run this way for the length of the block."""
+        with contextlib.ExitStack() as stack:
+            if self.fused:
+                stack.enter_context(fused_attention(model))
+            if self.checkpointing:
+                stack.enter_context(checkpointed(model))
+            yield
+
+
+FAST = Passes()
+"""All shortcuts."""
+PLAIN = Passes(None, near_lengths=False, fused=False, scored_only=False, share_prompts=False)
+"""One padded batch a step, logits everywhere, the class's own attention."""
+
+Forms = tuple[Encoded, ...]  # of one row: a sequence (SFT), or chosen and rejected (DPO)
+
+
+@dataclass
+class Tokens:
+    """What passes have run.
+
+    Attributes:
+        real: tokens that are no padding.
+        padded: all places.
+        passes: forward passes.
+    """
+
+    real: int = 0
+    padded: int = 0
+    passes: int = 0
+
+    def add(self, mask: Tensor, n_real: int) -> None:
+        """Count one pass."""
+        self.real, self.padded, self.passes = self.real + n_real, self.padded + mask.numel(), self.passes + 1
+
+
+def log_probs_of(model: Any, rows: Sequence[Forms], passes: Passes) -> Float[Tensor, "rows forms"]:
+    """Summed log-probs (nats) of rows of equally many sequences, in one pass."""
+    with contextlib.ExitStack() as stack:
+        return log_probs(model, rows, None, passes, Tokens(), stack).view(len(rows), -1)
+
+
+def log_probs(
+    model: Any, forms: Sequence[Forms], owner: Tensor | None, passes: Passes, tokens: Tokens, stack: contextlib.ExitStack
+) -> Float[Tensor, " sequences"]:  # fmt: skip
+    """Summed log-prob (nats) of each sequence's labels, row by row, in one padded pass.
+
+    With checkpointing, edits are computed once more in the backward pass: what the pass runs is stated until `stack` is closed.
+    """
+    sequences = [e for f in forms for e in f]
+    batch = collate(sequences, pad_id=pad_id(tokenizer_of(model)), device=device_of(model))
+    tokens.add(batch.mask, sum(len(e.ids) for e in sequences))
+    borders = Borders(
+        torch.tensor([e.start for e in sequences]), torch.tensor([len(e.ids) for e in sequences]),
+        None if owner is None else owner[torch.tensor([u for u, f in enumerate(forms) for _ in f])],
+    )  # fmt: skip
+    if passes.checkpointing:
+        stack.enter_context(laid_out(model, Layout.of(batch.tokens, batch.mask, batch.tokens.shape[1], borders)))
+    if not passes.scored_only:
+        return summed_log_probs(logits_of(model, batch.tokens, batch.mask, borders), batch.tokens, batch.labels)
+    return _summed(model, batch, borders)
+
+
+def _summed(model: Any, batch: Batch, borders: Borders) -> Float[Tensor, " sequences"]:
+    scored = batch.labels[:, 1:]
+    at: Bool[Tensor, "batch pos"] = torch.zeros_like(batch.labels)
+    at[:, :-1] = scored
+    values = token_log_probs(logits_at(model, batch.tokens, batch.mask, at, borders), batch.tokens[:, 1:][scored])
+    spread = values.new_zeros(scored.shape)
+    spread[scored] = values
+    return spread.sum(dim=1)
+
+
+def shared_log_probs(
+    model: Any, forms: Sequence[Forms], owner: Tensor | None, tokens: Tokens
+) -> Float[Tensor, " sequences"]:
+    """The same for rows whose sequences begin with one prompt each, which runs once; answers have two tokens or more."""
+    fill, device = pad_id(tokenizer_of(model)), device_of(model)
+    prompts = [f[0].ids[: f[0].start] for f in forms]
+    ends = torch.tensor([len(p) for p in prompts])
+    ids, mask = pad(prompts, side="left", pad_id=fill, device=device)
+    tokens.add(mask, int(ends.sum()))
+    last, state = remember(model, None, ids, mask, Borders(ends, ends + 1, owner))
+    rows = torch.tensor([u for u, f in enumerate(forms) for _ in f])
+    answers = [e.ids[e.start :] for f in forms for e in f]
+    sums = token_log_probs(last[rows.to(device)], torch.tensor([a[0] for a in answers], device=device))
+    batch = collate([Encoded(a[:-1], 0) for a in answers], pad_id=fill, device=device)
+    tokens.add(batch.mask, sum(len(a) - 1 for a in answers))
+    lengths = torch.tensor([len(e.ids) for f in forms for e in f])
+    borders = Borders(ends[rows], lengths, None if owner is None else owner[rows])
+    logits = peek(model, state, rows.to(device), batch.tokens, batch.mask, borders)
+    wanted = torch.full(batch.tokens.shape, NO_LABEL, dtype=torch.long)
+    for i, answer in enumerate(answers):
+        wanted[i, : len(answer) - 1] = torch.tensor(answer[1:])
+    later = token_log_probs(logits.flatten(0, 1), wanted.to(device).flatten())
+    return sums + later.view(wanted.shape).sum(dim=1)
