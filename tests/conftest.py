@@ -9,6 +9,7 @@ jaxtyping.install_import_hook("lofit_lens", "tests.typecheck.check")
 
 import logging  # noqa: E402
 import os  # noqa: E402
+import weakref  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import hypothesis  # noqa: E402
@@ -24,7 +25,7 @@ transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 logging.getLogger("transformer_lens").setLevel(logging.ERROR)
 
-from lofit_lens.models import hooked_class, load_model  # noqa: E402
+from lofit_lens.models import fused, hooked_class, load_model  # noqa: E402
 from tests import studies, tiny  # noqa: E402
 
 needs_hooked = pytest.mark.skipif(
@@ -76,6 +77,25 @@ def backend(request):
 def llama(loaded, backend):
     """A tiny Llama (3 layers of 4 heads, d_head 8) on each class."""
     return loaded("llama", backend)
+
+
+@pytest.fixture
+def fresh(checkpoint, backend, monkeypatch):
+    """A tiny Llama of its own on each class, and no proof of fused attention remembered of any model."""
+    monkeypatch.setattr(fused, "_refusals", weakref.WeakKeyDictionary())
+    return load_model(checkpoint("llama"), backend=backend, device="cpu")
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Calls of torch's fused attention kernel: the shape of each one's queries."""
+    calls, inner = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda q, *a, **k: (calls.append(q.shape), inner(q, *a, **k))[1],
+    )
+    return calls
 
 
 @pytest.fixture(scope="session")

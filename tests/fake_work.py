@@ -19,15 +19,15 @@ from lofit_lens.experiments.runner import run_cells
 from lofit_lens.experiments.store import Store
 
 
-def cell(label, folder, *, needs=(), does="write", cost=1.0, model=None, **more):
+def cell(label, folder, *, needs=(), does="write", cost=1.0, model=None, shares="", **more):
     """A cell that adds its label to `folder/computed` when it is computed."""
     spec = {"label": label, "needs": list(needs), "does": does, "log": str(folder / "computed"), **more}
-    return Cell(label, spec, tuple(needs), {"model": model}, cost)
+    return Cell(label, spec, tuple(needs), {"model": model}, cost, shares)
 
 
-def computed(folder):
-    """Labels in the order of their computations, with repetitions."""
-    path = folder / "computed"
+def computed(folder, what=""):
+    """Labels in the order of their computations (`.shared`: of the parts that are computed together), with repetitions."""
+    path = folder / f"computed{what}"
     return path.read_text().split() if path.exists() else []
 
 
@@ -38,17 +38,31 @@ def note(path, text):
     os.close(file)
 
 
-def work(store, cell, context, device):
-    """Do what the spec says, then write a run whose record depends on the spec and the context alone."""
-    spec = cell.spec
-    note(spec["log"], cell.label)
-    tries = computed(Path(spec["log"]).parent).count(cell.label)
-    _DOES[spec["does"]](spec, tries)
-    with store.new(cell) as draft:
-        draft.record["result"] = {"label": cell.label, "context": context, "device": device}
+def work(store, group, context, device, each):
+    """Do what the specs say, then write runs whose records depend on the specs, who is computed together, and the context.
+
+    A cell of several first does what its spec says under "shared" in the part that all share.
+    """
+    labels = [cell.label for cell in group.cells]
+    for cell in group.cells:
+        if "shared" in cell.spec:
+            note(cell.spec["log"] + ".shared", cell.label)
+            _DOES[cell.spec["shared"]](cell.spec, computed(Path(cell.spec["log"]).parent, ".shared").count(cell.label))
+    for cell in group.cells:
+        if store.done(cell.name):
+            continue
+        with each(cell):
+            spec = cell.spec
+            note(spec["log"], cell.label)
+            tries = computed(Path(spec["log"]).parent).count(cell.label)
+            _DOES[spec["does"]](spec, tries)
+            with store.new(cell) as draft:
+                draft.record["result"] = {"label": cell.label, "context": context, "device": device}
+                if len(labels) > 1:
+                    draft.record["with"] = labels
 
 
-def forgetful(store, cell, context, device):
+def forgetful(store, group, context, device, each):
     """Write nothing."""
 
 

@@ -65,6 +65,27 @@ def test_select_tune_eval_generate(capsys, monkeypatch, llama, own_task, tmp_pat
     assert not list(tmp_path.glob(".*")), "a finished run leaves no state file"
 
 
+def test_switches_for_memory_reach_training_and_change_nothing(capsys, monkeypatch, llama, own_task, tmp_path):
+    """--token-budget and --checkpointing: as asked, and the same heads and offsets."""
+    from lofit_lens.training import fitting
+
+    seen, inner = [], fitting.Steps
+    monkeypatch.setattr(fitting, "Steps", lambda m, o, p, **k: (seen.append(p), inner(m, o, p, **k))[1])
+    common = ("--model", llama, "--task", own_task, "--device", "cpu", "--max-steps", 2)
+    for name, options in (("a", ()), ("b", ("--token-budget", 9, "--checkpointing"))):
+        for args in (("select", "--out", tmp_path / f"{name}h"), ("tune", "--heads", "L1H2", "--out", tmp_path / name)):
+            code, _, err = run(capsys, monkeypatch, *args, *common, *options)
+            assert code == 0, err
+    assert [(p.token_budget, p.checkpointing) for p in seen] == [(8192, False)] * 2 + [(9, True)] * 2
+    assert HeadSet.load(tmp_path / "ah" / "heads.json").heads == HeadSet.load(tmp_path / "bh" / "heads.json").heads
+    one, other = (Lofit.from_pretrained(tmp_path / n) for n in ("a", "b"))
+    assert (one.v - other.v).abs().max() < 1e-5
+    asked = ("select", *common[:-2], "--by", "random", "--checkpointing", "--out", tmp_path / "c")
+    code, _, err = run(capsys, monkeypatch, *asked)
+    assert code == 2
+    assert "--checkpointing is a setting of A-norm" in err
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

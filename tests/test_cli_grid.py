@@ -77,10 +77,10 @@ def test_options_take_the_place_of_the_grids(shell, yaml, tmp_path):
 def test_a_failed_cell_is_exit_code_1(shell, yaml, tmp_path, monkeypatch):
     """The rest is computed; the shell says which and where its log is."""
 
-    def broken(*args):
+    def broken(*args, **options):
         raise ValueError("out of luck")
 
-    monkeypatch.setattr(compute, "fit_offsets", broken)
+    monkeypatch.setattr(compute, "tune_many", broken)
     code, said, _ = shell(
         yaml("runs: [{method: zero-shot}, {heads: random, draws: 1}]"), "--store", tmp_path / "s", "--quiet"
     )
@@ -88,6 +88,15 @@ def test_a_failed_cell_is_exit_code_1(shell, yaml, tmp_path, monkeypatch):
     assert "1 computed, 0 there before, 1 failed" in said
     assert "ValueError: out of luck" in said
     assert (tmp_path / "s" / "logs").is_dir()
+
+
+def test_fits_are_trained_together_or_each_alone(shell, yaml, tmp_path):
+    """Together by themselves; --together says how many at most."""
+    grid = yaml("runs: [{heads: random, draws: 3}]")
+    for options, sizes in (((), [3, 3, 3]), (("--together", 1), [1, 1, 1]), (("--together", 2), [1, 2, 2])):
+        assert shell(grid, "--store", tmp_path / f"s{len(sizes)}{options}", "--quiet", *options)[0] == 0
+        store = Store(tmp_path / f"s{len(sizes)}{options}")
+        assert sorted(len(store.timing(name).get("together", [name])) for name in store.names()) == sizes
 
 
 def test_bad_input(shell, yaml, tmp_path, hub):

@@ -4,6 +4,7 @@ import gc
 import json
 import shutil
 import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import ClassVar
 
@@ -15,6 +16,7 @@ from lofit_lens.evaluation.evaluate import evaluate
 from lofit_lens.experiments import compute as computing
 from lofit_lens.experiments import pool
 from lofit_lens.experiments.grid import open_grid, plan_grid, run_grid
+from lofit_lens.experiments.groups import Group
 from lofit_lens.experiments.methods import METHODS
 from lofit_lens.experiments.specs import Grid, Run, Selection
 from lofit_lens.experiments.store import Store
@@ -138,10 +140,10 @@ def test_the_best_point_is_chosen(bridge_llama, tmp_path, monkeypatch):
 def test_a_fit_that_diverges_is_reported_and_the_others_are_made(llama, tmp_path, monkeypatch):
     """What needs it is not begun; the same call tries it again."""
 
-    def diverge(*args):
-        raise TrainingDiverged("loss is nan")
+    def diverge(model, runs, **options):
+        return [TrainingDiverged("loss is nan") for _ in runs]
 
-    monkeypatch.setattr(computing, "fit_offsets", diverge)
+    monkeypatch.setattr(computing, "tune_many", diverge)
     grid = grid_of(Run(heads="random", draws=2, tested=True), Run(method="zero-shot"), other_tasks="other")
     found = run(tmp_path, llama, grid)
     assert len(found.computed) == 1
@@ -175,9 +177,11 @@ def test_what_is_there_is_not_computed_again(llama, tmp_path, monkeypatch):
     assert set(Store(tmp_path).grids()) == {"g", "wider"}
 
 
-def test_training_resumes_inside_a_run(llama, tmp_path):
-    """Ctrl-C in the middle of a fit: its state lies in the store, and the next call goes on to the same bytes."""
-    grid = grid_of(Run(heads="random", draws=1))
+@pytest.mark.parametrize("draws", [1, 3])
+def test_training_resumes_inside_a_run(llama, tmp_path, draws):
+    """Ctrl-C in the middle of a fit, or of three together: one state lies in the store, and the next call goes on from there
+    to the same bytes."""
+    grid = grid_of(Run(heads="random", draws=draws))
     run(tmp_path / "whole", llama, grid)
     seen = []
 
@@ -186,14 +190,13 @@ def test_training_resumes_inside_a_run(llama, tmp_path):
         if len(seen) == 3:
             raise KeyboardInterrupt
 
-    tuned = computing.fit_offsets
+    tuned = computing.tune_many
 
-    def stopped(bench, heads, settings, seed):
-        object.__setattr__(bench.training, "on_step", interrupt)
-        return tuned(bench, heads, settings, seed)
+    def stopped(model, runs, **options):
+        return tuned(model, [replace(runs[0], on_step=interrupt), *runs[1:]], **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(computing, "fit_offsets", stopped)
+        patch.setattr(computing, "tune_many", stopped)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "cut", llama, grid)
     assert len(list((tmp_path / "cut" / "states").iterdir())) == 1
@@ -202,7 +205,7 @@ def test_training_resumes_inside_a_run(llama, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tracked, "__call__", lambda self, record: steps.append(record["step"]))
         run(tmp_path / "cut", llama, grid)
-    assert steps[0] == 3, "an epoch has one step here; two were done and kept"
+    assert set(steps[:draws]) == {3}, "an epoch has one step here; two were done and kept"
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
     assert not any((tmp_path / "cut" / "states").iterdir())
 
@@ -212,7 +215,7 @@ def test_another_model_than_planned_is_refused(llama, loaded, backend, tmp_path)
     planned = plan_grid(grid_of(Run(method="zero-shot")), model=llama, tasks=[KIN])
     context = replace(planned.context, loaded=loaded("gpt2", backend))
     with pytest.raises(ModelError, match="is not the one that was planned"):
-        computing.compute(Store(tmp_path), planned.cells[0], context, None)
+        computing.compute(Store(tmp_path), Group((planned.cells[0],)), context, None, nullcontext)
     assert Store(tmp_path).names() == []
 
 
@@ -357,7 +360,7 @@ def test_lora_puts_the_grid_on_the_bridge(checkpoint):
 def test_random_heads_are_the_draws(llama, tmp_path):
     """Draw d of K heads is HeadSet.random with seed d; the fit's seed is d too."""
     grid = grid_of(Run(heads="random", k=3, draws=2))
-    run(tmp_path, llama, grid)
+    run(tmp_path, llama, grid, together=1)
     for d in range(2):
         folder, record = cell(tmp_path, llama, grid, draw=d)
         heads = HeadSet.random((3, 4), 3, seed=d)
@@ -386,8 +389,9 @@ class Reader:
         self.metrics = metrics
 
 
+@pytest.mark.parametrize("together", [1, 8])
 @pytest.mark.parametrize("broken", [False, True])
-def test_trackers_read_what_trains(bridge_llama, tmp_path, monkeypatch, broken):
+def test_trackers_read_what_trains(bridge_llama, tmp_path, monkeypatch, broken, together):
     """Runs with steps alone are read, with their metrics at the end; a tracker that failed is not waited for again."""
     made = []
     monkeypatch.setattr(Reader, "started", [])
@@ -396,9 +400,9 @@ def test_trackers_read_what_trains(bridge_llama, tmp_path, monkeypatch, broken):
     monkeypatch.setattr("lofit_lens.experiments.grid.tracker", lambda kind, folder: None)
     monkeypatch.setattr(computing, "tracker", lambda kind, folder: made.append(Reader(broken)) or made[-1])
     grid = grid_of(Run(method="zero-shot"), Run(heads="random", draws=3), Run(method="ITI", settings={"alpha": 1}))
-    found = run(tmp_path, bridge_llama, grid, track="tensorboard")
+    found = run(tmp_path, bridge_llama, grid, track="tensorboard", together=together)
     assert len(found.computed) == 5
-    assert len(Reader.started) == (1 if broken else 3)
+    assert len(Reader.started) == (1 if broken and together == 1 else 3)
     assert all("LoFiT" in name for name in Reader.started)
     if not broken:
         assert all(reader.steps > 0 and set(reader.metrics) == {"em"} for reader in made)

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from lofit_lens.errors import InputError
+from lofit_lens.experiments.groups import Group
 from lofit_lens.experiments.runner import run_cells
 from lofit_lens.experiments.store import Store
 from tests import fake_work
@@ -100,10 +101,11 @@ def kill_node(node):
 
 
 def test_a_grid_is_computed_once_and_as_locally(cluster, store, tmp_path):
-    """Slots are the workers' CPUs; every cell is computed once, byte for byte as in this process; the second run finds all."""
+    """Slots are the workers' CPUs; every cell is computed once, byte for byte as here; the second run finds all."""
     executor = on(cluster, store)
     assert executor.slots == 4
-    cells = chains(tmp_path, 4, seconds=0.05)
+    together = [fake_work.cell(f"c{i}", tmp_path, shares="m") for i in range(3)]
+    cells = [*chains(tmp_path, 4, seconds=0.05), *together]
     report = run(store, cells, executor)
     assert report.computed == tuple(c.name for c in cells)
     assert sorted(fake_work.computed(tmp_path)) == sorted(c.label for c in cells)
@@ -112,6 +114,7 @@ def test_a_grid_is_computed_once_and_as_locally(cluster, store, tmp_path):
     local = Store(tmp_path / "local")
     run_cells(local, cells, fake_work.work, "context", devices=["cpu"], progress=False)
     assert records(store) == records(local)
+    assert store.read(together[1].name)["with"] == ["c0", "c1", "c2"]
     again = run(store, cells, on(cluster, store, slots=1))
     assert (again.computed, len(again.there)) == ((), len(cells))
 
@@ -235,7 +238,7 @@ def test_slots_follow_the_cluster(joined, store, tmp_path, monkeypatch):
     executor = on(joined, store)
     before = executor.slots
     node = joined.add_node(num_cpus=3, **NODE)
-    executor.submit(fake_work.cell("a", tmp_path))
+    executor.submit(Group((fake_work.cell("a", tmp_path),)))
     executor.wait(0.1)
     assert executor.slots == before + 3
     executor.close()

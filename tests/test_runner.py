@@ -18,9 +18,11 @@ import torch
 from rich.console import Console
 
 from lofit_lens.errors import DiskFull, InputError
+from lofit_lens.experiments import attempt as tries
 from lofit_lens.experiments import runner
-from lofit_lens.experiments.attempt import Outcome, attempt
+from lofit_lens.experiments.attempt import Outcome
 from lofit_lens.experiments.cells import Cell
+from lofit_lens.experiments.groups import Group, grouped
 from lofit_lens.experiments.live import Tally, board, duration, view
 from lofit_lens.experiments.runner import run_cells
 from lofit_lens.experiments.schedule import Schedule, checked
@@ -52,8 +54,18 @@ def usual_ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
-def schedule(*cells, there=()):
-    return Schedule({c.name: c for c in cells}, there)
+def alone(cell):
+    return Group((cell,))
+
+
+def attempt(store, cell, work, context, device):
+    """One try at one cell."""
+    (outcome,) = tries.attempt(store, alone(cell), work, context, device)
+    return outcome
+
+
+def schedule(*cells, there=(), together=8):
+    return Schedule(grouped({c.name: c for c in cells}, together), there)
 
 
 def taken(plan, loaded=()):
@@ -102,14 +114,14 @@ def test_a_failed_cell_comes_after_the_others_and_a_busy_one_at_its_time(tmp_pat
     """Retries are counted; a cell that another runner holds is not handed out before its time."""
     a, b = cell("a", tmp_path, cost=2), cell("b", tmp_path)
     plan = schedule(a, b)
-    assert plan.take(0.0, []) == a
-    assert plan.again(a.name, 1)
+    assert plan.take(0.0, []) == alone(a)
+    assert plan.again(alone(a), 1)
     assert taken(plan) == ["b", "a"]
-    assert not plan.again(a.name, 1)
-    plan.put_back(b.name, 5.0)
+    assert not plan.again(alone(a), 1)
+    plan.put_back(alone(b), 5.0)
     assert not plan.idle
     assert plan.take(4.9, []) is None
-    assert plan.take(5.0, []) == b
+    assert plan.take(5.0, []) == alone(b)
     assert plan.idle
 
 
@@ -266,7 +278,7 @@ def test_a_grid_runs_once(tmp_path, store):
     assert run_cells(store, [], work, "c").computed == ()
 
 
-@pytest.mark.parametrize("bad", [{"workers": 0}, {"retries": -1}, {"devices": []}])
+@pytest.mark.parametrize("bad", [{"workers": 0}, {"retries": -1}, {"together": 0}, {"devices": []}])
 def test_impossible_settings(store, bad):
     """Say what was asked for."""
     with pytest.raises(InputError, match=next(iter(bad))):
@@ -332,7 +344,8 @@ class Scripted:
         self.store, self.script, self.slots = store, script or {}, slots
         self.given, self.running, self.calls, self.most = [], [], [], 0
 
-    def submit(self, cell):
+    def submit(self, group):
+        (cell,) = group.cells
         self.given.append(cell.label)
         self.running.append(cell)
         self.most = max(self.most, len(self.running))
@@ -346,7 +359,7 @@ class Scripted:
         if state == "done":
             with self.store.new(one):
                 pass
-        return [state if isinstance(state, Outcome) else Outcome(one.name, state)]
+        return [(state if isinstance(state, Outcome) else Outcome(one.name, state),)]
 
     def interrupt(self):
         self.calls.append("interrupt")
@@ -475,12 +488,12 @@ def test_the_table_tells_what_goes_on(tmp_path):
     old, a, b, bad, behind, x = (cell(n + " " + n * 99, tmp_path) for n in ("old", "a", "b", "bad", "behind", "x"))
     tally = tally_of([old, a, b, bad, behind, x], there=[old.name])
     for one in (bad, a):
-        tally.begin(one.name)
+        tally.begin(alone(one))
     assert shown(tally)[1] == "1 done  2 running  3 waiting  time left: not known yet"
-    tally.end(bad.name)
+    tally.end(alone(bad))
     tally.fail(bad.name, "RuntimeError: line\n" + "e" * 200, {behind.name})
     tally.clock.now += 61
-    tally.begin(b.name)
+    tally.begin(alone(b))
     lines = shown(tally)
     assert lines[0].endswith(" 1/6")
     assert lines[1] == "1 done  2 running  1 waiting  1 failed  1 blocked  time left: not known yet"
@@ -488,7 +501,7 @@ def test_the_table_tells_what_goes_on(tmp_path):
     assert lines[3].startswith("2  1:01 a aaa")
     assert lines[4].startswith("last failure: bad bad")
     assert (len(lines), max(map(len, lines))) == (6, 80)
-    tally.end(a.name)
+    tally.end(alone(a))
     tally.finish(a.name, 61.0)
     assert shown(tally)[3] == "2       idle" + " " * 68
     tally.ended = True
@@ -503,7 +516,7 @@ def test_the_table_fits_the_terminal(tmp_path):
     tally = tally_of(cells, slots=30)
     empty = shown(tally, height=12)
     for one in cells[:28]:
-        tally.begin(one.name)
+        tally.begin(alone(one))
     lines = shown(tally, height=12)
     assert len(empty) == len(lines) <= 12
     assert lines[-2].strip() == "and 22 more"
@@ -518,13 +531,13 @@ def test_time_left_by_cost(tmp_path):
     assert tally.seconds_left() is None
     tally.finish(done.name, 10.0)
     tally.finish(other.name, None)  # computed elsewhere: it says nothing of the speed here
-    tally.begin(running.name)
+    tally.begin(alone(running))
     tally.clock.now += 4
     assert tally.seconds_left() == 23.0
     tally.clock.now += 100
     assert tally.seconds_left() == 20.0
     tally.finish(a.name, 20.0)
-    tally.end(running.name)
+    tally.end(alone(running))
     tally.finish(running.name, 10.0)
     assert tally.seconds_left() == 20.0  # one cell is not shared by two workers
 

@@ -328,4 +328,4 @@ def test_a_pair_behind_a_merged_border_is_run_whole(monkeypatch):
 
 def test_one_config_field_is_no_way_of_running():
     """How a step is run is no hyperparameter: two settings of it are one training to a checkpoint."""
-    assert not {f for f in Passes().to_dict()} & set(TrainConfig(lr=1.0).to_dict())
+    assert not set(Passes().to_dict()) & set(TrainConfig(lr=1.0).to_dict())

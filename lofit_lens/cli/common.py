@@ -9,10 +9,13 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from lofit_lens.training import Passes
 
 console = Console(highlight=False)
 
@@ -49,9 +52,26 @@ LearningRate = Annotated[float | None, typer.Option("--lr", help="Learning rate;
 Epochs = Annotated[int | None, typer.Option("--epochs", help="Passes over the examples; left out: the preset's.")]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Examples a step; left out: the preset's.")]
 MaxSteps = Annotated[int | None, typer.Option("--max-steps", help="Stop after so many steps, e.g. to try things out.")]
+TokenBudget = Annotated[
+    int | None,
+    typer.Option("--token-budget", help="Padded tokens of one training pass; lower it if memory runs out; left out: 8192.", min=1),
+]  # fmt: skip
+Checkpointing = Annotated[
+    bool, typer.Option("--checkpointing", help="Gradient checkpointing: less memory for a third more time.")
+]
 Track = Annotated[
     str | None, typer.Option("--track", help="wandb or tensorboard reads the training's steps; files go to OUT.track.")
 ]  # fmt: skip
+
+
+def passes_of(token_budget: int | None, checkpointing: bool) -> "Passes":
+    """How training goes through the model, as asked."""
+    from dataclasses import replace
+
+    from lofit_lens.training import FAST
+
+    asked = replace(FAST, checkpointing=checkpointing)
+    return asked if token_budget is None else replace(asked, token_budget=token_budget)
 
 
 def guarded(verb: Callable[..., None]) -> Callable[..., None]:

@@ -35,11 +35,14 @@ def grid(
     devices: Annotated[str | None, typer.Option("--devices", help="Of the workers, with commas: cuda:0,cuda:1.")] = None,
     executor: Annotated[str, typer.Option("--executor", help="local or ray.")] = "local",
     address: Annotated[str | None, typer.Option("--address", help="Ray: of the cluster (auto, or HOST:PORT).")] = None,
-    cpus: Annotated[float, typer.Option("--cpus", help="Ray: CPUs a cell.", min=0)] = 1.0,
+    cpus: Annotated[float, typer.Option("--cpus", help="Ray: CPUs a task.", min=0)] = 1.0,
     gpus: Annotated[float | None, typer.Option(
-        "--gpus", help="Ray: GPUs a cell (0.5: two cells share one); left out: 1 where the cluster has GPUs.", min=0
+        "--gpus", help="Ray: GPUs a task (0.5: two share one); left out: 1 where the cluster has GPUs.", min=0
     )] = None,
     retries: Annotated[int, typer.Option("--retries", help="Further tries of a cell that failed.", min=0)] = 1,
+    together: Annotated[int, typer.Option(
+        "--together", help="Fits of LoFiT trained in one pass, at most; 1: each alone. Another number changes last digits.", min=1
+    )] = 8,
     track: Annotated[str | None, typer.Option("--track", help="wandb or tensorboard: reads the steps of training.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be computed.")] = False,
     listing: Annotated[bool, typer.Option("--list", help="Show the grids that come with the library.")] = False,
@@ -89,6 +92,7 @@ def grid(
             devices=listed or None,
             executor=place,
             retries=retries,
+            together=together,
             track=track,
             progress=not quiet,
         )

@@ -38,6 +38,8 @@ def select(
     epochs: c.Epochs = None,
     batch_size: c.BatchSize = None,
     max_steps: c.MaxSteps = None,
+    token_budget: c.TokenBudget = None,
+    checkpointing: c.Checkpointing = False,
     track: c.Track = None,
     overwrite: c.Overwrite = False,
     quiet: c.Quiet = False,
@@ -52,7 +54,8 @@ def select(
     if by not in SELECTORS:
         raise unknown("score", by, SELECTORS)
     ours = {"lr": lr, "l1": l1, "epochs": epochs, "batch_size": batch_size, "max_steps": max_steps}
-    if by != A_NORM and (given := [n for n, value in {**ours, "track": track}.items() if value is not None]):
+    how = {"token_budget": token_budget, "checkpointing": checkpointing or None, "track": track}
+    if by != A_NORM and (given := [n for n, value in {**ours, **how}.items() if value is not None]):
         raise InputError(f"--{given[0].replace('_', '-')} is a setting of {A_NORM}; leave it out with --by {by!r}")
     reader = c.open_tracker(track, out)
     loaded = c.open_model(model, backend=backend, dtype=dtype, device=device, revision=revision)
@@ -78,6 +81,7 @@ def select(
                 n_train=n_train,
                 checkpoint=state,
                 on_step=run,
+                passes=c.passes_of(token_budget, checkpointing),
                 progress=not quiet,
             )
     else:

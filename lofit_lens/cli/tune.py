@@ -33,6 +33,8 @@ def tune(
     epochs: c.Epochs = None,
     batch_size: c.BatchSize = None,
     max_steps: c.MaxSteps = None,
+    token_budget: c.TokenBudget = None,
+    checkpointing: c.Checkpointing = False,
     track: c.Track = None,
     overwrite: c.Overwrite = False,
     quiet: c.Quiet = False,
@@ -64,7 +66,7 @@ def tune(
     with c.tracked_run(reader, out, info, data, seed, **settings) as run:
         lofit = tune_offsets(
             loaded, data, chosen, seed=seed, config=config, n_train=n_train, checkpoint=state, on_step=run,
-            progress=not quiet,
+            passes=c.passes_of(token_budget, checkpointing), progress=not quiet,
         )  # fmt: skip
     lofit.save_pretrained(out, overwrite=overwrite)
     state.unlink(missing_ok=True)

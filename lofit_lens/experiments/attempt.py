@@ -1,7 +1,8 @@
-"""One try at one cell, the same in this process, in a worker process and in a Ray task.
+"""One try at one group of cells, the same in this process, in a worker process and in a Ray task.
 
-A cell that is there already, or that another runner holds, is left alone. What the work says while it runs (log records,
-warnings, prints, the traceback of a failure) is appended to the cell's log in the store.
+A group that is there already, or of which another runner holds a cell, is left alone. What the work says while it runs (log
+records, warnings, prints, the traceback of a failure) is appended to logs in the store: of what cells compute together to the
+group's, of each cell's own part to the cell's.
 """
 
 import contextlib
@@ -12,17 +13,23 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TextIO
 
 from lofit_lens import io
 from lofit_lens.errors import DiskFull, InputError, TrainingDiverged
 from lofit_lens.experiments.cells import Cell
+from lofit_lens.experiments.groups import Group
 from lofit_lens.experiments.pool import one_thread
 from lofit_lens.experiments.store import Store
 
-Work = Callable[[Store, Cell, Any, str | None], None]
-"""(store, cell, context, device): computes the cell and writes it through `store.new`; picklable by reference."""
+Each = Callable[[Cell], AbstractContextManager[None]]
+"""cell -> the block in which its run is written; an error in it is that cell's alone."""
+
+Work = Callable[[Store, Group, Any, str | None, Each], None]
+"""(store, group, context, device, each): computes the group's cells and writes those that the store has not, one after the other,
+each through `store.new` in `with each(cell):`; picklable by reference."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,7 @@ class Outcome:
         details: its traceback.
         again: a failure that may not come a second time.
         full: the disk is full.
-        seconds: that it took.
+        seconds: that it took, with its share of what the group's cells took together.
     """
 
     name: str
@@ -48,50 +55,96 @@ class Outcome:
     seconds: float = 0.0
 
 
+Outcomes = tuple[Outcome, ...]
+"""Of one try at a group: one for each of its cells, in order."""
+
+
 def attempt(
-    store: Store, cell: Cell, work: Work, context: Any, device: str | None, *, whole_process: bool = False
-) -> Outcome:
-    """Compute a cell if it is not there and nobody else does; on one thread, so that the result is the same everywhere.
+    store: Store, group: Group, work: Work, context: Any, device: str | None, *, whole_process: bool = False
+) -> Outcomes:
+    """Compute a group if it is not there and nobody else does; on one thread, so that the result is the same everywhere.
 
     Args:
-        store: where the cell is looked up and written.
-        cell: what to compute.
+        store: where its cells are looked up and written.
+        group: what to compute.
         work: computes it.
         context: handed to `work`.
         device: handed to `work`.
-        whole_process: the cell's log takes all that this process writes, C libraries too; False = what Python code writes.
+        whole_process: the logs take all that this process writes, C libraries too; False = what Python code writes.
 
     Returns:
-        What became of it. An error of the work is an outcome, not raised; so is Ctrl-C ("stopped").
+        What became of each cell. An error of the work is an outcome, not raised; so is Ctrl-C ("stopped").
     """
-    start = time.perf_counter()
+    one = _Try(store, group, whole_process)
     try:
-        state = _claimed(store, cell, lambda: work(store, cell, context, device), whole_process)
-        return Outcome(cell.name, state, seconds=time.perf_counter() - start)
+        rest = Outcome("", one.run(lambda: work(store, group, context, device, one.each)))
     except KeyboardInterrupt as e:
-        return Outcome(cell.name, "stopped", str(e), seconds=time.perf_counter() - start)
+        rest = Outcome("", "stopped", str(e))
     except (Exception, SystemExit) as e:
-        return Outcome(
-            cell.name, "failed", _text(e), _traceback(e),
-            again=not isinstance(e, InputError | TrainingDiverged), full=_is_full(e), seconds=time.perf_counter() - start,
-        )  # fmt: skip
+        rest = _failure(e)
+    return one.outcomes(rest)
 
 
-def _claimed(
-    store: Store, cell: Cell, compute: Callable[[], None], whole_process: bool
-) -> Literal["done", "there", "busy"]:
-    if store.done(cell.name):
-        return "there"
-    with store.claim(cell.name) as ours:
-        if not ours:
-            return "busy"
-        if store.done(cell.name):  # by another, between the two lines above
+class _Try:
+    """What is known of the cells while a group is tried."""
+
+    def __init__(self, store: Store, group: Group, whole_process: bool) -> None:
+        self.store, self.group, self.whole_process = store, group, whole_process
+        self.found: dict[str, Outcome] = {}
+        self.start = time.perf_counter()
+
+    def run(self, work: Callable[[], None]) -> Literal["done", "there", "busy"]:
+        store, cells = self.store, self.group.cells
+        if self.all_there():
             return "there"
-        with cell_log(store, cell, whole_process=whole_process), one_thread():
-            compute()
-            if not store.done(cell.name):
-                raise RuntimeError(f"the work of {cell.label} ended without writing its run (store.new)")
-    return "done"
+        with contextlib.ExitStack() as claims:
+            # In one order everywhere: of two runners that want cells of each other's groups, one gets all of its own.
+            if not all(claims.enter_context(store.claim(name)) for name in sorted(c.name for c in cells)):
+                return "busy"
+            if self.all_there():  # by another, between the two looks
+                return "there"
+            with cell_log(store, self.group, whole_process=self.whole_process), one_thread():
+                for cell in cells if len(cells) > 1 else ():
+                    write_line(store, cell, f"computed with {len(cells) - 1} others: {store.log_file(self.group.name)}")
+                work()
+                for cell in cells:
+                    if cell.name not in self.found and not store.done(cell.name):
+                        raise RuntimeError(f"the work of {cell.label} ended without writing its run (store.new)")
+            if all(store.done(cell.name) for cell in cells):
+                store.state_file(self.group.name).unlink(missing_ok=True)
+        return "done"
+
+    def all_there(self) -> bool:
+        for cell in self.group.cells:
+            if self.store.done(cell.name):
+                self.found[cell.name] = Outcome(cell.name, "there")
+        return len(self.found) == len(self.group.cells)
+
+    @contextlib.contextmanager
+    def each(self, cell: Cell) -> Iterator[None]:
+        if len(self.group.cells) == 1:  # its log is open, and an error in it is the group's
+            yield
+            return
+        start, found = time.perf_counter(), Outcome("", "done")
+        try:
+            with cell_log(self.store, cell, whole_process=self.whole_process):
+                yield
+        except (Exception, SystemExit) as e:
+            found = _failure(e)
+        if found.state == "failed" or self.store.done(cell.name):
+            self.found[cell.name] = replace(found, name=cell.name, seconds=time.perf_counter() - start)
+
+    def outcomes(self, rest: Outcome) -> Outcomes:
+        """Of all cells; `rest` = of those that nothing is known of."""
+        names = [cell.name for cell in self.group.cells]
+        found = [self.found.get(name, replace(rest, name=name)) for name in names]
+        shared = time.perf_counter() - self.start - sum(outcome.seconds for outcome in found)
+        return tuple(replace(outcome, seconds=outcome.seconds + shared / len(names)) for outcome in found)
+
+
+def _failure(e: BaseException) -> Outcome:
+    again = not isinstance(e, InputError | TrainingDiverged)
+    return Outcome("", "failed", _text(e), _traceback(e), again=again, full=_is_full(e))
 
 
 def _text(e: BaseException) -> str:
@@ -110,9 +163,9 @@ def _is_full(e: BaseException | None) -> bool:
 
 
 @contextlib.contextmanager
-def cell_log(store: Store, cell: Cell, *, whole_process: bool) -> Iterator[None]:
-    """Append what is said in the block to the cell's log, between a line of its start and one of its end."""
-    path = store.log_file(cell.name)
+def cell_log(store: Store, of: Cell | Group, *, whole_process: bool) -> Iterator[None]:
+    """Append what is said in the block to the log of a cell or a group, between a line of its start and one of its end."""
+    path = store.log_file(of.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     with contextlib.ExitStack() as stack:
@@ -120,7 +173,7 @@ def cell_log(store: Store, cell: Cell, *, whole_process: bool) -> Iterator[None]
         stack.enter_context(_everything_to(log) if whole_process else _prints_to(log))
         stack.enter_context(warnings.catch_warnings())  # a warning that an earlier cell gave is given anew
         stack.enter_context(_records_to(log))
-        log.write(f"{_now()} start: {cell.label} (process {os.getpid()})\n")
+        log.write(f"{_now()} start: {of.label} (process {os.getpid()})\n")
         try:
             yield
         except BaseException as e:

@@ -19,6 +19,7 @@ class Cell:
         needs: names of cells that must be done before; also in `spec`.
         row: what a table of runs says of it (task, method, k, seed, ...): text, whole numbers, decimals or None.
         cost: relative length, for the order of work and the time left.
+        shares: cells of the same text here can be trained in the same passes over the model; "" = computed alone.
     """
 
     label: str
@@ -26,6 +27,7 @@ class Cell:
     needs: tuple[str, ...] = ()
     row: dict[str, Any] = field(default_factory=dict, compare=False)
     cost: float = field(default=1.0, compare=False)
+    shares: str = field(default="", compare=False)
 
     @property
     def model(self) -> Any:

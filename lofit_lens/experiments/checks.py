@@ -15,7 +15,7 @@ import pandas as pd
 
 from lofit_lens import io
 from lofit_lens.errors import DataError, InputError
-from lofit_lens.experiments.records import FAILURE, FAILURE_SCHEMA, GRID, GRID_SCHEMA
+from lofit_lens.experiments.records import FAILURE, FAILURE_SCHEMA, GRID, GRID_SCHEMA, JOINED
 from lofit_lens.experiments.store import OWN_FILES, RUN, RUN_SCHEMA, Problem, Store
 
 RUN_NAME = re.compile(r"[A-Za-z0-9._]*-[0-9a-f]{16}")  # as Cell.name makes them
@@ -235,7 +235,7 @@ def _leftovers(store: Store) -> Iterator[tuple[str, Path]]:
             yield path.stem, path
     for path in _entries(store.root / "states", hidden=True):
         if path.name[0] == ".":  # .NAME.safetensors.RANDOM.tmp
-            yield path.name[1:].partition(".safetensors.")[0], path
+            yield _run_of(path.name[1:].partition(".safetensors.")[0]), path
     before = time.time() - OLD
     for part in (".", "locks", "grids", "inputs", "failed"):
         for path in _entries(store.root / part, hidden=True):
@@ -249,14 +249,19 @@ def _outlived(store: Store, wanted: set[str]) -> Iterator[tuple[str, Path]]:
     """Checkpoints of runs that are done or nobody's, logs of nothing, notes of failures that were overcome."""
     failed = store.failures()
     for path in _entries(store.root / "states"):
-        if store.done(path.stem) or path.stem not in wanted:
-            yield path.stem, path
+        if store.done(name := _run_of(path.stem)) or name not in wanted:
+            yield name, path
     for path in _entries(store.root / "logs"):
-        if not store.done(path.stem) and path.stem not in wanted and path.stem not in failed:
-            yield path.stem, path
+        if not store.done(name := _run_of(path.stem)) and name not in wanted and name not in failed:
+            yield name, path
     for path in _entries(store.root / "failed"):
         if store.done(path.stem):
             yield path.stem, path
+
+
+def _run_of(stem: str) -> str:
+    """The run that a checkpoint or a log belongs to: the last of several that are computed together; all are locked then."""
+    return stem.partition(JOINED)[0]
 
 
 def _remove(store: Store, name: str, path: Path) -> bool:

@@ -1,9 +1,11 @@
 """What a cell of a grid computes: head scores, a fit with its test, a trial, a test on another task, damage on text."""
 
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +13,26 @@ from lofit_lens import io
 from lofit_lens.errors import InputError, ModelError, TrainingDiverged
 from lofit_lens.evaluation.damage import damage
 from lofit_lens.evaluation.evaluate import evaluate
+from lofit_lens.experiments.attempt import Each
 from lofit_lens.experiments.cells import Cell
 from lofit_lens.experiments.comparison import bench_of
 from lofit_lens.experiments.expand import model_key
-from lofit_lens.experiments.methods import METHODS, Training, Workbench, fit_offsets
+from lofit_lens.experiments.groups import Group
+from lofit_lens.experiments.methods import METHODS, Training, Workbench
 from lofit_lens.experiments.pool import kept_model
 from lofit_lens.experiments.runs import DAMAGE_COLUMNS
-from lofit_lens.experiments.specs import LOFIT
+from lofit_lens.experiments.specs import LOFIT, TRAINING
 from lofit_lens.experiments.store import Draft, Store
 from lofit_lens.experiments.tuning import Tuned, choose
 from lofit_lens.heads import HeadScores, HeadSet
-from lofit_lens.interventions import Intervention, load_adapter
+from lofit_lens.interventions import Intervention, Lofit, load_adapter
 from lofit_lens.models import ModelInfo, device_of, model_info
 from lofit_lens.tasks.base import Task
 from lofit_lens.training import TrainConfig
+from lofit_lens.training.lofit import LofitRun, learned_scores
+from lofit_lens.training.many import tune_many
 from lofit_lens.training.selectors import SELECTORS
-from lofit_lens.training.trackers import Tracked, tracked, tracker
+from lofit_lens.training.trackers import Tracked, Tracker, tracked, tracker
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,30 +59,52 @@ class Context:
 _silent: set[str] = set()  # trackers that failed in this process
 
 
-def compute(store: Store, cell: Cell, context: Any, device: str | None) -> None:
-    """Compute a cell whose needs are done, and write its folder.
+def compute(store: Store, group: Group, context: Any, device: str | None, each: Each) -> None:
+    """Compute a group of cells whose needs are done, and write the folders of those that are not there.
+
+    Fits of LoFiT are trained in the same passes, those that are there too: else the others' last digits would depend on them.
 
     Args:
-        store: where needs lie and the result goes.
-        cell: made by `expand`.
+        store: where needs lie and the results go.
+        group: of cells made by `expand`.
         context: a `Context`.
         device: of the model; None = the context's.
+        each: cell -> the block in which it is written.
 
     Raises:
         ModelError: the model is another one than was planned.
-        InputError: the cell cannot be computed as asked.
-        TrainingDiverged: training gave NaN or infinity.
+        InputError: a cell cannot be computed as asked.
+        TrainingDiverged: training gave NaN or infinity; of several cells, in that cell's own block.
     """
-    bench = _bench(cell, context, device)
-    start = time.perf_counter()
-    reader = None
-    if context.track and cell.spec.get("config") and context.track not in _silent:
-        reader = tracker(context.track, store.root / "track")
-    with tracked(reader, cell.name, cell.spec) as steps, store.new(cell) as draft:
-        KINDS[cell.spec["kind"]](_Job(store, cell, bench, draft, steps))
-        draft.timing |= {"seconds": time.perf_counter() - start, "device": str(device_of(bench.model))}
-    if context.track and reader is not None and steps.reader is None:
-        _silent.add(context.track)  # it failed; no further cell waits for it
+    jobs = [_Job(store, cell, _bench(cell, context, device)) for cell in group.cells]
+    with ExitStack() as stack:
+        for job in jobs:
+            stack.push(job.reading)
+            _read_along(job, context)
+        if group.cells[0].shares:
+            _train(jobs, store.state_file(group.name))
+        for job in [j for j in jobs if not store.done(j.cell.name)]:
+            with each(job.cell), job.reading, store.new(job.cell) as job.draft:
+                start = time.perf_counter()
+                KINDS[job.spec["kind"]](job)
+                job.draft.timing |= {
+                    "seconds": job.seconds + time.perf_counter() - start, "started": job.started,
+                    "device": str(device_of(job.bench.model)),
+                }  # fmt: skip
+                if len(jobs) > 1:
+                    job.draft.timing["together"] = [cell.name for cell in group.cells]
+    if any(job.failed_reader for job in jobs):
+        _silent.add(context.track)  # no further cell waits for it
+
+
+def _read_along(job: "_Job", context: Context) -> None:
+    """Let a tracker read the steps of a cell that trains and is not there."""
+    wanted = job.spec.get("config") and context.track not in _silent and not job.store.done(job.cell.name)
+    if context.track and wanted:
+        job.reader = tracker(context.track, job.store.root / "track")
+    job.steps = job.reading.enter_context(tracked(job.reader, job.cell.name, job.spec))
+    if job.failed_reader:
+        _silent.add(str(context.track))
 
 
 def _bench(cell: Cell, context: Context, device: str | None) -> Workbench:
@@ -96,42 +124,99 @@ def _bench(cell: Cell, context: Context, device: str | None) -> Workbench:
 
 @dataclass
 class _Job:
+    """A cell while it is computed.
+
+    Attributes:
+        reading: holds its tracked run open.
+        trained: what LoFiT's training made of it.
+        seconds: its share of that.
+    """
+
     store: Store
     cell: Cell
     bench: Workbench
-    draft: Draft
-    steps: Tracked
+    reading: ExitStack = field(default_factory=ExitStack)
+    reader: Tracker | None = None
+    steps: Tracked = field(default_factory=lambda: Tracked(None))
+    trained: Lofit | TrainingDiverged | None = None
+    seconds: float = 0.0
+    draft: Draft = field(init=False)
     spec: dict[str, Any] = field(init=False)
+    started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     def __post_init__(self) -> None:
         self.spec = self.cell.spec
 
     @property
-    def checkpoint(self) -> Path:
-        """State of the training inside this cell."""
-        return self.store.state_file(self.cell.name)
+    def failed_reader(self) -> bool:
+        return self.reader is not None and self.steps.reader is None
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Given, or chosen by the trials."""
+        spec = self.spec
+        return spec["settings"] if spec.get("chosen") is None else _chosen(self).settings
+
+    @property
+    def lofit(self) -> Lofit:
+        """What was trained; raises where that diverged."""
+        if isinstance(self.trained, TrainingDiverged):
+            raise self.trained
+        assert self.trained is not None
+        return self.trained
+
+
+def _train(jobs: Sequence[_Job], checkpoint: Path) -> None:
+    """Train LoFiT for all of them; one whose settings cannot be chosen, since every trial diverged, is left out."""
+    start, runs = time.perf_counter(), {}
+    for i, job in enumerate(jobs):
+        try:
+            runs[i] = _run(job)
+        except TrainingDiverged as e:
+            job.trained = e
+    if runs:
+        found = tune_many(jobs[0].bench.model, list(runs.values()), checkpoint=checkpoint, progress=False)
+        for i, trained in zip(runs, found, strict=True):
+            jobs[i].trained = trained
+    for job in jobs:
+        job.seconds = (time.perf_counter() - start) / len(jobs)
+
+
+def _run(job: _Job) -> LofitRun:
+    spec, bench = job.spec, job.bench
+    if spec["kind"] == "scores":
+        component, settings = "A" if spec["by"] == "A-norm" else "v", {}
+        among = spec["among"]
+        heads = among and HeadScores.load(job.store.folder(among["cell"]) / "scores.json").top(among["k"])
+    else:
+        component, settings, heads = "v", job.settings, _heads(job)
+    config = TrainConfig(**{**_config(spec), **settings})
+    return LofitRun(
+        bench.task, component, heads, seed=spec["seed"], config=config, n_train=spec["n_train"], on_step=job.steps
+    )
+
+
+def _config(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """All of it: the preset may be another where the model has another name."""
+    config = spec["config"] or {}
+    return {**config, "betas": tuple(config["betas"])} if config else {}
 
 
 def _scores(job: _Job) -> None:
     spec, bench = job.spec, job.bench
-    heads = None
-    if spec["among"] is not None:
-        heads = HeadScores.load(job.store.folder(spec["among"]["cell"]) / "scores.json").top(spec["among"]["k"])
-    options: dict[str, Any] = {"seed": spec["seed"], "n_train": spec["n_train"], "progress": False}
-    if spec["config"] is not None:
-        config = TrainConfig(**{**spec["config"], "betas": tuple(spec["config"]["betas"])})
-        options |= {"heads": heads, "config": config, "checkpoint": job.checkpoint, "on_step": job.steps}
-    scores = SELECTORS[spec["by"]](bench.model, bench.task, **options)
+    if spec["by"] in TRAINING:
+        scores = learned_scores(job.lofit, "A" if spec["by"] == "A-norm" else "v", kind=spec["by"])
+    else:
+        options = {"seed": spec["seed"], "n_train": spec["n_train"], "progress": False}
+        scores = SELECTORS[spec["by"]](bench.model, bench.task, **options)
     scores.save(job.draft.path / "scores.json")
 
 
 def _fit(job: _Job) -> None:
     """Fit, keep the adapter, and test it on its own task's rows."""
-    spec, draft = job.spec, job.draft
-    tuned = None if spec["chosen"] is None else _chosen(job)
-    settings = spec["settings"] if tuned is None else tuned.settings
-    fitted, draft.timing["fit_seconds"] = job.bench.timed(lambda: _fitted(job, settings))
-    draft.record["settings"] = settings
+    draft = job.draft
+    fitted = _fitted(job)
+    draft.record["settings"] = job.settings
     draft.record["run"] = {
         "n_parameters": 0 if fitted is None else fitted.n_parameters, "heads": str(getattr(fitted, "heads", None) or ""),
     }  # fmt: skip
@@ -143,26 +228,28 @@ def _fit(job: _Job) -> None:
 def _trial(job: _Job) -> None:
     """A fit that diverges is a result: this point is not chosen."""
     record = job.draft.record
-    record["settings"] = job.spec["settings"]
+    record["settings"] = job.settings
     try:
-        fitted, job.draft.timing["fit_seconds"] = job.bench.timed(lambda: _fitted(job, job.spec["settings"]))
+        fitted = _fitted(job)
     except TrainingDiverged as e:
         record["note"] = str(e).split(";")[0]
     else:
         _test(job, fitted)
 
 
-def _fitted(job: _Job, settings: Mapping[str, Any]) -> Intervention | None:
+def _fitted(job: _Job) -> Intervention | None:
     spec, bench = job.spec, job.bench
-    if spec["config"] is not None:  # all of it: the preset may be another where the model has another name
-        settings = {**spec["config"], "betas": tuple(spec["config"]["betas"]), **settings}
-    bench.training = Training(job.checkpoint, job.steps)
+    if spec["method"] == LOFIT:
+        job.draft.timing["fit_seconds"] = job.seconds
+        return job.lofit
+    bench.training = Training(job.store.state_file(job.cell.name), job.steps)
+    settings = {**_config(spec), **job.settings}
     try:
-        if spec["method"] != LOFIT:
-            return METHODS[spec["method"]].fit(bench, settings, spec["seed"])
-        return fit_offsets(bench, _heads(job), settings, spec["seed"])
+        fitted, seconds = bench.timed(lambda: METHODS[spec["method"]].fit(bench, settings, spec["seed"]))
     finally:
         bench.training = Training()
+    job.draft.timing["fit_seconds"] = seconds
+    return fitted
 
 
 def _heads(job: _Job) -> HeadSet:

@@ -185,7 +185,7 @@ class _Maker:
             **row, "kind": kind,
         }  # fmt: skip
         cost = COST[kind] * (CHEAP.get(row.get("method", ""), 1.0) if kind in ("fit", "trial") else 1.0)
-        cell = Cell(text, whole, tuple(needs), row, cost)
+        cell = Cell(text, whole, tuple(needs), row, cost, _shares(whole))
         return self.cells.setdefault(cell.name, cell)
 
     # ------------------------------------------------------------------------------------------ head scores
@@ -369,6 +369,12 @@ class _Maker:
         if run.damage and self.setting.texts and fit.row["method"] != ZERO:
             spec = {"kind": "damage", "fit": fit.name, "texts": self.setting.texts}
             self.add((fit.label, "damage"), spec, [fit.name], {**fit.row, "tested": ""})
+
+
+def _shares(spec: Mapping[str, Any]) -> str:
+    """What LoFiT's training makes on one model: scores by A, scores by v, and offsets, since these take different times."""
+    what = spec.get("by") or spec.get("method")
+    return f"{what} {io.digest(spec['model'])}" if what in (*TRAINING, LOFIT) else ""
 
 
 def _rows(task: Task, n: int | None, seed: int) -> int | None:

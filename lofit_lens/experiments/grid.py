@@ -19,6 +19,7 @@ from lofit_lens.evaluation.texts import load_texts
 from lofit_lens.experiments.cells import Cell
 from lofit_lens.experiments.compute import Context, compute
 from lofit_lens.experiments.expand import Setting, expand
+from lofit_lens.experiments.groups import TOGETHER
 from lofit_lens.experiments.methods import METHODS, Outline, Workbench
 from lofit_lens.experiments.paper import grid_named, known_grids
 from lofit_lens.experiments.runner import Executor, Report, Work, run_cells
@@ -128,6 +129,7 @@ def run_grid(
     devices: Sequence[str] | None = None,
     executor: Place | None = None,
     retries: int = 1,
+    together: int = TOGETHER,
     device: str | None = None,
     track: str | None = None,
     progress: bool = True,
@@ -146,6 +148,8 @@ def run_grid(
         executor: makes another place to compute from store, work and context, e.g. `RayExecutor`, or
             `functools.partial(RayExecutor, address="auto", gpus=1)`.
         retries: further tries of a cell that failed for a reason that may pass.
+        together: fits of LoFiT at most that share a pass over the model, in groups that follow from the grid alone; 1 = none.
+            Their results are those of separate training up to rounding, and the same bytes for the same number.
         device: of the models; None = CUDA where there is one, else the CPU.
         track: `"wandb"` or `"tensorboard"` reads the steps of training.
         progress: show what is done, what runs and the time left.
@@ -174,7 +178,7 @@ def run_grid(
     where = None if executor is None else executor(kept, compute, planned.context)
     return run_cells(
         kept, planned.cells, compute, planned.context, executor=where, workers=workers, devices=devices, retries=retries,
-        progress=progress,
+        together=together, progress=progress,
     )  # fmt: skip
 
 

@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, RenderableType
+from rich.console import Group as Lines
 from rich.file_proxy import FileProxy
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -15,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lofit_lens.experiments.cells import Cell
+from lofit_lens.experiments.groups import Group
 
 OTHER_LINES = 6  # of the terminal's height: bar, counts, "more", failure, note, cursor
 
@@ -25,7 +27,7 @@ class Tally:
     Args:
         cells: by name.
         there: names of those that were done before.
-        slots: cells at a time.
+        slots: groups of cells at a time.
         clock: seconds.
     """
 
@@ -40,20 +42,20 @@ class Tally:
         self.cells, self.slots, self.clock = cells, slots, clock
         self.before, self.done = len(there), len(there)
         self.open = dict.fromkeys(name for name in cells if name not in there)
-        self.running: dict[str, tuple[int, float]] = {}  # place among the workers, begun at
+        self.running: dict[Group, tuple[int, float]] = {}  # place among the workers, begun at
         self.failed: dict[str, str] = {}
         self.blocked: set[str] = set()
         self.spent = (0.0, 0.0)  # seconds and cost of the cells computed so far
         self.start, self.note, self.ended = clock(), "", False
 
-    def begin(self, name: str) -> None:
-        """A cell was handed out."""
+    def begin(self, group: Group) -> None:
+        """A group was handed out."""
         taken = {place for place, _ in self.running.values()}
-        self.running[name] = (next(i for i in range(len(taken) + 1) if i not in taken), self.clock())
+        self.running[group] = (next(i for i in range(len(taken) + 1) if i not in taken), self.clock())
 
-    def end(self, name: str) -> None:
-        """A cell came back, whatever became of it."""
-        self.running.pop(name, None)
+    def end(self, group: Group) -> None:
+        """A group came back, whatever became of it."""
+        self.running.pop(group, None)
 
     def finish(self, name: str, seconds: float | None) -> None:
         """A cell is done, after so many seconds; None where another runner computed it."""
@@ -80,10 +82,16 @@ class Tally:
         seconds, cost = self.spent
         if not cost:
             return None
-        now, running = self.clock(), dict(self.running)
+        now, running, open_ = self.clock(), dict(self.running), list(self.open)
+        begun = {cell.name: group for group in running for cell in group.cells}
+        parts = dict.fromkeys(
+            (begun.get(name, name) for name in open_), 0.0
+        )  # cost of each group that runs, and of each other cell
+        for name in open_:
+            parts[begun.get(name, name)] += self.cells[name].cost
         left = [
-            max(0.0, self.cells[n].cost * seconds / cost - (now - running[n][1] if n in running else 0.0))
-            for n in list(self.open)
+            max(0.0, part * seconds / cost - (now - running[what][1] if isinstance(what, Group) else 0.0))
+            for what, part in parts.items()
         ]
         return max(sum(left) / self.slots, max(left, default=0.0))
 
@@ -101,9 +109,10 @@ def view(tally: Tally, height: int = 24) -> RenderableType:
     bar.add_column(justify="right", no_wrap=True)
     n = len(tally.cells)
     bar.add_row(ProgressBar(max(n, 1), tally.done if n else 1), f"{tally.done}/{n}")
-    waiting = max(0, len(tally.open) - len(running))
+    begun = sum(cell.name in tally.open for group in running for cell in group.cells)
+    waiting = max(0, len(tally.open) - begun)
     words = [(f"{tally.done} done", "green")]
-    words += [(f"{len(running)} running", "cyan"), (f"{waiting} waiting", "")] if not tally.ended else []
+    words += [(f"{begun} running", "cyan"), (f"{waiting} waiting", "")] if not tally.ended else []
     words += [(f"{len(failed)} failed", "bold red")] if failed else []
     words += [(f"{len(tally.blocked)} blocked", "red")] if tally.blocked else []
     words += [(_time(tally), "dim")]
@@ -115,7 +124,7 @@ def view(tally: Tally, height: int = 24) -> RenderableType:
         parts.append(_line(f"last failure: {tally.cells[name].label}: {' '.join(error.split())}", "red"))
     if not tally.ended:  # a short line at the end: the terminal's own "^C" then stays on it and is wiped with it
         parts.append(_line(tally.note or "Ctrl-C stops; what is done stays done", "yellow" if tally.note else "dim"))
-    return Group(*parts)
+    return Lines(*parts)
 
 
 def duration(seconds: float) -> str:
@@ -133,17 +142,17 @@ def _time(tally: Tally) -> str:
     return "time left: not known yet" if left is None else f"about {duration(left)} left"
 
 
-def _workers(tally: Tally, running: dict[str, tuple[int, float]], lines: int) -> Table:
+def _workers(tally: Tally, running: dict[Group, tuple[int, float]], lines: int) -> Table:
     """One line for every place, idle ones too, so that the table keeps its height."""
-    by_place = {place: (name, since) for name, (place, since) in running.items()}
+    by_place = {place: (group, since) for group, (place, since) in running.items()}
     table = Table.grid(padding=(0, 1), expand=True)
     table.add_column(justify="right", style="dim")
     table.add_column(justify="right", min_width=5, style="cyan", no_wrap=True)
     table.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
     for place in range(min(tally.slots, lines)):
         if place in by_place:
-            name, since = by_place[place]
-            table.add_row(f"{place + 1}", _clock_time(tally.clock() - since), Text(tally.cells[name].label))
+            group, since = by_place[place]
+            table.add_row(f"{place + 1}", _clock_time(tally.clock() - since), Text(group.label))
         else:
             table.add_row(f"{place + 1}", "", Text("idle", "dim"))
     more = sum(place >= lines for place in by_place)

@@ -1,4 +1,4 @@
-"""The same cells as Ray tasks, on one machine or on a cluster: `run_cells(..., executor=RayExecutor(...))`.
+"""The same groups of cells as Ray tasks, on one machine or on a cluster: `run_cells(..., executor=RayExecutor(...))`.
 
 Every task checks that its node sees the store and has the library's versions, then does what a local worker does. A task whose
 node or process dies is begun again by Ray; the store's locks see to it that nothing is computed twice meanwhile. The cluster
@@ -19,8 +19,8 @@ from typing import Any
 
 from lofit_lens import io
 from lofit_lens.errors import InputError
-from lofit_lens.experiments.attempt import Outcome, Work, attempt
-from lofit_lens.experiments.cells import Cell
+from lofit_lens.experiments.attempt import Outcome, Outcomes, Work, attempt
+from lofit_lens.experiments.groups import Group
 from lofit_lens.experiments.pool import prepare_process
 from lofit_lens.experiments.store import Store
 
@@ -41,7 +41,7 @@ class _Setting:
 
 
 class RayExecutor:
-    """Cells as Ray tasks; see `runner.Executor`.
+    """Groups of cells as Ray tasks; see `runner.Executor`.
 
     Args:
         store: as `run_cells`; its folder lies on a file system that all nodes see under the same path.
@@ -49,11 +49,11 @@ class RayExecutor:
         context: as `run_cells`.
         address: of the cluster, `"auto"` or `"HOST:PORT"`; None = the one of RAY_ADDRESS, else Ray is started on this
             machine for this run. A Ray that this process has initialised already is used as it is.
-        cpus: CPUs a cell.
-        gpus: GPUs a cell; at 0.5 two cells share one. None = 1 where the cluster has GPUs, else 0. A cell without one is computed
-            on the CPU.
-        slots: cells at a time, at most; None = as many as the cluster has room for.
-        max_retries: further tries of a cell whose node or process died.
+        cpus: CPUs a group.
+        gpus: GPUs a group; at 0.5 two share one. None = 1 where the cluster has GPUs, else 0. A group without one is computed on
+            the CPU.
+        slots: groups at a time, at most; None = as many as the cluster has room for.
+        max_retries: further tries of a group whose node or process died.
 
     Raises:
         InputError: Ray is not installed or cannot be reached; no node has room for a cell; a node (named) does not see the store
@@ -77,7 +77,7 @@ class RayExecutor:
             )
         self._ray = _ray()
         self._most = slots
-        self._running: dict[Any, Cell] = {}  # by the task's reference
+        self._running: dict[Any, Group] = {}  # by the task's reference
         self._ours = not self._ray.is_initialized()
         self._probe = store.root / f".seen-by-{uuid.uuid4().hex[:12]}"
         if self._ours:
@@ -103,11 +103,11 @@ class RayExecutor:
             self.close()
             raise
 
-    def submit(self, cell: Cell) -> None:
-        """Hand a cell to the cluster."""
-        self._running[self._task.remote(self._shared, cell)] = cell
+    def submit(self, group: Group) -> None:
+        """Hand a group to the cluster."""
+        self._running[self._task.remote(self._shared, group)] = group
 
-    def wait(self, timeout: float) -> list[Outcome]:
+    def wait(self, timeout: float) -> list[Outcomes]:
         """Outcomes that came within `timeout` seconds.
 
         Raises:
@@ -118,7 +118,7 @@ class RayExecutor:
         ready, _ = self._ray.wait(list(self._running), timeout=timeout)
         if ready:  # and what else is ready by now
             ready, _ = self._ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
-        return [self._outcome(ref, self._running.pop(ref)) for ref in ready]
+        return [self._outcomes(ref, self._running.pop(ref)) for ref in ready]
 
     def interrupt(self) -> None:
         """KeyboardInterrupt in every task."""
@@ -135,17 +135,18 @@ class RayExecutor:
                 self._ray.shutdown()
         self._running.clear()
 
-    def _outcome(self, ref: Any, cell: Cell) -> Outcome:
+    def _outcomes(self, ref: Any, group: Group) -> Outcomes:
         errors = self._ray.exceptions
         try:
-            outcome = self._ray.get(ref)
+            found = self._ray.get(ref)
         except errors.TaskCancelledError:
-            return Outcome(cell.name, "stopped")
+            return tuple(Outcome(cell.name, "stopped") for cell in group.cells)
         except errors.RayError as e:
-            return Outcome(cell.name, "failed", f"{type(e).__name__}: {_first_line(e)}", str(e))
-        if isinstance(outcome, str):
-            raise InputError(outcome)
-        return outcome
+            error = f"{type(e).__name__}: {_first_line(e)}"
+            return tuple(Outcome(cell.name, "failed", error, str(e)) for cell in group.cells)
+        if isinstance(found, str):
+            raise InputError(found)
+        return found
 
     def _nodes(self) -> list[dict[str, Any]]:
         """Nodes with room for a cell."""
@@ -245,15 +246,15 @@ def _first_line(e: BaseException) -> str:
 # ------------------------------------------------------------------------------------------------ on the node
 
 
-def _compute(shared: list[Any], cell: Cell) -> Outcome | str:
-    """A task: the outcome, or what is wrong with this node."""
+def _compute(shared: list[Any], group: Group) -> Outcomes | str:
+    """A task: the outcomes, or what is wrong with this node."""
     ray = importlib.import_module("ray")
     setting = _opened(shared[0])
     complaint = _complaint(setting.probe, setting.versions)
     if complaint:
         return complaint
     device = _device(ray.get_gpu_ids(), os.environ.get("CUDA_VISIBLE_DEVICES"))
-    return attempt(setting.store, cell, setting.work, setting.context, device, whole_process=True)
+    return attempt(setting.store, group, setting.work, setting.context, device, whole_process=True)
 
 
 def _device(given: Sequence[Any], visible: str | None) -> str:

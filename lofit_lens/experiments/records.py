@@ -9,6 +9,7 @@ from lofit_lens.errors import DataError, InputError
 
 GRID, GRID_SCHEMA = "lofit_lens.grid", 1
 FAILURE, FAILURE_SCHEMA = "lofit_lens.failure", 1
+JOINED = "+"  # between a run's name and what tells that its checkpoint and log are those of several runs
 
 
 def checked(name: str) -> str:

@@ -1,12 +1,13 @@
-"""The order of a grid's cells: what may begin now, what comes first, what can no longer be computed. No clock, no files."""
+"""The order of a grid's groups: what may begin now, what comes first, what can no longer be computed. No clock, no files."""
 
 import bisect
 import graphlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from lofit_lens.errors import InputError
 from lofit_lens.experiments.cells import Cell
+from lofit_lens.experiments.groups import Group
 
 
 def checked(cells: Iterable[Cell], done: Callable[[str], bool]) -> dict[str, Cell]:
@@ -42,67 +43,81 @@ def checked(cells: Iterable[Cell], done: Callable[[str], bool]) -> dict[str, Cel
 
 
 class Schedule:
-    """Cells that are not done, handed out in order: first tries before others, long ones first, then as given.
+    """Groups with cells that are not done, handed out in order: first tries before others, long ones first, then as given.
 
     Args:
-        cells: by name, free of cycles.
-        there: names of those that are done.
+        groups: of all cells, free of cycles.
+        there: names of cells that are done.
     """
 
-    def __init__(self, cells: Mapping[str, Cell], there: Iterable[str]) -> None:
-        self.left = {name: cell for name, cell in cells.items() if name not in set(there)}
-        self._place = {name: i for i, name in enumerate(self.left)}
-        self._tries = dict.fromkeys(self.left, 0)
-        self._ready: list[Cell] = []
-        self._later: dict[str, float] = {}
-        self._graph = graphlib.TopologicalSorter(
-            {name: [n for n in cell.needs if n in self.left] for name, cell in self.left.items()}
-        )
-        self._graph.prepare()
+    def __init__(self, groups: Iterable[Group], there: Iterable[str]) -> None:
+        groups, there = list(groups), set(there)
+        self.left = {cell.name for group in groups for cell in group.cells if cell.name not in there}
+        self._place = {group.name: i for i, group in enumerate(groups)}
+        self._tries = dict.fromkeys(self._place, 0)
+        self._ready: list[Group] = []
+        self._later: list[tuple[float, Group]] = []
+        self._waiting = {g.name: g for g in groups if any(cell.name in self.left for cell in g.cells)}
+        self._lost: dict[str, str] = {}
         self._open()
 
-    def take(self, now: float, loaded: list[Any]) -> Cell | None:
-        """The next cell; None where none can begin now.
+    def take(self, now: float, loaded: list[Any]) -> Group | None:
+        """The next group; None where none can begin now.
 
         Args:
             now: seconds on the clock of `put_back`.
-            loaded: models (`row["model"]`) that free workers hold; a cell of one of them goes first.
+            loaded: models (`Cell.model`) that free workers hold; a group of one of them goes first.
         """
-        for name in [n for n, when in self._later.items() if when <= now]:
-            del self._later[name]
-            self._insert(self.left[name])
+        for entry in [e for e in self._later if e[0] <= now]:
+            self._later.remove(entry)
+            self._insert(entry[1])
         if not self._ready:
             return None
-        first = next((i for i, cell in enumerate(self._ready) if cell.row.get("model") in loaded), 0)
+        first = next((i for i, group in enumerate(self._ready) if group.model in loaded), 0)
         return self._ready.pop(first)
 
-    def put_back(self, name: str, when: float) -> None:
-        """Another runner holds the cell: hand it out again from then on."""
-        self._later[name] = when
+    def put_back(self, group: Group, when: float) -> None:
+        """Another runner holds one of its cells: hand it out again from then on."""
+        self._later.append((when, group))
 
-    def again(self, name: str, retries: int) -> bool:
-        """A try failed: hand the cell out again, after those not tried yet; False where its retries are used up."""
-        self._tries[name] += 1
-        if self._tries[name] > retries:
+    def again(self, group: Group, retries: int) -> bool:
+        """A try failed: hand the group out again, after those not tried yet; False where its retries are used up."""
+        self._tries[group.name] += 1
+        if self._tries[group.name] > retries:
             return False
-        self._insert(self.left[name])
+        self._insert(group)
         return True
 
     def done(self, name: str) -> None:
-        """The cell is in the store: those that waited for it may begin."""
-        del self.left[name]
-        self._graph.done(name)
+        """A cell is in the store: those that waited for it may begin."""
+        self.left.discard(name)
+        self._open()
+
+    def lose(self, name: str) -> None:
+        """A cell fails whenever it is tried: those that need it, directly or not, leave their groups, which go on without."""
+        gone = {name}
+        while more := {c.name for g in self._waiting.values() for c in g.cells if gone & set(c.needs)} - gone:
+            gone |= more
+        self._lost |= dict.fromkeys((gone & self.left) - {name}, name)
+        for group in [g for g in self._waiting.values() if any(c.name in gone for c in g.cells)]:
+            del self._waiting[group.name]
+            kept = Group(tuple(cell for cell in group.cells if cell.name not in gone))
+            if any(cell.name in self.left for cell in kept.cells):
+                self._waiting[kept.name] = kept
+                self._place[kept.name], self._tries[kept.name] = self._place[group.name], 0
         self._open()
 
     def blocked(self, failed: Iterable[str]) -> dict[str, str]:
-        """Cells that cannot be computed -> the failed cell that they need, directly or not."""
-        cause = {name: name for name in failed}
-        order = graphlib.TopologicalSorter({name: cell.needs for name, cell in self.left.items()}).static_order()
-        for name in order:
-            if name in self.left and name not in cause:
-                bad = next((cause[n] for n in self.left[name].needs if n in cause), None)
-                if bad is not None:
-                    cause[name] = bad
+        """Cells that cannot be computed -> the failed cell that they, or others of their group, need, directly or not."""
+        cause = {name: name for name in failed} | self._lost
+        more = True
+        while more:
+            more = {
+                cell.name: next(cause[need] for cell in group.cells for need in cell.needs if need in cause)
+                for group in self._waiting.values() if cause.keys() & group.needs
+                for cell in group.cells if cell.name in self.left and cell.name not in cause
+            }  # fmt: skip
+            cause |= more
         return {name: bad for name, bad in cause.items() if name != bad}
 
     @property
@@ -111,8 +126,8 @@ class Schedule:
         return not self._ready and not self._later
 
     def _open(self) -> None:
-        for name in self._graph.get_ready():
-            self._insert(self.left[name])
+        for group in [g for g in self._waiting.values() if not g.needs & self.left]:
+            self._insert(self._waiting.pop(group.name))
 
-    def _insert(self, cell: Cell) -> None:
-        bisect.insort(self._ready, cell, key=lambda c: (self._tries[c.name], -c.cost, self._place[c.name]))
+    def _insert(self, group: Group) -> None:
+        bisect.insort(self._ready, group, key=lambda g: (self._tries[g.name], -g.cost, self._place[g.name]))

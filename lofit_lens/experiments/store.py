@@ -4,7 +4,7 @@ ROOT/store.json            what this folder is
 ROOT/runs/NAME/            a finished run: run.json (spec, result, versions, checksum of every file), timing.json, its files
 ROOT/drafts/NAME.RANDOM/   a run that is being written; one rename makes it a finished one
 ROOT/locks/NAME.lock       who computes it now
-ROOT/states/, logs/        checkpoints of training inside a run, and its log
+ROOT/states/, logs/        checkpoints of training inside a run, and its log (NAME+DIGEST.*: of runs that are computed together)
 ROOT/failed/               why a run could not be computed
 ROOT/inputs/, grids/       what specs refer to by hash, and which runs a grid names
 ROOT/index.parquet         one row a run; made anew from the folders whenever it does not match them

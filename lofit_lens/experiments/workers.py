@@ -1,7 +1,7 @@
-"""Worker processes on this machine. Each reads the library and the context once, then computes one cell after the other.
+"""Worker processes on this machine. Each reads the library and the context once, then computes one group after the other.
 
-A worker is started when a cell has no free one, in a process group of its own: a terminal's Ctrl-C reaches the parent alone,
-which passes it on. A worker that dies costs its cell one try. When the parent dies, its workers exit at once.
+A worker is started when a group has no free one, in a process group of its own: a terminal's Ctrl-C reaches the parent alone,
+which passes it on. A worker that dies costs its cells one try. When the parent dies, its workers exit at once.
 """
 
 import contextlib
@@ -19,8 +19,8 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from lofit_lens.errors import InputError
-from lofit_lens.experiments.attempt import Outcome, Work, attempt, write_line
-from lofit_lens.experiments.cells import Cell
+from lofit_lens.experiments.attempt import Outcome, Outcomes, Work, attempt, write_line
+from lofit_lens.experiments.groups import Group
 from lofit_lens.experiments.pool import prepare_process
 from lofit_lens.experiments.store import Store
 
@@ -33,7 +33,7 @@ class _Worker:
     process: BaseProcess
     pipe: Connection
     device: str | None
-    cell: Cell | None = None
+    group: Group | None = None
     model: Any = None
     ready: bool = False
 
@@ -58,39 +58,39 @@ class LocalExecutor:
         self._workers: list[_Worker] = []  # those free for the longest time first
         self._interrupted = False
 
-    def submit(self, cell: Cell) -> None:
-        """Begin a cell: on a free worker that holds its model, else on a new one, else on the one free for longest.
+    def submit(self, group: Group) -> None:
+        """Begin a group: on a free worker that holds its model, else on a new one, else on the one free for longest.
 
         Raises:
             InputError: a worker cannot be started here.
         """
-        for worker in [w for w in self._workers if w.cell is None and not w.process.is_alive()]:
+        for worker in [w for w in self._workers if w.group is None and not w.process.is_alive()]:
             self._drop(worker)
-        free = [w for w in self._workers if w.cell is None]
-        worker = next((w for w in free if w.model == cell.model), None)
+        free = [w for w in self._workers if w.group is None]
+        worker = next((w for w in free if w.model == group.model), None)
         if worker is None:
             worker = self._start() if len(self._workers) < self.slots else free[0]
-        worker.cell, worker.model = cell, cell.model
+        worker.group, worker.model = group, group.model
         if worker.ready:
-            self._send(worker, cell)
+            self._send(worker, group)
 
-    def wait(self, timeout: float) -> list[Outcome]:
+    def wait(self, timeout: float) -> list[Outcomes]:
         """Outcomes that came within `timeout` seconds.
 
         Raises:
             InputError: a worker could not be started, or could not read the context.
         """
-        busy = [w for w in self._workers if w.cell is not None]
+        busy = [w for w in self._workers if w.group is not None]
         heard = set(wait([x for w in busy for x in (w.pipe, w.process.sentinel)], timeout))
         found = [self._hear(w) for w in busy if w.pipe in heard or w.process.sentinel in heard]
-        return [outcome for outcome in found if outcome is not None]
+        return [outcomes for outcomes in found if outcomes is not None]
 
     def interrupt(self) -> None:
         """SIGINT for every worker that computes; once, since a second one stops training without a checkpoint."""
         if not self._interrupted:
             self._interrupted = True
             for worker in self._workers:
-                if worker.cell is not None and worker.process.pid is not None:
+                if worker.group is not None and worker.process.pid is not None:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(worker.process.pid, signal.SIGINT)
 
@@ -116,7 +116,7 @@ class LocalExecutor:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it died, which `wait` sees
             worker.pipe.send(message)
 
-    def _hear(self, worker: _Worker) -> Outcome | None:
+    def _hear(self, worker: _Worker) -> Outcomes | None:
         try:
             message = worker.pipe.recv() if worker.pipe.poll() else None
         except (EOFError, OSError):
@@ -131,20 +131,20 @@ class LocalExecutor:
                 raise InputError(
                     f"the work or its context cannot be sent to a worker process ({e}); use workers=1"
                 ) from e
-            self._send(worker, worker.cell)
+            self._send(worker, worker.group)
             return None
         if isinstance(message, str):
             raise InputError(f"a worker process cannot read the work or its context; it said:\n{message}")
-        worker.cell = None
+        worker.group = None
         self._workers.append(self._workers.pop(self._workers.index(worker)))
         return message
 
-    def _died(self, worker: _Worker) -> Outcome:
-        cell = worker.cell
-        assert cell is not None
+    def _died(self, worker: _Worker) -> Outcomes:
+        group = worker.group
+        assert group is not None
         code = self._drop(worker)
         if self._interrupted:
-            return Outcome(cell.name, "stopped")
+            return tuple(Outcome(cell.name, "stopped") for cell in group.cells)
         if not worker.ready and code > 0:
             raise InputError(
                 f"a worker process ended while it started (exit code {code}); its own message is on stderr. A script that "
@@ -152,8 +152,9 @@ class LocalExecutor:
             )
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         error = f"worker died ({how}){': out of memory?' if code == -signal.SIGKILL else ''}"
-        write_line(self._setting[0], cell, error)
-        return Outcome(cell.name, "failed", error)
+        for cell in group.cells:
+            write_line(self._setting[0], cell, error)
+        return tuple(Outcome(cell.name, "failed", error) for cell in group.cells)
 
     def _drop(self, worker: _Worker) -> int:
         """Forget a worker that is dead or dying; its exit code, negative for a signal."""
@@ -199,8 +200,8 @@ def _serve(pipe: Connection, device: str | None) -> None:
             pipe.send(traceback.format_exc())
             return
         while True:
-            cell = pipe.recv()
-            pipe.send(attempt(store, cell, work, context, device, whole_process=True))
+            group = pipe.recv()
+            pipe.send(attempt(store, group, work, context, device, whole_process=True))
 
 
 def _exit_with_parent() -> None:
