@@ -6,7 +6,7 @@ TL4 := .venv-tl4
 READY := $(VENV)/.ready
 TL4_READY := $(TL4)/.ready
 
-.PHONY: demo test test-unit test-tl4 organism bench lint format figures lock clean help
+.PHONY: demo test test-unit test-tl4 organism bench bench-gpu lint format figures lock clean help
 
 help:
 	@echo "demo      main job on the embedded model (one to two minutes after set-up)"
@@ -14,7 +14,8 @@ help:
 	@echo "test-unit unit tests only"
 	@echo "test-tl4  every test that loads a model against the newest TransformerLens 4.x, in $(TL4)"
 	@echo "organism  retrain the embedded model from seed 0 into build/ and measure it (about half an hour)"
-	@echo "bench     benchmarks into benchmarks/results/ (fetches TruthfulQA; with local files: make bench DATA=FOLDER)"
+	@echo "bench     CPU benchmarks into benchmarks/results/ and docs/performance.md (under 15 minutes; fetches TruthfulQA, MQuAKE"
+	@echo "          and CLUTRR; with local files: make bench DATA=FOLDER that holds theirs);  bench-gpu: the same of a GPU"
 	@echo "figures   the paper's figures and tables from the embedded model, from scratch, into figures/, and build/report.html"
 	@echo "          (under ten minutes; needs Chrome or Chromium; official heads too: make figures HEADS=FOLDER)"
 	@echo "lint      ruff and pyright;  format: ruff format;  lock: renew constraints.txt"
@@ -58,7 +59,16 @@ organism: $(READY)
 	$(BIN)/lofit-lens demo --model build/organism-0 --full --out build/organism-0-table
 
 bench: $(READY)
-	$(BIN)/python benchmarks/mc_eval.py $(if $(DATA),--data-dir $(DATA))
+	$(BIN)/python benchmarks/train_step.py --device cpu
+	$(BIN)/python benchmarks/whole_run.py --device cpu $(if $(DATA),--data-dir $(DATA))
+	$(BIN)/python benchmarks/many.py --device cpu
+	$(BIN)/python benchmarks/scaling.py --device cpu
+	$(BIN)/python benchmarks/mc_eval.py --device cpu --rounds 2 --questions 32 $(if $(DATA),--data-dir $(DATA))
+	$(BIN)/python benchmarks/performance.py
+
+bench-gpu: $(READY)
+	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python benchmarks/performance.py
 
 # HEADS: folder with the official code's head files.
 figures: $(READY)

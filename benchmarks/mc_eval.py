@@ -9,21 +9,15 @@ the loaded model takes, each method in a process of its own (resident memory, sa
 peak).
 """
 
-import argparse
-import multiprocessing
-import os
 import statistics
 import tempfile
-import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import measure
 import record
 import torch
-import transformers as tf
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 
 from lofit_lens.evaluation.scoring import TOKEN_BUDGET, score_encoded
@@ -35,13 +29,6 @@ from lofit_lens.training.losses import summed_log_probs
 
 Questions = list[tuple[Encoded, ...]]
 Scorer = Callable[[Any, Questions], list[list[float]]]
-SHAPE = {
-    "hidden_size": 512,
-    "intermediate_size": 1408,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 8,
-    "vocab_size": 32000,
-}
 CHOICES = (2, 4, 8, 16, 32)
 
 
@@ -68,24 +55,6 @@ def shared(model: Any, questions: Questions) -> list[list[float]]:
 METHODS: dict[str, Scorer] = {"one_by_one": one_by_one, "shared": shared}
 
 
-def build(folder: Path, texts: list[str]) -> None:
-    """A random Llama with a byte-level BPE trained on the questions and answers (not on the primer, which would shrink it)."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=8000, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    ))  # fmt: skip
-    tokenizer = tf.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
-    torch.manual_seed(0)
-    config = tf.LlamaConfig(
-        **SHAPE, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=False
-    )
-    tf.LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 def encode(model: Any, examples: list[ChoiceExample]) -> Questions:
     """The answers of each question, joined with its prompt."""
     tokenizer = tokenizer_of(model)
@@ -109,13 +78,13 @@ def timed(model: Any, questions: Questions, rounds: int, slow: int, desc: str) -
     """
     for method in METHODS.values():
         method(model, questions[:2])  # warm-up
-    answers = sum(map(len, questions))
+    answers, device = sum(map(len, questions)), str(device_of(model))
     seconds: dict[str, list[float]] = {name: [] for name in METHODS}
     apart = []
     for i in tqdm(range(rounds), desc=desc):
         some = [q % len(questions) for q in range(i * slow, i * slow + min(slow, len(questions)))]
-        one, share = clocked(model, one_by_one, [questions[q] for q in some])
-        every, whole = clocked(model, shared, questions)
+        one, share = measure.clocked(lambda some=some: one_by_one(model, [questions[q] for q in some]), device)
+        every, whole = measure.clocked(lambda: shared(model, questions), device)
         seconds["one_by_one"].append(share * answers / sum(len(questions[q]) for q in some) / len(questions))
         seconds["shared"].append(whole / len(questions))
         apart += [
@@ -129,64 +98,33 @@ def timed(model: Any, questions: Questions, rounds: int, slow: int, desc: str) -
     }  # fmt: skip
 
 
-def clocked(model: Any, method: Scorer, questions: Questions) -> tuple[list[list[float]], float]:
-    """Scores, and seconds they took."""
-    start = time.perf_counter()
-    found = method(model, questions)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return found, time.perf_counter() - start
-
-
-def resident_mib() -> float:
-    """Resident memory of this process (Linux)."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-def peak_memory(folder: str, backend: str, device: str, name: str, examples: list[ChoiceExample], queue: Any) -> None:
+def peak_memory(folder: str, backend: str, device: str, name: str, examples: list[ChoiceExample]) -> float:
     """MiB above the loaded model at the peak; run in a process of its own."""
     model = load_model(folder, backend=backend, device=device)
     questions = encode(model, examples)
     METHODS[name](model, [questions[0][:1]])
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        METHODS[name](model, questions)
-        queue.put((torch.cuda.max_memory_allocated() - before) / 2**20)
-        return
-    seen, done = [], threading.Event()
-    before = resident_mib()
-
-    def watch() -> None:
-        while not done.wait(0.005):
-            seen.append(resident_mib())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    METHODS[name](model, questions)
-    done.set()
-    watcher.join()
-    queue.put(max(seen) - before)
+    return measure.peak_mib(lambda: METHODS[name](model, questions), device)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = measure.options(__doc__, "mc_eval", rounds=3)
     parser.add_argument("--data-dir", type=Path, help="folder with TruthfulQA's files; left out: fetched")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/mc_eval.json"))
     parser.add_argument("--questions", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--slow", type=int, default=6, help="questions of the loop in each round")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--backends", nargs="+", default=["hooked", "bridge"], choices=["hooked", "bridge"])
-    args = parser.parse_args()
-    tf.logging.set_verbosity_error()
+    args = measure.parsed(parser, argv)
+    shape = measure.TINY if args.quick else measure.SHAPE
+    if args.quick:
+        args.questions, args.slow = 4, 2
     task = load_task("truthfulqa", data_dir=args.data_dir)
     every = [e for e in task.examples("test") if isinstance(e, ChoiceExample)]
     examples = every[: args.questions]
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        build(Path(folder), [t for e in every for t in (e.prompt.rsplit("\n\n", 1)[-1], *e.true, *e.false)])
+        texts = [
+            t for e in every for t in (e.prompt.rsplit("\n\n", 1)[-1], *e.true, *e.false)
+        ]  # a primer would shrink it
+        measure.build(Path(folder), texts, shape)
         for backend in args.backends:
             model = load_model(folder, backend=backend, device=args.device)
             found: dict[str, Any] = {
@@ -202,22 +140,14 @@ def main() -> None:
                 str(n): timed(model, with_choices(model, few, n), args.rounds, 2, f"{backend}, {n} choices")
                 for n in CHOICES
             }
-            found["peak_memory_mib"] = {}
-            context = multiprocessing.get_context("spawn")
-            for name in METHODS:
-                queue = context.Queue()
-                child = context.Process(
-                    target=peak_memory, args=(folder, backend, args.device, name, examples[:27], queue)
-                )
-                child.start()
-                found["peak_memory_mib"][name] = queue.get()
-                child.join()
+            calls = [(folder, backend, args.device, name, examples[:27]) for name in METHODS]
+            found["peak_memory_mib"] = dict(zip(METHODS, measure.in_own_processes(peak_memory, calls), strict=True))
             results[backend] = found
             del model
     settings = {
-        "shape": SHAPE, "dtype": "float32", "device": args.device, "questions": args.questions, "rounds": args.rounds,
-        "questions_of_the_loop": args.slow,
-        "token_budget": TOKEN_BUDGET, "task": task.name, "data_hash": task.data_hash,
+        "command": args.command, "shape": shape, "dtype": "float32", "device": args.device, "questions": args.questions,
+        "rounds": args.rounds, "questions_of_the_loop": args.slow, "token_budget": TOKEN_BUDGET, "task": task.name,
+        "data_hash": task.data_hash,
     }  # fmt: skip
     record.write(args.out, "mc_eval", settings, results)
     for backend, found in results.items():

@@ -41,7 +41,7 @@ def commit() -> dict[str, Any]:
     try:
         return {
             "commit": git("rev-parse", "HEAD"),
-            "changed_files": bool(git("status", "--porcelain", "--", "lofit_lens")),
+            "changed_files": bool(git("status", "--porcelain", "--", "lofit_lens", "benchmarks/*.py")),
         }
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "changed_files": None}

@@ -206,7 +206,7 @@ def _kernel(
     *,
     scale: float,
 ) -> Float[Tensor, "batch new n_heads d_head"]:
-    """z; a query that may look at nothing gets 0. Without a mask it may look at every key up to its own place, one alone at all."""
+    """z, 0 of a query that may look at nothing. Without a mask each looks at keys up to its own place, one alone at all."""
     grouped = k.shape[2] != q.shape[2]
     if grouped and mask is not None and q.device.type != "cpu":  # kernels for groups take no mask there
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
@@ -24,6 +25,10 @@ def joined(
     new: Float[Tensor, "batch heads new d_head"],
 ) -> Float[Tensor, "batch heads both d_head"]:
     """Chosen rows of what is cached (None = all, in order), followed by new keys or values."""
+    if torch.is_grad_enabled():  # each piece written in place would have a backward pass of its own over the whole
+        chosen = source.expand(new.shape[0], -1, -1, -1) if source.shape[0] == 1 else source
+        chosen = chosen if rows is None or source.shape[0] == 1 else source[rows.to(source.device)]
+        return torch.cat([chosen, new], dim=2)
     past = source.shape[2]
     out = new.new_empty(new.shape[0], new.shape[1], past + new.shape[2], new.shape[3])
     if rows is None or source.shape[0] == 1:

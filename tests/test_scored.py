@@ -1,0 +1,201 @@
+"""models/scored.py: logits of chosen places are rows of the full logits, and the unembedding sees no more than these."""
+
+import weakref
+
+import pytest
+import torch
+import transformers as tf
+
+from lofit_lens.errors import InputError
+from lofit_lens.interventions.base import at_other_positions
+from lofit_lens.models import Borders, fused_attention, hooked, load_model, logits_at, logits_of, scored
+from tests import tiny
+from tests.conftest import BACKENDS, PAIRS
+from tests.steps import adapter, close, kept_bytes, loaded_from, padded, run
+
+
+def chosen(mask):
+    """Some of the real places of each row, other ones in each."""
+    return mask.bool() & ((torch.arange(mask.shape[1]) + torch.arange(len(mask))[:, None]) % 3 == 1)
+
+
+@pytest.fixture
+def widths(monkeypatch):
+    """How many places each call of a bound model's unembedding was given."""
+
+    def watch(model):
+        given, unembed = [], model.unembed
+        own = unembed.forward
+        monkeypatch.setitem(
+            unembed.__dict__, "forward", lambda x, *a, **k: (given.append(tuple(x.shape)), own(x, *a, **k))[1]
+        )
+        return given
+
+    return watch
+
+
+@pytest.fixture(autouse=True)
+def _forgotten(monkeypatch):
+    monkeypatch.setattr(scored, "_proven", weakref.WeakKeyDictionary())
+
+
+@pytest.mark.parametrize("side", ["none", "right", "left"])
+@pytest.mark.parametrize(("architecture", "on"), PAIRS)
+def test_rows_and_gradients_are_those_of_the_full_logits(loaded, widths, architecture, on, side):
+    """To 1e-6 of the largest number; the unembedding is handed `[1, n, d_model]`."""
+    model = loaded(architecture, on)
+    tokens, mask = padded(side)
+    at = chosen(mask)
+    wanted = run(model, tokens, mask, logits=lambda *of: logits_of(*of)[at])
+    logits_at(model, tokens, mask, at)
+    given = widths(model)
+    found = run(model, tokens, mask, logits=lambda *of: logits_at(*of, at))
+    assert given == [(1, int(at.sum()), 32)]
+    assert found[0].shape == (int(at.sum()), 400)
+    assert close(found, wanted, 1e-6)
+
+
+@pytest.mark.parametrize("on", BACKENDS)
+def test_soft_capped_logits(tmp_path, monkeypatch, checkpoint, widths, on):
+    """A cap behind the unembedding works on single numbers, so that rows may be chosen in front of it."""
+    if on == "bridge":
+        config = tf.Gemma2Config(**tiny.WIDE, num_key_value_heads=2, head_dim=12, final_logit_softcapping=0.5)
+        model = loaded_from(config, tmp_path, monkeypatch, on)
+    else:
+        model = load_model(checkpoint("llama"), backend=on, device="cpu")
+        model.cfg.output_logits_soft_cap = 0.5
+    tokens, mask = padded("right")
+    at = chosen(mask)
+    wanted = logits_of(model, tokens, mask)[at]
+    logits_at(model, tokens, mask, at)
+    given = widths(model)
+    assert torch.allclose(logits_at(model, tokens, mask, at), wanted, atol=1e-6)
+    assert wanted.abs().max() < 0.5
+    assert given == [(1, int(at.sum()), 32)]
+
+
+def test_no_place_at_all(llama):
+    """No rows, still of the vocabulary's width; nothing to learn from, but nothing breaks."""
+    tokens, mask = padded("none")
+    none = torch.zeros_like(mask, dtype=torch.bool)
+    assert logits_at(llama, tokens, mask, none).shape == (0, 400)
+
+
+def test_places_of_another_shape(llama, unchecked):
+    """InputError names both shapes."""
+    tokens, mask = padded("none")
+    with pytest.raises(InputError, match=r"\[3, 11\].*\[3, 12\]"):
+        logits_at(llama, tokens, mask, mask.bool()[:, 1:])
+
+
+@pytest.mark.parametrize("point", ["hook_in", "hook_out"])
+def test_a_hook_on_the_unembedding_sees_everything(llama, point):
+    """All places, and what it writes is in the rows that come back."""
+    tokens, mask = padded("right")
+    at, seen = chosen(mask), []
+
+    def double(x, hook):
+        seen.append(x.shape[:2])
+        return 2 * x
+
+    plain = logits_of(llama, tokens, mask)[at]
+    with hooked(getattr(llama.unembed, point), double):
+        assert torch.allclose(logits_at(llama, tokens, mask, at), 2 * plain, atol=1e-5)
+    assert seen == [(3, 12)]
+
+
+def test_a_torch_hook_on_the_unembedding_counts_as_well(llama):
+    """As of somebody who knows torch only."""
+    tokens, mask = padded("none")
+    seen = []
+    handle = llama.unembed.register_forward_hook(lambda module, args, out: seen.append(out.shape[:2]))
+    try:
+        logits_at(llama, tokens, mask, chosen(mask))
+    finally:
+        handle.remove()
+    assert seen == [(3, 12)]
+
+
+def test_a_model_that_mixes_logits_of_several_places(checkpoint, backend):
+    """Seen by the probe: all logits are computed, and their rows taken."""
+    model = load_model(checkpoint("llama"), backend=backend, device="cpu")
+    own = model.forward
+
+    def centred(*args, **named):
+        logits = own(*args, **named)
+        return logits - logits.mean(dim=1, keepdim=True)
+
+    model.forward = centred
+    tokens, mask = padded("none")
+    at = chosen(mask)
+    assert torch.equal(logits_at(model, tokens, mask, at), logits_of(model, tokens, mask)[at])
+
+
+def test_the_probe_is_made_once_and_touches_nobody(llama, widths):
+    """Hooks see the pass that was asked for, and no other."""
+    tokens, mask = padded("none")
+    at, seen = chosen(mask), []
+    given = widths(llama)
+    with hooked(llama.hook_dict["blocks.0.hook_resid_post"], lambda x, hook: seen.append(x.shape[:2])):
+        logits_at(llama, tokens, mask, at)
+        assert seen == [(3, 12)]
+        assert len(given) == 3  # all and some of the probe's, then these
+        logits_at(llama, tokens, mask, at)
+    assert len(given) == 4
+
+
+def test_an_error_leaves_no_selection_behind(llama):
+    """A hook that raises in the middle of a pass: the next full pass has all its logits."""
+    tokens, mask = padded("none")
+
+    def fail(x, hook):
+        raise ValueError("in a hook")
+
+    logits_at(llama, tokens, mask, chosen(mask))
+    with pytest.raises(ValueError, match="in a hook"), hooked(llama.hook_dict["blocks.1.hook_resid_post"], fail):
+        logits_at(llama, tokens, mask, chosen(mask))
+    assert logits_of(llama, tokens, mask).shape == (3, 12, 400)
+
+
+@torch.no_grad()
+def test_edits_know_the_borders(llama):
+    """An edit on answers alone acts as in a full pass."""
+    tokens, mask = padded("left")
+    borders = Borders(torch.tensor([5, 3, 2]), mask.sum(dim=1))
+    with at_other_positions(adapter(llama).requires_grad_(False), "answer").attached(llama):
+        wanted = logits_of(llama, tokens, mask, borders)[mask.bool()]
+        assert torch.allclose(logits_at(llama, tokens, mask, mask.bool(), borders), wanted, atol=1e-6)
+        everywhere = logits_at(llama, tokens, mask, mask.bool())
+    assert not torch.allclose(everywhere, wanted, atol=1e-3)
+
+
+def test_fused_and_scored_together(llama):
+    """Both shortcuts at once give the plain gradients."""
+    tokens, mask = padded("left")
+    at = chosen(mask)
+    wanted = run(llama, tokens, mask, logits=lambda *of: logits_of(*of)[at])
+    found = run(llama, tokens, mask, fused_attention, logits=lambda *of: logits_at(*of, at))
+    assert close(found, wanted, 1e-5)
+
+
+def test_the_bridge_keeps_no_cache(bridge_llama, monkeypatch):
+    """Hugging Face fills a key-value cache by default; neither function asks for one."""
+    filled = []
+    monkeypatch.setattr(tf.DynamicCache, "update", lambda *args, **named: filled.append(1))
+    tokens, mask = padded("right")
+    logits_of(bridge_llama, tokens, mask)
+    logits_at(bridge_llama, tokens, mask, chosen(mask))
+    assert filled == []
+
+
+def test_less_is_kept_for_backward(llama):
+    """Of 2 x 20 places a loss reads four: 36 x 400 float32 log-probs fewer, but for the places' numbers (four of 8 bytes)."""
+    tokens = torch.arange(40).reshape(2, 20) + 3
+    ones, at = torch.ones_like(tokens), torch.zeros(2, 20, dtype=torch.bool)
+    at[:, :2] = True
+    lofit = adapter(llama)
+    with lofit.attached(llama):
+        logits_at(llama, tokens, ones, at)
+        whole = kept_bytes(llama, lambda: logits_of(llama, tokens, ones).float().log_softmax(-1))
+        some = kept_bytes(llama, lambda: logits_at(llama, tokens, ones, at).float().log_softmax(-1))
+    assert some <= whole - 36 * 400 * 4 + 4 * 8
