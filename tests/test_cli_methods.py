@@ -96,7 +96,7 @@ def test_a_comparison_goes_on_from_its_folder(shell, small_grids, llama, own_tas
     def refuse(*_, **__):
         raise AssertionError("fitted again")
 
-    monkeypatch.setattr(ll.training.fitting, "train", refuse)
+    monkeypatch.setattr(ll.training.fitting, "train_together", refuse)
     code, printed, err = shell(*args, "--json")
     assert code == 0, err
     rows = json.loads(printed)["caps"]["rows"]

@@ -54,7 +54,7 @@ BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Examples a 
 MaxSteps = Annotated[int | None, typer.Option("--max-steps", help="Stop after so many steps, e.g. to try things out.")]
 TokenBudget = Annotated[
     int | None,
-    typer.Option("--token-budget", help="Padded tokens of one training pass; lower it if memory runs out; left out: 8192.", min=1),
+    typer.Option("--token-budget", help="Padded tokens of one training pass, 8192 if left out; less needs less memory.", min=1),
 ]  # fmt: skip
 Checkpointing = Annotated[
     bool, typer.Option("--checkpointing", help="Gradient checkpointing: less memory for a third more time.")

@@ -69,7 +69,7 @@ def _stack(layout: Layout, adapters: Sequence[Lofit]) -> None:
     Before the pass, so that blocks which are run again for the backward pass (checkpointing) find it made.
     """
     keep = torch.stack([one.mask for one in adapters])[..., None]
-    both = ([one.A for one in adapters], [one.v for one in adapters])
+    both: list[list[Tensor]] = [[one.A for one in adapters], [one.v for one in adapters]]
     layout.found[_key(adapters)] = tuple(torch.where(keep, torch.stack(c), 0.0).unbind(1) for c in both)
 
 

@@ -38,7 +38,8 @@ class Borders:
     def select(self, rows: Int[Tensor, " n"]) -> "Borders":
         """Those of some rows."""
         at = rows.to(self.prompt.device)
-        return Borders(*(None if x is None else x[at] for x in (self.prompt, self.length, self.owner)))
+        length, owner = (None if x is None else x[at] for x in (self.length, self.owner))
+        return Borders(self.prompt[at], length, owner)
 
 
 @dataclass(frozen=True, eq=False)
