@@ -29,7 +29,20 @@ from lofit_lens.interventions import (
 from lofit_lens.models import Positions, load_model, model_info
 from lofit_lens.organism import tasks as _organism_tasks  # registers organism/...
 from lofit_lens.tasks import Task, load_task
-from lofit_lens.training import Preset, TrainConfig, fit, preset, select_heads, tune_offsets, tune_scalings
+from lofit_lens.training import (
+    PLAIN,
+    LofitRun,
+    Passes,
+    Preset,
+    TrainConfig,
+    fit,
+    learned_scores,
+    preset,
+    select_heads,
+    tune_many,
+    tune_offsets,
+    tune_scalings,
+)
 
 del _organism_tasks
 
@@ -59,8 +72,8 @@ def __dir__() -> list[str]:
 __version__ = "0.1.0"
 
 __all__ = [
-    "ITI", "ContrastVectors", "Damage", "EvalResult", "Head", "HeadScores", "HeadSet", "Intervention", "LoReft", "Lofit", "Lora",
-    "Positions", "Preset", "Red", "RepE", "Task", "TrainConfig", "attached", "compare", "damage", "edit_z", "evaluate", "fit",
-    "generate", "load_adapter", "load_lora", "load_model", "load_task", "model_info", "over_seeds", "preset", "select_heads",
-    "tune_offsets", "tune_scalings",
+    "ITI", "PLAIN", "ContrastVectors", "Damage", "EvalResult", "Head", "HeadScores", "HeadSet", "Intervention", "LoReft", "Lofit",
+    "LofitRun", "Lora", "Passes", "Positions", "Preset", "Red", "RepE", "Task", "TrainConfig", "attached", "compare", "damage",
+    "edit_z", "evaluate", "fit", "generate", "learned_scores", "load_adapter", "load_lora", "load_model", "load_task",
+    "model_info", "over_seeds", "preset", "select_heads", "tune_many", "tune_offsets", "tune_scalings",
 ]  # fmt: skip

@@ -13,8 +13,8 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_there_are_examples():
-    """A first use, measuring, other methods, head sets, a grid, a task of one's own."""
-    assert len(BLOCKS) == 6
+    """A first use, measuring, other methods, head sets, a grid, many runs, a task of one's own."""
+    assert len(BLOCKS) == 7
 
 
 def test_readme_grid_is_one(tmp_path):
