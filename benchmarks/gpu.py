@@ -3,9 +3,9 @@
     python benchmarks/gpu.py
 
 Nothing is fetched: models are made from their configuration on the GPU, tasks are random words. Real tokens (no padding) a second
-are counted as 4N FLOP each, N = parameters without the input embedding, and divided by the fastest of some large bfloat16 matrix
-products taken just before: the share of the ceiling. What does not fit into the memory is recorded as such. Exits with 2 where
-there is no GPU.
+are counted as 4N FLOP each, N = parameters without the embeddings, plus the unembedding's at scored tokens, and divided by the
+fastest of some large bfloat16 matrix products taken just before: the share of the ceiling. What does not fit into the memory is
+recorded as such. Exits with 2 where there is no GPU.
 """
 
 import gc
@@ -28,6 +28,7 @@ from lofit_lens.models import load_model
 from lofit_lens.models.fused import fused_refusal
 from lofit_lens.tasks import Task, load_task
 from lofit_lens.training import TrainConfig, select_heads
+from lofit_lens.training.objective import encoded_rows
 
 WORDS = [f"w{i}" for i in range(500)]
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "attn_implementation": "eager"}
@@ -61,8 +62,8 @@ def shapes(*, quick: bool) -> dict[str, tf.PretrainedConfig]:
     }  # fmt: skip
 
 
-def made(config: tf.PretrainedConfig, tokenizer: Any, backend: str, device: str) -> tuple[Any, int]:
-    """A random model in bfloat16, and its parameters without the input embedding; weights are made on the device."""
+def made(config: tf.PretrainedConfig, tokenizer: Any, backend: str, device: str) -> tuple[Any, int, int]:
+    """A random model in bfloat16, made on the device; its parameters but for both embeddings, and those of the unembedding."""
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
@@ -71,9 +72,16 @@ def made(config: tf.PretrainedConfig, tokenizer: Any, backend: str, device: str)
             hf = tf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     finally:
         torch.set_default_dtype(before)
-    counted = sum(p.numel() for p in hf.parameters()) - hf.get_input_embeddings().weight.numel()
+    unembedding = hf.get_output_embeddings().weight.numel()
+    counted = sum(p.numel() for p in hf.parameters()) - hf.get_input_embeddings().weight.numel() - unembedding
     model = load_model(hf.eval(), tokenizer=tokenizer, backend=backend, dtype="bfloat16", device=device)
-    return model, counted
+    return model, counted, unembedding
+
+
+def scored_share(model: Any, task: Task) -> float:
+    """Label tokens of a task's rows as a share of all their tokens: where the unembedding is applied."""
+    rows = [form for forms in encoded_rows(model, task.training_examples("train")) for form in forms]
+    return sum(form.n_labels for form in rows) / sum(len(form.ids) for form in rows)
 
 
 def words_task(n: int, mean_words: int) -> Task:
@@ -125,10 +133,11 @@ def selection(model: Any, task: Task, config: TrainConfig, device: str) -> dict[
 def one_shape(name: str, config: tf.PretrainedConfig, args: Any) -> dict[str, Any]:
     """All that is measured of one shape."""
     tokenizer = measure.tokenizer_for([f" {w}" for w in WORDS])
-    model, counted = made(config, tokenizer, args.backend, args.device)
+    model, counted, unembedding = made(config, tokenizer, args.backend, args.device)
     flops = ceiling(args.device, size=args.matrix, rounds=5)
     found: dict[str, Any] = {
-        "parameters_counted": counted, "ceiling_tflops": flops / 1e12, "fused_refusal": fused_refusal(model),
+        "parameters_counted": counted, "unembedding": unembedding, "ceiling_tflops": flops / 1e12,
+        "fused_refusal": fused_refusal(model),
         "weights_mib": sum(p.numel() * p.element_size() for p in model.parameters()) / measure.MIB, "selection": {},
     }  # fmt: skip
     settings = TrainConfig(lr=5e-3, l1=5e-4, epochs=args.epochs)
@@ -136,7 +145,8 @@ def one_shape(name: str, config: tf.PretrainedConfig, args: Any) -> dict[str, An
         task = words_task(args.examples, mean)
         select_heads(model, task, config=settings.with_changes(max_steps=2), progress=False)  # warm-up
         took = [selection(model, task, settings, args.device) for _ in range(args.rounds)]
-        share = [4 * counted * t["tokens_a_second"] / flops for t in took]
+        through = counted + scored_share(model, task) * unembedding  # weights that a token meets, on average
+        share = [4 * through * t["tokens_a_second"] / flops for t in took]
         found["selection"][str(mean)] = {
             **took[0], "seconds": statistics.median(t["seconds"] for t in took),
             "tokens_a_second": statistics.median(t["tokens_a_second"] for t in took),

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import measure
+import numpy as np
 import record
 import torch
 from tqdm.auto import tqdm
@@ -81,7 +82,7 @@ def compare(model: Any, runs: Sequence[LofitRun], sizes: Sequence[int], rounds: 
                     bar.update()
                 apart[n].append(seconds)
                 for a, b, run in zip(alone, joint, runs, strict=False):
-                    differ[n] = max(differ[n], learned_apart(a, b))
+                    differ[n] = float(np.maximum(differ[n], learned_apart(a, b)))  # NaN stays
                     same[n] &= run.component != "A" or chosen(model, run, a) == chosen(model, run, b)
     return {
         str(n): {
@@ -95,7 +96,7 @@ def compare(model: Any, runs: Sequence[LofitRun], sizes: Sequence[int], rounds: 
 
 def learned_apart(a: Lofit, b: Lofit) -> float:
     """Largest difference of what two trainings learned."""
-    return max(float((getattr(a, part) - getattr(b, part)).abs().max()) for part in ("A", "v"))
+    return float(torch.stack([(getattr(a, part) - getattr(b, part)).abs().max() for part in ("A", "v")]).max())
 
 
 def chosen(model: Any, run: LofitRun, lofit: Lofit) -> list[str]:

@@ -13,12 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from shown import CLASSES, SECTIONS, Record, table
 
 from lofit_lens import io
 
 BROKEN = (KeyError, TypeError, ValueError, AttributeError, IndexError)
 NEEDED = ("benchmark", "settings", "results", "machine", "versions")
+FREE = (
+    "--data-dir",
+    "--rounds",
+    "--threads",
+    "--device",
+    "--backends",
+    "--backend",
+)  # options that leave a benchmark's size
 SAME = 1e-3  # nats a loss and units of a metric that two ways to the same result may be apart
 
 
@@ -73,7 +82,7 @@ def of_steps(settings: Record, results: Any) -> Iterable[Figure]:
         for backend, title in CLASSES.items():
             if not settings["cases"][case]["lowest"] and f"{backend}_ours" in found:
                 ours = found[f"{backend}_ours"]
-                apart = max(ours["loss_difference"], ours["gradient_difference"])
+                apart = np.max([ours["loss_difference"], ours["gradient_difference"]])
                 yield Figure(f"{title}, {case}", ours["median_ratio"], _apart(apart))
 
 
@@ -84,7 +93,7 @@ def of_whole(*tasks: str) -> Callable[[Record, Any], Iterable[Figure]]:
         for task in tasks:
             for backend, found in results.get(task, {}).items():
                 differ = found["difference"]
-                apart = max(*differ["losses"].values(), *differ["metrics"].values())
+                apart = np.max([*differ["losses"].values(), *differ["metrics"].values()])
                 objection = _apart(apart) if differ["same_heads"] else "other heads were chosen"
                 yield Figure(f"{task}, {CLASSES[backend]}", found["gain"]["total"]["median_ratio"], objection)
 
@@ -107,6 +116,9 @@ def of_gpu_many(where: Callable[[Any], Any]) -> Callable[[Record, Any], Iterable
     """Gain of many runs on a GPU."""
 
     def figures(settings: Record, results: Any) -> Iterable[Figure]:
+        if "error" in where(results):
+            yield Figure("", float("nan"), "out of memory")
+            return
         for n, found in where(results).items():
             objection = "" if found["same_heads"] else "other heads were chosen"
             yield Figure(f"{n} runs", found["gain"]["median_ratio"], objection)
@@ -116,6 +128,9 @@ def of_gpu_many(where: Callable[[Any], Any]) -> Callable[[Record, Any], Iterable
 
 def of_ceiling(settings: Record, results: Any) -> Iterable[Figure]:
     """Share of the matrix-product ceiling at the shape of Llama-2-7B."""
+    if "error" in results["shapes"]["llama-2-7b"]:
+        yield Figure("", float("nan"), "out of memory")
+        return
     for mean, found in results["shapes"]["llama-2-7b"]["selection"].items():
         yield Figure(f"{mean} tokens an example", found["share_of_ceiling"])
 
@@ -158,6 +173,12 @@ def is_quick(record: Record) -> bool:
     return "--quick" in record["settings"].get("command", "").split()
 
 
+def is_as_set(record: Record) -> bool:
+    """Whether a benchmark ran at its own size: another number of examples, epochs or runs measures something else."""
+    words = record["settings"].get("command", "").split()
+    return all(w in FREE for w in words if w.startswith("--"))
+
+
 # ---------------------------------------------------------------------------------------------------------- rendering
 
 
@@ -167,7 +188,7 @@ def goals(records: dict[str, Record]) -> str:
     for goal in GOALS:
         mine = []
         for name, record in records.items():
-            if record["benchmark"] != goal.benchmark or is_quick(record):
+            if record["benchmark"] != goal.benchmark or not is_as_set(record):
                 continue
             if str(record["settings"].get("device", "")).split(":")[0] != goal.device:
                 continue

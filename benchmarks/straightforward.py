@@ -19,6 +19,7 @@ from lofit_lens.evaluation.multiple_choice import mc_metrics
 from lofit_lens.heads import HeadSet
 from lofit_lens.interventions import Lofit
 from lofit_lens.models import device_of, frozen, hook_z, hooked, prefill, step, tokenizer_of
+from lofit_lens.models.running import uncached
 from lofit_lens.tasks import ChoiceExample, GenerationExample, Task
 from lofit_lens.tasks.collate import Encoded, encode, encode_continuations, encode_training, pad
 from lofit_lens.training import TrainConfig
@@ -43,9 +44,9 @@ def summed(model: Any, rows: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
     targets = tokens.masked_fill(mask == 0, -100)
     for i, row in enumerate(rows):
         targets[i, : row.start] = -100
-    logits = model(tokens, attention_mask=mask)[:, :-1]
-    losses = F.cross_entropy(logits.transpose(1, 2).float(), targets[:, 1:], ignore_index=-100, reduction="none")
-    return -losses.sum(dim=1), (targets[:, 1:] != -100).sum(dim=1)
+    logits, wanted = model(tokens, attention_mask=mask, **uncached(model))[:, :-1], targets[:, 1:]
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten(), ignore_index=-100, reduction="none")
+    return -losses.view(wanted.shape).sum(dim=1), (wanted != -100).sum(dim=1)
 
 
 def train(

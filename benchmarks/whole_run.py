@@ -26,7 +26,7 @@ from lofit_lens.evaluation import evaluate
 from lofit_lens.heads import HeadScores
 from lofit_lens.models import load_model, model_info
 from lofit_lens.tasks import ChoiceExample, GenerationExample, PairExample, Task, load_task
-from lofit_lens.training import Preset, preset, select_heads, tune_offsets
+from lofit_lens.training import Preset, objective, preset, select_heads, tune_offsets
 
 TASKS = ("truthfulqa", "mquake", "clutrr")
 PHASES = ("select", "tune", "evaluate")
@@ -55,6 +55,7 @@ class Run:
 
 def library(model: Any, task: Task, settings: Preset, n_train: int, n_test: int) -> Run:
     """The library's own three calls."""
+    objective._references.clear()  # what an earlier round computed
     run = Run()
     more: dict[str, Any] = {"seed": SEED, "n_train": n_train, "progress": False}
     scores = run.phase("select", model, lambda: select_heads(model, task, config=settings.select, **more))

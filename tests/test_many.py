@@ -9,8 +9,8 @@ import torch
 import lofit_lens as ll
 from lofit_lens import HeadSet, Lofit
 from lofit_lens.errors import AdapterError, InputError, TrainingDiverged
-from lofit_lens.interventions.side_by_side import side_by_side
-from lofit_lens.models import Borders, logits_of
+from lofit_lens.interventions.side_by_side import edit_rows, side_by_side
+from lofit_lens.models import Borders, Positions, logits_of
 from lofit_lens.training import FAST, PLAIN, LofitRun, Passes, steps, tune_many
 from lofit_lens.training.lofit import learned_scores
 from lofit_lens.training.steps import Steps
@@ -107,6 +107,28 @@ def test_the_same_runs_give_the_same_bits(llama):
     """Twice the same call."""
     first, second = (tune_many(llama, runs(), progress=False) for _ in range(2))
     assert all(torch.equal(a.A, b.A) and torch.equal(a.v, b.v) for a, b in zip(first, second, strict=True))
+
+
+def test_gradients_of_many_rows_are_the_same_bits_on_several_threads():
+    """Large enough that torch splits the work: 80 rows of 5 runs, 32 heads of 128, on two threads."""
+    generator, before = torch.Generator().manual_seed(0), torch.get_num_threads()
+    A, v = (torch.randn(5, 32, 128, generator=generator, requires_grad=True) for _ in range(2))
+    z, owner = torch.randn(80, 2, 32, 128, generator=generator), torch.arange(80) // 16
+    slope = torch.randn(z.shape, generator=generator)
+    torch.set_num_threads(2)
+    try:
+        found = [torch.autograd.grad((edit_rows(z, A, v, owner) * slope).sum(), (A, v)) for _ in range(30)]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(other, found[0], strict=True))
+
+
+def test_an_adapter_at_certain_positions_is_refused(bridge_llama):
+    """Side by side all act at every position."""
+    one = random_adapter(bridge_llama)
+    one.positions = Positions.parse("answer")
+    with pytest.raises(InputError, match="acts at answer"), side_by_side(bridge_llama, [one]):
+        pass
 
 
 def test_the_model_is_left_as_it_was(llama):

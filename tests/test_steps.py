@@ -168,6 +168,51 @@ def test_a_model_whose_cache_is_wrong_shares_nothing(bridge_llama, monkeypatch, 
     assert torch.equal(got.v, trained("bridge", "dpo", "v").v)
 
 
+@pytest.mark.parametrize("kind", ["TransformerLens", "torch"])
+def test_under_somebodys_hook_pairs_run_whole(llama, monkeypatch, trained, kind):
+    """A hook that counts places sees every sequence from its start: the loss and what is learned are the plain path's."""
+
+    def early(x):
+        return torch.cat([-3.0 * x[:, :3], x[:, 3:]], dim=1)
+
+    point = llama.hook_dict["blocks.1.hook_resid_post"]
+    if kind == "torch":
+        handle = point.register_forward_hook(lambda module, args, out: early(out))
+    else:
+        point.add_hook(lambda x, hook: early(x), is_permanent=True)
+        handle = point.fwd_hooks[-1].hook
+    try:
+        got, want = (learn(llama, "dpo", "v", how) for how in (WAYS["shared prompts"], PLAIN))
+    finally:
+        handle.remove()
+        point.fwd_hooks.clear()
+    assert torch.equal(got.v, want.v)
+    assert (got.meta.history[-1]["loss"] - learn(llama, "dpo", "v", PLAIN).meta.history[-1]["loss"]) != pytest.approx(
+        0, abs=1e-4
+    )
+
+
+METHODS = {
+    "lora": lambda model: ll.Lora.for_model(model, seed=0),
+    "red": ll.Red.for_model,
+    "loreft": lambda model: ll.LoReft.for_model(model, positions="f3+l3", seed=0),
+}
+
+
+@pytest.mark.parametrize("way", ["all", "all, checkpointing", "shared prompts", "tight budget"])
+@pytest.mark.parametrize("kind", golden.TASKS)
+@pytest.mark.parametrize("method", METHODS)
+def test_other_methods_learn_what_the_plain_path_teaches_them(bridge_llama, method, kind, way):
+    """LoRA inside the model, RED, and LoReFT at certain positions, after three steps."""
+    config = TrainConfig(lr=1e-2, epochs=1, batch_size=4)
+    got, want = METHODS[method](bridge_llama), METHODS[method](bridge_llama)
+    for adapter, how in ((got, WAYS[way]), (want, PLAIN)):
+        ll.fit(adapter, bridge_llama, golden.TASKS[kind](), config, seed=0, passes=how, progress=False)
+    assert [r["loss"] for r in got.meta.history] == pytest.approx([r["loss"] for r in want.meta.history], abs=1e-5)
+    for a, b in zip(got.parameters(), want.parameters(), strict=True):
+        assert (a - b).abs().max() < 1e-4
+
+
 def test_a_budget_below_one_is_refused():
     """By its value."""
     with pytest.raises(InputError, match="token budget of 0"):
@@ -243,8 +288,8 @@ def test_shared_prompts_keep_no_more_than_both_sequences(bridge_llama):
     known = objective_of(bridge_llama, task.training_examples(), beta=0.5)
     lofit, kept = Lofit.for_model(bridge_llama).train_only("A"), {}
     for name, how in (("plain", PLAIN), ("shared", WAYS["shared prompts"])):
+        step = Steps(bridge_llama, [known], how, owned=False)
         with lofit.attached(bridge_llama):
-            step = Steps(bridge_llama, [known], how, owned=False)
             kept[name] = saved_bytes(lambda: step([(0, [0, 1, 2, 3])]))  # noqa: B023
     assert kept["shared"] < kept["plain"]
 
@@ -303,6 +348,35 @@ def test_under_somebodys_hook_nothing_is_kept(llama, computed):
     assert (hooked[0] - bare).abs().max() > 0.01
     assert computed == [10, 10, 10]
     assert torch.equal(objective_of(llama, examples, beta=0.5).reference, bare)
+
+
+@pytest.mark.parametrize("how", ["torch hook", "training mode"])
+def test_what_no_key_tells_is_not_kept(llama, computed, how):
+    """Torch's own hooks, and dropout: the reference is computed each time."""
+    examples = golden.dpo_task().training_examples()
+    bare = objective_of(llama, examples, beta=0.5).reference
+    handle = llama.blocks[1].register_forward_hook(lambda module, args, out: 0.5 * out) if how == "torch hook" else None
+    llama.blocks[1].training = how == "training mode"
+    try:
+        found = [objective_of(llama, examples, beta=0.5).reference for _ in range(2)]
+    finally:
+        llama.blocks[1].training = False
+        if handle is not None:
+            handle.remove()
+    assert torch.equal(*found)
+    assert torch.equal(found[0], bare) == (how == "training mode")
+    assert computed == [10, 10, 10]
+
+
+def test_the_reference_keeps_the_budget(llama, computed, counted):
+    """No pass of it has more places than the budget, and values are those of one pass."""
+    examples = golden.dpo_task().training_examples()
+    whole = objective_of(llama, examples, beta=0.5, batch_size=64).reference
+    assert len(counted) == 1
+    counted.clear()
+    parts = objective_of(llama, examples, beta=0.5, batch_size=64, passes=Passes(60)).reference
+    assert max(places for places, _ in counted) <= 60
+    assert (parts - whole).abs().max() < 1e-4
 
 
 def test_the_number_of_kept_references_is_bounded(llama, computed, monkeypatch):

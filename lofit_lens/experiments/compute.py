@@ -138,7 +138,7 @@ class _Job:
     reading: ExitStack = field(default_factory=ExitStack)
     reader: Tracker | None = None
     steps: Tracked = field(default_factory=lambda: Tracked(None))
-    trained: Lofit | TrainingDiverged | None = None
+    trained: Lofit | InputError | TrainingDiverged | None = None
     seconds: float = 0.0
     draft: Draft = field(init=False)
     spec: dict[str, Any] = field(init=False)
@@ -159,20 +159,22 @@ class _Job:
 
     @property
     def lofit(self) -> Lofit:
-        """What was trained; raises where that diverged."""
-        if isinstance(self.trained, TrainingDiverged):
+        """What was trained; raises where that failed."""
+        if isinstance(self.trained, InputError | TrainingDiverged):
             raise self.trained
         assert self.trained is not None
         return self.trained
 
 
 def _train(jobs: Sequence[_Job], checkpoint: Path) -> None:
-    """Train LoFiT for all of them; one whose settings cannot be chosen, since every trial diverged, is left out."""
+    """Train LoFiT for all of them; one that cannot be trained (every trial diverged, a row too long, ...) is left out."""
     start, runs = time.perf_counter(), {}
     for i, job in enumerate(jobs):
         try:
             runs[i] = _run(job)
-        except TrainingDiverged as e:
+            runs[i].check(job.bench.model)
+        except (InputError, TrainingDiverged) as e:
+            runs.pop(i, None)
             job.trained = e
     if runs:
         found = tune_many(jobs[0].bench.model, list(runs.values()), checkpoint=checkpoint, progress=False)

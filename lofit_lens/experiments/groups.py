@@ -1,8 +1,9 @@
 """Cells that are computed together: fits of one model that share the passes over it (`training.many`).
 
-Numbers of a shared pass differ by rounding from those of another, so who shares one must follow from the grid alone: groups
-are a function of the list of cells, whatever is done already and whoever computes it. A group is handed out, claimed, tried
-again and checkpointed as a whole; members that are there already are trained along and not written again.
+Numbers of a shared pass differ by rounding from those of another, so who shares one follows from the grid: groups are a
+function of the list of cells, whatever is done already and whoever computes it (but a cell that can never be computed, since one
+that it needs failed for good, leaves its group). A group is handed out, claimed, tried again and checkpointed as a whole; members
+that are there already are trained along and not written again. In another grid, with other partners, last digits differ.
 """
 
 from collections.abc import Iterable, Mapping

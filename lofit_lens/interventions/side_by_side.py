@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -23,7 +24,9 @@ def edit_rows(
     owner: Int[Tensor, " batch"],
 ) -> Float[Tensor, "batch pos n_heads d_head"]:
     """The edit of `lofit.edit_z`, each row's by its own run; computed in float32 or above, rounded once."""
-    return (z * (1 + A[owner][:, None]) + v[owner][:, None]).to(z.dtype)
+    # `embedding` gathers rows, and unlike indexing adds up their gradients in one order on any number of threads.
+    mine, shift = (F.embedding(owner, x.flatten(1)).view(-1, 1, *x.shape[1:]) for x in (A, v))
+    return (z * (1 + mine) + shift).to(z.dtype)
 
 
 @contextlib.contextmanager
@@ -35,10 +38,12 @@ def side_by_side(model: Any, adapters: Sequence[Lofit]) -> Iterator[None]:
 
     Raises:
         AdapterError: an adapter that does not fit the model, is attached already, or is given twice.
-        InputError: no adapter; and, in a pass, one that states no owner.
+        InputError: no adapter, or one that acts at certain positions only; and, in a pass, one that states no owner.
     """
     if not adapters:
         raise InputError("no adapter to attach; give one or more")
+    if some := next((one for one in adapters if not one.positions.everywhere), None):
+        raise InputError(f"adapters side by side act at every position; one acts at {some.positions}: attach it alone")
     with contextlib.ExitStack() as stack:
         for one in adapters:
             stack.enter_context(one.reserved(model))

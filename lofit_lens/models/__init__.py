@@ -18,6 +18,7 @@ from lofit_lens.models.hooks import (
     head_size,
     hook_z,
     hooked,
+    is_watched,
     pattern_point,
     residual_point,
 )
@@ -102,6 +103,7 @@ __all__ = [
     "hooked_class",
     "hooked_refusal",
     "is_processed",
+    "is_watched",
     "laid_out",
     "layout_of",
     "load_model",

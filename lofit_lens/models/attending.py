@@ -221,7 +221,8 @@ def _kernel(
 def _laid_out_for_products(model: Any) -> Iterator[None]:
     """Lay weights out in memory so that what HookedTransformer turns them into before each product is a view, not a copy.
 
-    Shapes and values stay as they are, and at the end the layout too. Weights that share memory with others are left alone.
+    Shapes and values stay as they are, and at the end the layout too, in memory of its own. Weights that share memory with others
+    of the model, or with another process, are left alone.
     """
     places: dict[int, int] = {}
     for p in model.parameters():
@@ -231,7 +232,13 @@ def _laid_out_for_products(model: Any) -> Iterator[None]:
         for module in model.modules():
             for name, p in module._parameters.items():
                 order = _product_order(module, name, p)
-                if order and p is not None and p.is_contiguous() and places[p.untyped_storage().data_ptr()] == 1:
+                if (
+                    order
+                    and p is not None
+                    and p.is_contiguous()
+                    and not p.is_shared()
+                    and places[p.untyped_storage().data_ptr()] == 1
+                ):
                     changed.append(p)
                     _lay_out(p, order)
         yield

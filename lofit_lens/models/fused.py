@@ -71,15 +71,23 @@ def fused_refusal(model: Any) -> str | None:
     """Why `fused_attention` leaves a model as it is; None: it does not. Tried once a model, device and dtype, by a few passes.
 
     The passes run with everybody's hooks off, a batch padded on the right and one padded on the left: hook_z fires once in each
-    layer, and z and logits equal the class's own while every layer's z is edited.
+    layer, and z, logits and gradients equal the class's own while every layer's z is edited. What is known to be computed
+    otherwise is looked for anew each time.
     """
     known, key = _refusals.setdefault(model, {}), (device_of(model), next(model.parameters()).dtype)
+    if any(getattr(model.cfg, flag, False) for flag in FLAGS):
+        return f"one of {', '.join(FLAGS)} is on"
+    if (obstacle := _known_obstacle(model)) is not None:  # looked at each time: parts of a model may be exchanged
+        if obstacle not in known:
+            known[obstacle] = obstacle
+            logger.info("%s keeps its class's own attention: %s", model.cfg.model_name, obstacle)
+        return obstacle
     if key not in known:
         with frozen(model):
-            if any(getattr(model.cfg, flag, False) for flag in FLAGS):
-                return f"one of {', '.join(FLAGS)} is on"  # may be off next time
             try:
-                reason = _known_obstacle(model) or _difference(model)
+                reason = _difference(model)
+            except torch.OutOfMemoryError:
+                return "too little memory to try it"  # there may be more next time
             except Exception as e:
                 reason = f"{type(e).__name__}: {e}"
         known[key] = reason
@@ -181,6 +189,15 @@ def _difference(model: Any) -> str | None:
                     return f"{what} is not finite at padding"
             if not _off(wanted[-1][0], plain[-1][0], real) > 3 * limit:
                 return "edits at hook_z do not show in the logits"
+            slopes = _slopes(model, tokens, mask, edits)
+            with in_place(model):
+                found_slopes = _slopes(model, tokens, mask, edits)
+            for layer, (a, b) in enumerate(zip(found_slopes, slopes, strict=True)):
+                off = float((a - b).square().mean().sqrt() / b.std())
+                if not off <= 3 * limit:
+                    return (
+                        f"gradients of layer {layer}'s z differ by {off:.2g} standard deviations padded on the {side}"
+                    )
     return None
 
 
@@ -199,6 +216,17 @@ def _seen(
             stack.enter_context(hooked(hook_z(model, layer), functools.partial(edit, layer=layer)))
         seen[-1] = [model(tokens, attention_mask=mask, **uncached(model))]
     return seen
+
+
+@torch.enable_grad()
+def _slopes(
+    model: Any, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], edits: Mapping[int, Tensor]
+) -> tuple[Tensor, ...]:
+    """How an even sum of log-probs at the tokens changes with each layer's edit."""
+    leaves = {layer: edit.detach().clone().requires_grad_() for layer, edit in edits.items()}
+    logits = _seen(model, tokens, mask, leaves)[-1][0]
+    scores = logits[mask.bool().to(logits.device)].float().log_softmax(-1)
+    return torch.autograd.grad(scores[:, ::7].sum(), [leaves[layer] for layer in sorted(leaves)])
 
 
 def _off(found: Tensor, wanted: Tensor, real: Bool[Tensor, "batch pos"]) -> float:

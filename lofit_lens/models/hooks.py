@@ -16,6 +16,7 @@ from lofit_lens.errors import ModelError
 from lofit_lens.models.info import backend_of, device_of
 from lofit_lens.models.positions import Layout, laid_out
 
+_OWN = ("transformers.", "transformer_lens.model_bridge")  # modules whose hooks change nothing
 _probed: "weakref.WeakKeyDictionary[nn.Module, dict[int, int]]" = weakref.WeakKeyDictionary()
 _probed_sites: "weakref.WeakKeyDictionary[nn.Module, set[tuple[int, str]]]" = weakref.WeakKeyDictionary()
 
@@ -161,6 +162,16 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._backward_hooks or module._forward_pre_hooks or module._backward_pre_hooks
     )
+
+
+def is_watched(model: nn.Module) -> bool:
+    """Whether somebody has a hook on any part of a model, by TransformerLens or by torch: nothing tells what it does.
+
+    Hooks that the bridge and transformers put into their own modules, to hand values on, do not count.
+    """
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    hooks = (hook for module in model.modules() for kind in kinds for hook in getattr(module, kind).values())
+    return any(not str(getattr(hook, "__module__", "")).startswith(_OWN) for hook in hooks)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Train any adapter on a task, alone or several at once: the part that all methods share."""
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor
 from lofit_lens import io
 from lofit_lens.errors import InputError, TrainingDiverged
 from lofit_lens.interventions.base import AdapterMeta
-from lofit_lens.models import ALL, ModelInfo, frozen, model_info
+from lofit_lens.models import ALL, ModelInfo, fingerprint, frozen, model_info
 from lofit_lens.tasks.base import Task
 from lofit_lens.training.config import TrainConfig
 from lofit_lens.training.loop import OnStep, Run, train_together
@@ -123,10 +124,13 @@ def fit_together(
     wanted = [p for one in fits for p in one.adapter.parameters() if p.requires_grad]
     drawn = [one.task.training_examples("train", n=one.n_train, seed=one.seed) for one in fits]
     runs: list[Run] = []
+    weights = functools.cache(lambda: fingerprint(model))
     with _kept(fits), frozen(model), passes.ready(model):
         # DPO's reference first: the adapters are off.
         objectives = [
-            objective(model, examples, beta=one.config.beta, passes=passes, batch_size=one.config.batch_size)
+            objective(
+                model, examples, beta=one.config.beta, passes=passes, batch_size=one.config.batch_size, weights=weights
+            )
             for one, examples in zip(fits, drawn, strict=True)
         ]
         steps = Steps(model, objectives, passes, owned=len(fits) > 1)
@@ -145,7 +149,6 @@ def fit_together(
     done = steps.tokens
     logger.info("trained in %d passes: %d tokens, %d with padding", done.passes, done.real, done.padded)
     for one, run in zip(fits, runs, strict=True):
-        one.adapter.requires_grad_(False)
         if run.error is not None:
             run.error.adapter = one.adapter  # pyright: ignore[reportAttributeAccessIssue]
     return [run.error for run in runs]
@@ -176,10 +179,16 @@ def _weights(info: ModelInfo) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _kept(fits: Sequence[Fit]) -> Iterator[None]:
-    """Hand the adapter over with the Ctrl-C that stops its training; around `frozen`, which makes weights trainable again."""
+    """Leave nothing trainable, and hand a single adapter over with the Ctrl-C that stops its training.
+
+    Around `frozen`, which makes weights trainable again.
+    """
     try:
         yield
     except KeyboardInterrupt as e:
-        for one in fits:
-            e.adapter = one.adapter.requires_grad_(False)  # pyright: ignore[reportAttributeAccessIssue]
+        if len(fits) == 1:
+            e.adapter = fits[0].adapter  # pyright: ignore[reportAttributeAccessIssue]
         raise
+    finally:
+        for one in fits:
+            one.adapter.requires_grad_(False)

@@ -20,6 +20,7 @@ from lofit_lens.training.config import TrainConfig, preset
 from lofit_lens.training.fitting import Fit, fit_together
 from lofit_lens.training.loop import OnStep
 from lofit_lens.training.losses import l1_norm
+from lofit_lens.training.objective import encoded_rows
 from lofit_lens.training.passes import FAST, Passes
 
 
@@ -138,6 +139,16 @@ class LofitRun:
     config: TrainConfig | None = None
     n_train: int | None = None
     on_step: OnStep | None = None
+
+    def check(self, model: Any) -> None:
+        """Raise what its training would raise before the first step.
+
+        Raises:
+            InputError: heads outside the model, or too few training rows.
+            DataError: a training row longer than the model's context.
+        """
+        Lofit.for_model(model, self.heads)
+        encoded_rows(model, self.task.training_examples("train", n=self.n_train, seed=self.seed))
 
     def fit(self, model: Any) -> Fit:
         """The training that this asks for, with a new adapter on the model's device."""

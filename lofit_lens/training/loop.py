@@ -232,16 +232,17 @@ def train_together(
             losses = step_of([(i, runs[i].rows()) for i in going])
             values = [x for i, loss in zip(going, losses, strict=True) for x in (loss, *runs[i].clipped())]
             # One wait for the device a step.
-            found = torch.stack([x.to(values[0].device, torch.float64) for x in values]).view(-1, 3).tolist()
+            found = torch.stack([x.to(values[0].device) for x in values]).view(-1, 3).tolist()
             for i, (loss, l1, norm) in zip(going, found, strict=True):
                 if runs[i].finish(loss, l1, norm) is not None:
                     state.diverged(i)
             bar.update(len(longest.history) - bar.n)
             loss, l1, _ = (sum(column) / len(going) for column in zip(*found, strict=True))
             bar.set_postfix({"loss": f"{loss:.4f}"} | ({"L1": f"{l1:.2f}"} if l1 else {}))
-            if interrupted() or runs[going[0]].at_epoch_end:
+            stop = interrupted()
+            if stop or runs[going[0]].at_epoch_end:
                 state.save()
-            if interrupted():
+            if stop:
                 where = (
                     f"run it again to go on from {state.path}" if state.path else "give checkpoint=FILE to go on later"
                 )

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from lofit_lens import io
 from lofit_lens.errors import DataError
-from lofit_lens.models import Borders, context_length, device_of, fingerprint, logits_of, tokenizer_of
+from lofit_lens.models import Borders, context_length, device_of, fingerprint, is_watched, logits_of, tokenizer_of
 from lofit_lens.tasks.base import TrainingExample
 from lofit_lens.tasks.collate import Batch, Encoded, collate, encode_training, pad_id
+from lofit_lens.tasks.grouping import near_lengths
 from lofit_lens.training.loop import LossOfRows
 from lofit_lens.training.losses import dpo_loss, sft_loss, summed_log_probs
 from lofit_lens.training.passes import PLAIN, Passes, log_probs_of
@@ -48,21 +49,32 @@ class Objective:
 
 
 def objective(
-    model: Any, examples: Sequence[TrainingExample], *, beta: float, passes: Passes = PLAIN, batch_size: int = 8
-) -> Objective:
+    model: Any, examples: Sequence[TrainingExample], *, beta: float, passes: Passes = PLAIN, batch_size: int = 8,
+    weights: Callable[[], str] | None = None,
+) -> Objective:  # fmt: skip
     """The rows of a task for a model.
 
     Call it with no adapter attached: a DPO task's reference log-probs are those of the model as it stands. They are kept by
-    content (weights, token ids, way of running), so that further runs on the same rows get them at no cost.
+    content (weights, token ids, way of running), so that further runs on the same rows get them at no cost; not under anybody's
+    hooks, nor in training mode.
+
+    Args:
+        model: any HookedTransformer or TransformerBridge.
+        examples: training examples of one kind.
+        beta: DPO's inverse temperature.
+        passes: how the reference is run.
+        batch_size: pairs of one pass of it, at most.
+        weights: gives the model's fingerprint, where several objectives share it; None = taken here.
 
     Raises:
         DataError: a row longer than the model's context.
     """
-    rows = [encode_training(tokenizer_of(model), e) for e in examples]
-    _check_length(model, rows)
+    rows = encoded_rows(model, examples)
     if len(rows[0]) == 1:
         return Objective(rows, beta)
-    return Objective(rows, beta, _kept_reference(model, rows, passes, batch_size))
+    return Objective(
+        rows, beta, _kept_reference(model, rows, passes, batch_size, weights or (lambda: fingerprint(model)))
+    )
 
 
 def task_loss(model: Any, examples: Sequence[TrainingExample], *, beta: float, batch_size: int = 8) -> LossOfRows:
@@ -107,17 +119,17 @@ _references: "weakref.WeakKeyDictionary[Any, dict[str, Tensor]]" = weakref.WeakK
 
 
 def _kept_reference(
-    model: Any, rows: Sequence[tuple[Encoded, ...]], passes: Passes, batch_size: int
+    model: Any, rows: Sequence[tuple[Encoded, ...]], passes: Passes, batch_size: int, weights: Callable[[], str]
 ) -> Float[Tensor, "rows 2"]:
     """Reference log-probs, computed once for the same rows in any order, and to the same bits."""
     order = sorted(set(rows), key=lambda forms: [(len(f.ids), f.ids, f.start) for f in forms])
     place = {forms: i for i, forms in enumerate(order)}
     at = torch.tensor([place[forms] for forms in rows], device=device_of(model))
-    if any(point.fwd_hooks for point in model.hook_dict.values()):  # somebody's own: nothing tells what they do
+    if is_watched(model) or any(module.training for module in model.modules()):
         return reference_log_probs(model, order, passes=passes, batch_size=batch_size)[at]
     kept = _references.setdefault(model, {})
     content = [[(f.ids, f.start) for f in forms] for forms in order]
-    key = io.digest([fingerprint(model), str(device_of(model)), passes.to_dict(), batch_size, content])
+    key = io.digest([weights(), str(device_of(model)), passes.to_dict(), batch_size, content])
     if key not in kept:
         while len(kept) >= REFERENCE_SETS:
             del kept[next(iter(kept))]
@@ -129,13 +141,26 @@ def _kept_reference(
 def reference_log_probs(
     model: Any, rows: Sequence[tuple[Encoded, ...]], *, passes: Passes = PLAIN, batch_size: int = 8
 ) -> Float[Tensor, "rows 2"]:
-    """Summed log-probs (nats) of chosen and rejected answers under the model as it stands."""
-    parts = [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
-    return torch.cat([log_probs_of(model, part, passes) for part in parts])
+    """Summed log-probs (nats) of chosen and rejected answers under the model as it stands, within the passes' token budget."""
+    found: dict[int, Tensor] = {}
+    for first in range(0, len(rows), batch_size):
+        part = rows[first : first + batch_size]
+        sizes = [(len(forms), max(len(f.ids) for f in forms)) for forms in part]
+        for group in near_lengths(sizes, budget=passes.token_budget):
+            found |= {
+                first + i: row
+                for i, row in zip(group, log_probs_of(model, [part[i] for i in group], passes), strict=True)
+            }
+    return torch.stack([found[i] for i in range(len(rows))])
 
 
-def _check_length(model: Any, rows: Sequence[tuple[Encoded, ...]]) -> None:
-    limit = context_length(model)
+def encoded_rows(model: Any, examples: Sequence[TrainingExample]) -> list[tuple[Encoded, ...]]:
+    """Token ids of each example: one sequence (SFT), or chosen and rejected (DPO).
+
+    Raises:
+        DataError: a row longer than the model's context.
+    """
+    rows, limit = [encode_training(tokenizer_of(model), e) for e in examples], context_length(model)
     for i, forms in enumerate(rows):
         longest = max(len(f.ids) for f in forms)
         if longest > limit:
@@ -143,3 +168,4 @@ def _check_length(model: Any, rows: Sequence[tuple[Encoded, ...]]) -> None:
                 f"training example {i} has {longest} tokens; the context of {model.cfg.model_name} is {limit}: "
                 "shorten or drop it"
             )
+    return rows

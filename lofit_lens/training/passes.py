@@ -16,11 +16,9 @@ from torch import Tensor
 from lofit_lens.errors import InputError
 from lofit_lens.models import (
     Borders,
-    Layout,
     checkpointed,
     device_of,
     fused_attention,
-    laid_out,
     logits_at,
     logits_of,
     peek,
@@ -105,17 +103,13 @@ class Tokens:
 
 def log_probs_of(model: Any, rows: Sequence[Forms], passes: Passes) -> Float[Tensor, "rows forms"]:
     """Summed log-probs (nats) of rows of equally many sequences, in one pass."""
-    with contextlib.ExitStack() as stack:
-        return log_probs(model, rows, None, passes, Tokens(), stack).view(len(rows), -1)
+    return log_probs(model, rows, None, passes, Tokens()).view(len(rows), -1)
 
 
 def log_probs(
-    model: Any, forms: Sequence[Forms], owner: Tensor | None, passes: Passes, tokens: Tokens, stack: contextlib.ExitStack
-) -> Float[Tensor, " sequences"]:  # fmt: skip
-    """Summed log-prob (nats) of each sequence's labels, row by row, in one padded pass.
-
-    With checkpointing, edits are computed once more in the backward pass: what the pass runs is stated until `stack` is closed.
-    """
+    model: Any, forms: Sequence[Forms], owner: Tensor | None, passes: Passes, tokens: Tokens
+) -> Float[Tensor, " sequences"]:
+    """Summed log-prob (nats) of each sequence's labels, row by row, in one padded pass."""
     sequences = [e for f in forms for e in f]
     batch = collate(sequences, pad_id=pad_id(tokenizer_of(model)), device=device_of(model))
     tokens.add(batch.mask, sum(len(e.ids) for e in sequences))
@@ -123,8 +117,6 @@ def log_probs(
         torch.tensor([e.start for e in sequences]), torch.tensor([len(e.ids) for e in sequences]),
         None if owner is None else owner[torch.tensor([u for u, f in enumerate(forms) for _ in f])],
     )  # fmt: skip
-    if passes.checkpointing:
-        stack.enter_context(laid_out(model, Layout.of(batch.tokens, batch.mask, batch.tokens.shape[1], borders)))
     if not passes.scored_only:
         return summed_log_probs(logits_of(model, batch.tokens, batch.mask, borders), batch.tokens, batch.labels)
     return _summed(model, batch, borders)

@@ -1,6 +1,5 @@
 """A step of one run, or of several side by side: its rows in passes of near lengths, forward and backward."""
 
-import contextlib
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lofit_lens.errors import ModelError
-from lofit_lens.models import attention_window, device_of, gaps_are_exact
+from lofit_lens.models import attention_window, device_of, gaps_are_exact, is_watched
 from lofit_lens.tasks.grouping import near_lengths
 from lofit_lens.training.loop import Share
 from lofit_lens.training.objective import Objective
@@ -39,7 +38,9 @@ class Steps:
         self.tokens = Tokens()
         self.waste = _waste(model) if passes.near_lengths else None
         pairs = any(o.reference is not None for o in objectives)
-        self.sharing = pairs and passes.share_prompts and not passes.checkpointing and _cache_is_exact(model)
+        # A hook of the user's own may count places, which a pass over the answers alone would shift.
+        wanted = pairs and passes.share_prompts and not passes.checkpointing and not is_watched(model)
+        self.sharing = wanted and _cache_is_exact(model)
 
     def __call__(self, shares: Sequence[Share]) -> list[Tensor]:
         """Task loss of each run on its rows; gradients are added to its parameters."""
@@ -59,18 +60,17 @@ class Steps:
     ) -> dict[int, Tensor]:
         """One pass (or two, with shared prompts) forward and backward; what it adds to each run's loss."""
         owner = torch.tensor([i for i, _ in units]) if self.owned else None
-        with contextlib.ExitStack() as stack:
-            if self.sharing and _sharing_pays(forms, self.waste or 0):
-                sums = shared_log_probs(self.model, forms, owner, self.tokens)
-            else:
-                sums = log_probs(self.model, forms, owner, self.passes, self.tokens, stack)
-            found, at = {}, 0
-            for i in dict.fromkeys(i for i, _ in units):
-                rows = [row for run, row in units if run == i]
-                n = sum(len(self.objectives[i].rows[row]) for row in rows)
-                found[i] = self.objectives[i].total(rows, sums[at : at + n].view(len(rows), -1)) / parts[i]
-                at += n
-            torch.stack(list(found.values())).sum().backward()
+        if self.sharing and _sharing_pays(forms, self.waste or 0):
+            sums = shared_log_probs(self.model, forms, owner, self.tokens)
+        else:
+            sums = log_probs(self.model, forms, owner, self.passes, self.tokens)
+        found, at = {}, 0
+        for i in dict.fromkeys(i for i, _ in units):
+            rows = [row for run, row in units if run == i]
+            n = sum(len(self.objectives[i].rows[row]) for row in rows)
+            found[i] = self.objectives[i].total(rows, sums[at : at + n].view(len(rows), -1)) / parts[i]
+            at += n
+        torch.stack(list(found.values())).sum().backward()
         return {i: loss.detach() for i, loss in found.items()}
 
 
