@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -198,19 +197,14 @@ def peak_mib(call: Callable[[], Any], device: str) -> float:
     return max(seen) - before
 
 
-def in_own_processes(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], *, at_once: int = 1) -> list[Any]:
+def in_own_processes(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
     """What a function gives for each of several arguments, each in a new process whose freed memory goes back at once.
 
     Raises:
         RuntimeError: a process ended without a result.
     """
-    with (
-        _environment(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536"),
-        ThreadPoolExecutor(at_once) as pool,
-    ):
-        return list(
-            tqdm(pool.map(lambda call: _in_a_process(function, *call), calls), "memory", len(calls), leave=False)
-        )
+    with _environment(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536"):
+        return [_in_a_process(function, *call) for call in tqdm(calls, "memory", leave=False)]
 
 
 def _in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -243,9 +243,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         models = Models(folder, args.device, args.dtype)
         results = {case.name: one_case(models, names, case, args.rounds) for case in listed}
         models.made.clear()
-        threads, at_once = torch.get_num_threads(), 1 if args.device.startswith("cuda") else 2
+        threads = torch.get_num_threads()
         calls = [(folder, name, args.device, args.dtype, threads, listed) for name in names]
-        for name, found in zip(names, measure.in_own_processes(peaks, calls, at_once=at_once), strict=True):
+        for name, found in zip(names, measure.in_own_processes(peaks, calls), strict=True):
             for case, mib in found.items():
                 results[case][name]["peak_memory_mib"] = mib
     settings = {

@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = measure.options(__doc__, "whole_run", rounds=1)
     parser.add_argument("--data-dir", type=Path, help="folder of the three tasks' folders; left out: fetched")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
-    parser.add_argument("--share", type=float, default=1 / 16, help="of the real training rows and test rows")
+    parser.add_argument("--share", type=float, default=1 / 32, help="of the real training rows and test rows")
     parser.add_argument("--epochs", type=int, help="left out: the paper's")
     args = measure.parsed(parser, argv)
     results: dict[str, Any] = {}
