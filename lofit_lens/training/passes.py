@@ -37,7 +37,8 @@ class Passes:
         token_budget: padded tokens of one forward and backward pass, which bounds its memory; a step that has more is run in
             several. An example alone may exceed it. None = no bound.
         near_lengths: run rows of near lengths together where that saves more padding than a further pass costs.
-        fused: attend by fused attention where that is proven for the model (see `models.fused_attention`).
+        fused: attend by fused attention where that is proven for the model (see `models.fused_attention`). On a GPU its backward
+            pass may differ in the last bits between two equal runs; False gives the class's own attention.
         scored_only: take logits at the scored places only.
         share_prompts: run the prompt of a DPO pair once where that saves more tokens than a further pass costs. It keeps the
             prompts' keys and values: at most as many bytes as a pass over both sequences would.
