@@ -145,12 +145,13 @@ def one_shape(name: str, config: tf.PretrainedConfig, args: Any) -> dict[str, An
         task = words_task(args.examples, mean)
         select_heads(model, task, config=settings.with_changes(max_steps=2), progress=False)  # warm-up
         took = [selection(model, task, settings, args.device) for _ in range(args.rounds)]
-        through = counted + scored_share(model, task) * unembedding  # weights that a token meets, on average
+        scored = scored_share(model, task)
+        through = counted + scored * unembedding  # weights that a token meets, on average
         share = [4 * through * t["tokens_a_second"] / flops for t in took]
         found["selection"][str(mean)] = {
             **took[0], "seconds": statistics.median(t["seconds"] for t in took),
             "tokens_a_second": statistics.median(t["tokens_a_second"] for t in took),
-            "share_of_ceiling": statistics.median(share), "shares": share,
+            "scored_share": scored, "share_of_ceiling": statistics.median(share), "shares": share,
         }  # fmt: skip
     if name in args.many_at:
         task = words_task(args.examples, args.tokens[0])

@@ -391,7 +391,9 @@ def test_quick_gpu(quick):
     assert set(results["shapes"]) == {"pythia-1.4b", "llama-2-7b", "llama-2-13b"}
     for found in results["shapes"].values():
         (selection,) = found["selection"].values()
-        counted = 4 * found["parameters_counted"] * selection["tokens_a_second"] / (found["ceiling_tflops"] * 1e12)
+        weights = found["parameters_counted"] + selection["scored_share"] * found["unembedding"]
+        counted = 4 * weights * selection["tokens_a_second"] / (found["ceiling_tflops"] * 1e12)
+        assert 0 < selection["scored_share"] < 1
         assert selection["share_of_ceiling"] == pytest.approx(counted)
         assert 0 < selection["tokens"]["real"] <= selection["tokens"]["padded"]
     assert results["shapes"]["llama-2-7b"]["many"]["2"]["same_heads"]
