@@ -33,9 +33,13 @@ def summed_log_probs(
     logits: Float[Tensor, "batch pos d_vocab"], tokens: Int[Tensor, "batch pos"], labels: Bool[Tensor, "batch pos"]
 ) -> Float[Tensor, " batch"]:
     """Sum of each row's label log-probs, in nats."""
-    values = label_log_probs(logits, tokens, labels)
-    spread = values.new_zeros(labels.shape[0], labels.shape[1] - 1)
-    spread[labels[:, 1:]] = values
+    return sum_by_row(label_log_probs(logits, tokens, labels), labels[:, 1:])
+
+
+def sum_by_row(values: Float[Tensor, " n"], at: Bool[Tensor, "batch pos"]) -> Float[Tensor, " batch"]:
+    """Sum of each row's values, which stand in row-major order for the True places."""
+    spread = values.new_zeros(at.shape)
+    spread[at] = values
     return spread.sum(dim=1)
 
 

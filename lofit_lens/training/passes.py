@@ -26,7 +26,7 @@ from lofit_lens.models import (
     tokenizer_of,
 )
 from lofit_lens.tasks.collate import Batch, Encoded, collate, pad, pad_id
-from lofit_lens.training.losses import NO_LABEL, summed_log_probs, token_log_probs
+from lofit_lens.training.losses import NO_LABEL, sum_by_row, summed_log_probs, token_log_probs
 
 
 @dataclass(frozen=True)
@@ -128,9 +128,7 @@ def _summed(model: Any, batch: Batch, borders: Borders) -> Float[Tensor, " seque
     at: Bool[Tensor, "batch pos"] = torch.zeros_like(batch.labels)
     at[:, :-1] = scored
     values = token_log_probs(logits_at(model, batch.tokens, batch.mask, at, borders), batch.tokens[:, 1:][scored])
-    spread = values.new_zeros(scored.shape)
-    spread[scored] = values
-    return spread.sum(dim=1)
+    return sum_by_row(values, scored)
 
 
 def shared_log_probs(
