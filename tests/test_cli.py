@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,20 @@ def test_bad_input_is_one_line_and_exit_2(capsys, monkeypatch, llama, own_task, 
     assert f"error: {message.replace('MODEL', str(llama))}" in err
     assert len(err.strip().splitlines()) == 1
     assert not out.exists()
+
+
+def test_a_verb_leaves_the_warnings_of_its_process_as_they_were(capsys, monkeypatch, llama, own_task, tmp_path):
+    """What it silences, for itself and its workers, is heard again after it, whether it ended well or not."""
+    monkeypatch.delenv("PYTHONWARNINGS", raising=False)
+    before = list(warnings.filters)
+    for k, ends in ((2, 0), (99, 2)):
+        out = ("--out", tmp_path / str(k), "--max-steps", 1, "--device", "cpu")
+        assert run(capsys, monkeypatch, "select", "-t", own_task, "-m", llama, "--k", k, *out)[0] == ends
+        assert "PYTHONWARNINGS" not in os.environ
+        assert warnings.filters == before
+    monkeypatch.setenv("PYTHONWARNINGS", "error")
+    run(capsys, monkeypatch, "select", "-t", own_task, "-m", llama, "--k", 99, "--out", tmp_path / "o")
+    assert os.environ["PYTHONWARNINGS"] == "error"
 
 
 def test_unknown_model(capsys, monkeypatch, hub, own_task, tmp_path):

@@ -1,5 +1,6 @@
 """Options that several verbs share, and what they all do first."""
 
+import contextlib
 import functools
 import json
 import logging
@@ -7,7 +8,8 @@ import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -82,7 +84,8 @@ def guarded(verb: Callable[..., None]) -> Callable[..., None]:
         from lofit_lens.errors import InputError, TrainingDiverged
 
         try:
-            verb(*args, **kwargs)
+            with _warnings_as_before():
+                verb(*args, **kwargs)
         except (InputError, TrainingDiverged) as e:
             print(f"error: {e}", file=sys.stderr)
             raise SystemExit(2 if isinstance(e, InputError) else 1) from e
@@ -91,6 +94,19 @@ def guarded(verb: Callable[..., None]) -> Callable[..., None]:
             raise SystemExit(130) from e
 
     return run
+
+
+@contextlib.contextmanager
+def _warnings_as_before() -> Iterator[None]:
+    """What a verb does not want to hear counts for it alone, also where Python calls it and goes on."""
+    before = os.environ.get("PYTHONWARNINGS")
+    try:
+        with warnings.catch_warnings():
+            yield
+    finally:
+        os.environ.pop("PYTHONWARNINGS", None)
+        if before is not None:
+            os.environ["PYTHONWARNINGS"] = before
 
 
 def open_model(name: str, *, backend: str, dtype: str, device: str | None, revision: str | None = None) -> Any:
@@ -201,11 +217,10 @@ def state_file(out: Path) -> Path:
 
 def quiet_libraries() -> None:
     """Keep other packages' bars and advice out of the output."""
-    import warnings
-
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    for category in (DeprecationWarning, FutureWarning):
+        warnings.filterwarnings("ignore", category=category)
+    os.environ["PYTHONWARNINGS"] = "ignore::DeprecationWarning,ignore::FutureWarning"  # for worker processes
     import transformers
 
     transformers.utils.logging.set_verbosity_error()

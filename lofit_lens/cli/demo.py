@@ -30,7 +30,6 @@ def demo(
     Example: lofit-lens demo
     """
     c.quiet_libraries()
-    os.environ["PYTHONWARNINGS"] = "ignore"  # for the worker processes
     from lofit_lens import io
     from lofit_lens.experiments.organism import run_demo
     from lofit_lens.plots import head_grid, layer_distribution, save_figure

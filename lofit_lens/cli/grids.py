@@ -1,7 +1,6 @@
 """lofit-lens grid: run a grid of runs, here or on Ray."""
 
 import contextlib
-import os
 import re
 import sys
 import time
@@ -68,7 +67,6 @@ def grid(
         raise unknown("executor", executor, ("local", "ray"))
     start = time.perf_counter()
     c.quiet_libraries()
-    os.environ["PYTHONWARNINGS"] = "ignore"  # for the worker processes
     from lofit_lens.cli.methods import workers_for
     from lofit_lens.experiments.grid import open_grid, plan_grid, run_grid
 

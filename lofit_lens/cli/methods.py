@@ -41,10 +41,7 @@ class Request:
 
 def compare_on_tasks(asked: Request) -> "dict[str, MethodTable]":
     """Run the comparison, print a table a task, and write the files."""
-    import os
-
     c.quiet_libraries()
-    os.environ["PYTHONWARNINGS"] = "ignore"  # for the worker processes
     from lofit_lens.experiments.comparison import compare_tasks, selector_names
     from lofit_lens.experiments.methods import LEARNED
 

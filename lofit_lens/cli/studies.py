@@ -1,6 +1,5 @@
 """What the verbs share that run a study: its options, and running it."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -54,7 +53,6 @@ class Request:
 def run(asked: Request, name: str) -> None:
     """Run what is missing of the study, a grid of that name (and of its parts), and what is read from its adapters."""
     c.quiet_libraries()
-    os.environ["PYTHONWARNINGS"] = "ignore"  # for the worker processes
     from lofit_lens.analysis.readings import run_readings
     from lofit_lens.cli.grids import report
     from lofit_lens.cli.methods import task_names, workers_for
