@@ -11,7 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lofit_lens.interventions.base import AdapterMeta, Edit, ResidualAdapter, check_tensors
+from lofit_lens.interventions.base import AdapterMeta, Edit
+from lofit_lens.interventions.files import check_tensors
+from lofit_lens.interventions.residual import ResidualAdapter
 from lofit_lens.models import Site, model_info
 from tests.adapters import output_projection
 from tests.blocks import blocks

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 
 import lofit_lens as ll
 from lofit_lens.errors import AdapterError, InputError, ModelError
-from lofit_lens.interventions.base import CONFIG_FILE, WEIGHTS_FILE, Adapter, Intervention, check_tensors, read_config
+from lofit_lens.interventions.base import Adapter, Intervention
+from lofit_lens.interventions.files import CONFIG_FILE, WEIGHTS_FILE, check_tensors, read_config
 from lofit_lens.models import Borders, check_residual, hooks, logits_of, residual_point
 from tests.conftest import PAIRS
 from tests.shift import MLPShift, Shift, shift_of
@@ -201,7 +202,7 @@ def test_the_record_says_what_it_is(folder, bridge_llama):
     record = read_config(folder)
     assert record == json.loads((folder / CONFIG_FILE).read_text())
     said = {
-        "lofit_lens_schema": 1, "method": "shift", "positions": "f3+l2", "layers": [0, 2], "n_layers": 3, "task": "edits",
+        "lofit_lens_schema": 2, "method": "shift", "positions": "f3+l2", "layers": [0, 2], "n_layers": 3, "task": "edits",
         "seed": 42,
     }  # fmt: skip
     assert {k: record[k] for k in said} == said
@@ -219,8 +220,8 @@ def rewritten(folder, **changes):
     ("changes", "message"),
     [
         ({"method": "lofit"}, "does not describe a Shift adapter: its method is 'lofit'"), ({"method": "gone"}, "an adapter"),
-        ({"lofit_lens_schema": 2}, r"newer version \(schema 2\); update"),
-        ({"lofit_lens_schema": 0}, "schema 0; .* reads 1 to 1"),
+        ({"lofit_lens_schema": 3}, r"newer version \(schema 3\); update"),
+        ({"lofit_lens_schema": 0}, "schema 0; .* reads 1 to 2"),
         ({"lofit_lens_schema": "1"}, "schema '1'"), ({"lofit_lens_schema": "gone"}, "schema None"),
         ({"layers": "gone"}, "incomplete: 'layers'"), ({"positions": "gone"}, "incomplete: 'positions'"),
         ({"positions": "end"}, "incomplete: unknown positions 'end'"), ({"base_model": {"name": "x"}}, "incomplete"),

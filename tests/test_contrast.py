@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from lofit_lens import Task, attached, evaluate, generate
 from lofit_lens.errors import AdapterError, DataError, InputError
 from lofit_lens.evaluation.scoring import score_continuations
-from lofit_lens.interventions.base import CONFIG_FILE, WEIGHTS_FILE
 from lofit_lens.interventions.contrast import ContrastVectors, stream_behind
+from lofit_lens.interventions.files import CONFIG_FILE, WEIGHTS_FILE
 from lofit_lens.interventions.repe import RepE
 from lofit_lens.models import (
     Borders,

@@ -14,7 +14,8 @@ from lofit_lens import HeadSet, Lofit, Task, evaluate, generate, io
 from lofit_lens.errors import AdapterError, InputError
 from lofit_lens.evaluation import score_continuations
 from lofit_lens.interventions import ITI
-from lofit_lens.interventions.base import CONFIG_FILE, WEIGHTS_FILE, AdapterMeta
+from lofit_lens.interventions.base import AdapterMeta
+from lofit_lens.interventions.files import CONFIG_FILE, WEIGHTS_FILE
 from lofit_lens.interventions.iti import shift_z
 from lofit_lens.models import hook_z, hooked, load_model, logits_of, model_info, prefill, run_through, step
 from lofit_lens.probing import fit_probes

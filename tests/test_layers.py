@@ -9,8 +9,8 @@ import lofit_lens
 
 ROOT = Path(lofit_lens.__file__).parent
 GROUPS = (
-    "errors", "io", "html", "heads", "models", "tasks", "organism", "interventions", "probing", "training", "evaluation",
-    "experiments", "analysis", "plots", "report", "explore", "cli",
+    "errors", "io", "hub", "html", "heads", "models", "tasks", "organism", "interventions", "probing", "training", "evaluation",
+    "sharing", "experiments", "analysis", "plots", "report", "explore", "cli",
 )  # fmt: skip
 FILES = sorted(p for p in ROOT.rglob("*.py"))
 MAX_LINES = 400

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from lofit_lens import HeadSet, Lofit, io
 from lofit_lens.errors import AdapterError, InputError
-from lofit_lens.interventions.base import CONFIG_FILE, WEIGHTS_FILE
+from lofit_lens.interventions.files import CONFIG_FILE, WEIGHTS_FILE
 from lofit_lens.models import logits_of
 from tests.adapters import CHOSEN, random_adapter
 
@@ -232,7 +232,7 @@ def test_a_missing_field_is_named(folder, field):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"lofit_lens_schema": 2}, "newer version"), ({"lofit_lens_schema": "new"}, CONFIG_FILE), ({"method": "lora"}, "LoFiT"),
+    [({"lofit_lens_schema": 3}, "newer version"), ({"lofit_lens_schema": "new"}, CONFIG_FILE), ({"method": "lora"}, "LoFiT"),
      ({"shape": [3, 4]}, "shape"), ({"shape": [0, 4, 8]}, "shape|L2H1"), ({"shape": [3, 4, 9]}, r"expected .*\(3, 9\)"),
      ({"shape": "abc"}, CONFIG_FILE), ({"shape": [2, 4, 8]}, "this one has 2 x 4"), ({"base_model": {"name": "x"}}, CONFIG_FILE),
      ({"heads": {"kind": "lofit_lens.HeadSet", "schema": 1, "heads": []}}, "at least one|empty")],

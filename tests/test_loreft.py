@@ -8,7 +8,7 @@ from torch.nn.utils import parametrizations
 from lofit_lens import TrainConfig
 from lofit_lens.errors import AdapterError, InputError
 from lofit_lens.interventions import LoReft
-from lofit_lens.interventions.base import WEIGHTS_FILE
+from lofit_lens.interventions.files import WEIGHTS_FILE
 from lofit_lens.interventions.loreft import coordinates, edit_subspace, orthonormal_rows
 from lofit_lens.models import Borders, hooked, logits_of, residual_point
 from lofit_lens.training.fitting import fit

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from lofit_lens import Task, evaluate
 from lofit_lens.errors import AdapterError, DataError, InputError
-from lofit_lens.interventions.base import CONFIG_FILE, WEIGHTS_FILE
+from lofit_lens.interventions.files import CONFIG_FILE, WEIGHTS_FILE
 from lofit_lens.interventions.repe import RepE, shift_h
 from lofit_lens.models import (
     Borders,

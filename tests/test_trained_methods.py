@@ -14,7 +14,7 @@ from lofit_lens import HeadSet, Task, TrainConfig, attached, io
 from lofit_lens.errors import AdapterError, DataError, InputError, ModelError, TrainingDiverged
 from lofit_lens.evaluation import generate, score_continuations
 from lofit_lens.interventions import Lora, LoReft, Red
-from lofit_lens.interventions.base import CONFIG_FILE, WEIGHTS_FILE
+from lofit_lens.interventions.files import CONFIG_FILE, WEIGHTS_FILE
 from lofit_lens.models import load_model, logits_of, model_info, tokenizer_of
 from lofit_lens.tasks.collate import encode_training
 from lofit_lens.training.fitting import fit
@@ -429,7 +429,8 @@ def test_a_damaged_folder_is_refused(damaged):
     for name in record:
         if name not in ("lofit_lens_schema", "method", "positions") or (method, name) == ("loreft", "positions"):
             rewrite(folder, **{name: "gone"})
-            with pytest.raises(AdapterError, match=f"{CONFIG_FILE} is incomplete: '{name}'"):
+            sealed = "checksum" if name in ("digest", "weights_sha256") else f"{CONFIG_FILE} is incomplete: '{name}'"
+            with pytest.raises(AdapterError, match=sealed):
                 read(folder)
             rewrite(folder, **record)
     rewrite(folder, method="lofit")
@@ -489,7 +490,7 @@ def test_places_that_cannot_be_reached_are_told_at_making(bridge_llama, monkeypa
     def refuse(*args):
         raise ModelError("no such place")
 
-    monkeypatch.setattr("lofit_lens.interventions.base.check_residual", refuse)
+    monkeypatch.setattr("lofit_lens.interventions.residual.check_residual", refuse)
     monkeypatch.setattr("lofit_lens.interventions.lora.projection_sizes", refuse)
     with pytest.raises(ModelError, match="no such place"):
         new(method, bridge_llama)

@@ -23,7 +23,8 @@ from lofit_lens import io
 from lofit_lens.errors import DataError, InputError, unknown
 from lofit_lens.heads import HeadSet
 from lofit_lens.interventions.at_heads import HeadAdapter, chosen_heads, shape_and_heads
-from lofit_lens.interventions.base import AdapterMeta, Edit, check_tensors
+from lofit_lens.interventions.base import AdapterMeta, Edit
+from lofit_lens.interventions.files import check_tensors
 from lofit_lens.models import (
     context_length,
     device_of,

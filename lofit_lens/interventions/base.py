@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import logging
+import re
+import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,28 +15,32 @@ import torch
 from torch import Tensor, nn
 
 from lofit_lens import io
-from lofit_lens.errors import AdapterError, DataError, InputError
+from lofit_lens.errors import AdapterError
+from lofit_lens.interventions.files import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    check_unchanged,
+    read_base_model,
+    read_config,
+    read_tensors,
+    write_files,
+)
 from lofit_lens.models import (
     ALL,
     Layout,
     ModelInfo,
     Positions,
-    Site,
-    check_residual,
     declared,
     device_of,
     hooked,
     layout_of,
     model_info,
-    residual_point,
     same_weights,
 )
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 1
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 Some = TypeVar("Some", bound="Adapter")
 Edit = Callable[[Tensor], Tensor]  # values at a HookPoint -> the same shape
 
@@ -69,9 +75,29 @@ def attached(model: Any, *interventions: Intervention) -> Iterator[None]:
         yield
 
 
+@runtime_checkable
+class Measured(Protocol):
+    """What `add_metrics` reads of an evaluation's result; `EvalResult` has it."""
+
+    @property
+    def task(self) -> str: ...
+    @property
+    def split(self) -> str: ...
+    @property
+    def form(self) -> str: ...
+    @property
+    def data_hash(self) -> str: ...
+    @property
+    def metrics(self) -> Mapping[str, Any]: ...
+
+
 @dataclass
 class AdapterMeta:
-    """Where an adapter comes from: base model, task, seed, hyperparameters, versions, training history."""
+    """Where an adapter comes from: base model, task, seed, hyperparameters, versions, training history.
+
+    `metrics` holds what was measured with it, one record a metric (see `Adapter.add_metrics`); `source` the place on the hub that
+    it was read from, `"user/repo@commit"`.
+    """
 
     model: ModelInfo | None = None
     task: str = ""
@@ -81,6 +107,8 @@ class AdapterMeta:
     versions: dict[str, str] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
     n_train: int | None = None
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    source: str = ""
 
 
 class Adapter(nn.Module):
@@ -205,112 +233,128 @@ class Adapter(nn.Module):
 
     # ------------------------------------------------------------------------------------------------- saving
 
+    def add_metrics(self, result: Measured) -> None:
+        """Keep what an evaluation with this adapter found (an `EvalResult`), for its files and its card on the hub.
+
+        An earlier result of the same task, split and form is replaced.
+        """
+        of = {"task": result.task, "split": result.split, "form": result.form}
+        kept = [m for m in self.meta.metrics if {k: m[k] for k in of} != of]
+        self.meta.metrics = kept + [
+            {
+                **of, "data_hash": result.data_hash, "metric": name, "mean": m.mean,
+                "interval": list(m.interval) if m.interval else None, "n": m.n, "seeds": m.seeds,
+            }
+            for name, m in result.metrics.items()
+        ]  # fmt: skip
+
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write `adapter_config.json` and `adapter_model.safetensors`.
 
         Raises:
             InputError: the folder exists (and not `overwrite`) or cannot be written.
         """
+        with io.new_folder(folder, overwrite=overwrite) as temporary:
+            write_files(temporary, self._record(), self._tensors())
+        return Path(folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        licence: str | None = None,
+        private: bool = False,
+        revision: str | None = None,
+        message: str | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Put the adapter on the Hugging Face hub as one commit: its two files and a model card, `README.md`.
+
+        Args:
+            repo_id: `"user/name"`; made if it is not there.
+            licence: of the adapter, as the hub spells it (`"mit"`, `"llama2"`); the base model's may ask for its own.
+            private: whether a new repository is.
+            revision: branch; None = main.
+            message: of the commit.
+            token: None = the one that `hf auth login` keeps.
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            InputError: a name that is none, no token or not enough rights, or a hub that cannot be reached.
+        """
+        from lofit_lens.interventions.cards import model_card
+
+        with tempfile.TemporaryDirectory(prefix="adapter-") as made:
+            write_files(Path(made), self._record(), self._tensors())
+            io.write_text(Path(made) / "README.md", model_card(self, repo_id=repo_id, licence=licence))
+            said = message or f"{self.title} adapter"
+            return pushed(made, repo_id, private=private, revision=revision, message=said, token=token)
+
+    def _record(self) -> dict[str, Any]:
         meta = self.meta
-        record = {
-            "lofit_lens_schema": SCHEMA,
+        return {
             "method": self.method,
             "base_model": meta.model.to_dict() if meta.model else None,
             **self._settings(),
             "positions": str(self.positions),
             "task": meta.task, "data_hash": meta.data_hash, "n_train": meta.n_train, "seed": meta.seed,
-            "config": meta.config, "versions": meta.versions or io.environment(), "history": meta.history,
+            "config": meta.config, "metrics": meta.metrics, "versions": meta.versions or io.environment(),
+            "history": meta.history,
         }  # fmt: skip
-        with io.new_folder(folder, overwrite=overwrite) as temporary:
-            io.save_tensors(temporary / WEIGHTS_FILE, self._tensors(), {"format": "pt"})
-            io.write_json(temporary / CONFIG_FILE, record)
-        return Path(folder)
 
     @classmethod
-    def from_pretrained(cls: type[Some], folder: str | Path, *, model: Any = None) -> Some:
-        """Read an adapter folder; with `model`, check that it fits and put it on the model's device.
+    def from_pretrained(
+        cls: type[Some], folder: str | Path, *, model: Any = None, revision: str | None = None, strict: bool = True
+    ) -> Some:
+        """Read an adapter from a folder or from the Hugging Face hub.
+
+        Args:
+            folder: an adapter folder, or `"user/name"` on the hub.
+            model: check that the adapter fits this model, and put it on its device.
+            revision: hub commit, tag or branch.
+            strict: refuse a `model` with other weights than those it was made for; else that is only warned of.
 
         Raises:
-            AdapterError: a file missing, damaged, of another method or a newer schema, or tensors that do not match the
-                settings; or (with `model`) another shape.
+            AdapterError: a file missing, damaged or changed, of another method or a newer schema, or tensors that do not match
+                the settings; or (with `model`) another shape or other weights.
+            InputError: neither a folder nor a repository that can be reached.
         """
-        folder = Path(folder)
+        folder, source = located_adapter(folder, revision)
         record = read_config(folder)
         where = folder / CONFIG_FILE
         if record.get("method") != cls.method:
             raise AdapterError(
                 f"{where} does not describe a {cls.title} adapter: its method is {record.get('method')!r}"
             )
-        tensors = io.load_tensors(folder / WEIGHTS_FILE)
-        for name, t in tensors.items():
-            if not torch.isfinite(t).all():
-                raise AdapterError(f"{folder / WEIGHTS_FILE}: {name} holds NaN or infinity")
+        tensors = read_tensors(folder)
         try:
-            base = ModelInfo(**record["base_model"]) if record["base_model"] else None
             meta = AdapterMeta(
-                base, record["task"], record["data_hash"], record["seed"], record["config"], record["versions"],
-                record["history"], record["n_train"],
+                read_base_model(record), record["task"], record["data_hash"], record["seed"], record["config"],
+                record["versions"], record["history"], record["n_train"],
+                record["metrics"] if record["lofit_lens_schema"] > 1 else [], source,
             )  # fmt: skip
             made = cls._made_from(record, tensors, meta, folder)
         except AdapterError:
             raise
-        except (KeyError, TypeError, ValueError) as e:
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
             raise AdapterError(f"{where} is incomplete: {e}") from e
+        check_unchanged(folder, record)
         if model is not None:
+            made._check_shape(model)
+            made._check_weights(model, strict)
             made.attach_check(model)
             made.to(device_of(model))
         return made
 
-
-class ResidualAdapter(Adapter):
-    """An adapter of vectors of the residual stream's width, one edit a layer.
-
-    A sub-class sets `site` and `d_model`, and gives `_edit(layer)`.
-
-    Attributes:
-        layers: the edited layers, ascending.
-        n_layers: layers of the model.
-    """
-
-    site: ClassVar[Site]
-    layers: tuple[int, ...]
-    n_layers: int
-    d_model: int
-
-    def _edit(self, layer: int) -> Edit:
-        raise NotImplementedError
-
-    def _points(self, model: Any) -> Iterable[tuple[Any, Edit]]:
-        return [(residual_point(model, layer, self.site), self._edit(layer)) for layer in self.layers]
-
-    def _check_shape(self, model: Any) -> None:
-        info = model_info(model)
-        if (info.n_layers, info.d_model) != (self.n_layers, self.d_model):
+    def _check_weights(self, model: Any, strict: bool) -> None:
+        made_for, info = self.meta.model, model_info(model)
+        if strict and made_for and not same_weights(made_for, info):
             raise AdapterError(
-                f"this adapter is for {self.n_layers} layers of width {self.d_model}{self._made_for}; {info.name} has "
-                f"{info.n_layers} of {info.d_model}. Load the model it was made for"
+                f"this adapter was made for {_described(made_for)}, and the model is {_described(info)}: other weights. Load the "
+                "model it was made for, or use it there on purpose: strict=False (--other-model)"
             )
-        if self.meta.model is not None and self.meta.model.processed != info.processed:
-            raise AdapterError(
-                f"{info.name} was loaded {'with' if info.processed else 'without'} weight processing and this adapter was made "
-                f"{'with' if self.meta.model.processed else 'without'} it{self._made_for}: processing shifts the residual "
-                "stream, so that the same numbers mean another edit. Load the model the same way (lofit_lens.load_model: without)"
-            )
-        check_residual(model, self.layers, self.site)
-
-
-def chosen_layers(layers: Iterable[int] | None, n_layers: int) -> tuple[int, ...]:
-    """Layers to edit, ascending; None = all.
-
-    Raises:
-        InputError: a layer outside the model, given twice, or none at all.
-    """
-    listed = list(range(n_layers)) if layers is None else sorted(layers)
-    if not listed:
-        raise InputError(f"no layer to edit; give some of 0 to {n_layers - 1}, or None for all")
-    if listed[0] < 0 or listed[-1] >= n_layers or len(set(listed)) < len(listed):
-        raise InputError(f"layers {listed} cannot be edited; give each once, of 0 to {n_layers - 1}")
-    return tuple(listed)
 
 
 def at_other_positions(adapter: Some, positions: str | Positions) -> Some:
@@ -324,38 +368,19 @@ def at_other_positions(adapter: Some, positions: str | Positions) -> Some:
     return made
 
 
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """The record of an adapter folder.
+def located_adapter(name: str | Path, revision: str | None = None) -> tuple[Path, str]:
+    """The folder of an adapter, fetched if it is one of the hub's, and its place there.
 
     Raises:
-        AdapterError: no such file, damaged, or of a newer schema.
+        InputError: neither a folder nor a repository that can be reached.
     """
-    where = Path(folder) / CONFIG_FILE
-    if not where.is_file():
-        raise AdapterError(f"{folder} is not an adapter folder: it has no {CONFIG_FILE}")
-    try:
-        record = io.read_json(where)
-    except DataError as e:
-        raise AdapterError(str(e)) from e
-    if not isinstance(record, dict) or "method" not in record:
-        raise AdapterError(f"{where} does not describe an adapter")
-    schema = record.get("lofit_lens_schema")
-    if not isinstance(schema, int) or schema < 1:
-        raise AdapterError(f"{where} has schema {schema!r}; this version reads 1 to {SCHEMA}")
-    if schema > SCHEMA:
-        raise AdapterError(f"{where} was written by a newer version (schema {schema}); update lofit-lens")
-    return record
+    if isinstance(name, Path) or not _HUB_ID.fullmatch(name) or Path(name).exists():
+        return Path(name), ""
+    return fetched(name, files=(CONFIG_FILE, WEIGHTS_FILE), revision=revision)
 
 
-def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], where: Path) -> None:
-    """Raise AdapterError unless the tensors have these names and shapes, all float32."""
-    if set(tensors) != set(shapes):
-        raise AdapterError(f"{where / WEIGHTS_FILE} holds {sorted(tensors)}; expected {' and '.join(sorted(shapes))}")
-    for name, t in tensors.items():
-        if tuple(t.shape) != tuple(shapes[name]) or t.dtype != torch.float32:
-            raise AdapterError(
-                f"{where / WEIGHTS_FILE}: {name} is {t.dtype} {tuple(t.shape)}, expected torch.float32 {tuple(shapes[name])}"
-            )
+def _described(model: ModelInfo) -> str:
+    return f"{model.name} ({model.revision})" if model.revision else model.name
 
 
 # Adapters that are attached now. Kept outside the module: an attribute would make the model its sub-module.

@@ -18,15 +18,10 @@ from torch import Tensor
 
 from lofit_lens import io
 from lofit_lens.errors import AdapterError, DataError, InputError
-from lofit_lens.interventions.base import (
-    AdapterMeta,
-    Edit,
-    ResidualAdapter,
-    at_other_positions,
-    check_tensors,
-    chosen_layers,
-)
+from lofit_lens.interventions.base import AdapterMeta, Edit, at_other_positions
+from lofit_lens.interventions.files import check_tensors
 from lofit_lens.interventions.repe import finite, shift_h
+from lofit_lens.interventions.residual import ResidualAdapter, chosen_layers
 from lofit_lens.models import (
     Borders,
     Layout,

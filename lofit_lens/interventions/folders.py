@@ -5,8 +5,9 @@ from typing import Any
 
 from lofit_lens.errors import AdapterError
 from lofit_lens.interventions.ablation import HeadAblation
-from lofit_lens.interventions.base import CONFIG_FILE, Adapter, read_config
+from lofit_lens.interventions.base import Adapter, located_adapter
 from lofit_lens.interventions.contrast import ContrastVectors
+from lofit_lens.interventions.files import CONFIG_FILE, read_config
 from lofit_lens.interventions.iti import ITI
 from lofit_lens.interventions.lofit import Lofit
 from lofit_lens.interventions.lora import Lora
@@ -33,11 +34,21 @@ def method_in(folder: str | Path) -> str:
     return method
 
 
-def load_adapter(folder: str | Path, *, model: Any = None) -> Adapter:
-    """The adapter that a folder holds, as its own class; with `model`, checked against it and on its device.
+def load_adapter(folder: str | Path, *, model: Any = None, revision: str | None = None, strict: bool = True) -> Adapter:
+    """The adapter in a folder or on the Hugging Face hub, as its own class; with `model`, checked against it and on its device.
+
+    Args:
+        folder: an adapter folder, or `"user/name"` on the hub.
+        model: see `Adapter.from_pretrained`, as the next two.
+        revision: hub commit, tag or branch.
+        strict: refuse a `model` with other weights.
 
     Raises:
-        AdapterError: no adapter, an unknown method, damaged files, or another shape.
+        AdapterError: no adapter, an unknown method, damaged files, another shape or other weights.
+        InputError: neither a folder nor a repository that can be reached.
         ModelError: a model that the method cannot be attached to (LoRA needs a TransformerBridge).
     """
-    return CLASSES[method_in(folder)].from_pretrained(folder, model=model)
+    found, source = located_adapter(folder, revision)
+    made = CLASSES[method_in(found)].from_pretrained(found, model=model, strict=strict)
+    made.meta.source = source
+    return made

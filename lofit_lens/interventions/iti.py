@@ -23,7 +23,8 @@ from torch import Tensor
 from lofit_lens.errors import InputError
 from lofit_lens.heads import HeadSet
 from lofit_lens.interventions.at_heads import HeadAdapter, chosen_heads, shape_and_heads
-from lofit_lens.interventions.base import AdapterMeta, Edit, at_other_positions, check_tensors
+from lofit_lens.interventions.base import AdapterMeta, Edit, at_other_positions
+from lofit_lens.interventions.files import check_tensors
 from lofit_lens.models import Positions
 
 ALPHA = 15.0

@@ -19,7 +19,8 @@ from lofit_lens import io
 from lofit_lens.errors import AdapterError
 from lofit_lens.heads import Head, HeadScores, HeadSet
 from lofit_lens.interventions.at_heads import HeadAdapter, chosen_heads, shape_and_heads
-from lofit_lens.interventions.base import AdapterMeta, Edit, check_tensors
+from lofit_lens.interventions.base import AdapterMeta, Edit
+from lofit_lens.interventions.files import check_tensors
 from lofit_lens.models import device_of, head_size, model_info, value_biases_folded
 
 INIT_STD = 1e-3

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from lofit_lens import io
 from lofit_lens.errors import AdapterError, InputError, ModelError, unknown
-from lofit_lens.interventions.base import Adapter, AdapterMeta, check_tensors
+from lofit_lens.interventions.base import Adapter, AdapterMeta
+from lofit_lens.interventions.files import check_tensors
 from lofit_lens.models import (
     PROJECTIONS,
     backend_of,

@@ -21,13 +21,9 @@ from torch import Tensor, nn
 
 from lofit_lens import io
 from lofit_lens.errors import AdapterError, InputError
-from lofit_lens.interventions.base import (
-    AdapterMeta,
-    Edit,
-    ResidualAdapter,
-    check_tensors,
-    chosen_layers,
-)
+from lofit_lens.interventions.base import AdapterMeta, Edit
+from lofit_lens.interventions.files import check_tensors
+from lofit_lens.interventions.residual import ResidualAdapter, chosen_layers
 from lofit_lens.models import Positions, Site, device_of, model_info
 
 POSITIONS = "f7+l7"

@@ -12,13 +12,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lofit_lens import io
-from lofit_lens.interventions.base import (
-    AdapterMeta,
-    Edit,
-    ResidualAdapter,
-    check_tensors,
-    chosen_layers,
-)
+from lofit_lens.interventions.base import AdapterMeta, Edit
+from lofit_lens.interventions.files import check_tensors
+from lofit_lens.interventions.residual import ResidualAdapter, chosen_layers
 from lofit_lens.models import Site, device_of, model_info
 
 

@@ -15,14 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lofit_lens.errors import InputError
-from lofit_lens.interventions.base import (
-    AdapterMeta,
-    Edit,
-    ResidualAdapter,
-    at_other_positions,
-    check_tensors,
-    chosen_layers,
-)
+from lofit_lens.interventions.base import AdapterMeta, Edit, at_other_positions
+from lofit_lens.interventions.files import check_tensors
+from lofit_lens.interventions.residual import ResidualAdapter, chosen_layers
 from lofit_lens.models import ALL, Positions, Site
 
 NORM_TOLERANCE = 1e-3  # how far from 1 the norm of a direction may be

@@ -22,7 +22,7 @@ from lofit_lens.models.hooks import (
     pattern_point,
     residual_point,
 )
-from lofit_lens.models.identity import fingerprint, folder_digest
+from lofit_lens.models.identity import fingerprint, folder_digest, weights_revision
 from lofit_lens.models.info import (
     Backend,
     ModelInfo,
@@ -38,7 +38,7 @@ from lofit_lens.models.info import (
     tokenizer_of,
     value_biases_folded,
 )
-from lofit_lens.models.loading import BACKENDS, ORGANISM, hooked_refusal, load_model, parse_device
+from lofit_lens.models.loading import BACKENDS, ORGANISM, hooked_refusal, load_model, located, parse_device
 from lofit_lens.models.planned import planned_info
 from lofit_lens.models.positions import (
     ALL,
@@ -107,6 +107,7 @@ __all__ = [
     "laid_out",
     "layout_of",
     "load_model",
+    "located",
     "logits_at",
     "logits_of",
     "model_info",
@@ -127,4 +128,5 @@ __all__ = [
     "to_logits",
     "tokenizer_of",
     "value_biases_folded",
+    "weights_revision",
 ]  # fmt: skip

@@ -85,10 +85,17 @@ def model_info(model: Any) -> ModelInfo:
 
 
 def same_weights(one: ModelInfo, other: ModelInfo) -> bool:
-    """Whether two records can be of one model: the same revision, or where one is unknown the same last part of the name."""
-    if one.revision and other.revision:
+    """Whether two records can be of one model: the same revision, or the same last part of the name where those say nothing.
+
+    A commit of the hub and a checksum of local files cannot be compared, nor the checksum of all bytes and that of a sample.
+    """
+    if one.revision and other.revision and _kind(one.revision) == _kind(other.revision):
         return one.revision == other.revision
     return one.name.rsplit("/")[-1].lower() == other.name.rsplit("/")[-1].lower()
+
+
+def _kind(revision: str) -> str:
+    return revision.rpartition(":")[0]
 
 
 def is_processed(model: Any) -> bool:

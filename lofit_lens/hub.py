@@ -1,0 +1,168 @@
+"""The Hugging Face hub: files come down at one commit, and go up in one commit.
+
+Everything goes through huggingface_hub, which is imported when the hub is first asked for.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from lofit_lens import io
+from lofit_lens.errors import InputError
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+LOG_IN = "log in (`hf auth login`), or give a token (token=, or HF_TOKEN in the environment)"
+
+
+def fetched(
+    name: str | Path, *, files: Sequence[str], revision: str | None = None, token: str | None = None
+) -> tuple[Path, str]:
+    """A folder that holds the files of a local folder, or of a repository of models on the hub.
+
+    Args:
+        name: a local folder, or a hub id (`"user/repo"`). A `Path` is never looked up on the hub.
+        files: patterns of the files to fetch; a local folder is taken as it is.
+        revision: branch, tag or commit on the hub; None = its main branch.
+        token: of a Hugging Face account; None = the one that is logged in, if any.
+
+    Returns:
+        The folder, and where it comes from: `"user/repo@commit"`, or `""` for a local folder. Fetched files are kept in
+        Hugging Face's cache, and are used again where the hub cannot be reached.
+
+    Raises:
+        InputError: no such folder or repository, no such revision, no access, no connection, or none of the files there.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        if revision is not None:
+            raise InputError(f"{name} is a local folder, which has no revision {revision!r}; leave revision out")
+        return folder, ""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(str(name))
+    except HFValidationError:
+        local = True
+    else:
+        local = isinstance(name, Path)
+    if local:
+        what = "is not a folder" if folder.exists() else "does not exist"
+        raise InputError(f"{name} {what}; give a folder, or the id of a repository on the hub (user/repo)")
+    try:
+        found = Path(snapshot_download(str(name), revision=revision, allow_patterns=list(files), token=token))
+    except Exception as e:
+        raise _refusal(e, str(name), revision, "fetch") from e
+    if not found.is_dir():
+        raise InputError(f"{name} on the hub holds none of {', '.join(files)}; it was made for something else")
+    return found, f"{name}@{found.name}"
+
+
+def pushed(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    message: str | None = None,
+    token: str | None = None,
+) -> str:
+    """Upload the files of a folder in one commit: all of them or none. The repository is made if it is not there.
+
+    Files of the same names are replaced, others stay.
+
+    Args:
+        folder: that holds the files; folders in it are left out.
+        repo_id: `"user/repo"`.
+        private: nobody else may read it. An existing public repository is then refused, and a private one stays private.
+        revision: branch, made if it is not there; None = main.
+        message: of the commit.
+        token: of a Hugging Face account; None = the one that is logged in.
+
+    Returns:
+        URL of the commit.
+
+    Raises:
+        InputError: not an id of that form, a commit as revision, no right to write there, an existing public repository
+            (with `private`), or no connection.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as e:
+        raise InputError(f"{repo_id!r} is not the id of a repository: {_first_line(e)}; write user/repo") from e
+    if "/" not in repo_id:
+        raise InputError(f"{repo_id!r} does not say whose repository it is; write user/repo")
+    if revision is not None and COMMIT.fullmatch(revision):
+        raise InputError(f"{revision} is a commit, which cannot change; give a branch, or leave revision out")
+    added = [CommitOperationAdd(f.name, f) for f in sorted(Path(folder).iterdir()) if f.is_file()]
+    api = HfApi(token=token)
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if private and not api.model_info(repo_id).private:
+            raise InputError(
+                f"{repo_id} is there already and is public, so nothing was uploaded; make it private on the hub, or give "
+                "another name"
+            )
+        if revision is not None and not revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        commit = api.create_commit(
+            repo_id, added, commit_message=message or "Upload with lofit_lens", revision=revision
+        )
+    except InputError:
+        raise
+    except Exception as e:
+        raise _refusal(e, repo_id, revision, "upload to") from e
+    return str(commit.commit_url)
+
+
+def _refusal(e: Exception, name: str, revision: str | None, verb: str) -> InputError:
+    """What went wrong at the hub, and what to do, in one sentence."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        LocalTokenNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    if isinstance(e, LocalEntryNotFoundError) and isinstance(e.__cause__, HfHubHTTPError):
+        e = e.__cause__  # the hub was reached, and this is what it said
+    fetching = verb == "fetch"
+    status = e.response.status_code if isinstance(e, HfHubHTTPError) else None
+    page, local = f"{constants.ENDPOINT}/{name}", ", or give a local folder" if fetching else ""
+    missing = f", and the files are not all in the cache ({constants.HF_HUB_CACHE})" if fetching else ""
+    failed = f"cannot {verb} {name}{f' at {revision!r}' if revision else ''}: "
+    if isinstance(e, GatedRepoError):
+        return InputError(f"{failed}it is gated. Ask for access at {page}, then {LOG_IN}")
+    if isinstance(e, RepositoryNotFoundError):
+        return InputError(
+            f"{failed}{'there is no such local folder, and ' if fetching else ''}the hub has no such repository, or does not "
+            f"show it to you. Check the name; if it is private, {LOG_IN}"
+        )
+    if isinstance(e, RevisionNotFoundError):
+        return InputError(
+            f"{failed}it has no such revision; give a branch, a tag or a commit that {page}/commits lists"
+        )
+    if isinstance(e, LocalTokenNotFoundError) or status == 401:
+        return InputError(f"{failed}the hub does not know you, or refuses your token; {LOG_IN}")
+    if status == 403:
+        return InputError(f"{failed}{_first_line(e)} Use a token that has the right to, or a repository of your own")
+    if isinstance(e, OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
+        return InputError(f"{failed}the hub is switched off (HF_HUB_OFFLINE=1){missing}; set it to 0{local}")
+    if isinstance(e, LocalEntryNotFoundError):
+        return InputError(f"{failed}{constants.ENDPOINT} cannot be reached{missing}; check the network{local}")
+    if isinstance(e, ValueError) or status == 400:
+        return InputError(f"{failed}the hub refuses what was given: {' '.join(str(e).split())[:600]}")
+    if isinstance(e, OSError) and e.errno in io.FULL:
+        return io.cannot_write(constants.HF_HUB_CACHE, e)
+    return InputError(f"{failed}{type(e).__name__}: {_first_line(e)}; try again later{local}")
+
+
+def _first_line(e: Exception) -> str:
+    return next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)[:300]

@@ -1,0 +1,114 @@
+"""An adapter's two files, written together and read strictly.
+
+`adapter_config.json` holds the checksum of `adapter_model.safetensors` and one of itself, so that a damaged or mixed folder is
+refused, whatever bit is wrong. Folders of schema 1, which have no checksums, are still read.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lofit_lens import io
+from lofit_lens.errors import AdapterError, DataError
+from lofit_lens.models import ModelInfo
+
+SCHEMA = 2
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+
+
+def write_files(folder: Path, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write both files into a folder that is there; `record` gets the schema and the checksums."""
+    io.save_tensors(folder / WEIGHTS_FILE, tensors, {"format": "pt"})
+    whole = {"lofit_lens_schema": SCHEMA, **record, "weights_sha256": io.file_digest(folder / WEIGHTS_FILE)}
+    io.write_json(folder / CONFIG_FILE, whole | {"digest": _digest(json.loads(json.dumps(whole, allow_nan=False)))})
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The record of an adapter folder.
+
+    Raises:
+        AdapterError: no such file, damaged, of a newer schema, or a link that leads out of the folder.
+    """
+    where = Path(folder) / CONFIG_FILE
+    if not where.is_file():
+        raise AdapterError(f"{folder} is not an adapter folder: it has no {CONFIG_FILE}")
+    _check_inside(where)
+    try:
+        record = io.read_json(where)
+    except DataError as e:
+        raise AdapterError(str(e)) from e
+    if not isinstance(record, dict) or "method" not in record:
+        raise AdapterError(f"{where} does not describe an adapter")
+    schema = record.get("lofit_lens_schema")
+    if not isinstance(schema, int) or schema < 1:
+        raise AdapterError(f"{where} has schema {schema!r}; this version reads 1 to {SCHEMA}")
+    if schema > SCHEMA:
+        raise AdapterError(f"{where} was written by a newer version (schema {schema}); update lofit-lens")
+    return record
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter folder.
+
+    Raises:
+        AdapterError: missing, not a complete safetensors file, or not finite.
+    """
+    where = folder / WEIGHTS_FILE
+    if where.exists():
+        _check_inside(where)
+    tensors = io.load_tensors(where)
+    for name, t in tensors.items():
+        if not torch.isfinite(t).all():
+            raise AdapterError(f"{where}: {name} holds NaN or infinity")
+    return tensors
+
+
+def check_unchanged(folder: Path, record: Mapping[str, Any]) -> None:
+    """Raise AdapterError unless the record and the tensors' file are as they were written; done last, behind clearer messages."""
+    if record["lofit_lens_schema"] == 1:
+        return
+    if record.get("digest") != _digest(record):
+        raise AdapterError(
+            f"{folder / CONFIG_FILE} is damaged or was changed after it was written (its checksum does not match); fetch it "
+            "again, or change the adapter in Python and save it anew"
+        )
+    if record.get("weights_sha256") != io.file_digest(folder / WEIGHTS_FILE):
+        raise AdapterError(
+            f"{folder / WEIGHTS_FILE} is damaged, or belongs to another {CONFIG_FILE} (its checksum does not match); fetch both "
+            "again"
+        )
+
+
+def read_base_model(record: Mapping[str, Any]) -> ModelInfo | None:
+    """The model that an adapter was made for; KeyError or TypeError where the record is incomplete."""
+    return ModelInfo(**record["base_model"]) if record["base_model"] else None
+
+
+def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], where: Path) -> None:
+    """Raise AdapterError unless the tensors have these names and shapes, all float32."""
+    if set(tensors) != set(shapes):
+        raise AdapterError(f"{where / WEIGHTS_FILE} holds {sorted(tensors)}; expected {' and '.join(sorted(shapes))}")
+    for name, t in tensors.items():
+        if tuple(t.shape) != tuple(shapes[name]) or t.dtype != torch.float32:
+            raise AdapterError(
+                f"{where / WEIGHTS_FILE}: {name} is {t.dtype} {tuple(t.shape)}, expected torch.float32 {tuple(shapes[name])}"
+            )
+
+
+def _digest(record: Mapping[str, Any]) -> str | None:
+    try:
+        return io.digest({k: v for k, v in record.items() if k != "digest"})
+    except (ValueError, RecursionError):  # NaN, or a text that is none
+        return None
+
+
+def _check_inside(path: Path) -> None:
+    """Refuse a link that leads out of its folder; the hub's cache, where files are links to its own blobs, is left alone."""
+    folder, real = path.parent.resolve(), path.resolve()
+    of_the_hub = folder.parent.name == "snapshots" and real.parent == folder.parents[1] / "blobs"
+    if real.parent != folder and not of_the_hub:
+        raise AdapterError(f"{path} is a link to {real}, outside its folder; copy the file itself there")

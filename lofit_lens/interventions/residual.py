@@ -1,0 +1,59 @@
+"""What methods that edit the residual stream have in common: chosen layers, and one edit at a place of each."""
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+from lofit_lens.errors import AdapterError, InputError
+from lofit_lens.interventions.base import Adapter, Edit
+from lofit_lens.models import Site, check_residual, model_info, residual_point
+
+
+class ResidualAdapter(Adapter):
+    """An adapter of vectors of the residual stream's width, one edit a layer.
+
+    A sub-class sets `site` and `d_model`, and gives `_edit(layer)`.
+
+    Attributes:
+        layers: the edited layers, ascending.
+        n_layers: layers of the model.
+    """
+
+    site: ClassVar[Site]
+    layers: tuple[int, ...]
+    n_layers: int
+    d_model: int
+
+    def _edit(self, layer: int) -> Edit:
+        raise NotImplementedError
+
+    def _points(self, model: Any) -> Iterable[tuple[Any, Edit]]:
+        return [(residual_point(model, layer, self.site), self._edit(layer)) for layer in self.layers]
+
+    def _check_shape(self, model: Any) -> None:
+        info = model_info(model)
+        if (info.n_layers, info.d_model) != (self.n_layers, self.d_model):
+            raise AdapterError(
+                f"this adapter is for {self.n_layers} layers of width {self.d_model}{self._made_for}; {info.name} has "
+                f"{info.n_layers} of {info.d_model}. Load the model it was made for"
+            )
+        if self.meta.model is not None and self.meta.model.processed != info.processed:
+            raise AdapterError(
+                f"{info.name} was loaded {'with' if info.processed else 'without'} weight processing and this adapter was made "
+                f"{'with' if self.meta.model.processed else 'without'} it{self._made_for}: processing shifts the residual "
+                "stream, so that the same numbers mean another edit. Load the model the same way (lofit_lens.load_model: without)"
+            )
+        check_residual(model, self.layers, self.site)
+
+
+def chosen_layers(layers: Iterable[int] | None, n_layers: int) -> tuple[int, ...]:
+    """Layers to edit, ascending; None = all.
+
+    Raises:
+        InputError: a layer outside the model, given twice, or none at all.
+    """
+    listed = list(range(n_layers)) if layers is None else sorted(layers)
+    if not listed:
+        raise InputError(f"no layer to edit; give some of 0 to {n_layers - 1}, or None for all")
+    if listed[0] < 0 or listed[-1] >= n_layers or len(set(listed)) < len(listed):
+        raise InputError(f"layers {listed} cannot be edited; give each once, of 0 to {n_layers - 1}")
+    return tuple(listed)

@@ -1,0 +1,40 @@
+"""Edits of z that are the same at every position: what can be folded into weights."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lofit_lens.errors import AdapterError
+from lofit_lens.interventions import ITI, Adapter, HeadAblation, Lofit
+
+Grid = Float[Tensor, "n_layers n_heads d_head"]
+
+
+@torch.no_grad()
+def affine(adapter: Adapter) -> tuple[Grid, Grid]:
+    """Scale and shift of `z <- scale * z + shift`, float32 on the CPU; 1 and 0 where the adapter edits nothing.
+
+    LoFiT: `1 + A` and `v`. ITI at all positions: 1 and `alpha * sigma * d`. Ablation: 0 and the constant.
+
+    Raises:
+        AdapterError: a method whose edit is not of this kind, or positions that are not all.
+    """
+    if not isinstance(adapter, Lofit | ITI | HeadAblation):
+        raise AdapterError(
+            f"{adapter.title} does not edit single heads' outputs by a constant scale and shift, which is what fits into "
+            "attention's output projection; LoFiT, ITI at all positions and ablations do"
+        )
+    if not adapter.positions.everywhere:
+        raise AdapterError(
+            f"this {adapter.title} adapter acts at the positions {str(adapter.positions)!r} alone, and weights act at all. Make "
+            'one that acts everywhere (with_positions("all")), measure what that changes, and export that'
+        )
+    scale, shift = torch.ones(adapter.shape), torch.zeros(adapter.shape)
+    for i, head in enumerate(adapter.heads):
+        if isinstance(adapter, Lofit):
+            scale[head], shift[head] = 1 + adapter.A[head].cpu(), adapter.v[head].cpu()
+        elif isinstance(adapter, ITI):
+            shift[head] = adapter.shift(head.layer)[head.head].cpu()
+        else:
+            scale[head], shift[head] = 0, adapter.values[i].cpu()
+    return scale, shift

@@ -1,0 +1,81 @@
+"""Attention's output projection W_O in a plain checkpoint, by architecture.
+
+All heads' outputs lie side by side in its input, head 0 first, so that column `h * d_head + i` takes entry i of head h.
+"""
+
+import re
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from lofit_lens.errors import ModelError, unknown
+from lofit_lens.sharing.checkpoints import Checkpoint
+
+# Architecture -> what follows the layers' list in its module's name. Weights of GPT-2 are stored transposed (Conv1D).
+_IN_LAYER = {
+    **dict.fromkeys(
+        (
+            "LlamaForCausalLM", "GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "MistralForCausalLM",
+            "Qwen2ForCausalLM", "Qwen3ForCausalLM",
+        ),
+        ("layers", "self_attn.o_proj"),
+    ),
+    "OPTForCausalLM": ("layers", "self_attn.out_proj"),
+    "GPT2LMHeadModel": ("h", "attn.c_proj"),
+    "GPTNeoXForCausalLM": ("layers", "attention.dense"),
+}  # fmt: skip
+KNOWN = tuple(_IN_LAYER)
+_TRANSPOSED = ("GPT2LMHeadModel",)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The output projections of a checkpoint's layers.
+
+    Attributes:
+        checkpoint: that they lie in.
+        names: of the modules, one a layer: `"model.layers.3.self_attn.o_proj"`.
+        transposed: whether weights are stored as `[n_heads * d_head, d_model]`.
+    """
+
+    checkpoint: Checkpoint
+    names: tuple[str, ...]
+    transposed: bool
+
+    def weight(self, layer: int) -> Float[Tensor, "d_model z"]:
+        """W_O of a layer, float32, `[d_model, n_heads * d_head]`: it is multiplied with z from the left."""
+        found = self.checkpoint.read(f"{self.names[layer]}.weight").float()
+        return found.T if self.transposed else found
+
+    def bias(self, layer: int) -> Float[Tensor, " d_model"] | None:
+        """b_O of a layer, float32; None where the checkpoint holds none."""
+        name = f"{self.names[layer]}.bias"
+        return self.checkpoint.read(name).float() if name in self.checkpoint.where else None
+
+    def raw(self, weight: Float[Tensor, "d_model z"]) -> Tensor:
+        """A weight as the checkpoint stores it."""
+        return weight.T.contiguous() if self.transposed else weight
+
+
+def outputs_of(checkpoint: Checkpoint) -> Outputs:
+    """Find the output projection of every layer.
+
+    Raises:
+        ModelError: an architecture that is not known here, or a layer without an output projection.
+    """
+    architecture = checkpoint.architecture
+    if architecture not in _IN_LAYER:
+        found = unknown("architecture", architecture, KNOWN, hint="Nothing was written.")
+        raise ModelError(f"{checkpoint.name}: {found}")
+    layers, module = _IN_LAYER[architecture]
+    pattern = re.compile(rf"((?:.*\.)?{layers}\.(\d+)\.{re.escape(module)})\.weight")
+    hits = [hit for name in checkpoint.where if (hit := pattern.fullmatch(name))]
+    names = {int(hit[2]): hit[1] for hit in hits}
+    n_layers = checkpoint.config.get("num_hidden_layers", checkpoint.config.get("n_layer"))
+    if len(hits) != len(names) or sorted(names) != list(range(len(names))) or len(names) != n_layers or not names:
+        raise ModelError(
+            f"{checkpoint.name} holds output projections (*.{module}) of the layers {sorted(names)}, and its configuration says "
+            f"{n_layers} layers; fetch or save it again"
+        )
+    return Outputs(checkpoint, tuple(names[i] for i in range(len(names))), architecture in _TRANSPOSED)
