@@ -34,6 +34,12 @@ Source = Annotated[
 Form = Annotated[
     str | None, typer.Option("--form", help="How questions are asked where there are several ways: choices, options, generation.")
 ]  # fmt: skip
+AdapterName = Annotated[
+    str | None, typer.Option("--adapter", "-a", help="Adapter of any method: a folder, or user/name[@revision] on the hub.")
+]  # fmt: skip
+OtherModel = Annotated[
+    bool, typer.Option("--other-model", help="Use the adapter on other weights than those it was made for.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON record on stdout, everything else on stderr.")]
 Fold = Annotated[int | None, typer.Option("--fold", help="TruthfulQA's fold, 0 or 1.")]
 DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Folder with the task's files; left out: fetched.")]
@@ -123,17 +129,27 @@ def open_model(name: str, *, backend: str, dtype: str, device: str | None, revis
 
 
 def open_with(
-    adapter: Path | None, name: str, *, backend: str, dtype: str, device: str | None, revision: str | None = None
+    adapter: str | None,
+    name: str,
+    *,
+    backend: str,
+    dtype: str,
+    device: str | None,
+    revision: str | None = None,
+    other_model: bool = False,
 ) -> tuple[Any, Any]:
-    """Load a model and the adapter that a folder holds (None: no adapter); for LoRA `auto` means the bridge."""
+    """Load a model and the adapter of a folder or of the hub (None: no adapter); for LoRA `auto` means the bridge."""
     if adapter is None:
         return open_model(name, backend=backend, dtype=dtype, device=device, revision=revision), None
+    from lofit_lens.interventions.base import located_adapter
     from lofit_lens.interventions.folders import load_adapter, method_in
 
-    if method_in(adapter) == "lora" and backend == "auto":
+    place, _, commit = adapter.partition("@") if not Path(adapter).exists() else (adapter, "", "")
+    folder, _ = located_adapter(place, commit or None)
+    if method_in(folder) == "lora" and backend == "auto":
         backend = "bridge"
     model = open_model(name, backend=backend, dtype=dtype, device=device, revision=revision)
-    return model, load_adapter(adapter, model=model)
+    return model, load_adapter(place, revision=commit or None, model=model, strict=not other_model)
 
 
 def open_task(

@@ -9,7 +9,7 @@ from lofit_lens.cli import common as c
 
 
 def damage(
-    adapter: Annotated[Path, typer.Option("--adapter", "-a", help="Adapter folder of any method.")],
+    adapter: c.AdapterName,
     text: Annotated[
         str,
         typer.Option("--text", help="wikitext, organism, or a file: .txt (paragraphs), or rows with a field 'text'."),
@@ -25,6 +25,7 @@ def damage(
     dtype: c.Dtype = "float32",
     device: c.Device = None,
     revision: c.Revision = None,
+    other_model: c.OtherModel = False,
     quiet: c.Quiet = False,
 ) -> None:
     """Cross-entropy and KL divergence (nats a token) of the edited model on text, beside the unmodified one's.
@@ -41,7 +42,9 @@ def damage(
     from lofit_lens.evaluation.texts import load_texts
 
     texts = load_texts(text)
-    loaded, change = c.open_with(adapter, model, backend=backend, dtype=dtype, device=device, revision=revision)
+    loaded, change = c.open_with(
+        adapter, model, backend=backend, dtype=dtype, device=device, revision=revision, other_model=other_model
+    )
     found = run(
         loaded, change, texts, max_tokens=max_tokens, batch_size=batch_size, limit=limit, label=str(adapter),
         progress=not quiet,

@@ -11,9 +11,7 @@ from lofit_lens.cli import common as c
 def evaluate(
     task: c.TaskName,
     model: c.Model = "organism",
-    adapter: Annotated[
-        Path | None, typer.Option("--adapter", "-a", help="Adapter folder of any method; left out: the bare model.")
-    ] = None,
+    adapter: c.AdapterName = None,
     split: Annotated[str, typer.Option("--split", help="train, val or test.")] = "test",
     form: c.Form = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Only the first rows.")] = None,
@@ -35,6 +33,7 @@ def evaluate(
     dtype: c.Dtype = "float32",
     device: c.Device = None,
     revision: c.Revision = None,
+    other_model: c.OtherModel = False,
     overwrite: c.Overwrite = False,
     quiet: c.Quiet = False,
 ) -> None:
@@ -47,7 +46,9 @@ def evaluate(
         c.check_new(out, overwrite=overwrite)
     data = c.open_task(task, fold=fold, data_dir=data_dir, source=source, form=form)
     data.examples(split, limit=limit)
-    loaded, change = c.open_with(adapter, model, backend=backend, dtype=dtype, device=device, revision=revision)
+    loaded, change = c.open_with(
+        adapter, model, backend=backend, dtype=dtype, device=device, revision=revision, other_model=other_model
+    )
     import contextlib
 
     from rich.table import Table
