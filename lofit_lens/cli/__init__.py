@@ -8,12 +8,14 @@ import logging
 import typer
 
 from lofit_lens.cli import (
+    bring_in,
     common,
     compare,
     damage,
     demo,
     doctor,
     evaluate,
+    export,
     figures,
     generate,
     grids,
@@ -34,6 +36,7 @@ for _name, _verb in (
     ("demo", demo.demo), ("select", select.select), ("probe", probe.probe), ("tune", tune.tune), ("eval", evaluate.evaluate),
     ("compare", compare.compare), ("transfer", transfer.transfer), ("figures", figures.figures), ("report", report.report),
     ("grid", grids.grid),
+    ("export", export.export), ("import", bring_in.bring_in),
     ("damage", damage.damage), ("generate", generate.generate), ("doctor", doctor.doctor),
 ):  # fmt: skip
     app.command(_name)(common.guarded(_verb))

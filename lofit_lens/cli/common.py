@@ -141,15 +141,28 @@ def open_with(
     """Load a model and the adapter of a folder or of the hub (None: no adapter); for LoRA `auto` means the bridge."""
     if adapter is None:
         return open_model(name, backend=backend, dtype=dtype, device=device, revision=revision), None
-    from lofit_lens.interventions.base import located_adapter
     from lofit_lens.interventions.folders import load_adapter, method_in
 
-    place, _, commit = adapter.partition("@") if not Path(adapter).exists() else (adapter, "", "")
-    folder, _ = located_adapter(place, commit or None)
+    folder = _adapter_folder(adapter)
     if method_in(folder) == "lora" and backend == "auto":
         backend = "bridge"
     model = open_model(name, backend=backend, dtype=dtype, device=device, revision=revision)
-    return model, load_adapter(place, revision=commit or None, model=model, strict=not other_model)
+    return model, load_adapter(folder, model=model, strict=not other_model)
+
+
+def open_adapter(adapter: str) -> Any:
+    """The adapter of a folder or of the hub, without a model."""
+    from lofit_lens.interventions.folders import load_adapter
+
+    return load_adapter(_adapter_folder(adapter))
+
+
+def _adapter_folder(adapter: str) -> Path:
+    """Where the files are; `user/name[@revision]` is fetched."""
+    from lofit_lens.interventions.base import located_adapter
+
+    name, _, revision = adapter.partition("@") if not Path(adapter).exists() else (adapter, "", "")
+    return located_adapter(name, revision or None)[0]
 
 
 def open_task(

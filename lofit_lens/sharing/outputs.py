@@ -43,6 +43,21 @@ class Outputs:
     names: tuple[str, ...]
     transposed: bool
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """`(n_layers, n_heads, d_head)`.
+
+        Raises:
+            ModelError: a configuration without a number of heads that divides the projection's input.
+        """
+        n_heads = self.checkpoint.config.get("num_attention_heads", self.checkpoint.config.get("n_head"))
+        width = self.checkpoint.shape(f"{self.names[0]}.weight")[0 if self.transposed else 1]
+        if not isinstance(n_heads, int) or n_heads < 1 or width % n_heads:
+            raise ModelError(
+                f"{self.checkpoint.name} says {n_heads!r} heads, and their outputs are {width} wide together"
+            )
+        return len(self.names), n_heads, width // n_heads
+
     def weight(self, layer: int) -> Float[Tensor, "d_model z"]:
         """W_O of a layer, float32, `[d_model, n_heads * d_head]`: it is multiplied with z from the left."""
         found = self.checkpoint.read(f"{self.names[layer]}.weight").float()

@@ -1,0 +1,65 @@
+"""lofit-lens import: read what other tools learned into an adapter folder."""
+
+from typing import Annotated
+
+import typer
+
+from lofit_lens.cli import common as c
+from lofit_lens.errors import InputError, unknown
+
+FORMATS = ("lofit", "folded", "iti", "svec")
+
+
+def bring_in(
+    source: Annotated[str, typer.Argument(help="A checkpoint's folder or hub id, or a file.", metavar="SOURCE")],
+    out: c.Out,
+    form: Annotated[
+        str | None,
+        typer.Option("--format", help=(
+            "lofit (official checkpoint with attn_A, attn_v), folded (plain checkpoint with o_proj.bias), iti (JSON dictionary), "
+            "svec (AISteer360); left out: told from the source."
+        )),
+    ] = None,
+    heads: Annotated[
+        str | None, typer.Option("--heads", help="Heads to read: a file from select, a .npy file, or 'L1H2,L3H0'.")
+    ] = None,
+    k: Annotated[int | None, typer.Option("--k", help="Only the first K heads; svec: the K of the best accuracies.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="folded: the base model; iti: the model it was made for.")
+    ] = None,
+    revision: c.Revision = None,
+    alpha: Annotated[float | None, typer.Option("--alpha", help="iti, svec: strength.")] = None,
+    positions: Annotated[str | None, typer.Option("--positions", help="iti, svec: all, answer, last, ...")] = None,
+    overwrite: c.Overwrite = False,
+) -> None:  # fmt: skip
+    """Read another tool's file and write an adapter folder. Pickles are never opened.
+
+    Example: lofit-lens import runs/official_checkpoint --heads top_heads.npy --k 32 --out out/adapter
+    """
+    c.check_new(out, overwrite=overwrite)
+    c.quiet_libraries()
+    from lofit_lens import sharing
+    from lofit_lens.cli.tune import read_heads
+
+    form = form or sharing.format_of(source)
+    if form not in FORMATS:
+        raise unknown("format", form, FORMATS)
+    if k is not None and heads is None and form != "svec":
+        raise InputError(f"--k {k} without --heads; give the ranking whose first {k} heads are meant")
+    chosen = None if heads is None else read_heads(heads, k)
+    if form == "lofit":
+        made = sharing.import_lofit(source, heads=chosen, revision=revision)
+    elif form == "folded":
+        made = sharing.import_folded(source, heads=chosen, base=model, revision=revision)
+    elif form == "svec":
+        made = sharing.import_svec(source, heads=k if chosen is None else chosen, alpha=alpha, positions=positions)
+    else:
+        if model is None or alpha is None:
+            raise InputError(
+                "an ITI dictionary says neither its model's shape nor its strength; give --model and --alpha"
+            )
+        shape = sharing.outputs_of(sharing.open_checkpoint(model, revision=revision)).shape
+        made = sharing.import_iti(source, shape, alpha=alpha, positions=positions or "answer")
+    made.save_pretrained(out, overwrite=overwrite)
+    c.console.print(f"[bold]adapter[/bold] {made!r}", soft_wrap=True)
+    c.console.print(f"wrote {out}")

@@ -1,0 +1,95 @@
+"""lofit-lens export: take an adapter elsewhere."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lofit_lens.cli import common as c
+from lofit_lens.errors import InputError
+
+Adapter = Annotated[str, typer.Argument(help="Adapter folder, or user/name[@revision] on the hub.", metavar="ADAPTER")]
+FORMATS = ("--folded", "--peft", "--svec", "--iti", "--hub")
+
+
+def export(
+    adapter: Adapter,
+    folded: Annotated[
+        bool, typer.Option("--folded", help="A plain Hugging Face checkpoint with the edit in its weights.")
+    ] = False,
+    peft: Annotated[bool, typer.Option("--peft", help="An adapter folder that stock PEFT loads (offsets only).")] = False,
+    svec: Annotated[bool, typer.Option("--svec", help="AISteer360's file of head directions.")] = False,
+    iti: Annotated[bool, typer.Option("--iti", help="ITI's dictionary of directions, as JSON.")] = False,
+    hub: Annotated[
+        str | None, typer.Option("--hub", help="Push to this repository, user/name, with a model card.", metavar="USER/NAME")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="New folder (--folded, --peft) or file (--svec, --iti).")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Base model's folder or hub id; left out: the one on record.")
+    ] = None,
+    revision: c.Revision = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="--folded: of the written weights; left out: as they are.")
+    ] = None,
+    device: c.Device = None,
+    result: Annotated[
+        list[Path] | None, typer.Option("--result", help="--hub: folder of eval --out, for the card's metrics; repeatable.")
+    ] = None,
+    licence: Annotated[
+        str | None, typer.Option("--licence", help="--hub: of the adapter, as the hub spells it: mit, llama2.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="--hub: a new repository is private.")] = False,
+    branch: Annotated[str | None, typer.Option("--branch", help="--hub: branch; left out: main.")] = None,
+    overwrite: c.Overwrite = False,
+    quiet: c.Quiet = False,
+) -> None:  # fmt: skip
+    """Write an adapter in one other form. Folded checkpoints and PEFT folders are loaded again and compared before they stay.
+
+    Example: lofit-lens export out/adapter --folded --out out/served
+    """
+    asked = [name for name, given in zip(FORMATS, (folded, peft, svec, iti, hub), strict=True) if given]
+    if len(asked) != 1:
+        raise InputError(f"{' and '.join(asked) or 'no form'} asked for; give one of {', '.join(FORMATS)}")
+    if (out is None) != (hub is not None):
+        raise InputError(f"{asked[0]} " + ("writes nothing here; leave --out out" if hub else "needs --out"))
+    c.quiet_libraries()
+    from lofit_lens import sharing
+
+    made = c.open_adapter(adapter)
+    if hub is not None:
+        from lofit_lens.evaluation import EvalResult
+
+        for folder in result or []:
+            made.add_metrics(EvalResult.load(folder))
+        address = made.push_to_hub(hub, licence=licence, private=private, revision=branch)
+        c.console.print(f"pushed {hub}: {address}", soft_wrap=True)
+        return
+    assert out is not None
+    if folded:
+        found = sharing.export_folded(
+            made,
+            out,
+            base=model,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            overwrite=overwrite,
+            progress=not quiet,
+        )
+        verified = found.verified
+        was = f" (was {found.was})" if found.was != found.architecture else ""
+        c.console.print(f"{found.architecture}{was}, {len(found.changed)} tensors changed or added")
+    elif peft:
+        verified = sharing.export_peft(made, out, base=model, revision=revision, overwrite=overwrite).verified
+    else:
+        verified = None
+        (sharing.export_svec if svec else sharing.export_iti)(made, out, overwrite=overwrite)
+    if verified is not None:
+        c.console.print(
+            f"loaded again and compared on {verified.tokens} tokens ({verified.dtype}): logits within {verified.error:.2g} of "
+            f"the hooked model's (the adapter changes them by up to {verified.effect:.2g}); greedy answers "
+            f"{'the same' if verified.same_greedy else 'not all the same'}"
+        )
+    c.console.print(f"wrote {out}")
