@@ -11,10 +11,12 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,9 @@ from torch import Tensor
 from lofit_lens.errors import AdapterError, DataError, DiskFull, InputError
 
 # A folder may be replaced only if one of these is in it.
-MARKERS = ("adapter_config.json", "heads.json", "scores.json", "result.json", "run.json")
+MARKERS = (
+    "adapter_config.json", "heads.json", "scores.json", "result.json", "run.json", "lofit_lens_export.json",
+)  # fmt: skip
 FULL = (errno.ENOSPC, errno.EDQUOT)  # what the system says where no space, or quota, is left
 RECORDED_PACKAGES = ("lofit-lens", "transformer-lens", "torch", "transformers", "safetensors", "numpy")
 
@@ -176,12 +180,46 @@ def read_json(path: str | Path) -> Any:
     Raises:
         DataError: missing, empty or not JSON; names the file and the line.
     """
+    return _read_json(Path(path), json.JSONDecoder())
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """Read a JSON file that holds one object, with no key twice in it and no number that is not finite.
+
+    Raises:
+        DataError: missing, empty, not JSON or not so; names the file.
+    """
+    record = _read_json(
+        Path(path), json.JSONDecoder(object_pairs_hook=_once, parse_constant=_finite, parse_float=_finite)
+    )
+    if not isinstance(record, dict):
+        raise DataError(f"{path} holds {type(record).__name__}, not an object")
+    return record
+
+
+def _read_json(path: Path, decoder: json.JSONDecoder) -> Any:
     text = decoded(path)
     try:
-        return json.loads(text)
+        return decoder.decode(text)
     except json.JSONDecodeError as e:
         what = "is empty" if not text.strip() else f"is not JSON: {e.msg} at line {e.lineno}"
         raise DataError(f"{path} {what}") from e
+    except (ValueError, RecursionError) as e:  # lists within lists without end, integers of thousands of digits
+        raise DataError(f"{path} cannot be read: {e}") from e
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    held = dict(pairs)
+    if len(held) < len(pairs):
+        raise ValueError(f"the key {next(k for k, n in Counter(k for k, _ in pairs).items() if n > 1)!r} stands twice")
+    return held
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not a finite number")
+    return value
 
 
 def check_record(record: Any, kind: str, schema: int, fields: Sequence[str], where: str) -> None:

@@ -1,5 +1,7 @@
 """LoReFT alone: its formula, the coordinates of R, its random start, its files; the rest is in test_trained_methods."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -8,7 +10,7 @@ from torch.nn.utils import parametrizations
 from lofit_lens import TrainConfig
 from lofit_lens.errors import AdapterError, InputError
 from lofit_lens.interventions import LoReft
-from lofit_lens.interventions.files import WEIGHTS_FILE
+from lofit_lens.interventions.files import CONFIG_FILE, WEIGHTS_FILE
 from lofit_lens.interventions.loreft import coordinates, edit_subspace, orthonormal_rows
 from lofit_lens.models import Borders, hooked, logits_of, residual_point
 from lofit_lens.training.fitting import fit
@@ -192,18 +194,37 @@ def test_unknown_positions_are_refused(bridge_llama):
 
 
 def test_files_hold_plain_matrices(bridge_llama, tmp_path):
-    """R itself, not its coordinates; rows that are not orthonormal are refused; rank and positions are kept."""
+    """R itself, and its coordinates, by which it comes back bit for bit; without them (early versions) to rounding.
+
+    Rows that are not orthonormal, and coordinates of another R, are refused; rank and positions are kept.
+    """
     adapter = LoReft.for_model(bridge_llama, seed=0, rank=3, positions="f2+l1")
     file = adapter.save_pretrained(tmp_path / "x") / WEIGHTS_FILE
     tensors = load_file(file)
     assert torch.equal(tensors["R"], adapter.R)
     read = LoReft.from_pretrained(tmp_path / "x")
-    assert torch.allclose(read.R, adapter.R, atol=1e-6)
+    assert torch.equal(read.R, adapter.R)
     assert torch.equal(read.W, adapter.W)
     assert (read.rank, str(read.positions)) == (3, "f2+l1")
-    save_file({**tensors, "R": tensors["R"] * 1.01}, file)
-    with pytest.raises(AdapterError, match="not orthonormal"):
-        LoReft.from_pretrained(tmp_path / "x")
+    for changed, message in (
+        ({"R": tensors["R"] * 1.01}, "not orthonormal"), ({"X": tensors["X"].flip(0)}, "R and its coordinates X do not"),
+        ({"X": tensors["X"] * float("inf")}, "NaN or infinity"), ({"X": tensors["X"].mT.contiguous()}, "X is .* expected"),
+    ):  # fmt: skip
+        save_file({**tensors, **changed}, file)
+        with pytest.raises(AdapterError, match=message):
+            LoReft.from_pretrained(tmp_path / "x")
+
+
+def test_files_of_early_versions_have_no_coordinates(bridge_llama, tmp_path):
+    """Schema 1 held R alone: it is read, to rounding."""
+    adapter = LoReft.for_model(bridge_llama, seed=0, rank=3)
+    folder = adapter.save_pretrained(tmp_path / "x")
+    save_file({k: t for k, t in load_file(folder / WEIGHTS_FILE).items() if k != "X"}, folder / WEIGHTS_FILE)
+    record = json.loads((folder / CONFIG_FILE).read_text()) | {"lofit_lens_schema": 1}
+    (folder / CONFIG_FILE).write_text(json.dumps(record))
+    read = LoReft.from_pretrained(folder)
+    assert torch.allclose(read.R, adapter.R, atol=1e-6)
+    assert torch.equal(read.W, adapter.W)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from typing import Any
 from lofit_lens.errors import AdapterError, InputError
 from lofit_lens.heads import HeadSet
 from lofit_lens.interventions.base import Adapter, Edit
+from lofit_lens.interventions.files import CONFIG_FILE
 from lofit_lens.models import head_size, hook_z, model_info
 
 LARGEST = 10**8  # numbers of all heads' outputs together; known models have a few million at most
@@ -85,5 +86,5 @@ def shape_and_heads(record: dict[str, Any], where: Path) -> tuple[tuple[int, int
     shape = tuple(int(n) for n in record["shape"])
     heads = HeadSet.from_dict(record["heads"], where=str(where))
     if len(shape) != 3 or min(shape) < 1 or math.prod(shape) > LARGEST:
-        raise AdapterError(f"{where}: shape {shape} is not (n_layers, n_heads, d_head) of a model")
+        raise AdapterError(f"{where / CONFIG_FILE}: shape {shape} is not (n_layers, n_heads, d_head) of a model")
     return (shape[0], shape[1], shape[2]), heads

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from lofit_lens import io
 from lofit_lens.errors import AdapterError
+from lofit_lens.hub import fetched, pushed
 from lofit_lens.interventions.files import (
     CONFIG_FILE,
     WEIGHTS_FILE,
+    check_provenance,
     check_unchanged,
     read_base_model,
     read_config,
@@ -330,12 +332,15 @@ class Adapter(nn.Module):
             )
         tensors = read_tensors(folder)
         try:
+            check_provenance(record)
             meta = AdapterMeta(
                 read_base_model(record), record["task"], record["data_hash"], record["seed"], record["config"],
                 record["versions"], record["history"], record["n_train"],
                 record["metrics"] if record["lofit_lens_schema"] > 1 else [], source,
             )  # fmt: skip
             made = cls._made_from(record, tensors, meta, folder)
+            if record["positions"] != str(made.positions):
+                raise ValueError(f"positions {record['positions']!r}; {cls.title} acts at {made.positions}")
         except AdapterError:
             raise
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from lofit_lens import io
 from lofit_lens.errors import InputError
 from lofit_lens.hub import COMMIT
 from lofit_lens.interventions.at_heads import HeadAdapter
@@ -179,7 +180,11 @@ def _training(adapter: Adapter) -> str:
         ("data hash (SHA-256)", _plain(meta.data_hash)),
         ("training examples", "" if meta.n_train is None else f"{meta.n_train:,}"),
         ("seed", "" if meta.seed is None else str(meta.seed)),
-        *((name, _plain(version)) for name, version in meta.versions.items() if name != "platform"),
+        *(
+            (name, _plain(version))
+            for name, version in (meta.versions or io.environment()).items()
+            if name != "platform"
+        ),
     ]
     text = _table(("", ""), [(name, value or "not recorded") for name, value in rows])
     if not meta.config:

@@ -19,7 +19,7 @@ from torch import Tensor
 from lofit_lens import io
 from lofit_lens.errors import AdapterError, DataError, InputError
 from lofit_lens.interventions.base import AdapterMeta, Edit, at_other_positions
-from lofit_lens.interventions.files import check_tensors
+from lofit_lens.interventions.files import CONFIG_FILE, check_tensors
 from lofit_lens.interventions.repe import finite, shift_h
 from lofit_lens.interventions.residual import ResidualAdapter, chosen_layers
 from lofit_lens.models import (
@@ -216,7 +216,7 @@ class ContrastVectors(ResidualAdapter):
         check_tensors(tensors, {}, where)
         for name in ("positive", "negative"):
             if not isinstance(record[name], str):
-                raise AdapterError(f"{where}: {name} is {record[name]!r}; an instruction is text")
+                raise AdapterError(f"{where / CONFIG_FILE}: {name} is {record[name]!r}; an instruction is text")
         return cls(
             [int(n) for n in record["layers"]], n_layers=int(record["n_layers"]), d_model=int(record["d_model"]),
             positive=record["positive"], negative=record["negative"], coefficient=float(record["coefficient"]),

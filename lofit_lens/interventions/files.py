@@ -17,6 +17,19 @@ from lofit_lens.errors import AdapterError, DataError
 from lofit_lens.models import ModelInfo
 
 SCHEMA = 2
+# What a record holds about an adapter's origin, and of which kind it is.
+_PROVENANCE = {
+    "task": str, "data_hash": str, "n_train": int | None, "seed": int | None, "config": dict, "versions": dict,
+    "history": list,
+}  # fmt: skip
+_BASE_MODEL = {
+    "name": str, "revision": str | None, "backend": str, "processed": bool, "dtype": str, "n_layers": int, "n_heads": int,
+    "d_model": int, "d_vocab": int,
+}  # fmt: skip
+_METRIC = {
+    "task": str, "split": str, "form": str, "data_hash": str, "metric": str, "mean": float | int, "interval": list | None,
+    "n": int, "seeds": int,
+}  # fmt: skip
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -38,13 +51,13 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         raise AdapterError(f"{folder} is not an adapter folder: it has no {CONFIG_FILE}")
     _check_inside(where)
     try:
-        record = io.read_json(where)
+        record = io.read_record(where)
     except DataError as e:
         raise AdapterError(str(e)) from e
-    if not isinstance(record, dict) or "method" not in record:
+    if not isinstance(record.get("method"), str):
         raise AdapterError(f"{where} does not describe an adapter")
     schema = record.get("lofit_lens_schema")
-    if not isinstance(schema, int) or schema < 1:
+    if type(schema) is not int or schema < 1:
         raise AdapterError(f"{where} has schema {schema!r}; this version reads 1 to {SCHEMA}")
     if schema > SCHEMA:
         raise AdapterError(f"{where} was written by a newer version (schema {schema}); update lofit-lens")
@@ -84,8 +97,30 @@ def check_unchanged(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_base_model(record: Mapping[str, Any]) -> ModelInfo | None:
-    """The model that an adapter was made for; KeyError or TypeError where the record is incomplete."""
-    return ModelInfo(**record["base_model"]) if record["base_model"] else None
+    """The model that an adapter was made for; KeyError, TypeError or ValueError where the record is incomplete."""
+    found = record["base_model"]
+    if found is None:
+        return None
+    _check_types(found, _BASE_MODEL, "base_model")
+    return ModelInfo(**found)
+
+
+def check_provenance(record: Mapping[str, Any]) -> None:
+    """KeyError or ValueError unless what a record says about an adapter's origin is of the kinds that are written."""
+    _check_types(record, _PROVENANCE, "the record")
+    for metric in record.get("metrics", []):
+        _check_types(metric, _METRIC, "metrics")
+        between = metric["interval"]
+        if between is not None and (len(between) != 2 or not all(isinstance(x, float | int) for x in between)):
+            raise ValueError(f"the interval {between!r} of metrics is not two numbers")
+
+
+def _check_types(record: Any, kinds: Mapping[str, Any], what: str) -> None:
+    if not isinstance(record, dict):
+        raise ValueError(f"{what} is {record!r}, not an object")
+    for name, kind in kinds.items():
+        if not isinstance(record[name], kind):
+            raise ValueError(f"{name} of {what} is {record[name]!r}")
 
 
 def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], where: Path) -> None:

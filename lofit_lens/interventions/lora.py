@@ -195,8 +195,11 @@ class Lora(Adapter):
     def _made_from(cls, record: dict[str, Any], tensors: dict[str, Tensor], meta: AdapterMeta, where: Path) -> "Lora":
         pairs = zip(record["targets"], record["sizes"], strict=True)
         sizes = {str(name): (int(n_in), int(n_out)) for name, (n_in, n_out) in pairs}
-        made = cls(int(record["n_layers"]), sizes, rank=int(record["rank"]), alpha=float(record["alpha"]), meta=meta)
-        check_tensors(tensors, {name: tuple(t.shape) for name, t in made._tensors().items()}, where)
+        n_layers, rank, shapes = int(record["n_layers"]), int(record["rank"]), {}
+        for name, (n_in, n_out) in sizes.items():
+            shapes |= {f"{name}.A": (n_layers, rank, n_in), f"{name}.B": (n_layers, n_out, rank)}
+        check_tensors(tensors, shapes, where)
+        made = cls(n_layers, sizes, rank=rank, alpha=float(record["alpha"]), meta=meta)
         with torch.no_grad():
             for key, (layer, name) in made._places().items():
                 made.A[key].copy_(tensors[f"{name}.A"][layer])

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lofit_lens import io
 from lofit_lens.errors import AdapterError, InputError
 from lofit_lens.interventions.base import AdapterMeta, Edit
-from lofit_lens.interventions.files import check_tensors
+from lofit_lens.interventions.files import WEIGHTS_FILE, check_tensors
 from lofit_lens.interventions.residual import ResidualAdapter, chosen_layers
 from lofit_lens.models import Positions, Site, device_of, model_info
 
@@ -165,24 +165,29 @@ class LoReft(ResidualAdapter):
         return edit
 
     def _tensors(self) -> Mapping[str, Tensor]:
-        return {"R": self.R, "W": self.W, "b": self.b}
+        return {"R": self.R, "W": self.W, "b": self.b, "X": self.X}  # R for whoever reads it, X to be read bit by bit
 
     def _settings(self) -> dict[str, Any]:
         return {"n_layers": self.n_layers, "d_model": self.d_model, "rank": self.rank, "layers": list(self.layers)}
 
     @classmethod
     def _made_from(cls, record: dict[str, Any], tensors: dict[str, Tensor], meta: AdapterMeta, where: Path) -> "LoReft":
-        made = cls(
-            int(record["n_layers"]), int(record["d_model"]), rank=int(record["rank"]), layers=record["layers"],
-            positions=record["positions"], meta=meta,
-        )  # fmt: skip
-        shape = tuple(made.W.shape)
-        check_tensors(tensors, {"R": shape, "W": shape, "b": tuple(made.b.shape)}, where)
+        layers, d_model, rank = [int(n) for n in record["layers"]], int(record["d_model"]), int(record["rank"])
+        n = len(layers)
+        shapes = {"R": (n, rank, d_model), "W": (n, rank, d_model), "b": (n, rank)}
+        if "X" in tensors:  # not in the files of early versions
+            shapes["X"] = (n, d_model, rank)
+        check_tensors(tensors, shapes, where)
+        made = cls(int(record["n_layers"]), d_model, rank=rank, layers=layers, positions=record["positions"], meta=meta)
         R = tensors["R"]
-        if not torch.allclose(R @ R.mT, torch.eye(made.rank), atol=ORTHONORMAL):
-            raise AdapterError(f"{where}: the rows of R are not orthonormal; save the adapter again")
-        X = torch.stack([coordinates(one) for one in R])
+        if not torch.allclose(R @ R.mT, torch.eye(rank), atol=ORTHONORMAL):
+            raise AdapterError(f"{where / WEIGHTS_FILE}: the rows of R are not orthonormal; save the adapter again")
+        X = tensors.get("X", torch.stack([coordinates(one) for one in R]))
         made.load_state_dict({"X": X, "W": tensors["W"], "b": tensors["b"]})
+        if not torch.allclose(made.R, R, atol=ORTHONORMAL):
+            raise AdapterError(
+                f"{where / WEIGHTS_FILE}: R and its coordinates X do not belong together; save the adapter again"
+            )
         return made.requires_grad_(False)
 
     def __repr__(self) -> str:

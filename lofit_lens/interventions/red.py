@@ -89,8 +89,9 @@ class Red(ResidualAdapter):
 
     @classmethod
     def _made_from(cls, record: dict[str, Any], tensors: dict[str, Tensor], meta: AdapterMeta, where: Path) -> "Red":
-        made = cls(int(record["n_layers"]), int(record["d_model"]), layers=record["layers"], meta=meta)
-        check_tensors(tensors, dict.fromkeys(("s", "b"), tuple(made.s.shape)), where)
+        layers, d_model = [int(n) for n in record["layers"]], int(record["d_model"])
+        check_tensors(tensors, dict.fromkeys(("s", "b"), (len(layers), d_model)), where)
+        made = cls(int(record["n_layers"]), d_model, layers=layers, meta=meta)
         made.load_state_dict(tensors)
         return made.requires_grad_(False)
 

@@ -140,9 +140,11 @@ class RepE(ResidualAdapter):
         layers = [int(n) for n in record["layers"]]
         shapes = {"directions": (len(layers), int(record["d_model"])), "scale": (len(layers),)}
         check_tensors(tensors, shapes, where)
+        if not isinstance(record["relative"], bool):
+            raise ValueError(f"relative is {record['relative']!r}; it must be true or false")
         return cls(
             tensors["directions"], layers, n_layers=int(record["n_layers"]), coefficient=float(record["coefficient"]),
-            scale=tensors["scale"], relative=bool(record["relative"]), positions=record["positions"], meta=meta,
+            scale=tensors["scale"], relative=record["relative"], positions=record["positions"], meta=meta,
         )  # fmt: skip
 
     def __repr__(self) -> str:

@@ -109,46 +109,44 @@ def open_checkpoint(name_or_path: str | Path, *, revision: str | None = None) ->
             names one outside the folder, or a damaged file.
     """
     source, name = located(name_or_path)
-    folder, fetched_from = fetched(source, files=[*BESIDE, "*.safetensors"], revision=revision)
+    folder, came_from = fetched(source, files=BESIDE, revision=revision)
     config = _read(folder / CONFIG)
     if config.get("quantization_config"):
         raise ModelError(
             f"{name} holds quantised weights, into which nothing can be folded exactly; take the model in its full precision"
         )
-    where = _index(folder, name) if (folder / INDEX).is_file() else _single(folder, name)
-    commit = fetched_from.rpartition("@")[2] or weights_revision(folder, None)
-    return Checkpoint(folder, name, commit, config, where)
+    where = _indexed(folder, name) if (folder / INDEX).is_file() else None
+    files = [WEIGHTS] if where is None else sorted(set(where.values()))
+    commit = came_from.rpartition("@")[2]
+    if commit:  # these alone: a repository may hold the same weights in other forms as well
+        fetched(source, files=files, revision=commit)
+    held = {tensor: file for file in files for tensor in _held(folder / file, name)}
+    wrong = sorted(tensor for tensor in {*(where or held), *held} if (where or held).get(tensor) != held.get(tensor))
+    if wrong:
+        raise ModelError(f"{folder / INDEX} does not match its files, e.g. at {wrong[0]}; fetch or save {name} again")
+    return Checkpoint(folder, name, commit or weights_revision(folder, None), config, held)
 
 
-def _single(folder: Path, name: str) -> dict[str, str]:
-    if not (folder / WEIGHTS).is_file():
-        raise ModelError(
-            f"{name} has neither {WEIGHTS} nor {INDEX} (pickled weights are not read); save the model again with "
-            "save_pretrained, which writes safetensors"
-        )
-    return dict.fromkeys(_held(folder / WEIGHTS), WEIGHTS)
-
-
-def _index(folder: Path, name: str) -> dict[str, str]:
+def _indexed(folder: Path, name: str) -> dict[str, str]:
+    """Tensor -> file, as the index says; files of the folder alone."""
     where = _read(folder / INDEX).get("weight_map")
     if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
         raise ModelError(f"{folder / INDEX} has no weight_map; fetch or save {name} again")
-    held = {}
     for file in sorted(set(where.values())):
         if Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
             raise ModelError(
                 f"{folder / INDEX} names the file {file!r}; only .safetensors files of its own folder are read"
             )
-        if not (folder / file).is_file():
-            raise ModelError(f"{folder} lacks {file}, which its index names; fetch or save {name} again")
-        held |= dict.fromkeys(_held(folder / file), file)
-    wrong = sorted({tensor for tensor in {*where, *held} if where.get(tensor) != held.get(tensor)})
-    if wrong:
-        raise ModelError(f"{folder / INDEX} does not match its files, e.g. at {wrong[0]}; fetch or save {name} again")
     return where
 
 
-def _held(file: Path) -> list[str]:
+def _held(file: Path, name: str) -> list[str]:
+    """Names of the tensors of a file."""
+    if not file.is_file():
+        raise ModelError(
+            f"{name} has no file {file.name} (pickled weights are not read); fetch it again, or save the model again with "
+            "save_pretrained, which writes safetensors"
+        )
     try:
         with safe_open(file, framework="pt", device="cpu") as f:
             return list(f.keys())
