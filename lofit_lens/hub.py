@@ -74,7 +74,8 @@ def pushed(
     Args:
         folder: that holds the files; folders in it are left out.
         repo_id: `"user/repo"`.
-        private: nobody else may read it. An existing public repository is then refused, and a private one stays private.
+        private: nobody else may read it; an existing public repository is then refused. Without it a new one is as the account's
+            or organisation's default, mostly public, and an existing one stays as it is.
         revision: branch, made if it is not there; None = main.
         message: of the commit.
         token: of a Hugging Face account; None = the one that is logged in.
@@ -100,7 +101,7 @@ def pushed(
     added = [CommitOperationAdd(f.name, f) for f in sorted(Path(folder).iterdir()) if f.is_file()]
     api = HfApi(token=token)
     try:
-        api.create_repo(repo_id, private=private, exist_ok=True)
+        api.create_repo(repo_id, private=private or None, exist_ok=True)
         if private and not api.model_info(repo_id).private:
             raise InputError(
                 f"{repo_id} is there already and is public, so nothing was uploaded; make it private on the hub, or give "
@@ -140,7 +141,8 @@ def _refusal(e: Exception, name: str, revision: str | None, verb: str) -> InputE
     failed = f"cannot {verb} {name}{f' at {revision!r}' if revision else ''}: "
     if isinstance(e, GatedRepoError):
         return InputError(f"{failed}it is gated. Ask for access at {page}, then {LOG_IN}")
-    if isinstance(e, RepositoryNotFoundError):
+    hidden = fetching and status == 401 and "Invalid credentials" not in str(e)  # what a stranger is told of both
+    if isinstance(e, RepositoryNotFoundError) or hidden:
         return InputError(
             f"{failed}{'there is no such local folder, and ' if fetching else ''}the hub has no such repository, or does not "
             f"show it to you. Check the name; if it is private, {LOG_IN}"

@@ -379,7 +379,8 @@ def located_adapter(name: str | Path, revision: str | None = None) -> tuple[Path
     Raises:
         InputError: neither a folder nor a repository that can be reached.
     """
-    if isinstance(name, Path) or not _HUB_ID.fullmatch(name) or Path(name).exists():
+    local = isinstance(name, Path) or not _HUB_ID.fullmatch(name) or Path(name).exists()
+    if local and revision is None:
         return Path(name), ""
     return fetched(name, files=(CONFIG_FILE, WEIGHTS_FILE), revision=revision)
 

@@ -175,7 +175,7 @@ class LoReft(ResidualAdapter):
         layers, d_model, rank = [int(n) for n in record["layers"]], int(record["d_model"]), int(record["rank"])
         n = len(layers)
         shapes = {"R": (n, rank, d_model), "W": (n, rank, d_model), "b": (n, rank)}
-        if "X" in tensors:  # not in the files of early versions
+        if record["lofit_lens_schema"] > 1:  # files of schema 1 hold R alone
             shapes["X"] = (n, d_model, rank)
         check_tensors(tensors, shapes, where)
         made = cls(int(record["n_layers"]), d_model, rank=rank, layers=layers, positions=record["positions"], meta=meta)
