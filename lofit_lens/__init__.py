@@ -47,10 +47,12 @@ from lofit_lens.training import (
 del _organism_tasks
 
 
-_PARTS = ("analysis", "experiments", "plots", "probing", "report")
+_PARTS = ("analysis", "experiments", "plots", "probing", "report", "sharing")
 _LATER = {
     "Grid": "experiments.specs", "compare_methods": "experiments.comparison", "compare_selectors": "experiments.comparison",
-    "fit_probes": "probing", "load_results": "experiments.results", "paper_grid": "experiments.paper",
+    "export_folded": "sharing", "export_iti": "sharing", "export_peft": "sharing", "export_svec": "sharing",
+    "fit_probes": "probing", "import_folded": "sharing", "import_iti": "sharing", "import_lofit": "sharing",
+    "import_svec": "sharing", "load_results": "experiments.results", "paper_grid": "experiments.paper",
     "parameter_counts": "training.counts", "probe_heads": "probing", "read_grid": "experiments.specs",
     "reading_vectors": "probing", "run_grid": "experiments.grid", "tune_method": "experiments.tuning",
 }  # fmt: skip

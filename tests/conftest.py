@@ -26,7 +26,7 @@ transformers.utils.logging.disable_progress_bar()
 logging.getLogger("transformer_lens").setLevel(logging.ERROR)
 
 from lofit_lens.models import fused, hooked_class, load_model  # noqa: E402
-from tests import studies, tiny  # noqa: E402
+from tests import fake_hub, studies, tiny  # noqa: E402
 
 needs_hooked = pytest.mark.skipif(
     hooked_class() is None, reason="this TransformerLens has no HookedTransformer (removed in 4.0)"
@@ -152,6 +152,20 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path / "hub"
+
+
+@pytest.fixture
+def remote(tmp_path, monkeypatch):
+    """A hub that is reached with its user's token, and an empty cache."""
+    with fake_hub.running() as server:
+        for name, value in {
+            "ENDPOINT": server.url, "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_DISABLE_XET": True, "HF_HUB_OFFLINE": False, "HF_HUB_CACHE": str(tmp_path / "cache"),
+            "HF_TOKEN_PATH": str(tmp_path / "no token"),
+        }.items():  # fmt: skip
+            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+        monkeypatch.setenv("HF_TOKEN", fake_hub.TOKEN)
+        yield server
 
 
 @pytest.fixture

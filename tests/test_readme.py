@@ -13,8 +13,8 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_there_are_examples():
-    """A first use, measuring, other methods, head sets, a grid, many runs, a task of one's own."""
-    assert len(BLOCKS) == 7
+    """A first use, measuring, other methods, head sets, a grid, many runs, sharing, a task of one's own."""
+    assert len(BLOCKS) == 8
 
 
 def test_readme_grid_is_one(tmp_path):
@@ -32,7 +32,7 @@ def test_readme_example_runs(block, tmp_path, monkeypatch, capsys):
     """No line is left out, nothing is assumed."""
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "README.md", "exec"), {})
-    if "save_pretrained" in block:
+    if "after = " in block:
         printed = capsys.readouterr().out
         before, after = (float(m) for m in re.findall(r"em (\d\.\d+)", printed))
         assert after > before + 0.5

@@ -19,20 +19,6 @@ FILES = ("adapter_config.json", "adapter_model.safetensors")
 MINE = f"{fake_hub.USER}/truthful"
 
 
-@pytest.fixture
-def remote(tmp_path, monkeypatch):
-    """A hub that is reached with its user's token, and an empty cache."""
-    with fake_hub.running() as server:
-        for name, value in {
-            "ENDPOINT": server.url, "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_DISABLE_XET": True, "HF_HUB_OFFLINE": False, "HF_HUB_CACHE": str(tmp_path / "cache"),
-            "HF_TOKEN_PATH": str(tmp_path / "no token"),
-        }.items():  # fmt: skip
-            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
-        monkeypatch.setenv("HF_TOKEN", fake_hub.TOKEN)
-        yield server
-
-
 def tensors(adapter):
     """All that an adapter stores, on the CPU."""
     return {name: t.detach().cpu() for name, t in adapter._tensors().items()}
@@ -79,6 +65,19 @@ def test_an_upload_is_one_commit(remote, bridge_llama):
     other = random_adapter(bridge_llama, seed=1)
     other.push_to_hub(MINE, revision="first/try")
     assert len(repo.messages) == 3
+
+
+def test_no_path_of_this_machine_goes_out(remote, bridge_llama):
+    """Of a base model in a local folder, files and card say the folder's own name alone; the adapter itself knows the path."""
+    adapter = every_method.made("lofit", bridge_llama)
+    path = adapter.meta.model.name
+    assert Path(path).is_absolute()
+    adapter.push_to_hub(MINE)
+    files = remote.repos[MINE].commits[remote.repos[MINE].branches["main"]]
+    assert not any(path.encode() in data for data in files.values())
+    assert Path(path).name.encode() in files["adapter_config.json"]
+    assert adapter.meta.model.name == path
+    assert ll.load_adapter(MINE, model=bridge_llama).meta.model.revision == adapter.meta.model.revision
 
 
 def test_a_revision_is_a_branch_or_a_commit(remote, bridge_llama):

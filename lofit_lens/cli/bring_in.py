@@ -25,9 +25,11 @@ def bring_in(
     ] = None,
     k: Annotated[int | None, typer.Option("--k", help="Only the first K heads; svec: the K of the best accuracies.")] = None,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="folded: the base model; iti: the model it was made for.")
+        str | None, typer.Option("--model", "-m", help="folded: the base model; iti, svec: the model it was made for.")
     ] = None,
-    revision: c.Revision = None,
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="On the hub: of SOURCE (lofit, folded) or of the model (iti, svec).")
+    ] = None,
     alpha: Annotated[float | None, typer.Option("--alpha", help="iti, svec: strength.")] = None,
     positions: Annotated[str | None, typer.Option("--positions", help="iti, svec: all, answer, last, ...")] = None,
     overwrite: c.Overwrite = False,
@@ -41,7 +43,7 @@ def bring_in(
     from lofit_lens import sharing
     from lofit_lens.cli.tune import read_heads
 
-    form = form or sharing.format_of(source)
+    form = form or sharing.format_of(source, revision=revision)
     if form not in FORMATS:
         raise unknown("format", form, FORMATS)
     if k is not None and heads is None and form != "svec":
@@ -51,15 +53,28 @@ def bring_in(
         made = sharing.import_lofit(source, heads=chosen, revision=revision)
     elif form == "folded":
         made = sharing.import_folded(source, heads=chosen, base=model, revision=revision)
-    elif form == "svec":
-        made = sharing.import_svec(source, heads=k if chosen is None else chosen, alpha=alpha, positions=positions)
     else:
-        if model is None or alpha is None:
+        shape = None if model is None else sharing.outputs_of(sharing.open_checkpoint(model, revision=revision)).shape
+        if form == "svec":
+            some = k if chosen is None else chosen
+            made = sharing.import_svec(source, heads=some, shape=shape, alpha=alpha, positions=positions)
+        elif shape is None or alpha is None:
             raise InputError(
                 "an ITI dictionary says neither its model's shape nor its strength; give --model and --alpha"
             )
-        shape = sharing.outputs_of(sharing.open_checkpoint(model, revision=revision)).shape
-        made = sharing.import_iti(source, shape, alpha=alpha, positions=positions or "answer")
+        else:
+            made = sharing.import_iti(source, shape, alpha=alpha, positions=positions or "answer")
     made.save_pretrained(out, overwrite=overwrite)
     c.console.print(f"[bold]adapter[/bold] {made!r}", soft_wrap=True)
+    residuals = made.meta.config.get("residuals")
+    if residuals:
+        unique = (
+            ""
+            if made.meta.config["unique"]
+            else "; other offsets of these heads would do as well: name fewer (--heads)"
+        )
+        c.console.print(
+            f"what the offsets leave of the biases: {max(residuals.values()):.2g} of them in the worst layer{unique}",
+            soft_wrap=True,
+        )
     c.console.print(f"wrote {out}")

@@ -55,7 +55,7 @@ def export(
     if (out is None) != (hub is not None):
         raise InputError(f"{asked[0]} " + ("writes nothing here; leave --out out" if hub else "needs --out"))
     c.quiet_libraries()
-    from lofit_lens import sharing
+    from lofit_lens import io, sharing
 
     made = c.open_adapter(adapter)
     if hub is not None:
@@ -78,18 +78,23 @@ def export(
             overwrite=overwrite,
             progress=not quiet,
         )
-        verified = found.verified
         was = f" (was {found.was})" if found.was != found.architecture else ""
-        c.console.print(f"{found.architecture}{was}, {len(found.changed)} tensors changed or added")
+        c.console.print(f"{found.architecture}{was}: {len(found.changed)} tensors changed, {len(found.added)} added")
     elif peft:
-        verified = sharing.export_peft(made, out, base=model, revision=revision, overwrite=overwrite).verified
+        sharing.export_peft(made, out, base=model, revision=revision, device=device, overwrite=overwrite)
+    elif svec:
+        kind = (
+            None if model is None else str(sharing.open_checkpoint(model, revision=revision).config.get("model_type"))
+        )
+        sharing.export_svec(made, out, model_type=kind, overwrite=overwrite)
     else:
-        verified = None
-        (sharing.export_svec if svec else sharing.export_iti)(made, out, overwrite=overwrite)
-    if verified is not None:
+        sharing.export_iti(made, out, overwrite=overwrite)
+    if folded or peft:
+        verified = sharing.Verified(**io.read_json(out / sharing.RECORD)["verified"])
         c.console.print(
             f"loaded again and compared on {verified.tokens} tokens ({verified.dtype}): logits within {verified.error:.2g} of "
             f"the hooked model's (the adapter changes them by up to {verified.effect:.2g}); greedy answers "
-            f"{'the same' if verified.same_greedy else 'not all the same'}"
+            f"{'the same' if verified.same_greedy else 'not all the same'}",
+            soft_wrap=True,
         )
     c.console.print(f"wrote {out}")

@@ -288,8 +288,13 @@ class Adapter(nn.Module):
         """
         from lofit_lens.interventions.cards import model_card
 
+        record = self._record()
+        if (
+            record["base_model"] and Path(record["base_model"]["name"]).is_absolute()
+        ):  # a folder here is nobody else's business
+            record["base_model"]["name"] = Path(record["base_model"]["name"]).name
         with tempfile.TemporaryDirectory(prefix="adapter-") as made:
-            write_files(Path(made), self._record(), self._tensors())
+            write_files(Path(made), record, self._tensors())
             io.write_text(Path(made) / "README.md", model_card(self, repo_id=repo_id, licence=licence))
             said = message or f"{self.title} adapter"
             return pushed(made, repo_id, private=private, revision=revision, message=said, token=token)

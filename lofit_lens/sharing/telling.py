@@ -7,8 +7,8 @@ from lofit_lens.sharing.checkpoints import open_checkpoint
 from lofit_lens.sharing.outputs import outputs_of
 
 
-def format_of(source: str | Path) -> str:
-    """`"svec"` or `"iti"` for a file, `"lofit"` or `"folded"` for a checkpoint's folder or hub id.
+def format_of(source: str | Path, *, revision: str | None = None) -> str:
+    """`"svec"` or `"iti"` for a file, `"lofit"` or `"folded"` for a checkpoint's folder or hub id (at `revision`).
 
     Raises:
         DataError: a file of another kind.
@@ -24,7 +24,7 @@ def format_of(source: str | Path) -> str:
                 "file of heads with HeadSet.from_npy (--heads), and leave pickles where they are"
             )
         return known[path.suffix]
-    found = open_checkpoint(source)
+    found = open_checkpoint(source, revision=revision)
     if any(".attn_A." in name for name in found.where):
         return "lofit"
     if any(f"{name}.bias" in found.where for name in outputs_of(found).names):
