@@ -50,6 +50,8 @@ def configs() -> dict[str, tf.PretrainedConfig]:
         "llama-gqa": tf.LlamaConfig(**WIDE, num_key_value_heads=2, head_dim=12),
         "llama-bias": tf.LlamaConfig(**WIDE, num_key_value_heads=4, head_dim=8, attention_bias=True),
         "gemma": tf.GemmaConfig(**WIDE, num_key_value_heads=1, head_dim=16),
+        "gemma2": tf.Gemma2Config(**WIDE, num_key_value_heads=2, head_dim=12, query_pre_attn_scalar=12, sliding_window=16),
+        "gemma3": tf.Gemma3TextConfig(**WIDE, num_key_value_heads=2, head_dim=12, query_pre_attn_scalar=12, sliding_window=16),
         "gpt2": tf.GPT2Config(
             vocab_size=400, n_layer=3, n_head=4, n_embd=32, n_positions=2048, bos_token_id=1, eos_token_id=2, pad_token_id=0
         ),

@@ -1,0 +1,313 @@
+"""An adapter inside a plain Hugging Face checkpoint, which any server loads: exact, and no hook is left.
+
+An edit `z <- s * z + c` of attention's output in front of W_O is the same function as other weights,
+
+    W' = W diag(s)        b' = b + W c        (c through the unscaled W)
+
+computed in float32 and rounded once. LoFiT: s = 1 + A, c = v. The checkpoint is written file by file; files without an edited
+tensor are copied. What was written is loaded with plain transformers and compared with the hooked model; if it differs, it is
+deleted.
+"""
+
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lofit_lens import io
+from lofit_lens.errors import AdapterError, ModelError
+from lofit_lens.hub import COMMIT
+from lofit_lens.interventions import Adapter
+from lofit_lens.models import parse_device, same_weights
+from lofit_lens.sharing.affine import affine
+from lofit_lens.sharing.checkpoints import BESIDE, CONFIG, INDEX, Checkpoint, open_checkpoint
+from lofit_lens.sharing.outputs import Outputs, outputs_of
+from lofit_lens.sharing.slots import IGNORED_BY, Slot, slot_for
+from lofit_lens.sharing.tokenizers import keep_tokenizer
+from lofit_lens.sharing.verify import Verified, check, compared, hooked_reference
+
+logger = logging.getLogger(__name__)
+
+RECORD = "lofit_lens_export.json"
+SCHEMA = 1
+# Code, pickles, and other weights.
+NOT_COPIED = (".py", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".safetensors", ".index.json")
+Makers = Mapping[str, Callable[[], Tensor]]  # tensor -> how it is made
+
+
+@dataclass(frozen=True)
+class FoldedExport:
+    """A checkpoint that was written.
+
+    Attributes:
+        folder: that holds it.
+        architecture: its Hugging Face class.
+        was: the class of the base.
+        verified: how far it is from the hooked model.
+        changed: names of the tensors that carry the edit.
+        added: names of the tensors that the base lacks; those not in `changed` are zero.
+    """
+
+    folder: Path
+    architecture: str
+    was: str
+    verified: Verified
+    changed: tuple[str, ...]
+    added: tuple[str, ...]
+
+
+def folded_weight(weight: Float[Tensor, "d_model z"], scale: Float[Tensor, " z"]) -> Float[Tensor, "d_model z"]:
+    """`W diag(s)`; column j takes entry j of all heads' outputs side by side."""
+    return weight * scale
+
+
+def folded_bias(
+    weight: Float[Tensor, "d_model z"], bias: Float[Tensor, " d_model"] | None, shift: Float[Tensor, " z"]
+) -> Float[Tensor, " d_model"]:
+    """`b + W c`, with the unscaled W; no bias counts as zero."""
+    return weight @ shift if bias is None else bias + weight @ shift
+
+
+def export_folded(
+    adapter: Adapter,
+    folder: str | Path,
+    *,
+    base: str | Path | None = None,
+    revision: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> FoldedExport:
+    """Write a plain Hugging Face checkpoint that computes what the base model does with the adapter attached.
+
+    Tokenizer, generation settings and licence files are copied, code is not. At no time is more in memory than the loaded model
+    and one of the checkpoint's files (of GPT-NeoX, TransformerBridge holds q, k and v twice); nothing is left behind where it
+    fails or is interrupted.
+
+    Args:
+        adapter: LoFiT, ITI at all positions, or an ablation.
+        folder: to write, with `lofit_lens_export.json` beside the weights: what was folded into what, and the comparison.
+        base: folder or hub id of the base model; None = the one that the adapter was made for.
+        revision: hub commit, tag or branch of the base; None = the adapter's, or main.
+        dtype: of the written weights; None = as they are. The comparison runs in it too.
+        device: of the comparison; None = CUDA where available, else the CPU.
+        overwrite: replace an earlier export.
+        progress: show a bar over the files.
+
+    Raises:
+        AdapterError: an edit that is not the same at all positions, one that changes nothing, or one made for another model.
+        ModelError: an architecture without room for the bias, a base that cannot be read, or a checkpoint that differs from the
+            hooked model (and was deleted).
+        InputError: a folder that exists or cannot be written, or no such base.
+    """
+    scale, shift = affine(adapter)
+    if not bool(torch.isfinite(scale).all() and torch.isfinite(shift).all()):
+        raise AdapterError("this adapter holds NaN or infinity; train it again, or load its last good state")
+    if bool((scale == 1).all() and (shift == 0).all()):
+        raise AdapterError("this adapter changes nothing: all its scalings and offsets are zero; train it first")
+    checkpoint = base_of(adapter, base, revision)
+    outputs = outputs_of(checkpoint)
+    _check_fits(adapter, outputs, scale)
+    slot = slot_for(outputs, [layer for layer in range(len(shift)) if bool(shift[layer].any())])
+    deaf = IGNORED_BY.get(slot.config["architectures"][0])
+    if slot.added and deaf:
+        logger.warning("%s: %s", folder, deaf)
+    edits = _edits(outputs, scale, shift)
+    kind = _written_type(outputs, dtype)
+    with io.new_folder(folder, overwrite=overwrite) as made:
+        from_hub = COMMIT.fullmatch(checkpoint.revision or "")
+        reference = hooked_reference(
+            adapter, checkpoint.name, revision=checkpoint.revision if from_hub else None, dtype=kind, device=device
+        )
+        try:
+            _write(made, checkpoint, slot, edits, kind if dtype is not None else None, progress)
+        except (OSError, SafetensorError) as e:
+            raise io.cannot_write(folder, _system_error(e), "choose another folder") from e
+        if slot.config["architectures"] != checkpoint.config["architectures"]:
+            keep_tokenizer(checkpoint.folder, made)
+        verified = check(compared(reference, _plain(made, kind, device)), f"the checkpoint for {folder}")
+        architecture = str(slot.config["architectures"][0])
+        found = FoldedExport(
+            Path(folder),
+            architecture,
+            checkpoint.architecture,
+            verified,
+            tuple(sorted(edits)),
+            tuple(sorted(slot.added)),
+        )
+        io.write_json(made / RECORD, _record(adapter, checkpoint, found))
+    return found
+
+
+def base_of(adapter: Adapter, base: str | Path | None, revision: str | None) -> Checkpoint:
+    """The checkpoint of an adapter's base model, or the one given, if it can be the same model.
+
+    Raises:
+        AdapterError: none is given and the adapter names none, or its weights are known to be others.
+        InputError, ModelError: see `open_checkpoint`.
+    """
+    made_for = adapter.meta.model
+    if base is None:
+        if made_for is None:
+            raise AdapterError("this adapter does not say which model it was made for; give it (base=, --model)")
+        base = made_for.name
+        if revision is None and COMMIT.fullmatch(made_for.revision or ""):
+            revision = made_for.revision
+    checkpoint = open_checkpoint(base, revision=revision)
+    # The names are left out: only revisions that say the model is another one count.
+    if made_for and not same_weights(
+        replace(made_for, name=""), replace(made_for, name="", revision=checkpoint.revision)
+    ):
+        raise AdapterError(
+            f"this adapter was made for {made_for.name} ({made_for.revision}); {checkpoint.name} ({checkpoint.revision}) has "
+            "other weights. Give the model it was made for (base=, revision=)"
+        )
+    return checkpoint
+
+
+def _check_fits(adapter: Adapter, outputs: Outputs, scale: Tensor) -> None:
+    theirs = outputs.shape
+    if theirs != tuple(scale.shape):
+        raise AdapterError(
+            f"this adapter is for {scale.shape[0]} layers of {scale.shape[1]} heads of size {scale.shape[2]}, and "
+            f"{outputs.checkpoint.name} has {theirs[0]} of {theirs[1]} of size {theirs[2]}. Give the model it was made for"
+        )
+    if adapter.meta.model and adapter.meta.model.processed and bool((scale != 1).any()):
+        raise AdapterError(
+            "this adapter scales the z of a model whose weights TransformerLens processed on loading, where z can mean something "
+            "else than in the checkpoint; fit it on the model as load_model loads it"
+        )
+
+
+def _edits(outputs: Outputs, scale: Tensor, shift: Tensor) -> Makers:
+    """How each tensor is made that carries the edit, float32, in the checkpoint's layout."""
+    made: dict[str, Callable[[], Tensor]] = {}
+    for layer, name in enumerate(outputs.names):
+        s, c = scale[layer].flatten(), shift[layer].flatten()
+        if bool((s != 1).any()):
+            made[f"{name}.weight"] = partial(_new_weight, outputs, layer, s)
+        if bool(c.any()):
+            made[f"{name}.bias"] = partial(_new_bias, outputs, layer, c)
+    return made
+
+
+def _new_weight(outputs: Outputs, layer: int, scale: Float[Tensor, " z"]) -> Tensor:
+    return outputs.raw(folded_weight(outputs.weight(layer), scale))
+
+
+def _new_bias(outputs: Outputs, layer: int, shift: Float[Tensor, " z"]) -> Tensor:
+    return folded_bias(outputs.weight(layer), outputs.bias(layer), shift)
+
+
+def _written_type(outputs: Outputs, dtype: str | torch.dtype | None) -> torch.dtype:
+    """The type that the weights will have."""
+    if dtype is not None:
+        return io.torch_dtype(dtype)
+    found = outputs.checkpoint.dtype_of(f"{outputs.names[0]}.weight")
+    if found not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ModelError(
+            f"{outputs.checkpoint.name} holds weights of type {found}; give the type to write (dtype='bfloat16')"
+        )
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------- writing
+
+
+def _write(
+    made: Path, checkpoint: Checkpoint, slot: Slot, edits: Makers, dtype: torch.dtype | None, progress: bool
+) -> None:
+    """All files but the record; one file's tensors are in memory at a time."""
+    where = dict(checkpoint.where)
+    for bias in slot.added:
+        where[bias] = where[bias.removesuffix("bias") + "weight"]
+    for file in tqdm(checkpoint.files, desc="files", disable=not progress):
+        names = sorted(name for name, held in where.items() if held == file)
+        if dtype is None and not any(name in edits or name in slot.added for name in names):
+            shutil.copyfile(checkpoint.folder / file, made / file)
+        else:
+            tensors = {name: _made(name, checkpoint, slot, edits, dtype) for name in names}
+            save_file(tensors, made / file, metadata={"format": "pt"})
+            os.chmod(made / file, io.new_mode())  # safetensors lets only its owner read it
+            del tensors
+    if (checkpoint.folder / INDEX).is_file():
+        size = sum(_payload(made / file) for file in checkpoint.files)
+        io.write_json(made / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))})
+    config = dict(slot.config)
+    if dtype is not None:
+        config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
+    io.write_json(made / CONFIG, config)
+    for path in _beside(checkpoint.folder):
+        shutil.copyfile(path, made / path.name)
+    io.sync(made)
+
+
+def _made(name: str, checkpoint: Checkpoint, slot: Slot, edits: Makers, dtype: torch.dtype | None) -> Tensor:
+    """A tensor as it is written: the edit rounded once, a new bias of zeros, or what the base holds."""
+    if name in checkpoint.where:
+        own = checkpoint.read(name)
+    else:
+        own = torch.zeros(slot.added[name], dtype=checkpoint.dtype_of(name.removesuffix("bias") + "weight"))
+    kind = dtype if dtype is not None and own.is_floating_point() else own.dtype
+    return (edits[name]() if name in edits else own).to(kind).contiguous()
+
+
+def _beside(folder: Path) -> Iterable[Path]:
+    """What belongs to the base beside its weights."""
+    found = {path for pattern in BESIDE for path in folder.glob(pattern) if path.is_file()}
+    return sorted(path for path in found if path.name not in (CONFIG, RECORD) and not path.name.endswith(NOT_COPIED))
+
+
+def _payload(file: Path) -> int:
+    """Bytes of the tensors in a safetensors file: behind its header, whose length comes first."""
+    with file.open("rb") as f:
+        return file.stat().st_size - 8 - int.from_bytes(f.read(8), "little")
+
+
+def _system_error(e: Exception) -> OSError:
+    """safetensors tells what the system said in words alone."""
+    if isinstance(e, OSError):
+        return e
+    number = re.search(r"os error (\d+)", str(e))
+    return OSError(int(number[1]) if number else 0, str(e))
+
+
+def _plain(folder: Path, dtype: torch.dtype, device: str | torch.device | None) -> Any:
+    """What was written, as anybody would load it."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, attn_implementation="eager", local_files_only=True
+        )
+    except Exception as e:
+        raise ModelError(f"transformers cannot load what was written, so it was deleted: {e}") from e
+    return model.to(parse_device(device))
+
+
+def _record(adapter: Adapter, checkpoint: Checkpoint, found: FoldedExport) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="adapter-") as place:
+        saved = io.read_json(adapter.save_pretrained(Path(place) / "adapter") / "adapter_config.json")
+    return {
+        "kind": "folded checkpoint", "schema": SCHEMA,
+        "base": {"name": checkpoint.name, "revision": checkpoint.revision, "architecture": found.was},
+        "architecture": found.architecture,
+        "adapter": {k: saved.get(k) for k in ("method", "digest", "shape", "heads", "task", "data_hash", "seed")}
+        | {"source": adapter.meta.source},
+        "changed": list(found.changed), "added": list(found.added), "verified": found.verified.to_dict(),
+        "versions": io.environment(),
+    }  # fmt: skip

@@ -1,0 +1,45 @@
+"""transformers chooses a tokenizer's class by the model's: beside a model of another class it can read text otherwise."""
+
+from pathlib import Path
+from typing import Any
+
+from lofit_lens import io
+from lofit_lens.errors import ModelError
+
+SETTINGS = "tokenizer_config.json"
+GENERIC = "PreTrainedTokenizerFast"  # does what tokenizer.json says, whatever the model
+TEXTS = (
+    "Q: What is the capital of France? A: Paris", " two  spaces\tand\n\nlines ", "don't 1234567 3.14", "naïve 日本語 😀 ß",
+    "<s>[INST] x </s><|im_start|>user\n", "",
+)  # fmt: skip
+
+
+def keep_tokenizer(base: Path, made: Path) -> None:
+    """See to it that the tokenizer in folder `made`, whose files are those of `base`, reads text as that of `base` does.
+
+    Raises:
+        ModelError: it does not, and naming the generic class in its settings does not help.
+    """
+    wanted = _read(base)
+    if _read(made) == wanted:
+        return
+    if (made / SETTINGS).is_file() and (made / "tokenizer.json").is_file():
+        io.write_json(made / SETTINGS, io.read_json(made / SETTINGS) | {"tokenizer_class": GENERIC})
+        if _read(made) == wanted:
+            return
+    raise ModelError(
+        f"the tokenizer of {base} depends on the model's class: beside a Llama it reads text otherwise, so nothing was written. "
+        "Export the adapter as a PEFT carrier (export_peft), or serve it with lofit_lens"
+    )
+
+
+def _read(folder: Path) -> Any:
+    """Tokens of some texts, with and without what is put around them, and how they are written back."""
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    plain = [tokenizer(text, add_special_tokens=False).input_ids for text in TEXTS]
+    return [
+        plain, [tokenizer(text).input_ids for text in TEXTS], [tokenizer.decode(tokens) for tokens in plain],
+        tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id,
+    ]  # fmt: skip
