@@ -45,10 +45,11 @@ test: test-unit
 test-unit: $(READY)
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-# Files of tests that load no model are left out: they ran in the other leg, and TransformerLens is nothing to them. So are the two
-# longest tests of what the embedded model shows; its weights are the same.
+# Files of tests that load no model, or are about files alone, are left out: they ran in the other leg, and TransformerLens is nothing
+# to them. So are the two longest tests of what the embedded model shows; its weights are the same.
 NO_MODEL := $(addprefix --ignore=tests/test_,$(addsuffix .py,stats overlap layer_shares stability sweeps transfer \
-  plots_statistics report report_browser method_table io specs expand store runner ray kills))
+  plots_statistics report report_browser method_table io specs expand store runner ray kills \
+  corruption sharing_hub iti_dict svec checkpoints))
 
 test-tl4: $(TL4_READY)
 	$(TL4)/bin/python -m pytest -n 2 $(NO_MODEL) -m "not slow"

@@ -11,7 +11,6 @@ projection has no bias (Llama), PEFT adds the carrier but cannot merge it.
 
 import logging
 import warnings
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,12 @@ from lofit_lens.errors import AdapterError, ModelError
 from lofit_lens.hub import COMMIT
 from lofit_lens.interventions import Adapter
 from lofit_lens.interventions.files import WEIGHTS_FILE
-from lofit_lens.models import parse_device
 from lofit_lens.sharing.affine import affine
-from lofit_lens.sharing.checkpoints import Checkpoint
-from lofit_lens.sharing.folded import RECORD, base_of
+from lofit_lens.sharing.folded import base_of
 from lofit_lens.sharing.outputs import Outputs, outputs_of
-from lofit_lens.sharing.verify import Verified, check, compared, hooked_reference
+from lofit_lens.sharing.verify import check, compared, hooked_reference, plain_model, write_record
 
 logger = logging.getLogger(__name__)
-
-SCHEMA = 1
 
 
 def carrier_tensors(
@@ -92,7 +87,7 @@ def export_peft(
     commit = checkpoint.revision if COMMIT.fullmatch(checkpoint.revision or "") else None
     with io.new_folder(folder, overwrite=overwrite) as made:
         reference = hooked_reference(adapter, checkpoint.name, revision=commit, dtype=dtype, device=device)
-        plain = _plain(checkpoint, io.torch_dtype(dtype), device)
+        plain = plain_model(checkpoint.folder, dtype, device)
         modules = _modules(outputs, plain)
         edited = [layer for layer in range(len(modules)) if bool(shift[layer].any())]
         tensors: dict[str, Tensor] = {}
@@ -101,7 +96,7 @@ def export_peft(
         io.save_tensors(made / WEIGHTS_FILE, tensors, {"format": "pt"})
         _write_config(made, [modules[layer] for layer in edited], outputs, commit)
         verified = check(compared(reference, _carried(plain, made)), f"the carrier for {folder}")
-        io.write_json(made / RECORD, _record(adapter, checkpoint, verified))
+        write_record(made, "PEFT carrier", adapter, checkpoint, verified, {})
     logger.info("%s: in PEFT it differs from the hooked model by %.2g in a logit", folder, verified.error)
     return Path(folder)
 
@@ -147,19 +142,6 @@ def _write_config(folder: Path, modules: list[str], outputs: Outputs, commit: st
     config.save_pretrained(str(folder))
 
 
-def _plain(checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.device | None) -> Any:
-    """The base model in plain transformers."""
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder, dtype=dtype, use_safetensors=True, attn_implementation="eager", local_files_only=True
-        )
-    except Exception as e:
-        raise ModelError(f"transformers cannot load {checkpoint.name}: {e}") from e
-    return model.to(parse_device(device))
-
-
 def _carried(plain: Any, folder: Path) -> Any:
     """The base model with the carrier, as anybody would load it."""
     from peft import PeftModel
@@ -170,12 +152,3 @@ def _carried(plain: Any, folder: Path) -> Any:
             return PeftModel.from_pretrained(plain, str(folder))
         except Exception as e:
             raise ModelError(f"PEFT cannot load what was written, so it was deleted: {e}") from e
-
-
-def _record(adapter: Adapter, checkpoint: Checkpoint, verified: Verified) -> dict[str, Any]:
-    return {
-        "kind": "PEFT carrier", "schema": SCHEMA,
-        "base": {"name": checkpoint.name, "revision": checkpoint.revision, "architecture": checkpoint.architecture},
-        "adapter": adapter._record() | {"history": []},
-        "verified": verified.to_dict(), "versions": io.environment() | {"peft": version("peft")},
-    }  # fmt: skip

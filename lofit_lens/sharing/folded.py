@@ -13,12 +13,10 @@ import logging
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -31,18 +29,24 @@ from lofit_lens import io
 from lofit_lens.errors import AdapterError, ModelError
 from lofit_lens.hub import COMMIT
 from lofit_lens.interventions import Adapter
-from lofit_lens.models import parse_device, same_weights
+from lofit_lens.models import same_weights
 from lofit_lens.sharing.affine import affine
 from lofit_lens.sharing.checkpoints import BESIDE, CONFIG, INDEX, Checkpoint, open_checkpoint
 from lofit_lens.sharing.outputs import Outputs, outputs_of
 from lofit_lens.sharing.slots import IGNORED_BY, Slot, slot_for
 from lofit_lens.sharing.tokenizers import keep_tokenizer
-from lofit_lens.sharing.verify import Verified, check, compared, hooked_reference
+from lofit_lens.sharing.verify import (
+    RECORD,
+    Verified,
+    check,
+    compared,
+    hooked_reference,
+    plain_model,
+    write_record,
+)
 
 logger = logging.getLogger(__name__)
 
-RECORD = "lofit_lens_export.json"
-SCHEMA = 1
 # Code, pickles, and other weights.
 NOT_COPIED = (".py", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".safetensors", ".index.json")
 Makers = Mapping[str, Callable[[], Tensor]]  # tensor -> how it is made
@@ -139,7 +143,7 @@ def export_folded(
             raise io.cannot_write(folder, _system_error(e), "choose another folder") from e
         if slot.config["architectures"] != checkpoint.config["architectures"]:
             keep_tokenizer(checkpoint.folder, made)
-        verified = check(compared(reference, _plain(made, kind, device)), f"the checkpoint for {folder}")
+        verified = check(compared(reference, plain_model(made, kind, device)), f"the checkpoint for {folder}")
         architecture = str(slot.config["architectures"][0])
         found = FoldedExport(
             Path(folder),
@@ -149,7 +153,8 @@ def export_folded(
             tuple(sorted(edits)),
             tuple(sorted(slot.added)),
         )
-        io.write_json(made / RECORD, _record(adapter, checkpoint, found))
+        told = {"architecture": architecture, "changed": list(found.changed), "added": list(found.added)}
+        write_record(made, "folded checkpoint", adapter, checkpoint, verified, told)
     return found
 
 
@@ -284,30 +289,3 @@ def _system_error(e: Exception) -> OSError:
         return e
     number = re.search(r"os error (\d+)", str(e))
     return OSError(int(number[1]) if number else 0, str(e))
-
-
-def _plain(folder: Path, dtype: torch.dtype, device: str | torch.device | None) -> Any:
-    """What was written, as anybody would load it."""
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, attn_implementation="eager", local_files_only=True
-        )
-    except Exception as e:
-        raise ModelError(f"transformers cannot load what was written, so it was deleted: {e}") from e
-    return model.to(parse_device(device))
-
-
-def _record(adapter: Adapter, checkpoint: Checkpoint, found: FoldedExport) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory(prefix="adapter-") as place:
-        saved = io.read_json(adapter.save_pretrained(Path(place) / "adapter") / "adapter_config.json")
-    return {
-        "kind": "folded checkpoint", "schema": SCHEMA,
-        "base": {"name": checkpoint.name, "revision": checkpoint.revision, "architecture": found.was},
-        "architecture": found.architecture,
-        "adapter": {k: saved.get(k) for k in ("method", "digest", "shape", "heads", "task", "data_hash", "seed")}
-        | {"source": adapter.meta.source},
-        "changed": list(found.changed), "added": list(found.added), "verified": found.verified.to_dict(),
-        "versions": io.environment(),
-    }  # fmt: skip

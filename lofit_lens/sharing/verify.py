@@ -12,8 +12,9 @@ An export that lacks a part of the edit is off by about the effect of that part,
 import copy
 import gc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ from torch import Tensor
 from lofit_lens import io
 from lofit_lens.errors import ModelError
 from lofit_lens.interventions import Adapter
-from lofit_lens.models import context_length, device_of, load_model, logits_of, model_info
+from lofit_lens.models import context_length, device_of, load_model, logits_of, model_info, parse_device
+from lofit_lens.sharing.checkpoints import Checkpoint
 
+RECORD, SCHEMA = "lofit_lens_export.json", 1
 LENGTHS = (8, 33)  # of the random prompts, in tokens
 ANSWER = 8  # tokens answered to each, greedily
 EXACT = (
@@ -119,6 +122,25 @@ def hooked_reference(
     return Reference(told, effect, str(io.torch_dtype(dtype)).removeprefix("torch."))
 
 
+def plain_model(folder: Path, dtype: str | torch.dtype, device: str | torch.device | None = None) -> Any:
+    """A checkpoint as anybody would load it: by transformers alone, attending eagerly as the hooked model does.
+
+    Raises:
+        InputError: an unknown type or device.
+        ModelError: transformers cannot load it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    kind, where = io.torch_dtype(dtype), parse_device(device)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=kind, use_safetensors=True, attn_implementation="eager", local_files_only=True
+        )
+    except Exception as e:
+        raise ModelError(f"transformers cannot load {folder}: {e}") from e
+    return model.to(where)
+
+
 @torch.no_grad()
 def compared(reference: Reference, model: Any) -> Verified:
     """Run a Hugging Face or PEFT model over the reference's tokens and measure how far it is from it."""
@@ -158,6 +180,18 @@ def check(found: Verified, what: str) -> Verified:
             measured + "The adapter's effect drowns in rounding, so that the export cannot be told from the base"
         )
     raise ModelError(measured + "Report it, with the base model's name and the versions of torch and transformers")
+
+
+def write_record(
+    folder: Path, kind: str, adapter: Adapter, base: Checkpoint, verified: Verified, more: Mapping[str, Any]
+) -> None:
+    """Say beside an export what was put into what, and how far it is from the hooked model."""
+    io.write_json(folder / RECORD, {
+        "kind": kind, "schema": SCHEMA,
+        "base": {"name": base.name, "revision": base.revision, "architecture": base.architecture},
+        "adapter": adapter._record() | {"history": [], "source": adapter.meta.source},
+        **more, "verified": verified.to_dict(), "versions": io.environment() | {"peft": version("peft")},
+    })  # fmt: skip
 
 
 @torch.no_grad()
