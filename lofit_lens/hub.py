@@ -14,6 +14,13 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 LOG_IN = "log in (`hf auth login`), or give a token (token=, or HF_TOKEN in the environment)"
 
 
+def leads_out(path: Path) -> Path | None:
+    """Where a link leads that leaves its folder, else None; links of the hub's cache to its own blobs stay in it."""
+    folder, real = path.parent.resolve(), path.resolve()
+    of_the_hub = folder.parent.name == "snapshots" and real.parent == folder.parents[1] / "blobs"
+    return None if real.parent == folder or of_the_hub else real
+
+
 def fetched(
     name: str | Path, *, files: Sequence[str], revision: str | None = None, token: str | None = None
 ) -> tuple[Path, str]:

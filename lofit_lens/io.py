@@ -277,10 +277,8 @@ def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     path = Path(path)
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists; give another folder, or overwrite it (overwrite=True, --overwrite)")
-    if path.exists() and not (
-        path.is_dir() and (not any(path.iterdir()) or any((path / m).is_file() for m in MARKERS))
-    ):
-        raise InputError(f"{path} was not written by this package, so it is not replaced; give another folder")
+    if path.exists():
+        check_replaceable(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
@@ -298,6 +296,17 @@ def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise
 
 
+def check_replaceable(path: Path) -> None:
+    """Raise InputError unless a folder is empty or one that this package wrote."""
+    if not path.is_dir() or (any(path.iterdir()) and not any(_is_ours(path / m) for m in MARKERS)):
+        raise InputError(f"{path} was not written by this package, so it is not replaced; give another folder")
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether a file is there that only this package writes; an `adapter_config.json` may be PEFT's."""
+    return file.is_file() and (file.name != "adapter_config.json" or b'"lofit_lens_schema"' in file.read_bytes())
+
+
 def replace_folder(new: Path, target: Path) -> None:
     """Put folder `new` in the place of `target`; an old `target` is moved aside first, then removed."""
     if not target.exists():
@@ -306,12 +315,10 @@ def replace_folder(new: Path, target: Path) -> None:
     aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".old"))
     try:
         os.rename(target, aside / target.name)
-        try:
-            os.rename(new, target)
-        except OSError:
+        os.rename(new, target)
+    except BaseException:  # Ctrl-C too
+        if not target.exists() and (aside / target.name).exists():
             os.rename(aside / target.name, target)
-            raise
-    except OSError:
         with contextlib.suppress(OSError):
             aside.rmdir()  # only if it is empty: the old folder is never lost
         raise

@@ -113,7 +113,8 @@ def test_damaged_and_foreign_checkpoints_are_refused(broken, checkpoint, tmp_pat
     folder = shutil.copytree(checkpoint("llama"), tmp_path / "x")
     config = json.loads((folder / CONFIG).read_text())
     for changes, message in (
-        ({"quantization_config": {"bits": 4}}, "quantised"), ({"architectures": None}, "names the architectures None"),
+        ({"quantization_config": {"bits": 4}}, "quantised"),
+        ({"architectures": None, "model_type": "nothing"}, "names the architectures None"),
         ({"architectures": ["MambaForCausalLM"]}, "unknown architecture 'MambaForCausalLM'; allowed: Llama"),
         ({"num_hidden_layers": 4}, r"of the layers \[0, 1, 2\], and its configuration says 4"),
     ):  # fmt: skip
@@ -132,6 +133,58 @@ def test_damaged_and_foreign_checkpoints_are_refused(broken, checkpoint, tmp_pat
         open_checkpoint(folder)
     with pytest.raises(InputError, match="nowhere"):
         open_checkpoint(tmp_path / "nowhere")
+
+
+def test_a_class_that_is_not_named_is_that_of_the_type(checkpoint, tmp_path):
+    """As transformers finds it; load_model reads such a folder too."""
+    folder = shutil.copytree(checkpoint("pythia"), tmp_path / "x")
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({k: x for k, x in config.items() if k != "architectures"}))
+    assert open_checkpoint(folder).architecture == "GPTNeoXForCausalLM"
+    assert open_checkpoint(folder).config == config
+    assert ll.load_model(folder, backend="bridge", device="cpu").cfg.n_layers == 3
+
+
+def test_folders_of_something_else_are_refused(sharded, tmp_path):
+    """An adapter's, a model's with an adapter in it, an empty one, and one with other weights beside its index."""
+    folder = tmp_path / "x"
+    folder.mkdir()
+    with pytest.raises(ModelError, match=r"has no config\.json; give a folder written by"):
+        open_checkpoint(folder)
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"is an adapter's folder .* nothing to import; load_adapter"):
+        open_checkpoint(folder)
+    shutil.copytree(sharded, folder, dirs_exist_ok=True)
+    with pytest.raises(ModelError, match=r"holds an adapter too .*; move it out"):
+        open_checkpoint(folder)
+    (folder / "adapter_config.json").unlink()
+    open_checkpoint(folder)
+    save_file({"lm_head.weight": torch.zeros(400, 32)}, folder / WEIGHTS)
+    with pytest.raises(ModelError, match=r"beside model\.safetensors\.index\.json.*delete the one that is stale"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name", "shape"),
+    [("llama", "model.layers.2.self_attn.o_proj.weight", (32, 24)), ("llama", "model.layers.0.self_attn.o_proj.weight", (32,)),
+     ("gpt2", "transformer.h.1.attn.c_proj.bias", (31,)), ("gpt2", "transformer.h.2.attn.c_proj.bias", (32, 1))],
+)  # fmt: skip
+def test_layers_of_another_shape_are_refused(checkpoint, tmp_path, architecture, name, shape):
+    """Weight or bias, in whatever layer; nothing but headers is read."""
+    folder = shutil.copytree(checkpoint(architecture), tmp_path / "x")
+    save_file(load_file(folder / WEIGHTS) | {name: torch.zeros(shape)}, folder / WEIGHTS)
+    with pytest.raises(ModelError, match=rf"{name} has shape \[{', '.join(map(str, shape))}\]"):
+        outputs_of(open_checkpoint(folder))
+
+
+def test_types_below_32_bits_alone_are_widened(checkpoint, tmp_path):
+    """Double precision stays, half becomes float32."""
+    for dtype, expected in ((torch.float64, torch.float64), (torch.bfloat16, torch.float32)):
+        folder = shutil.copytree(checkpoint("gpt2"), tmp_path / str(dtype))
+        save_file({name: t.to(dtype) for name, t in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS)
+        found = outputs_of(open_checkpoint(folder))
+        assert found.weight(1).dtype == found.bias(1).dtype == expected
+        assert found.d_model == 32
 
 
 def test_an_affine_edit_is_the_hooks_edit(bridge_llama):
@@ -167,7 +220,7 @@ def test_the_form_of_a_source_is_told(checkpoint, tmp_path):
     with pytest.raises(DataError, match="leave pickles where they are"):
         format_of(tmp_path / "a.pt")
     assert format_of(checkpoint("gpt2")) == "folded"
-    with pytest.raises(ModelError, match="nothing to read"):
+    with pytest.raises(ModelError, match=r"nothing to read without the base .*--format folded --model BASE"):
         format_of(checkpoint("llama"))
     folder = shutil.copytree(checkpoint("llama"), tmp_path / "official")
     save_file(load_file(folder / WEIGHTS) | {"model.layers.0.self_attn.attn_A.0": torch.zeros(8)}, folder / WEIGHTS)

@@ -11,8 +11,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from lofit_lens.errors import ModelError
 from lofit_lens.sharing import slots
 from lofit_lens.sharing.slots import as_llama
+from lofit_lens.sharing.tokenizers import keep_tokenizer
 from tests import tiny
-from tests.folding import RELABELLED, config, drawn, fold, quick_collection  # noqa: F401
+from tests.folding import RELABELLED, change_config, config, drawn, fold, quick_collection  # noqa: F401
 
 
 @pytest.mark.parametrize(
@@ -69,6 +70,28 @@ def test_a_class_without_room_is_refused(checkpoint, tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="has no bias in attention's output projection"):
         fold(drawn(checkpoint("mistral")), tmp_path / "out")
     assert not any(tmp_path.iterdir())
+
+
+def test_a_tokenizers_code_is_neither_run_nor_named(checkpoint, tmp_path):
+    """Nobody is asked whether to trust it: refused where nothing else reads it, left out of the copy where something does."""
+    base = shutil.copytree(checkpoint("mistral"), tmp_path / "base")
+    made = shutil.copytree(base, tmp_path / "made")
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    own = {"auto_map": {"AutoTokenizer": ["tokenization_own.Own", "tokenization_own.Own"]}}
+    for folder in (base, made):
+        (folder / "tokenization_own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps(settings | own | {"tokenizer_class": "PreTrainedTokenizerFast"})
+        )
+    keep_tokenizer(base, made)
+    left = json.loads((made / "tokenizer_config.json").read_text())
+    assert "auto_map" not in left
+    assert left["eos_token"] == settings["eos_token"]
+    (base / "tokenizer_config.json").write_text(json.dumps(settings | own | {"tokenizer_class": "Own"}))
+    change_config(base, model_type="own")
+    with pytest.raises(ModelError, match=r"tokenizer in .*base cannot be read, or only with code of its own"):
+        keep_tokenizer(base, made)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_the_tokenizer_stays_when_the_class_changes(checkpoint, tmp_path):

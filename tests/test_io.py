@@ -282,7 +282,10 @@ def test_a_folder_of_others_is_never_replaced(tmp_path):
     with pytest.raises(InputError, match="not written by this package"), io.new_folder(mine, overwrite=True):
         pass
     assert (mine / "thesis.txt").read_text() == "precious"
-    (mine / "adapter_config.json").write_text("{}")
+    (mine / "adapter_config.json").write_text('{"peft_type": "LORA"}')  # PEFT's own
+    with pytest.raises(InputError, match="not written by this package"), io.new_folder(mine, overwrite=True):
+        pass
+    (mine / "adapter_config.json").write_text('{"lofit_lens_schema": 1}')
     with io.new_folder(mine, overwrite=True) as temporary:
         (temporary / "run.json").write_text("{}")
     assert [p.name for p in mine.iterdir()] == ["run.json"]

@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 from lofit_lens import HeadSet, Lofit
 from lofit_lens.errors import AdapterError, InputError, ModelError
 from lofit_lens.models import logits_of
+from lofit_lens.sharing import open_checkpoint, outputs_of
 from lofit_lens.sharing.recover import import_folded, solve_scale, solve_shift
+from tests import tiny
 from tests.adapters import CHOSEN
-from tests.folding import TOKENS, drawn, fold, plain, quick_collection, said  # noqa: F401
+from tests.folding import TOKENS, config, drawn, fold, plain, quick_collection, said  # noqa: F401
 
 NAME = "model.layers.{}.self_attn.o_proj.{}"
 
@@ -97,23 +99,97 @@ def test_without_heads_and_base_the_shortest_offset_is_taken(folded, checkpoint,
     assert with_heads.meta.config["unique"] is True
 
 
-@pytest.mark.parametrize("heads", [["L2H1", "L0H3"], ["L2H1", "L2H0"], ["L2H3", "L0H3", "L1H0"]])
-def test_other_heads_leave_a_residual(folded, caplog, heads):
-    """One head missing, a whole layer missing, a wrong one: the layer that it concerns is told."""
-    base, _, folder = folded("llama")
+def test_a_head_too_few_leaves_a_residual(checkpoint, tmp_path, caplog):
+    """The smaller of two edits of a layer is not asked for: that layer is told, and the other head is left alone."""
+    adapter = drawn(checkpoint("llama"))
+    with torch.no_grad():
+        adapter.A[2, 0] *= 0.2
+        adapter.v[2, 0] *= 0.2
+    folder, heads = fold(adapter, tmp_path / "out").folder, HeadSet(["L2H1", "L0H3"])
     with caplog.at_level(logging.WARNING):
-        found = import_folded(folder, heads=HeadSet(heads), base=base)
+        found = import_folded(folder, heads=heads, base=checkpoint("llama"))
     residuals = found.meta.config["residuals"]
-    wrong = "0" if heads == ["L2H1", "L2H0"] else "2"
-    assert residuals[wrong] > 0.3
-    assert residuals["2" if wrong == "0" else "0"] < 1e-5
-    assert f"in layer {wrong} is not explained" in caplog.text
-    if wrong == "0":
-        assert residuals["0"] == 1.0
-    outside = HeadSet([(n, h) for n in range(3) for h in range(4)]) - HeadSet(heads)
+    assert 0.05 < residuals["2"] < 0.5
+    assert residuals["0"] < 1e-5
+    assert "in layer 2 is not explained" in caplog.text
+    outside = HeadSet([(n, h) for n in range(3) for h in range(4)]) - heads
     assert not any(found.A[h].any() or found.v[h].any() for h in outside)
+
+
+@pytest.mark.parametrize(
+    ("heads", "what"),
+    [(["L2H1", "L2H0"], "no head of layer 0 was asked for"), (["L2H3", "L0H3"], "too much is left in layer 2"),
+     (["L0H0"], "no head of layer 2 was asked for")],
+)  # fmt: skip
+def test_heads_that_explain_little_are_refused(folded, heads, what):
+    """A layer without any of its heads, a wrong head, and neither right: all layers that differ are told."""
+    base, _, folder = folded("llama")
+    with pytest.raises(AdapterError, match=rf"{what}\. Layers that differ.*: 0 \(.*\), 2 \(.*give the heads that were"):
+        import_folded(folder, heads=HeadSet(heads), base=base)
     with pytest.raises(InputError, match="outside this model"):
         import_folded(folder, heads=HeadSet(["L3H0"]), base=base)
+
+
+def test_another_base_is_refused(folded, tmp_path):
+    """Of the same shape: neither scalings nor offsets make one model of another."""
+    _, _, folder = folded("llama")
+    with pytest.raises(AdapterError, match="the base is another model, or more was changed"):
+        import_folded(folder, base=tiny.save(tmp_path / "other", seed=1))
+
+
+def test_scalings_below_the_types_rounding_are_no_reason_to_refuse(checkpoint, tmp_path):
+    """0.2 % in bfloat16 is mostly rounding, which leaves more than half of it; the offsets beside it come back."""
+    adapter = drawn(checkpoint("llama"), A=0.002)
+    folder = fold(adapter, tmp_path / "out", dtype="bfloat16").folder
+    found = import_folded(folder, heads=CHOSEN, base=checkpoint("llama"))
+    assert max(found.meta.config["residuals"].values()) > 0.5
+    assert torch.allclose(found.v, adapter.v, atol=3e-2)
+
+
+@pytest.mark.parametrize(("where", "part"), [("made", "weight"), ("made", "bias"), ("base", "weight")])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_refused(by_hand, checkpoint, tmp_path, where, part, number):
+    """In W', b' or W: the layer, the tensor and its file are named."""
+    name = NAME.format(1, part)
+    made = by_hand(
+        lambda t: t[name].view(-1)[3].fill_(number) if where == "made" else t[NAME.format(1, "bias")].fill_(1)
+    )
+    base = shutil.copytree(checkpoint("llama"), tmp_path / "base")
+    if where == "base":
+        held = load_file(base / "model.safetensors")
+        held[name][0, 0] = number
+        save_file(held, base / "model.safetensors", metadata={"format": "pt"})
+    file = (made if where == "made" else base) / "model.safetensors"
+    with pytest.raises(ModelError, match=rf"{file}: {name} \(layer 1\) holds NaN or infinity"):
+        import_folded(made, base=base)
+
+
+def test_a_base_that_does_not_say_its_vocabulary(folded, tmp_path):
+    """Its embedding has as many rows; without one it is said."""
+    base, adapter, folder = folded("llama")
+    base = shutil.copytree(base, tmp_path / "base")
+    settings = config(base)
+    (base / "config.json").write_text(json.dumps({k: x for k, x in settings.items() if k != "vocab_size"}))
+    assert import_folded(folder, heads=CHOSEN, base=base).meta.model.d_vocab == adapter.meta.model.d_vocab == 400
+    held = load_file(base / "model.safetensors")
+    del held["model.embed_tokens.weight"]
+    save_file(held, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="says no vocab_size"):
+        import_folded(folder, heads=CHOSEN, base=base)
+
+
+def test_double_precision_is_kept(checkpoint, tmp_path):
+    """A base and a fold in float64 differ by less than float32 can tell; both are read as they are."""
+    made = []
+    for name, extra in (("base", 0.0), ("out", 1e-9)):
+        made.append(shutil.copytree(checkpoint("gpt2"), tmp_path / name))
+        held = {n: t.double() for n, t in load_file(made[-1] / "model.safetensors").items()}
+        held["transformer.h.1.attn.c_proj.bias"] += extra
+        save_file(held, made[-1] / "model.safetensors", metadata={"format": "pt"})
+    found = import_folded(made[1], base=made[0])
+    W = outputs_of(open_checkpoint(made[0])).weight(1)
+    assert W.dtype == torch.float64
+    assert torch.allclose(W @ found.v[1].double().flatten(), torch.full((32,), 1e-9, dtype=torch.float64), atol=1e-14)
 
 
 def test_what_the_type_alone_changed_is_no_edit(checkpoint, tmp_path):

@@ -130,6 +130,15 @@ def test_heads_come_from_a_head_file(tmp_path, caplog):
         import_lofit(tmp_path / "c", heads=HeadSet(["L3H0"]))
 
 
+def test_a_head_file_of_another_run_is_refused(tmp_path):
+    """Where it names no head that was tuned; those that were are told."""
+    official(tmp_path / "c")
+    with pytest.raises(
+        ModelError, match=r"none of the heads asked for was tuned, but L0H3, L2H0, L2H1; give the head file"
+    ):
+        import_lofit(tmp_path / "c", heads=HeadSet(["L1H1", "L0H2"]))
+
+
 def test_every_tuned_head_kept_means_no_warning(tmp_path, caplog):
     """Nothing is left out where the heads hold all numbers."""
     official(tmp_path / "c")

@@ -1,8 +1,10 @@
 """AISteer360's steering vectors: bit-equal round trips, what its own rules make of a file, other tools' files, and refusals."""
 
+import dataclasses
 import json
 import logging
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,11 +74,15 @@ def test_a_round_trip_is_bit_equal(tmp_path, make, heads):
 
 
 def test_the_base_model_stays_in_it(bridge_llama, tmp_path):
-    """The adapter that is read knows the model it was made for; its type was read there."""
+    """The adapter that is read knows the model it was made for, a folder by its last name; its type was read there."""
     adapter = random_iti(bridge_llama)
     file = export_svec(adapter, tmp_path / "x.svec")
     assert json.loads(file.read_text())["model_type"] == "llama"
-    assert import_svec(file).meta.model == model_info(bridge_llama)
+    made_for = model_info(bridge_llama)
+    assert Path(made_for.name).is_absolute()
+    assert import_svec(file).meta.model == dataclasses.replace(made_for, name=Path(made_for.name).name)
+    assert str(Path(made_for.name).parent) not in file.read_text()
+    assert "platform" not in json.loads(file.read_text())["meta"]["lofit_lens"]["record"]["versions"]
 
 
 def test_the_file_by_hand(tmp_path):
@@ -194,6 +200,8 @@ def test_their_file_needs_what_it_does_not_say(tmp_path):
     for heads in (0, 9):
         with pytest.raises(InputError, match=f"heads={heads} is not possible: it has 8"):
             import_svec(file, heads=heads, shape=SHAPE)
+    with pytest.raises(InputError, match="heads=True is no number of heads"):
+        import_svec(file, heads=True, shape=SHAPE)
     with pytest.raises(InputError, match="L2H0; its layers are 0, 1"):
         import_svec(file, heads=HeadSet(["L2H0"]), shape=SHAPE)
     with pytest.raises(InputError, match="L1H1 is outside this model"):
@@ -203,6 +211,16 @@ def test_their_file_needs_what_it_does_not_say(tmp_path):
             import_svec(file, heads=3, shape=shape)
     with pytest.raises(InputError, match="L0H4 is outside this model"):
         import_svec(file, heads=HeadSet(["L0H4"]), shape=SHAPE)
+
+
+@pytest.mark.parametrize("change", [{"directions": {"0": [[1.0] * 8] * 4, "3": [[1.0] * 8] * 4}},
+                                    {"probe_accuracies": {"0:1": 0.5, "3:0": 0.4}}])  # fmt: skip
+def test_layers_beyond_the_model_are_refused(tmp_path, change):
+    """Even where no head of theirs is chosen: it is another model's file."""
+    file = write(tmp_path / "x.svec", theirs(**change))
+    with pytest.raises(InputError, match=r"x\.svec: it holds layer 3, and the model has 3 layers"):
+        import_svec(file, heads=HeadSet(["L0H1"]), shape=SHAPE)
+    assert import_svec(file, heads=HeadSet(["L0H1"]), shape=(4, 4, 8)).shape == (4, 4, 8)
 
 
 @pytest.mark.parametrize("given", [{"heads": 3}, {"alpha": 1.0}, {"positions": "all"}])
@@ -282,6 +300,7 @@ CHANGED = {
     "a sigma": lambda r: r["meta"]["lofit_lens"]["tensors"]["sigma"].__setitem__(0, 9.0),
     "a sigma of NaN": lambda r: r["meta"]["lofit_lens"]["tensors"]["sigma"].__setitem__(0, NAN),
     "a sigma too large": lambda r: r["meta"]["lofit_lens"]["tensors"]["sigma"].__setitem__(0, 1e300),
+    "a sigma beyond all floats": lambda r: r["meta"]["lofit_lens"]["tensors"]["sigma"].__setitem__(0, 10**400),
     "a sigma of text": lambda r: r["meta"]["lofit_lens"]["tensors"]["sigma"].__setitem__(0, "x"),
     "no sigma": lambda r: cut(r, "meta", "lofit_lens", "tensors", "sigma"),
     "no tensors": lambda r: cut(r, "meta", "lofit_lens", "tensors"),
@@ -300,8 +319,9 @@ def test_a_file_of_ours_that_was_changed_is_refused(tmp_path, case):
     file = export_svec(small(), tmp_path / "x.svec", model_type="llama")
     record = json.loads(file.read_text())
     CHANGED[case](record)
-    with pytest.raises(DataError, match=r"x\.svec.*(changed since|is damaged|NaN is not)"):
+    with pytest.raises(DataError, match=r"x\.svec.*(changed since|is damaged|NaN is not)") as caught:
         import_svec(write(file, record))
+    assert "svec-" not in str(caught.value)  # the folder that it was read through is gone
 
 
 def test_an_ablation_in_our_record_is_refused(tmp_path):

@@ -211,10 +211,13 @@ def check_new(path: Path, *, overwrite: bool) -> None:
     Raises:
         InputError: the folder exists (and not `overwrite`), or its parent cannot be written to.
     """
+    from lofit_lens import io
     from lofit_lens.errors import InputError
 
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists; give another --out or --overwrite")
+    if path.is_dir():
+        io.check_replaceable(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):

@@ -7,7 +7,6 @@ import re
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
@@ -22,15 +21,15 @@ from lofit_lens.interventions.files import (
     WEIGHTS_FILE,
     check_provenance,
     check_unchanged,
-    read_base_model,
+    public,
     read_config,
     read_tensors,
     write_files,
 )
+from lofit_lens.interventions.provenance import AdapterMeta, Measured, described, meta_of, with_metrics
 from lofit_lens.models import (
     ALL,
     Layout,
-    ModelInfo,
     Positions,
     declared,
     device_of,
@@ -75,42 +74,6 @@ def attached(model: Any, *interventions: Intervention) -> Iterator[None]:
         for one in interventions:
             stack.enter_context(one.attached(model))
         yield
-
-
-@runtime_checkable
-class Measured(Protocol):
-    """What `add_metrics` reads of an evaluation's result; `EvalResult` has it."""
-
-    @property
-    def task(self) -> str: ...
-    @property
-    def split(self) -> str: ...
-    @property
-    def form(self) -> str: ...
-    @property
-    def data_hash(self) -> str: ...
-    @property
-    def metrics(self) -> Mapping[str, Any]: ...
-
-
-@dataclass
-class AdapterMeta:
-    """Where an adapter comes from: base model, task, seed, hyperparameters, versions, training history.
-
-    `metrics` holds what was measured with it, one record a metric (see `Adapter.add_metrics`); `source` the place on the hub that
-    it was read from, `"user/repo@commit"`.
-    """
-
-    model: ModelInfo | None = None
-    task: str = ""
-    data_hash: str = ""
-    seed: int | None = None
-    config: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
-    history: list[dict[str, float]] = field(default_factory=list)
-    n_train: int | None = None
-    metrics: list[dict[str, Any]] = field(default_factory=list)
-    source: str = ""
 
 
 class Adapter(nn.Module):
@@ -239,7 +202,12 @@ class Adapter(nn.Module):
         """Keep what an evaluation with this adapter found (an `EvalResult`), for its files and its card on the hub.
 
         An earlier result of the same task, split and form is replaced.
+
+        Raises:
+            InputError: it was measured on other weights than those the adapter was made for.
         """
+        self.meta.metrics = with_metrics(self.meta, result)
+
         of = {"task": result.task, "split": result.split, "form": result.form}
         kept = [m for m in self.meta.metrics if {k: m[k] for k in of} != of]
         self.meta.metrics = kept + [
@@ -288,14 +256,11 @@ class Adapter(nn.Module):
         """
         from lofit_lens.interventions.cards import model_card
 
-        record = self._record()
-        if (
-            record["base_model"] and Path(record["base_model"]["name"]).is_absolute()
-        ):  # a folder here is nobody else's business
-            record["base_model"]["name"] = Path(record["base_model"]["name"]).name
+        record, shown = public(self._record()), copy.copy(self)
+        shown.meta = meta_of(record)
         with tempfile.TemporaryDirectory(prefix="adapter-") as made:
             write_files(Path(made), record, self._tensors())
-            io.write_text(Path(made) / "README.md", model_card(self, repo_id=repo_id, licence=licence))
+            io.write_text(Path(made) / "README.md", model_card(shown, repo_id=repo_id, licence=licence))
             said = message or f"{self.title} adapter"
             return pushed(made, repo_id, private=private, revision=revision, message=said, token=token)
 
@@ -338,12 +303,7 @@ class Adapter(nn.Module):
         tensors = read_tensors(folder)
         try:
             check_provenance(record)
-            meta = AdapterMeta(
-                read_base_model(record), record["task"], record["data_hash"], record["seed"], record["config"],
-                record["versions"], record["history"], record["n_train"],
-                record["metrics"] if record["lofit_lens_schema"] > 1 else [], source,
-            )  # fmt: skip
-            made = cls._made_from(record, tensors, meta, folder)
+            made = cls._made_from(record, tensors, meta_of(record, source), folder)
             if record["positions"] != str(made.positions):
                 raise ValueError(f"positions {record['positions']!r}; {cls.title} acts at {made.positions}")
         except AdapterError:
@@ -362,7 +322,7 @@ class Adapter(nn.Module):
         made_for, info = self.meta.model, model_info(model)
         if strict and made_for and not same_weights(made_for, info):
             raise AdapterError(
-                f"this adapter was made for {_described(made_for)}, and the model is {_described(info)}: other weights. Load the "
+                f"this adapter was made for {described(made_for)}, and the model is {described(info)}: other weights. Load the "
                 "model it was made for, or use it there on purpose: strict=False (--other-model)"
             )
 
@@ -388,10 +348,6 @@ def located_adapter(name: str | Path, revision: str | None = None) -> tuple[Path
     if local and revision is None:
         return Path(name), ""
     return fetched(name, files=(CONFIG_FILE, WEIGHTS_FILE), revision=revision)
-
-
-def _described(model: ModelInfo) -> str:
-    return f"{model.name} ({model.revision})" if model.revision else model.name
 
 
 # Adapters that are attached now. Kept outside the module: an attribute would make the model its sub-module.

@@ -81,7 +81,7 @@ def _on_hub(base: ModelInfo) -> bool:
     """Whether a base model's name is that of a repository, as far as its record tells."""
     if base.revision is not None:
         return bool(COMMIT.fullmatch(base.revision))
-    return bool(re.fullmatch(r"[\w\-][\w.\-]*/[\w\-][\w.\-]*", base.name))
+    return bool(re.fullmatch(r"[\w\-][\w.\-]*/[\w\-][\w.\-]*", base.name)) and not Path(base.name).exists()
 
 
 def _short(name: str) -> str:
@@ -212,7 +212,7 @@ def _base_limits(base: ModelInfo | None) -> Iterator[str]:
         yield "The base model's revision was not recorded, so that loading cannot check it."
     if base is not None and base.name == "organism":
         yield "The base model is the small one that lofit_lens brings along."
-    elif base is not None and not _on_hub(base):
+    elif base is not None and (base.revision or "").startswith("sha256:"):
         yield "The base model was read from a local folder, known by its weights' checksum alone: give your own path to it."
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lofit_lens import io
 from lofit_lens.errors import AdapterError, DataError
+from lofit_lens.hub import COMMIT, leads_out
 from lofit_lens.models import ModelInfo
 
 SCHEMA = 2
@@ -84,7 +85,7 @@ def check_unchanged(folder: Path, record: Mapping[str, Any]) -> None:
     """Raise AdapterError unless the record and the tensors' file are as they were written; done last, behind clearer messages."""
     if record["lofit_lens_schema"] == 1:
         return
-    if record.get("digest") != _digest(record):
+    if not isinstance(record.get("digest"), str) or record["digest"] != _digest(record):
         raise AdapterError(
             f"{folder / CONFIG_FILE} is damaged or was changed after it was written (its checksum does not match); fetch it "
             "again, or change the adapter in Python and save it anew"
@@ -94,6 +95,30 @@ def check_unchanged(folder: Path, record: Mapping[str, Any]) -> None:
             f"{folder / WEIGHTS_FILE} is damaged, or belongs to another {CONFIG_FILE} (its checksum does not match); fetch both "
             "again"
         )
+
+
+def public(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a record for others' eyes: of folders on this machine their own names alone, and not what machine it is."""
+    found = _without_paths(record)
+    base = found.get("base_model")
+    if (
+        base
+        and not COMMIT.fullmatch(base["revision"] or "")
+        and (base["revision"] or Path(record["base_model"]["name"]).exists())
+    ):
+        base["name"] = Path(base["name"]).name
+    found["versions"] = {name: version for name, version in found["versions"].items() if name != "platform"}
+    return found
+
+
+def _without_paths(value: Any) -> Any:
+    """JSON with the last part alone of every text that is a path."""
+    if isinstance(value, Mapping):
+        return {k: _without_paths(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_paths(v) for v in value]
+    is_path = isinstance(value, str) and value.startswith(("/", "~", "./", "../")) and "\n" not in value
+    return Path(value).name if is_path else value
 
 
 def read_base_model(record: Mapping[str, Any]) -> ModelInfo | None:
@@ -142,8 +167,6 @@ def _digest(record: Mapping[str, Any]) -> str | None:
 
 
 def _check_inside(path: Path) -> None:
-    """Refuse a link that leads out of its folder; the hub's cache, where files are links to its own blobs, is left alone."""
-    folder, real = path.parent.resolve(), path.resolve()
-    of_the_hub = folder.parent.name == "snapshots" and real.parent == folder.parents[1] / "blobs"
-    if real.parent != folder and not of_the_hub:
+    real = leads_out(path)
+    if real is not None:
         raise AdapterError(f"{path} is a link to {real}, outside its folder; copy the file itself there")

@@ -24,7 +24,7 @@ from lofit_lens.hub import COMMIT
 from lofit_lens.interventions import Adapter
 from lofit_lens.interventions.files import WEIGHTS_FILE
 from lofit_lens.sharing.affine import affine
-from lofit_lens.sharing.folded import base_of
+from lofit_lens.sharing.folded import base_of, check_apart
 from lofit_lens.sharing.outputs import Outputs, outputs_of
 from lofit_lens.sharing.verify import check, compared, hooked_reference, plain_model, write_record
 
@@ -52,6 +52,7 @@ def export_peft(
     revision: str | None = None,
     dtype: str | torch.dtype = "float32",
     device: str | torch.device | None = None,
+    strict: bool = True,
     overwrite: bool = False,
 ) -> Path:
     """Write a LoRA adapter for PEFT that does what an adapter of offsets does, and compare both on the base model.
@@ -67,6 +68,7 @@ def export_peft(
         dtype: that the comparison runs in; the carrier is float32 in any case. A half-precision type takes half the memory, and
             proves less.
         device: of the comparison; None = CUDA where available, else the CPU.
+        strict: refuse a base with other weights than those the adapter was made for.
         overwrite: replace an earlier export.
 
     Raises:
@@ -77,7 +79,8 @@ def export_peft(
         InputError: a folder that exists or cannot be written, or no such base.
     """
     shift = _offsets(adapter)
-    checkpoint = base_of(adapter, base, revision)
+    checkpoint = base_of(adapter, base, revision, strict=strict)
+    check_apart(folder, checkpoint)
     outputs = outputs_of(checkpoint)
     if outputs.shape != tuple(shift.shape):
         raise AdapterError(
@@ -136,7 +139,7 @@ def _write_config(folder: Path, modules: list[str], outputs: Outputs, commit: st
     config = LoraConfig(
         r=1, lora_alpha=1, lora_dropout=0.0, target_modules=modules, lora_bias=True, bias="none",
         fan_in_fan_out=outputs.transposed, task_type="CAUSAL_LM", inference_mode=True,
-        base_model_name_or_path=outputs.checkpoint.name, revision=commit,
+        base_model_name_or_path=outputs.checkpoint.name if commit else str(outputs.checkpoint.folder), revision=commit,
     )  # fmt: skip
     config.target_modules = sorted(modules)  # a set's order is another one in every process
     config.save_pretrained(str(folder))

@@ -15,6 +15,7 @@ from lofit_lens.hub import fetched
 from lofit_lens.models import located, weights_revision
 
 INDEX, WEIGHTS, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
+ADAPTER = "adapter_config.json"  # of an adapter, of whatever tool
 # What a plain checkpoint consists of, beside its weights; code and pickles are left where they are.
 BESIDE = (
     "*.json", "*.jinja", "*.model", "*.txt", "tokenizer*", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
@@ -29,7 +30,7 @@ class Checkpoint:
         folder: that holds its files.
         name: as given: a folder, a hub id, or `"organism"`.
         revision: the hub's commit, or a checksum of a local folder's weights.
-        config: `config.json` as it stands.
+        config: `config.json` as it stands, but for `architectures`: where it names none, the class of its `model_type`.
         where: tensor -> name of its file.
     """
 
@@ -105,12 +106,13 @@ def open_checkpoint(name_or_path: str | Path, *, revision: str | None = None) ->
 
     Raises:
         InputError: no such folder and no such model on the hub.
-        ModelError: no safetensors (pickles are never opened), quantised weights, an index that does not match its files or
-            names one outside the folder, or a damaged file.
+        ModelError: no configuration or no safetensors (pickles are never opened), an adapter's folder or an adapter in it,
+            quantised weights, an index that does not match its files, names one outside the folder or lies beside other weights,
+            or a damaged file.
     """
     source, name = located(name_or_path)
     folder, came_from = fetched(source, files=BESIDE, revision=revision)
-    config = _read(folder / CONFIG)
+    config = _configuration(folder, name)
     if config.get("quantization_config"):
         raise ModelError(
             f"{name} holds quantised weights, into which nothing can be folded exactly; take the model in its full precision"
@@ -127,8 +129,34 @@ def open_checkpoint(name_or_path: str | Path, *, revision: str | None = None) ->
     return Checkpoint(folder, name, commit or weights_revision(folder, None), config, held)
 
 
+def _configuration(folder: Path, name: str) -> dict[str, Any]:
+    """`config.json` of a folder that holds a model and nothing else, with its class."""
+    if not (folder / CONFIG).is_file():
+        if (folder / ADAPTER).is_file():
+            raise ModelError(
+                f"{name} is an adapter's folder and no model: there is nothing to import; load_adapter reads one of lofit_lens"
+            )
+        raise ModelError(f"{name} has no {CONFIG}; give a folder written by Hugging Face's save_pretrained")
+    if (folder / ADAPTER).is_file():
+        raise ModelError(
+            f"{name} holds an adapter too ({ADAPTER}), which transformers would load along with the model; move it out"
+        )
+    config = _read(folder / CONFIG)
+    if not config.get("architectures"):
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config.get("model_type")))
+        if isinstance(kind, str):
+            config["architectures"] = [kind]
+    return config
+
+
 def _indexed(folder: Path, name: str) -> dict[str, str]:
     """Tensor -> file, as the index says; files of the folder alone."""
+    if (folder / WEIGHTS).exists():
+        raise ModelError(
+            f"{folder} holds {WEIGHTS} beside {INDEX}, and transformers would read the first alone; delete the one that is stale"
+        )
     where = _read(folder / INDEX).get("weight_map")
     if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
         raise ModelError(f"{folder / INDEX} has no weight_map; fetch or save {name} again")

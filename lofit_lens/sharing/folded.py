@@ -26,17 +26,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lofit_lens import io
-from lofit_lens.errors import AdapterError, ModelError
-from lofit_lens.hub import COMMIT
+from lofit_lens.errors import AdapterError, InputError, ModelError
+from lofit_lens.hub import COMMIT, leads_out
 from lofit_lens.interventions import Adapter
 from lofit_lens.models import same_weights
 from lofit_lens.sharing.affine import affine
-from lofit_lens.sharing.checkpoints import BESIDE, CONFIG, INDEX, Checkpoint, open_checkpoint
+from lofit_lens.sharing.checkpoints import CONFIG, INDEX, Checkpoint, open_checkpoint
 from lofit_lens.sharing.outputs import Outputs, outputs_of
 from lofit_lens.sharing.slots import IGNORED_BY, Slot, slot_for
 from lofit_lens.sharing.tokenizers import keep_tokenizer
 from lofit_lens.sharing.verify import (
-    RECORD,
     Verified,
     check,
     compared,
@@ -47,8 +46,13 @@ from lofit_lens.sharing.verify import (
 
 logger = logging.getLogger(__name__)
 
-# Code, pickles, and other weights.
-NOT_COPIED = (".py", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".safetensors", ".index.json")
+# Files that are copied: the tokenizer's, settings that transformers read, and licences.
+COPIED = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json",
+    "chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json", "LICENSE*", "LICENCE*",
+    "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
 Makers = Mapping[str, Callable[[], Tensor]]  # tensor -> how it is made
 
 
@@ -93,6 +97,7 @@ def export_folded(
     revision: str | None = None,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
+    strict: bool = True,
     overwrite: bool = False,
     progress: bool = True,
 ) -> FoldedExport:
@@ -109,6 +114,7 @@ def export_folded(
         revision: hub commit, tag or branch of the base; None = the adapter's, or main.
         dtype: of the written weights; None = as they are. The comparison runs in it too.
         device: of the comparison; None = CUDA where available, else the CPU.
+        strict: refuse a base with other weights than those the adapter was made for.
         overwrite: replace an earlier export.
         progress: show a bar over the files.
 
@@ -123,7 +129,8 @@ def export_folded(
         raise AdapterError("this adapter holds NaN or infinity; train it again, or load its last good state")
     if bool((scale == 1).all() and (shift == 0).all()):
         raise AdapterError("this adapter changes nothing: all its scalings and offsets are zero; train it first")
-    checkpoint = base_of(adapter, base, revision)
+    checkpoint = base_of(adapter, base, revision, strict=strict)
+    check_apart(folder, checkpoint)
     outputs = outputs_of(checkpoint)
     _check_fits(adapter, outputs, scale)
     slot = slot_for(outputs, [layer for layer in range(len(shift)) if bool(shift[layer].any())])
@@ -144,6 +151,7 @@ def export_folded(
         if slot.config["architectures"] != checkpoint.config["architectures"]:
             keep_tokenizer(checkpoint.folder, made)
         verified = check(compared(reference, plain_model(made, kind, device)), f"the checkpoint for {folder}")
+        _check_written(made, outputs, scale, shift, kind)
         architecture = str(slot.config["architectures"][0])
         found = FoldedExport(
             Path(folder),
@@ -158,8 +166,8 @@ def export_folded(
     return found
 
 
-def base_of(adapter: Adapter, base: str | Path | None, revision: str | None) -> Checkpoint:
-    """The checkpoint of an adapter's base model, or the one given, if it can be the same model.
+def base_of(adapter: Adapter, base: str | Path | None, revision: str | None, *, strict: bool = True) -> Checkpoint:
+    """The checkpoint of an adapter's base model, or the one given; with `strict`, if it can be the same model.
 
     Raises:
         AdapterError: none is given and the adapter names none, or its weights are known to be others.
@@ -170,18 +178,32 @@ def base_of(adapter: Adapter, base: str | Path | None, revision: str | None) -> 
         if made_for is None:
             raise AdapterError("this adapter does not say which model it was made for; give it (base=, --model)")
         base = made_for.name
-        if revision is None and COMMIT.fullmatch(made_for.revision or ""):
-            revision = made_for.revision
+    if revision is None and made_for and made_for.name == str(base) and COMMIT.fullmatch(made_for.revision or ""):
+        revision = made_for.revision
     checkpoint = open_checkpoint(base, revision=revision)
     # The names are left out: only revisions that say the model is another one count.
-    if made_for and not same_weights(
-        replace(made_for, name=""), replace(made_for, name="", revision=checkpoint.revision)
+    if (
+        strict
+        and made_for
+        and not same_weights(replace(made_for, name=""), replace(made_for, name="", revision=checkpoint.revision))
     ):
         raise AdapterError(
             f"this adapter was made for {made_for.name} ({made_for.revision}); {checkpoint.name} ({checkpoint.revision}) has "
-            "other weights. Give the model it was made for (base=, revision=)"
+            "other weights. Give the model it was made for (base=, revision=), or, if this is another revision or a copy of it, take "
+            "it on purpose: strict=False (--other-model)"
+        )
+    if any(".attn_A." in name for name in checkpoint.where):
+        raise ModelError(
+            f"{checkpoint.name} holds attn_A and attn_v of the official code, which plain transformers do not know; take the "
+            "model it was tuned from"
         )
     return checkpoint
+
+
+def check_apart(folder: str | Path, checkpoint: Checkpoint) -> None:
+    """Raise InputError where an export would replace what it is made from."""
+    if Path(folder).resolve() == checkpoint.folder.resolve():
+        raise InputError(f"{folder} is the base model itself, which would be lost; give another folder")
 
 
 def _check_fits(adapter: Adapter, outputs: Outputs, scale: Tensor) -> None:
@@ -222,7 +244,8 @@ def _written_type(outputs: Outputs, dtype: str | torch.dtype | None) -> torch.dt
     """The type that the weights will have."""
     if dtype is not None:
         return io.torch_dtype(dtype)
-    found = outputs.checkpoint.dtype_of(f"{outputs.names[0]}.weight")
+    kinds = [outputs.checkpoint.dtype_of(f"{name}.weight") for name in outputs.names]
+    found = min(kinds, key=lambda kind: kind.itemsize)  # the comparison has to allow for the coarsest
     if found not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ModelError(
             f"{outputs.checkpoint.name} holds weights of type {found}; give the type to write (dtype='bfloat16')"
@@ -273,8 +296,39 @@ def _made(name: str, checkpoint: Checkpoint, slot: Slot, edits: Makers, dtype: t
 
 def _beside(folder: Path) -> Iterable[Path]:
     """What belongs to the base beside its weights."""
-    found = {path for pattern in BESIDE for path in folder.glob(pattern) if path.is_file()}
-    return sorted(path for path in found if path.name not in (CONFIG, RECORD) and not path.name.endswith(NOT_COPIED))
+    found = {path for pattern in COPIED for path in folder.glob(pattern) if path.is_file()}
+    return sorted(path for path in found if leads_out(path) is None)
+
+
+def _check_written(made: Path, outputs: Outputs, scale: Tensor, shift: Tensor, kind: torch.dtype) -> None:
+    """Read W' and b' of all layers again and compare them with the edit, made anew head by head in float64.
+
+    One rounding to `kind` is allowed. A comparison of logits alone would not see one head's part in half precision.
+    """
+    written = outputs_of(open_checkpoint(made))
+    rounding, smallest = torch.finfo(kind).eps, torch.finfo(kind).smallest_normal
+    d_head = scale.shape[2]
+    for layer, name in enumerate(outputs.names):
+        weight, bias = outputs.weight(layer).double(), outputs.bias(layer)
+        size = weight.new_zeros(len(weight))
+        new_weight, new_bias = torch.empty_like(weight), size if bias is None else bias.double()
+        for head in range(scale.shape[1]):
+            own = slice(head * d_head, (head + 1) * d_head)
+            s, c = scale[layer, head].double(), shift[layer, head].double()
+            new_weight[:, own] = weight[:, own] * s
+            new_bias = new_bias + weight[:, own] @ c
+            size = size + weight[:, own].abs() @ c.abs()
+        found = written.bias(layer)
+        found_bias = torch.zeros_like(new_bias) if found is None else found.double()
+        allowed = rounding * new_weight.abs() + smallest, rounding * new_bias.abs() + 1e-6 * size + smallest
+        off = (
+            (written.weight(layer).double() - new_weight).abs() - allowed[0],
+            (found_bias - new_bias).abs() - allowed[1],
+        )
+        if not all(bool((one <= 0).all()) for one in off):
+            raise ModelError(
+                f"{name} was not written as the edit makes it, so the export was deleted; try again, and report it if it stays so"
+            )
 
 
 def _payload(file: Path) -> int:

@@ -58,15 +58,20 @@ class Outputs:
             )
         return len(self.names), n_heads, width // n_heads
 
+    @property
+    def d_model(self) -> int:
+        """Size of the projection's output."""
+        return self.checkpoint.shape(f"{self.names[0]}.weight")[1 if self.transposed else 0]
+
     def weight(self, layer: int) -> Float[Tensor, "d_model z"]:
-        """W_O of a layer, float32, `[d_model, n_heads * d_head]`: it is multiplied with z from the left."""
-        found = self.checkpoint.read(f"{self.names[layer]}.weight").float()
+        """W_O of a layer, `[d_model, n_heads * d_head]`: it is multiplied with z from the left. Float32, or float64 as stored."""
+        found = _wide(self.checkpoint.read(f"{self.names[layer]}.weight"))
         return found.T if self.transposed else found
 
     def bias(self, layer: int) -> Float[Tensor, " d_model"] | None:
-        """b_O of a layer, float32; None where the checkpoint holds none."""
+        """b_O of a layer, float32 or float64 as stored; None where the checkpoint holds none."""
         name = f"{self.names[layer]}.bias"
-        return self.checkpoint.read(name).float() if name in self.checkpoint.where else None
+        return _wide(self.checkpoint.read(name)) if name in self.checkpoint.where else None
 
     def raw(self, weight: Float[Tensor, "d_model z"]) -> Tensor:
         """A weight as the checkpoint stores it."""
@@ -77,7 +82,7 @@ def outputs_of(checkpoint: Checkpoint) -> Outputs:
     """Find the output projection of every layer.
 
     Raises:
-        ModelError: an architecture that is not known here, or a layer without an output projection.
+        ModelError: an architecture that is not known here, a layer without an output projection, or layers of several shapes.
     """
     architecture = checkpoint.architecture
     if architecture not in _IN_LAYER:
@@ -93,4 +98,28 @@ def outputs_of(checkpoint: Checkpoint) -> Outputs:
             f"{checkpoint.name} holds output projections (*.{module}) of the layers {sorted(names)}, and its configuration says "
             f"{n_layers} layers; fetch or save it again"
         )
-    return Outputs(checkpoint, tuple(names[i] for i in range(len(names))), architecture in _TRANSPOSED)
+    found = Outputs(checkpoint, tuple(names[i] for i in range(len(names))), architecture in _TRANSPOSED)
+    _check_shapes(found)
+    return found
+
+
+def _check_shapes(found: Outputs) -> None:
+    """Every layer has to have the first one's shape; the files' headers say."""
+    checkpoint, first = found.checkpoint, f"{found.names[0]}.weight"
+    expected = {"weight": checkpoint.shape(first)}
+    if len(expected["weight"]) != 2 or 0 in expected["weight"]:
+        raise ModelError(f"{checkpoint.name}: {first} has shape {list(expected['weight'])}, and is no matrix")
+    expected["bias"] = (found.d_model,)
+    for name in found.names:
+        for part, shape in expected.items():
+            tensor = f"{name}.{part}"
+            if tensor in checkpoint.where and checkpoint.shape(tensor) != shape:
+                raise ModelError(
+                    f"{checkpoint.name}: {tensor} has shape {list(checkpoint.shape(tensor))}, and {list(shape)} is what fits "
+                    f"{first}; fetch or save it again"
+                )
+
+
+def _wide(values: Tensor) -> Tensor:
+    """Float32 where it was less, as it is otherwise."""
+    return values if values.is_floating_point() and values.itemsize >= 4 else values.float()

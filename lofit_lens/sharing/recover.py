@@ -8,6 +8,7 @@ heads) than its rank; then the shortest is taken, which has the same effect. Wit
 """
 
 import logging
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,12 +22,14 @@ from lofit_lens.heads import HeadSet
 from lofit_lens.interventions import Lofit
 from lofit_lens.interventions.base import AdapterMeta
 from lofit_lens.models import ModelInfo
-from lofit_lens.sharing.checkpoints import open_checkpoint
+from lofit_lens.sharing.checkpoints import Checkpoint, open_checkpoint
 from lofit_lens.sharing.outputs import Outputs, outputs_of
 
 logger = logging.getLogger(__name__)
 
-SUSPICIOUS = 0.05  # relative residual above which a warning is logged; rounding to bfloat16 stays below
+SUSPICIOUS = 0.05  # relative residual above which a warning is logged; rounding to bfloat16 mostly stays below
+REFUSED = 0.5  # the same, of what no rounding explains: nothing is returned
+EMBEDDING = re.compile(r"(?:.*\.)?(?:embed_tokens|embed_in|wte)\.weight")
 
 
 class Solved(NamedTuple):
@@ -34,6 +37,26 @@ class Solved(NamedTuple):
 
     shift: Float[Tensor, " z"]
     residual: float
+    unique: bool
+
+
+class Difference(NamedTuple):
+    """W, W' and b' - b of a layer, float64, and how far rounding to the type of the weights may have moved W' and b'."""
+
+    weight: Float[Tensor, "d_model z"]
+    scaled: Float[Tensor, "d_model z"]
+    bias: Float[Tensor, " d_model"]
+    moved_scaled: Float[Tensor, "d_model z"]
+    moved_bias: Float[Tensor, " d_model"]
+
+
+class Explained(NamedTuple):
+    """A and v of a layer, `[n_heads, d_head]`; the share that they leave, and that beyond rounding; whether v is the only one."""
+
+    A: Float[Tensor, "n_heads d_head"]
+    v: Float[Tensor, "n_heads d_head"]
+    residual: float
+    beyond: float
     unique: bool
 
 
@@ -72,13 +95,15 @@ def import_folded(
 
     Returns:
         The adapter, for the base model. `meta.config["residuals"]`: for each layer that differs, the share of `b' - b` or of
-        `W' - W` (the larger) that is not explained; well above the rounding of the weights' type, other heads were edited, or
-        more than biases and scalings. `meta.config["unique"]`: whether no other v over these heads does the same.
+        `W' - W` (the larger) that is not explained; well above the rounding of the weights' type, another head was edited as
+        well, or more than biases and scalings. `meta.config["unique"]`: whether no other v over these heads does the same.
 
     Raises:
         InputError: a head outside the model, or no such checkpoint.
-        ModelError: an architecture that is not known, two models of different shapes, or biases that may be the model's own.
-        AdapterError: nothing was folded into it.
+        ModelError: an architecture that is not known, two models of different shapes, biases that may be the model's own, or
+            weights that are not finite.
+        AdapterError: nothing was folded into it, or something else: a layer differs without one of `heads`, or more than half of
+            how it differs is not explained, rounding aside.
     """
     new = outputs_of(open_checkpoint(checkpoint, revision=revision))
     old = None if base is None else outputs_of(open_checkpoint(base, revision=base_revision))
@@ -90,14 +115,17 @@ def import_folded(
     if heads is not None:
         heads.check(shape[:2])
     A, v = torch.zeros(shape), torch.zeros(shape)
-    residuals, unique = {}, True
+    explained: dict[int, Explained] = {}
     for layer in range(shape[0]):
-        weight, scaled, bias = _differences(new, old, layer)
-        if torch.equal(weight, scaled) and not bool(bias.any()):
+        found = _differences(new, old, layer)
+        if torch.equal(found.weight, found.scaled) and not bool(found.bias.any()):
             continue
         index = list(range(shape[1])) if heads is None else [h.head for h in heads if h.layer == layer]
-        A[layer], v[layer], residuals[layer], alone = _explained(weight, scaled, bias, shape[2], index)
-        unique = unique and alone
+        explained[layer] = one = _explained(found, shape[2], index)
+        A[layer], v[layer] = one.A, one.v
+    _check_explained(explained, checkpoint, heads)
+    residuals = {layer: one.residual for layer, one in explained.items()}
+    unique = all(one.unique for one in explained.values())
     if not bool(A.any() or v.any()):
         raise AdapterError(f"nothing is folded into {checkpoint}" + ("" if heads is None else " at these heads"))
     _say(residuals, unique)
@@ -113,36 +141,85 @@ def import_folded(
     return made
 
 
-def _explained(
-    weight: Float[Tensor, "d_model z"],
-    scaled: Float[Tensor, "d_model z"],
-    bias: Float[Tensor, " d_model"],
-    d_head: int,
-    index: list[int],
-) -> tuple[Tensor, Tensor, float, bool]:
-    """A and v of a layer, `[n_heads, d_head]`, zero outside some heads; the share that they leave; whether v is the only one."""
+def _explained(found: Difference, d_head: int, index: list[int]) -> Explained:
+    """What edit of some heads explains how a layer differs; A and v are zero outside these heads."""
+    weight, scaled, bias = found[:3]
     A, v = (torch.zeros(weight.shape[1]).unflatten(0, (-1, d_head)) for _ in "Av")
     if not index:
-        return A, v, 1.0, True
+        return Explained(A, v, 1.0, 1.0, True)
     columns = torch.arange(weight.shape[1]).unflatten(0, (-1, d_head))[index].flatten()
     solved = solve_shift(weight[:, columns], bias)
     A[index] = solve_scale(weight[:, columns], scaled[:, columns]).unflatten(0, (-1, d_head)) - 1
     v[index] = solved.shift.unflatten(0, (-1, d_head))
-    left = _share(weight * (1 + A.flatten()) - scaled, weight - scaled)
-    return A, v, max(solved.residual, left), solved.unique
+    left = weight * (1 + A.flatten()) - scaled
+    left_bias = weight @ v.flatten().double() - bias
+    shares = solved.residual, _share(left, weight - scaled)
+    beyond = (
+        _share((left_bias.abs() - found.moved_bias).clamp(min=0), bias),
+        _share((left.abs() - found.moved_scaled).clamp(min=0), weight - scaled),
+    )
+    return Explained(A, v, _largest(shares), _largest(beyond), solved.unique)
 
 
-def _differences(new: Outputs, old: Outputs | None, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-    """W, W' and b' - b of a layer, float32; a missing bias is zero. What only the new weights' type changed is no difference."""
-    scaled, bias = new.weight(layer), new.bias(layer)
-    bias = torch.zeros(len(scaled)) if bias is None else bias
-    if old is None:
-        return scaled, scaled, bias
+def _differences(new: Outputs, old: Outputs | None, layer: int) -> Difference:
+    """How a layer differs; a missing bias is zero. What only the new weights' type changed is no difference."""
+    scaled, bias = _finite(new, layer)
     kind = new.checkpoint.dtype_of(f"{new.names[layer]}.weight")
-    weight, own = old.weight(layer), old.bias(layer)
-    own = torch.zeros(len(scaled)) if own is None else own
+    moved_scaled, moved_bias = _rounding(scaled, kind), _rounding(bias, kind)
+    if old is None:
+        return Difference(scaled, scaled, bias, moved_scaled, moved_bias)
+    weight, own = _finite(old, layer)
     weight = torch.where(weight.to(kind) == scaled, scaled, weight)
-    return weight, scaled, torch.where(own.to(kind) == bias, 0.0, bias - own)
+    return Difference(weight, scaled, torch.where(own.to(kind) == bias, 0.0, bias - own), moved_scaled, moved_bias)
+
+
+def _finite(outputs: Outputs, layer: int) -> tuple[Tensor, Tensor]:
+    """W_O and b_O of a layer, float64; a missing bias is zero."""
+    checkpoint, name = outputs.checkpoint, outputs.names[layer]
+    weight, bias = outputs.weight(layer).double(), outputs.bias(layer)
+    bias = weight.new_zeros(len(weight)) if bias is None else bias.double()
+    for part, values in (("weight", weight), ("bias", bias)):
+        if not bool(torch.isfinite(values).all()):
+            tensor = f"{name}.{part}"
+            raise ModelError(
+                f"{checkpoint.folder / checkpoint.where[tensor]}: {tensor} (layer {layer}) holds NaN or infinity; fetch or save "
+                "the checkpoint again"
+            )
+    return weight, bias
+
+
+def _rounding(values: Tensor, kind: torch.dtype) -> Tensor:
+    """How far rounding to a type can have moved values at most."""
+    if not kind.is_floating_point:
+        raise ModelError(
+            f"weights of type {kind} are no plain floating-point numbers; take the model in its full precision"
+        )
+    info = torch.finfo(kind)
+    return values.abs().clamp(min=info.tiny) * (info.eps / 2)
+
+
+def _check_explained(explained: dict[int, Explained], checkpoint: str | Path, heads: HeadSet | None) -> None:
+    """Refuse an edit that leaves most of the difference."""
+    wrong = [layer for layer, one in explained.items() if not one.beyond <= REFUSED]  # NaN too
+    if not wrong:
+        return
+    asked = set() if heads is None else set(heads.layers)
+    without = [layer for layer in wrong if heads is not None and layer not in asked]
+    told = ", ".join(f"{layer} ({one.residual:.2g})" for layer, one in explained.items())
+    what = f"no head of layer {without[0]} was asked for" if without else f"too much is left in layer {wrong[0]}"
+    then = (
+        "the base is another model, or more was changed than heads' scalings and offsets; give the base that it was folded into"
+        if heads is None
+        else "give the heads that were edited, or leave heads out"
+    )
+    raise AdapterError(
+        f"{checkpoint} is not explained by scalings and offsets of these heads: {what}. Layers that differ, with the share of "
+        f"it that is left: {told}; {then}"
+    )
+
+
+def _largest(shares: tuple[float, ...]) -> float:
+    return float(torch.tensor(shares, dtype=torch.float64).max())  # NaN stays
 
 
 def _share(left: Tensor, whole: Tensor) -> float:
@@ -173,10 +250,11 @@ def _check_own_biases(new: Outputs) -> None:
 
 def _check_same_shape(new: Outputs, old: Outputs) -> None:
     ours, theirs = new.shape, old.shape
-    if ours != theirs or new.weight(0).shape != old.weight(0).shape:
+    if ours != theirs or new.d_model != old.d_model:
         raise ModelError(
             f"{new.checkpoint.name} has {ours[0]} layers of {ours[1]} heads of size {ours[2]}, and {old.checkpoint.name} "
-            f"{theirs[0]} of {theirs[1]} of size {theirs[2]}; give the model that it was folded into"
+            f"{theirs[0]} of {theirs[1]} of size {theirs[2]} (d_model {new.d_model} and {old.d_model}); give the "
+            "model that it was folded into"
         )
 
 
@@ -185,8 +263,19 @@ def _info(old: Outputs, shape: tuple[int, int, int]) -> ModelInfo:
     return ModelInfo(
         name=checkpoint.name, revision=checkpoint.revision, backend="bridge", processed=False,
         dtype=str(checkpoint.dtype_of(f"{old.names[0]}.weight")).removeprefix("torch."), n_layers=shape[0], n_heads=shape[1],
-        d_model=old.weight(0).shape[0], d_vocab=int(checkpoint.config["vocab_size"]),
+        d_model=old.d_model, d_vocab=_d_vocab(checkpoint),
     )  # fmt: skip
+
+
+def _d_vocab(checkpoint: Checkpoint) -> int:
+    """As the configuration says, or else as many as the embedding has rows."""
+    said = checkpoint.config.get("vocab_size")
+    if isinstance(said, int):
+        return said
+    name = next((name for name in checkpoint.where if EMBEDDING.fullmatch(name)), None)
+    if name is None:
+        raise ModelError(f"{checkpoint.name} says no vocab_size in config.json, and holds no embedding; fetch it again")
+    return checkpoint.shape(name)[0]
 
 
 def _say(residuals: dict[int, float], unique: bool) -> None:

@@ -41,7 +41,7 @@ def import_lofit(checkpoint: str | Path, *, heads: HeadSet | None = None, revisi
     Raises:
         InputError: no such checkpoint, or `heads` outside its model.
         ModelError: pickled weights (never opened), no such tensors, one missing or too many, a configuration that does not match
-            them, or no head that was tuned.
+            them, no head that was tuned, or none of `heads`.
         DataError: a tensor of another length, or with a number that is not finite.
     """
     _refuse_pickles(Path(checkpoint))
@@ -60,6 +60,13 @@ def import_lofit(checkpoint: str | Path, *, heads: HeadSet | None = None, revisi
         "base": found.config.get("_name_or_path"),
     }, versions=io.environment())  # fmt: skip
     made = Lofit(shape, heads, meta)
+    if not (used & made.mask).any():
+        tuned = [str(Head(*at)) for at in used.nonzero().tolist()]
+        more = f" and {len(tuned) - 10} more" if len(tuned) > 10 else ""
+        raise ModelError(
+            f"{found.name}: none of the heads asked for was tuned, but {', '.join(tuned[:10])}{more}; give the head file that it "
+            "was tuned with, or leave heads out"
+        )
     left = [Head(*at) for at in (used & ~made.mask).nonzero().tolist()]
     if left:
         logger.warning("%s: numbers of %d heads outside `heads` are left out, %s first", found.name, len(left), left[0])

@@ -69,7 +69,8 @@ def slot_for(outputs: Outputs, layers: Sequence[int]) -> Slot:
     config = {k: v for k, v in copy.deepcopy(checkpoint.config).items() if k != "auto_map"}  # code is not copied
     if not layers:
         return Slot(config, {})
-    before = _sizes(config, outputs)
+    # Biases of its own that a file lacks are no room: nothing would be written there.
+    before = {k: v for k, v in _sizes(config, outputs).items() if not k.endswith(".bias") or k in checkpoint.where}
     wanted = {f"{outputs.names[layer]}.bias" for layer in layers}
     if wanted <= set(before):
         return Slot(config, {})

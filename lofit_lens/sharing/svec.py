@@ -24,7 +24,7 @@ from lofit_lens.errors import AdapterError, DataError, InputError, ModelError
 from lofit_lens.heads import Head, HeadScores, HeadSet
 from lofit_lens.interventions import ITI, Adapter, Lofit, load_adapter
 from lofit_lens.interventions.base import AdapterMeta
-from lofit_lens.interventions.files import SCHEMA, write_files
+from lofit_lens.interventions.files import CONFIG_FILE, SCHEMA, WEIGHTS_FILE, public, write_files
 from lofit_lens.interventions.iti import ALPHA
 from lofit_lens.models import Positions, located
 from lofit_lens.models.loading import read_config
@@ -73,7 +73,7 @@ def export_svec(
     found, strength = _steering(adapter)
     _, n_heads, d_head = found.shape
     own = {
-        "record": {"lofit_lens_schema": SCHEMA, **found._record(), "history": []},
+        "record": public({"lofit_lens_schema": SCHEMA, **found._record(), "history": []}),
         "tensors": {name: t.tolist() for name, t in found._tensors().items()},
     }
     record = {
@@ -123,7 +123,8 @@ def import_svec(
     Raises:
         DataError: no such file, a pickle (never opened), not JSON, a vector of the residual stream, numbers that are none or
             not finite, rows that do not match num_heads and head_dim, or a file of ours that was changed.
-        InputError: an argument missing or too many, or a head outside the model or the file.
+        InputError: an argument missing or too many, or a head outside the model or the file, or a layer of the file outside the
+            model.
     """
     record = read_object(file, WHAT)
     try:
@@ -274,6 +275,8 @@ def _foreign(
             "neither which heads are edited nor how many layers the model has; give heads=48 (the best by its accuracies, as "
             "AISteer360 does; --k 48) or a HeadSet (--heads), and the model's shape (--model)"
         )
+    if isinstance(heads, bool):
+        raise InputError(f"heads={heads} is no number of heads; give one from 1 on, or a HeadSet")
     if isinstance(heads, int):
         # Equal ones in the file's order, as there.
         ranking = sorted(accuracies, key=accuracies.__getitem__, reverse=True)
@@ -283,6 +286,9 @@ def _foreign(
             )
         heads = HeadSet(ranking[:heads])
     heads.check(shape[:2])
+    beyond = max({*rows, *(h.layer for h in accuracies)})
+    if beyond >= shape[0]:
+        raise InputError(f"it holds layer {beyond}, and the model has {shape[0]} layers; give its own model's shape")
     lacking = next((h for h in heads if h.layer not in rows), None)
     if lacking is not None:
         raise InputError(f"it has no directions for head {lacking}; its layers are {', '.join(map(str, sorted(rows)))}")
@@ -300,13 +306,18 @@ def _foreign(
 
 def _own(own: Any) -> ITI | Lofit:
     """The adapter that `export_svec` kept in the file's meta, read as strictly as an adapter's folder."""
-    try:
-        tensors = {name: torch.tensor(values, dtype=torch.float32) for name, values in own["tensors"].items()}
-        with tempfile.TemporaryDirectory(prefix="svec-") as folder:
+    with tempfile.TemporaryDirectory(prefix="svec-") as folder:
+        try:
+            tensors = {name: torch.tensor(values, dtype=torch.float32) for name, values in own["tensors"].items()}
             write_files(Path(folder), own["record"], tensors)
             made = load_adapter(folder)
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
-        raise DataError(f"the adapter in its meta.{OURS} is damaged: {e}") from e
+        except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
+            reason = (
+                str(e)
+                .replace(f"{folder}/{CONFIG_FILE}", "its record")
+                .replace(f"{folder}/{WEIGHTS_FILE}", "its tensors")
+            )
+            raise DataError(f"the adapter in its meta.{OURS} is damaged: {reason.replace(folder, 'it')}") from e
     if not isinstance(made, ITI | Lofit):
         raise DataError(f"the adapter in its meta.{OURS} is {made.title}, which no such file is written of")
     return made

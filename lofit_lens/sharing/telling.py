@@ -31,5 +31,6 @@ def format_of(source: str | Path, *, revision: str | None = None) -> str:
         return "folded"
     raise ModelError(
         f"{found.name} holds neither attn_A and attn_v (the official code's checkpoint) nor a bias in attention's output "
-        "projection (a folded one): there is nothing to read"
+        "projection (a folded one): there is nothing to read without the base model. Where scalings alone were folded, give it: "
+        "--format folded --model BASE, or import_folded(..., base=)"
     )

@@ -17,10 +17,15 @@ TEXTS = (
 def keep_tokenizer(base: Path, made: Path) -> None:
     """See to it that the tokenizer in folder `made`, whose files are those of `base`, reads text as that of `base` does.
 
+    Code is not copied, so that its settings no longer name any (`auto_map`).
+
     Raises:
-        ModelError: it does not, and naming the generic class in its settings does not help.
+        ModelError: it does not, and naming the generic class in its settings does not help; or one of both cannot be read without
+            code of its own.
     """
     wanted = _read(base)
+    if (made / SETTINGS).is_file() and "auto_map" in (settings := io.read_json(made / SETTINGS)):
+        io.write_json(made / SETTINGS, {name: value for name, value in settings.items() if name != "auto_map"})
     if _read(made) == wanted:
         return
     if (made / SETTINGS).is_file() and (made / "tokenizer.json").is_file():
@@ -37,7 +42,12 @@ def _read(folder: Path) -> Any:
     """Tokens of some texts, with and without what is put around them, and how they are written back."""
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as e:  # of many classes
+        raise ModelError(
+            f"the tokenizer in {folder} cannot be read, or only with code of its own, which is never run here: {e}"
+        ) from e
     plain = [tokenizer(text, add_special_tokens=False).input_ids for text in TEXTS]
     return [
         plain, [tokenizer(text).input_ids for text in TEXTS], [tokenizer.decode(tokens) for tokens in plain],

@@ -68,8 +68,8 @@ class Verified:
 
     @property
     def passed(self) -> bool:
-        """Whether the error is within the bound; False for NaN."""
-        return self.error <= self.bound
+        """Whether there is an effect and the error is within the bound; False for NaN."""
+        return self.effect > 0 and self.error <= self.bound
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able form."""
@@ -173,12 +173,12 @@ def check(found: Verified, what: str) -> Verified:
     )
     if not math.isfinite(found.error):
         raise ModelError(measured + f"This model overflows in {found.dtype}: use dtype='float32' or 'bfloat16'")
-    if io.torch_dtype(found.dtype).itemsize < 4:
-        raise ModelError(measured + "Half precision rounds too much to tell: use dtype='float32'")
-    if found.error <= EXACT * found.scale:
+    if found.effect == 0 or (found.error <= EXACT * found.scale and io.torch_dtype(found.dtype).itemsize >= 4):
         raise ModelError(
             measured + "The adapter's effect drowns in rounding, so that the export cannot be told from the base"
         )
+    if io.torch_dtype(found.dtype).itemsize < 4:
+        raise ModelError(measured + "Half precision rounds too much to tell: use dtype='float32'")
     raise ModelError(measured + "Report it, with the base model's name and the versions of torch and transformers")
 
 
@@ -202,7 +202,7 @@ def _told(adapter: Adapter, model: Any) -> tuple[tuple[Told, ...], float]:
     def run(tokens: Int[Tensor, "1 pos"]) -> Tensor:
         return logits_of(model, tokens, torch.ones_like(tokens))
 
-    lengths = [min(n, context_length(model) - ANSWER) for n in LENGTHS]
+    lengths = [max(1, min(n, context_length(model) - ANSWER)) for n in LENGTHS]
     with adapter.attached(model):
         told = tuple(_answered(run, prompt) for prompt in _prompts(model_info(model).d_vocab, lengths, device))
     return told, max(_difference(run(_batch(one, device)), one) for one in told)

@@ -1,0 +1,82 @@
+"""Where an adapter comes from, and what was measured with it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from lofit_lens.errors import InputError
+from lofit_lens.interventions.files import read_base_model
+from lofit_lens.models import ModelInfo, same_weights
+
+
+@runtime_checkable
+class Measured(Protocol):
+    """What `add_metrics` reads of an evaluation's result; `EvalResult` has it."""
+
+    @property
+    def task(self) -> str: ...
+    @property
+    def split(self) -> str: ...
+    @property
+    def form(self) -> str: ...
+    @property
+    def data_hash(self) -> str: ...
+    @property
+    def model(self) -> ModelInfo | None: ...
+    @property
+    def metrics(self) -> Mapping[str, Any]: ...
+
+
+@dataclass
+class AdapterMeta:
+    """Where an adapter comes from: base model, task, seed, hyperparameters, versions, training history.
+
+    `metrics` holds what was measured with it, one record a metric (see `Adapter.add_metrics`); `source` the place on the hub that
+    it was read from, `"user/repo@commit"`.
+    """
+
+    model: ModelInfo | None = None
+    task: str = ""
+    data_hash: str = ""
+    seed: int | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
+    n_train: int | None = None
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    source: str = ""
+
+
+def meta_of(record: Mapping[str, Any], source: str = "") -> AdapterMeta:
+    """The provenance in the record of an adapter's files; KeyError or TypeError where it is incomplete."""
+    return AdapterMeta(
+        read_base_model(record), record["task"], record["data_hash"], record["seed"], record["config"], record["versions"],
+        record["history"], record["n_train"], record["metrics"] if record.get("lofit_lens_schema") != 1 else [], source,
+    )  # fmt: skip
+
+
+def with_metrics(meta: AdapterMeta, result: Measured) -> list[dict[str, Any]]:
+    """The metrics of an adapter with those of one more result, which replaces an earlier one of the same task, split and form.
+
+    Raises:
+        InputError: it was measured on other weights than those the adapter was made for.
+    """
+    if result.model and meta.model and not same_weights(meta.model, result.model):
+        raise InputError(
+            f"this result was measured on {described(result.model)}, and the adapter was made for {described(meta.model)}; give "
+            "one that was measured with it"
+        )
+    of = {"task": result.task, "split": result.split, "form": result.form}
+    kept = [m for m in meta.metrics if {k: m[k] for k in of} != of]
+    return kept + [
+        {
+            **of, "data_hash": result.data_hash, "metric": name, "mean": m.mean,
+            "interval": list(m.interval) if m.interval else None, "n": m.n, "seeds": m.seeds,
+        }
+        for name, m in result.metrics.items()
+    ]  # fmt: skip
+
+
+def described(model: ModelInfo) -> str:
+    """A model's name and, where it is known, its revision."""
+    return f"{model.name} ({model.revision})" if model.revision else model.name
