@@ -106,6 +106,10 @@ def test_the_hub(capsys, monkeypatch, remote, adapter, own_task, bridge_llama, t
     card = remote.repos["ann/caps"].commits[commit]["README.md"].decode()
     assert "license: mit" in card
     assert "| caps | test |" in card
+    code, _, err = run(capsys, monkeypatch, "eval", *common, "--out", tmp_path / "bare")
+    assert code == 0, err
+    code, _, err = run(capsys, monkeypatch, "export", adapter, "--hub", "ann/x", "--result", tmp_path / "bare")
+    assert (code, "evaluation of the bare model" in err, "ann/x" in remote.repos) == (2, True, False), err
     code, out, err = run(capsys, monkeypatch, "eval", *common, "--adapter", f"ann/caps@{commit}")
     assert code == 0, err
     other = tiny.save(tmp_path / "other-llama", seed=1)
@@ -125,13 +129,20 @@ def test_bad_requests(capsys, monkeypatch, adapter, tmp_path):
         (("export", adapter, "--out", out), "no form asked for; give one of --folded"),
         (("export", adapter, "--folded", "--peft", "--out", out), "--folded and --peft asked for"),
         (("export", adapter, "--folded"), "--folded needs --out"),
-        (("export", adapter, "--hub", "a/b", "--out", out), "leave --out out"),
+        (("export", adapter, "--hub", "a/b", "--out", out), "--hub takes no --out; it takes --result"),
         (("export", tmp_path, "--folded", "--out", out), "is not an adapter folder"),
         (("export", adapter, "--iti", "--out", out), "this is a LoFiT adapter"),
+        (("export", adapter, "--svec", "--licence", "mit", "--out", out), "--svec takes no --licence; it takes --out"),
+        (
+            ("export", adapter, "--folded", "--out", adapter, "--overwrite"),
+            "is the adapter itself, which would be lost",
+        ),
+        (("import", tmp_path / "a.json", "--out", tmp_path / "a.json"), "is what is read, which would be lost"),
+        (("import", tmp_path / "a.json", "--base-revision", "x", "--out", out), "format iti takes no --base-revision"),
         (("import", tmp_path / "a.pt", "--out", out), "leave pickles where they are"),
         (("import", tmp_path / "a.json", "--out", out), "give --model and --alpha"),
         (("import", tmp_path / "a.json", "--format", "gguf", "--out", out), "unknown format 'gguf'; allowed: lofit"),
-        (("import", tmp_path / "a.json", "--k", 3, "--out", out), "--k 3 without --heads"),
+        (("import", tmp_path / "a.json", "--format", "lofit", "--k", 3, "--out", out), "--k 3 without --heads"),
         (("import", tmp_path / "nowhere", "--out", out), "nowhere"),
         (("import", tmp_path / "a.json", "--model", "organism", "--alpha", 3, "--out", adapter), "exists"),
     ):

@@ -7,7 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers as tf
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from lofit_lens import HeadSet
 from lofit_lens.errors import AdapterError, DiskFull, InputError, ModelError
@@ -16,7 +18,7 @@ from lofit_lens.sharing import RECORD, folded
 from lofit_lens.sharing.verify import Verified, check, compared, hooked_reference
 from tests import tiny
 from tests.adapters import edited
-from tests.folding import change_config, config, drawn, fold, plain, quick_collection  # noqa: F401
+from tests.folding import change_config, config, drawn, fold, plain, quick_collection, tensors  # noqa: F401
 
 
 @pytest.fixture
@@ -83,6 +85,77 @@ def test_a_wrong_fold_is_deleted(checkpoint, tmp_path, monkeypatch):
     with pytest.raises(ModelError, match=r"differs from the hooked model by .* It was deleted"):
         fold(adapter, tmp_path / "out")
     assert not any(tmp_path.iterdir())
+
+
+def test_one_heads_part_is_missed_in_half_precision_too(checkpoint, tmp_path, monkeypatch):
+    """Of 12 heads one offset, or one layer's scalings, left out: logits alone would let it pass over GPT-2 in bfloat16."""
+    base = shutil.copytree(checkpoint("gpt2"), tmp_path / "base")
+    tf.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
+    adapter = drawn(base, heads=HeadSet.all((3, 4)), A=0.3, v=0.3)
+    assert fold(adapter, tmp_path / "whole").verified.dtype == "bfloat16"
+    inner = folded._edits
+    for part in ("A", "v"):
+
+        def less(outputs, scale, shift, part=part):
+            scale, shift = scale.clone(), shift.clone()
+            if part == "A":
+                scale[2] = 1
+            else:
+                shift[0, 0] = 0
+            return inner(outputs, scale, shift)
+
+        monkeypatch.setattr(folded, "_edits", less)
+        with pytest.raises(ModelError, match=r"was not written as the edit makes it|differs from the hooked model"):
+            fold(adapter, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+def test_an_effect_that_cannot_be_seen_is_told(checkpoint, tmp_path):
+    """Offsets so small that no logit changes: the export could not be told from the base."""
+    adapter = drawn(checkpoint("llama"))
+    with torch.no_grad():
+        adapter.A.zero_()
+        adapter.v.mul_(1e-12)
+    with pytest.raises(ModelError, match="drowns in rounding"):
+        fold(adapter, tmp_path / "out")
+
+
+def test_the_base_is_never_replaced(checkpoint, tmp_path):
+    """An export is a checkpoint that another adapter may be folded onto, but not in its own place; strict=False takes copies."""
+    first = drawn(checkpoint("llama"))
+    out = fold(first, tmp_path / "out").folder
+    second = drawn(out, A=0.2)
+    with pytest.raises(InputError, match="is the base model itself"):
+        fold(second, out, overwrite=True)
+    assert fold(second, tmp_path / "both").verified.passed
+    with pytest.raises(AdapterError, match="has other weights"):
+        fold(second, tmp_path / "x", base=checkpoint("llama"))
+    assert fold(second, tmp_path / "x", base=checkpoint("llama"), strict=False).verified.passed
+
+
+def test_only_what_a_model_needs_is_copied(checkpoint, tmp_path):
+    """Licences and the tokenizer; not a trainer's files, nor what a link outside leads to."""
+    base = shutil.copytree(checkpoint("llama"), tmp_path / "base")
+    (tmp_path / "passwords").write_text("secret")
+    (base / "LICENSE").symlink_to(tmp_path / "passwords")
+    for name in ("LICENSE.txt", "training_args.json", "notes.txt", "tokenizer.sh"):
+        (base / name).write_text("{}")
+    made = fold(drawn(base), tmp_path / "out").folder
+    beside = ["LICENSE.txt", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+    assert {p.name for p in made.iterdir()} == {*beside, "config.json", "model.safetensors", RECORD}
+
+
+def test_biases_that_only_some_layers_have_are_filled_up(checkpoint, tmp_path):
+    """A base folded by hand, whose configuration has biases that its file lacks."""
+    base = shutil.copytree(checkpoint("llama"), tmp_path / "base")
+    change_config(base, attention_bias=True)
+    held = tensors(base)
+    save_file(
+        held | {"model.layers.1.self_attn.o_proj.bias": torch.ones(32)}, base / "model.safetensors", {"format": "pt"}
+    )
+    found = fold(drawn(base), tmp_path / "out")
+    assert found.verified.passed
+    assert len(tensors(found.folder)) == len(held) + 12
 
 
 @pytest.mark.parametrize(

@@ -274,6 +274,26 @@ def test_the_environment_record_names_what_can_change_a_result():
     assert {"python", "platform", "transformers", "transformer-lens", "numpy", "safetensors"} <= set(record)
 
 
+@pytest.mark.parametrize("at", [2, 3])
+def test_ctrl_c_between_two_renames_loses_nothing(tmp_path, monkeypatch, at):
+    """The old folder stands where it stood, and nothing else is left."""
+    with io.new_folder(tmp_path / "x") as temporary:
+        (temporary / "run.json").write_text("old")
+    calls, rename = [], os.rename
+
+    def stopped(*args):
+        calls.append(args)
+        if len(calls) + 1 == at:
+            raise KeyboardInterrupt
+        rename(*args)
+
+    monkeypatch.setattr(os, "rename", stopped)
+    with pytest.raises(KeyboardInterrupt), io.new_folder(tmp_path / "x", overwrite=True) as temporary:
+        (temporary / "run.json").write_text("new")
+    assert (tmp_path / "x" / "run.json").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
 def test_a_folder_of_others_is_never_replaced(tmp_path):
     """overwrite=True replaces what this package wrote, and an empty folder, and nothing else."""
     mine = tmp_path / "mine"

@@ -1,5 +1,6 @@
 """lofit-lens import: read what other tools learned into an adapter folder."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -7,7 +8,12 @@ import typer
 from lofit_lens.cli import common as c
 from lofit_lens.errors import InputError, unknown
 
-FORMATS = ("lofit", "folded", "iti", "svec")
+TAKES = {
+    "lofit": ("--heads", "--k", "--revision"),
+    "folded": ("--heads", "--k", "--model", "--revision", "--base-revision"),
+    "iti": ("--model", "--revision", "--alpha", "--positions"),
+    "svec": ("--heads", "--k", "--model", "--revision", "--alpha", "--positions"),
+}
 
 
 def bring_in(
@@ -30,6 +36,9 @@ def bring_in(
     revision: Annotated[
         str | None, typer.Option("--revision", help="On the hub: of SOURCE (lofit, folded) or of the model (iti, svec).")
     ] = None,
+    base_revision: Annotated[
+        str | None, typer.Option("--base-revision", help="folded: of the base model (--model) on the hub.")
+    ] = None,
     alpha: Annotated[float | None, typer.Option("--alpha", help="iti, svec: strength.")] = None,
     positions: Annotated[str | None, typer.Option("--positions", help="iti, svec: all, answer, last, ...")] = None,
     overwrite: c.Overwrite = False,
@@ -38,21 +47,30 @@ def bring_in(
 
     Example: lofit-lens import runs/official_checkpoint --heads top_heads.npy --k 32 --out out/adapter
     """
+    if out.resolve() == Path(source).resolve():
+        raise InputError(f"{out} is what is read, which would be lost; give another --out")
     c.check_new(out, overwrite=overwrite)
     c.quiet_libraries()
     from lofit_lens import sharing
     from lofit_lens.cli.tune import read_heads
 
     form = form or sharing.format_of(source, revision=revision)
-    if form not in FORMATS:
-        raise unknown("format", form, FORMATS)
+    if form not in TAKES:
+        raise unknown("format", form, TAKES)
     if k is not None and heads is None and form != "svec":
         raise InputError(f"--k {k} without --heads; give the ranking whose first {k} heads are meant")
+    given = {
+        "--heads": heads, "--k": k, "--model": model, "--revision": revision, "--base-revision": base_revision, "--alpha": alpha,
+        "--positions": positions,
+    }  # fmt: skip
+    for name, value in given.items():
+        if value is not None and name not in TAKES[form]:
+            raise InputError(f"format {form} takes no {name}; it takes {', '.join(TAKES[form])}")
     chosen = None if heads is None else read_heads(heads, k)
     if form == "lofit":
         made = sharing.import_lofit(source, heads=chosen, revision=revision)
     elif form == "folded":
-        made = sharing.import_folded(source, heads=chosen, base=model, revision=revision)
+        made = sharing.import_folded(source, heads=chosen, base=model, revision=revision, base_revision=base_revision)
     else:
         shape = None if model is None else sharing.outputs_of(sharing.open_checkpoint(model, revision=revision)).shape
         if form == "svec":

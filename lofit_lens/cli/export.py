@@ -10,6 +10,11 @@ from lofit_lens.errors import InputError
 
 Adapter = Annotated[str, typer.Argument(help="Adapter folder, or user/name[@revision] on the hub.", metavar="ADAPTER")]
 FORMATS = ("--folded", "--peft", "--svec", "--iti", "--hub")
+_BASE = ("--out", "--model", "--revision", "--dtype", "--device", "--other-model", "--overwrite")
+TAKES = {
+    "--folded": _BASE, "--peft": _BASE, "--svec": ("--out", "--model", "--revision", "--overwrite"),
+    "--iti": ("--out", "--overwrite"), "--hub": ("--result", "--licence", "--private", "--branch"),
+}  # fmt: skip
 
 
 def export(
@@ -31,7 +36,7 @@ def export(
     ] = None,
     revision: c.Revision = None,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="--folded: of the written weights; left out: as they are.")
+        str | None, typer.Option("--dtype", help="--folded: of the written weights; --peft: of the comparison.")
     ] = None,
     device: c.Device = None,
     result: Annotated[
@@ -42,6 +47,7 @@ def export(
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="--hub: a new repository is private.")] = False,
     branch: Annotated[str | None, typer.Option("--branch", help="--hub: branch; left out: main.")] = None,
+    other_model: c.OtherModel = False,
     overwrite: c.Overwrite = False,
     quiet: c.Quiet = False,
 ) -> None:  # fmt: skip
@@ -52,36 +58,40 @@ def export(
     asked = [name for name, given in zip(FORMATS, (folded, peft, svec, iti, hub), strict=True) if given]
     if len(asked) != 1:
         raise InputError(f"{' and '.join(asked) or 'no form'} asked for; give one of {', '.join(FORMATS)}")
-    if (out is None) != (hub is not None):
-        raise InputError(f"{asked[0]} " + ("writes nothing here; leave --out out" if hub else "needs --out"))
+    form = asked[0]
+    given = {
+        "--model": model, "--revision": revision, "--dtype": dtype, "--device": device, "--other-model": other_model or None,
+        "--result": result or None, "--licence": licence, "--private": private or None, "--branch": branch, "--out": out,
+        "--overwrite": overwrite or None,
+    }  # fmt: skip
+    for name, value in given.items():
+        if value is not None and name not in TAKES[form]:
+            raise InputError(f"{form} takes no {name}; it takes {', '.join(TAKES[form])}")
+    if hub is not None:
+        _push(adapter, hub, result or [], licence=licence, private=private, branch=branch)
+        return
+    if out is None:
+        raise InputError(f"{form} needs --out")
+    if out.resolve() == Path(adapter).resolve():
+        raise InputError(f"{out} is the adapter itself, which would be lost; give another --out")
+    if folded or peft:
+        c.check_new(out, overwrite=overwrite)
     c.quiet_libraries()
     from lofit_lens import io, sharing
 
     made = c.open_adapter(adapter)
-    if hub is not None:
-        from lofit_lens.evaluation import EvalResult
-
-        for folder in result or []:
-            made.add_metrics(EvalResult.load(folder))
-        address = made.push_to_hub(hub, licence=licence, private=private, revision=branch)
-        c.console.print(f"pushed {hub}: {address}", soft_wrap=True)
-        return
-    assert out is not None
     if folded:
         found = sharing.export_folded(
-            made,
-            out,
-            base=model,
-            revision=revision,
-            dtype=dtype,
-            device=device,
-            overwrite=overwrite,
+            made, out, base=model, revision=revision, dtype=dtype, device=device, strict=not other_model, overwrite=overwrite,
             progress=not quiet,
-        )
+        )  # fmt: skip
         was = f" (was {found.was})" if found.was != found.architecture else ""
         c.console.print(f"{found.architecture}{was}: {len(found.changed)} tensors changed, {len(found.added)} added")
     elif peft:
-        sharing.export_peft(made, out, base=model, revision=revision, device=device, overwrite=overwrite)
+        sharing.export_peft(
+            made, out, base=model, revision=revision, dtype=dtype or "float32", device=device, strict=not other_model,
+            overwrite=overwrite,
+        )  # fmt: skip
     elif svec:
         kind = (
             None if model is None else str(sharing.open_checkpoint(model, revision=revision).config.get("model_type"))
@@ -98,3 +108,20 @@ def export(
             soft_wrap=True,
         )
     c.console.print(f"wrote {out}")
+
+
+def _push(
+    adapter: str, hub: str, results: list[Path], *, licence: str | None, private: bool, branch: str | None
+) -> None:
+    """With what evaluations found on its card."""
+    c.quiet_libraries()
+    from lofit_lens.evaluation import EvalResult
+
+    made = c.open_adapter(adapter)
+    for folder in results:
+        result = EvalResult.load(folder)
+        if result.label == "bare model":
+            raise InputError(f"{folder} is an evaluation of the bare model; give one of eval --adapter {adapter}")
+        made.add_metrics(result)
+    address = made.push_to_hub(hub, licence=licence, private=private, revision=branch)
+    c.console.print(f"pushed {hub}: {address}", soft_wrap=True)

@@ -189,8 +189,8 @@ def base_of(adapter: Adapter, base: str | Path | None, revision: str | None, *, 
     ):
         raise AdapterError(
             f"this adapter was made for {made_for.name} ({made_for.revision}); {checkpoint.name} ({checkpoint.revision}) has "
-            "other weights. Give the model it was made for (base=, revision=), or, if this is another revision or a copy of it, take "
-            "it on purpose: strict=False (--other-model)"
+            "other weights. Give the model it was made for (base=, revision=), or, if this is another revision or a copy of it, "
+            "take it on purpose: strict=False (--other-model)"
         )
     if any(".attn_A." in name for name in checkpoint.where):
         raise ModelError(
