@@ -12,6 +12,7 @@ from lofit_lens.errors import ModelError
 from lofit_lens.interventions import HeadAblation
 from lofit_lens.interventions.base import AdapterMeta
 from lofit_lens.models import logits_of, planned_info
+from lofit_lens.sharing import export_peft
 from tests import tiny
 from tests.adapters import CHOSEN, edited
 from tests.folding import TOKENS, config, drawn, fold, plain, quick_collection, said, tensors  # noqa: F401
@@ -117,3 +118,20 @@ def test_iti_and_ablation(checkpoint, loaded, tmp_path):
             expected = logits_of(model, TOKENS, torch.ones_like(TOKENS))
             found = fold(adapter, tmp_path / str(i))
         assert (said(plain(found.folder))[0] - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_double_precision(tmp_path):
+    """Nothing goes through float32 on its way; a PEFT carrier is float32 all the same."""
+    base = tmp_path / "base"
+    tiny.hf_model("llama").double().save_pretrained(base)
+    tiny.tokenizer().save_pretrained(base)
+    adapter, name = drawn(base), "model.layers.2.self_attn.o_proj"
+    found = fold(adapter, tmp_path / "out")
+    new, W = tensors(found.folder), tensors(base)[f"{name}.weight"]
+    scale, shift = (1 + adapter.A[2].detach()).flatten().double(), adapter.v[2].detach().flatten().double()
+    assert torch.equal(new[f"{name}.weight"], W * scale)
+    assert torch.equal(new[f"{name}.bias"], W @ shift)
+    assert found.verified.dtype == "float64"
+    offsets = drawn(base, A=0.0)
+    carried = tensors(export_peft(offsets, tmp_path / "peft", device="cpu"))
+    assert {t.dtype for t in carried.values()} == {torch.float32}

@@ -182,7 +182,7 @@ def read_config(source: Any, revision: str | None) -> Any:
             f"{path} has no .safetensors file (pickled weights are not read); save the model again as safetensors"
         )
     try:
-        return AutoConfig.from_pretrained(str(source), revision=revision)
+        return AutoConfig.from_pretrained(str(source), revision=revision, trust_remote_code=False)
     except Exception as e:
         reason = _first_line(e)
         raise ModelError(
@@ -202,7 +202,12 @@ def _load_hf(source: Any, revision: str | None, dtype: torch.dtype) -> Any:
 
     try:
         return AutoModelForCausalLM.from_pretrained(
-            str(source), revision=revision, dtype=dtype, use_safetensors=True, attn_implementation="eager"
+            str(source),
+            revision=revision,
+            dtype=dtype,
+            use_safetensors=True,
+            attn_implementation="eager",
+            trust_remote_code=False,
         ).eval()
     except Exception as e:
         raise ModelError(f"cannot read the weights of {source}: {_first_line(e)}") from e
@@ -212,7 +217,7 @@ def _load_tokenizer(source: Any, revision: str | None) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(source), revision=revision)
+        return AutoTokenizer.from_pretrained(str(source), revision=revision, trust_remote_code=False)
     except Exception as e:
         raise ModelError(f"cannot read the tokenizer of {source}: {_first_line(e)}") from e
 

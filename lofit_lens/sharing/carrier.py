@@ -40,7 +40,7 @@ def carrier_tensors(
     return {
         f"{front}.lora_A.weight": torch.zeros(1, z),
         f"{front}.lora_B.weight": torch.zeros(d_model, 1),
-        f"{front}.lora_B.bias": weight @ shift,
+        f"{front}.lora_B.bias": (weight @ shift.to(weight)).float(),
     }
 
 

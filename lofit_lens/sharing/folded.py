@@ -86,7 +86,8 @@ def folded_bias(
     weight: Float[Tensor, "d_model z"], bias: Float[Tensor, " d_model"] | None, shift: Float[Tensor, " z"]
 ) -> Float[Tensor, " d_model"]:
     """`b + W c`, with the unscaled W; no bias counts as zero."""
-    return weight @ shift if bias is None else bias + weight @ shift
+    added = weight @ shift.to(weight)
+    return added if bias is None else bias + added
 
 
 def export_folded(
@@ -148,8 +149,7 @@ def export_folded(
             _write(made, checkpoint, slot, edits, kind if dtype is not None else None, progress)
         except (OSError, SafetensorError) as e:
             raise io.cannot_write(folder, _system_error(e), "choose another folder") from e
-        if slot.config["architectures"] != checkpoint.config["architectures"]:
-            keep_tokenizer(checkpoint.folder, made)
+        keep_tokenizer(checkpoint.folder, made)
         verified = check(compared(reference, plain_model(made, kind, device)), f"the checkpoint for {folder}")
         _check_written(made, outputs, scale, shift, kind)
         architecture = str(slot.config["architectures"][0])

@@ -134,7 +134,12 @@ def plain_model(folder: Path, dtype: str | torch.dtype, device: str | torch.devi
     kind, where = io.torch_dtype(dtype), parse_device(device)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=kind, use_safetensors=True, attn_implementation="eager", local_files_only=True
+            folder,
+            dtype=kind,
+            use_safetensors=True,
+            attn_implementation="eager",
+            local_files_only=True,
+            trust_remote_code=False,
         )
     except Exception as e:
         raise ModelError(f"transformers cannot load {folder}: {e}") from e
