@@ -11,6 +11,11 @@ from lofit_lens import io
 from lofit_lens.errors import InputError
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
+UNREACHABLE = (
+    "ConnectError",
+    "ConnectTimeout",
+    "ConnectionError",
+)  # by name: the HTTP package under huggingface_hub changes
 LOG_IN = "log in (`hf auth login`), or give a token (token=, or HF_TOKEN in the environment)"
 
 
@@ -164,7 +169,7 @@ def _refusal(e: Exception, name: str, revision: str | None, verb: str) -> InputE
         return InputError(f"{failed}{_first_line(e)} Use a token that has the right to, or a repository of your own")
     if isinstance(e, OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
         return InputError(f"{failed}the hub is switched off (HF_HUB_OFFLINE=1){missing}; set it to 0{local}")
-    if isinstance(e, LocalEntryNotFoundError):
+    if isinstance(e, LocalEntryNotFoundError) or type(e).__name__ in UNREACHABLE:
         return InputError(f"{failed}{constants.ENDPOINT} cannot be reached{missing}; check the network{local}")
     if isinstance(e, ValueError) or status == 400:
         return InputError(f"{failed}the hub refuses what was given: {' '.join(str(e).split())[:600]}")

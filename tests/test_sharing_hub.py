@@ -263,13 +263,17 @@ def test_switched_off_says_so(remote, bridge_llama, monkeypatch):
     assert remote.requests == []
 
 
-def test_nobody_there_says_so(remote, monkeypatch):
+def test_nobody_there_says_so(remote, monkeypatch, bridge_llama):
     """A port at which nobody listens: the network is named, not a stack of exceptions."""
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(
         InputError, match=r"http://127.0.0.1:9 cannot be reached, and the files are not all in the cache"
     ):
         hub.fetched(MINE, files=FILES)
+    with pytest.raises(
+        InputError, match=r"cannot upload to .*: http://127.0.0.1:9 cannot be reached; check the network$"
+    ):
+        every_method.made("lofit", bridge_llama).push_to_hub(MINE)
 
 
 def test_a_hub_that_is_down_is_told(remote):
