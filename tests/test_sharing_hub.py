@@ -1,5 +1,6 @@
 """The hub: adapters go up in one commit and come back bit for bit, each refusal says what to do, and a card is true and runs."""
 
+import platform
 import re
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from huggingface_hub import ModelCard
 
 import lofit_lens as ll
-from lofit_lens import hub, load_adapter, load_model
+from lofit_lens import HeadSet, hub, load_adapter, load_model
 from lofit_lens.errors import AdapterError, InputError
 from lofit_lens.interventions.cards import model_card
 from lofit_lens.models import model_info
@@ -71,10 +72,15 @@ def test_no_path_of_this_machine_goes_out(remote, bridge_llama):
     """Of a base model in a local folder, files and card say the folder's own name alone; the adapter itself knows the path."""
     adapter = every_method.made("lofit", bridge_llama)
     path = adapter.meta.model.name
+    label = f"{path} /home/ann/tasks/caps A-norm"
+    adapter.heads = HeadSet(adapter.heads.heads, [3.0, 2.0, 1.0], adapter.heads.shape, label)
+    adapter.meta.task, adapter.meta.config = "~/tasks/caps", {"from": ["../secret/heads.json"]}
     assert Path(path).is_absolute()
     adapter.push_to_hub(MINE)
     files = remote.repos[MINE].commits[remote.repos[MINE].branches["main"]]
-    assert not any(path.encode() in data for data in files.values())
+    for private in (path, "/home/ann", "~/tasks", "../secret", platform.platform()):
+        assert not any(private.encode() in data for data in files.values())
+    assert f"{Path(path).name} caps A-norm".encode() in files["adapter_config.json"]
     assert Path(path).name.encode() in files["adapter_config.json"]
     assert adapter.meta.model.name == path
     assert ll.load_adapter(MINE, model=bridge_llama).meta.model.revision == adapter.meta.model.revision

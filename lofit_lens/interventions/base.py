@@ -208,16 +208,6 @@ class Adapter(nn.Module):
         """
         self.meta.metrics = with_metrics(self.meta, result)
 
-        of = {"task": result.task, "split": result.split, "form": result.form}
-        kept = [m for m in self.meta.metrics if {k: m[k] for k in of} != of]
-        self.meta.metrics = kept + [
-            {
-                **of, "data_hash": result.data_hash, "metric": name, "mean": m.mean,
-                "interval": list(m.interval) if m.interval else None, "n": m.n, "seeds": m.seeds,
-            }
-            for name, m in result.metrics.items()
-        ]  # fmt: skip
-
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write `adapter_config.json` and `adapter_model.safetensors`.
 
@@ -256,10 +246,9 @@ class Adapter(nn.Module):
         """
         from lofit_lens.interventions.cards import model_card
 
-        record, shown = public(self._record()), copy.copy(self)
-        shown.meta = meta_of(record)
         with tempfile.TemporaryDirectory(prefix="adapter-") as made:
-            write_files(Path(made), record, self._tensors())
+            write_files(Path(made), public(self._record()), self._tensors())
+            shown = type(self).from_pretrained(Path(made))  # the card describes what goes out
             io.write_text(Path(made) / "README.md", model_card(shown, repo_id=repo_id, licence=licence))
             said = message or f"{self.title} adapter"
             return pushed(made, repo_id, private=private, revision=revision, message=said, token=token)

@@ -5,6 +5,7 @@ refused, whatever bit is wrong. Folders of schema 1, which have no checksums, ar
 """
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ _METRIC = {
     "task": str, "split": str, "form": str, "data_hash": str, "metric": str, "mean": float | int, "interval": list | None,
     "n": int, "seeds": int,
 }  # fmt: skip
+_PATH = re.compile(r"(?<!\S)(?:~|\.{1,2})?/\S*")  # in a text, behind a space or at its start
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -99,26 +101,25 @@ def check_unchanged(folder: Path, record: Mapping[str, Any]) -> None:
 
 def public(record: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a record for others' eyes: of folders on this machine their own names alone, and not what machine it is."""
-    found = _without_paths(record)
-    base = found.get("base_model")
-    if (
-        base
-        and not COMMIT.fullmatch(base["revision"] or "")
-        and (base["revision"] or Path(record["base_model"]["name"]).exists())
-    ):
-        base["name"] = Path(base["name"]).name
+    base = record["base_model"]
+    full, short = base["name"] if base else "", ""
+    if base and not COMMIT.fullmatch(base["revision"] or "") and (base["revision"] or Path(full).exists()):
+        short = Path(full).name  # of a folder, absolute or not
+    found = _without_paths(record, full if short else "", short)
     found["versions"] = {name: version for name, version in found["versions"].items() if name != "platform"}
     return found
 
 
-def _without_paths(value: Any) -> Any:
-    """JSON with the last part alone of every text that is a path."""
+def _without_paths(value: Any, full: str, short: str) -> Any:
+    """JSON with `short` for `full`, and the last part alone of every path, in its texts."""
     if isinstance(value, Mapping):
-        return {k: _without_paths(v) for k, v in value.items()}
+        return {k: _without_paths(v, full, short) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_paths(v) for v in value]
-    is_path = isinstance(value, str) and value.startswith(("/", "~", "./", "../")) and "\n" not in value
-    return Path(value).name if is_path else value
+        return [_without_paths(v, full, short) for v in value]
+    if not isinstance(value, str):
+        return value
+    text = value.replace(full, short) if full else value
+    return _PATH.sub(lambda path: Path(path[0]).name, text)
 
 
 def read_base_model(record: Mapping[str, Any]) -> ModelInfo | None:
