@@ -3,13 +3,16 @@
 import json
 import logging
 import shutil
+from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import lofit_lens as ll
 from lofit_lens.errors import AdapterError, InputError, ModelError
+from lofit_lens.evaluation.result import EvalResult, Metric
 from lofit_lens.interventions.base import Adapter, Intervention
 from lofit_lens.interventions.files import CONFIG_FILE, WEIGHTS_FILE, check_tensors, read_config
 from lofit_lens.models import Borders, check_residual, hooks, logits_of, residual_point
@@ -297,3 +300,25 @@ def test_tensors_are_checked_by_name_shape_and_type(tmp_path):
             check_tensors({**good, **changed}, shapes, tmp_path)
     with pytest.raises(AdapterError, match=r"holds \['a'\]; expected a and b"):
         check_tensors({"a": good["a"]}, shapes, tmp_path)
+
+
+def test_metrics_are_kept_once_and_of_the_same_weights(bridge_llama, tmp_path):
+    """A later result of the same task, split and form replaces an earlier one; files keep them; other weights are refused."""
+    adapter = shift_of(bridge_llama)
+
+    def result(split, mean, model=adapter.meta.model):
+        metrics = {"em": Metric(mean, (0.1, 0.9), 5), "f1": Metric(mean, None, 1)}
+        return EvalResult("caps", split, metrics, pd.DataFrame(), model=model, data_hash="d")
+
+    for found in (result("val", 0.25), result("test", 0.5), result("test", 0.75)):
+        adapter.add_metrics(found)
+    said = [(m["split"], m["metric"], m["mean"], m["interval"], m["n"], m["seeds"]) for m in adapter.meta.metrics]
+    assert said == [
+        ("val", "em", 0.25, [0.1, 0.9], 5, 1), ("val", "f1", 0.25, None, 1, 1),
+        ("test", "em", 0.75, [0.1, 0.9], 5, 1), ("test", "f1", 0.75, None, 1, 1),
+    ]  # fmt: skip
+    read = Shift.from_pretrained(adapter.save_pretrained(tmp_path / "a"))
+    assert read.meta.metrics == adapter.meta.metrics
+    with pytest.raises(InputError, match=r"measured on .* \(sha256:other\), and the adapter was made for"):
+        adapter.add_metrics(result("test", 1.0, replace(adapter.meta.model, revision="sha256:other")))
+    assert read.meta.metrics == adapter.meta.metrics
