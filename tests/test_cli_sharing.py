@@ -61,6 +61,7 @@ def test_every_other_form(capsys, monkeypatch, adapter, bridge_llama, tmp_path):
         code, out, err = run(capsys, monkeypatch, "export", adapter, form, "--out", tmp_path / name)
         assert code == 0, err
         assert f"wrote {tmp_path / name}" in out.replace("\n", "")
+        assert ("alpha=1, num_heads=3, token_scope='all')" in out) == (form == "--svec")
     assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["peft_type"] == "LORA"
     code, _, err = run(capsys, monkeypatch, "import", tmp_path / "a.svec", "--out", tmp_path / "back")
     assert code == 0, err

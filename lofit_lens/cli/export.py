@@ -97,6 +97,7 @@ def export(
             None if model is None else str(sharing.open_checkpoint(model, revision=revision).config.get("model_type"))
         )
         sharing.export_svec(made, out, model_type=kind, overwrite=overwrite)
+        c.console.print(f"in AISteer360: {sharing.svec_use(made)}", markup=False, soft_wrap=True)
     else:
         sharing.export_iti(made, out, overwrite=overwrite)
     if folded or peft:

@@ -8,12 +8,12 @@ from lofit_lens.sharing.iti_dict import export_iti, from_iti_dict, import_iti, t
 from lofit_lens.sharing.outputs import Outputs, outputs_of
 from lofit_lens.sharing.recover import import_folded
 from lofit_lens.sharing.reference import import_lofit
-from lofit_lens.sharing.svec import export_svec, import_svec
+from lofit_lens.sharing.svec import export_svec, import_svec, svec_use
 from lofit_lens.sharing.telling import format_of
 from lofit_lens.sharing.verify import RECORD, Verified
 
 __all__ = [
     "RECORD", "Checkpoint", "FoldedExport", "Outputs", "Verified", "affine", "export_folded", "export_iti", "export_peft",
     "export_svec", "format_of", "from_iti_dict", "import_folded", "import_iti", "import_lofit", "import_svec", "open_checkpoint",
-    "outputs_of", "to_iti_dict",
+    "outputs_of", "svec_use", "to_iti_dict",
 ]  # fmt: skip

@@ -70,7 +70,7 @@ def export_svec(
         raise InputError(
             f"{path} does not end in {SUFFIX}, which AISteer360 would add on reading; name it {path}{SUFFIX}"
         )
-    found, strength = _steering(adapter)
+    found, _ = _steering(adapter)
     _, n_heads, d_head = found.shape
     own = {
         "record": public({"lofit_lens_schema": SCHEMA, **found._record(), "history": []}),
@@ -88,13 +88,22 @@ def export_svec(
             f"{h.layer}:{h.head}": score for h, score in zip(found.heads, ranked, strict=True)
         }
     written = write_object(path, record | {"meta": {OURS: own}}, overwrite=overwrite)
+    logger.info("%s: in AISteer360 it is %s", written, svec_use(found))
+    return written
+
+
+def svec_use(adapter: Adapter) -> str:
+    """The call of AISteer360 that steers with the exported file as the adapter does here.
+
+    Raises:
+        AdapterError: see `export_svec`.
+    """
+    found, strength = _steering(adapter)
     scope = _SCOPES.get(str(found.positions))
     where = repr(scope) if scope else f"... (none acts on our positions {str(found.positions)!r})"
-    logger.info(
-        "%s: in AISteer360 it is ITI(steering_vector=SteeringVector.load(...), alpha=%g, num_heads=%d, token_scope=%s)",
-        written, strength, found.k, where,
-    )  # fmt: skip
-    return written
+    return (
+        f"ITI(steering_vector=SteeringVector.load(...), alpha={strength:g}, num_heads={found.k}, token_scope={where})"
+    )
 
 
 def import_svec(
