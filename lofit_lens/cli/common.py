@@ -35,7 +35,7 @@ Form = Annotated[
     str | None, typer.Option("--form", help="How questions are asked where there are several ways: choices, options, generation.")
 ]  # fmt: skip
 AdapterName = Annotated[
-    str | None, typer.Option("--adapter", "-a", help="Adapter of any method: a folder, or user/name[@revision] on the hub.")
+    str | None, typer.Option("--adapter", "-a", help="Of any method: a folder, or user/name or user/name@revision on the hub.")
 ]  # fmt: skip
 OtherModel = Annotated[
     bool, typer.Option("--other-model", help="Use the adapter on other weights than those it was made for.")

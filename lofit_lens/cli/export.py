@@ -8,7 +8,9 @@ import typer
 from lofit_lens.cli import common as c
 from lofit_lens.errors import InputError
 
-Adapter = Annotated[str, typer.Argument(help="Adapter folder, or user/name[@revision] on the hub.", metavar="ADAPTER")]
+Adapter = Annotated[
+    str, typer.Argument(help="Adapter folder, or user/name or user/name@revision on the hub.", metavar="ADAPTER")
+]
 FORMATS = ("--folded", "--peft", "--svec", "--iti", "--hub")
 _BASE = ("--out", "--model", "--revision", "--dtype", "--device", "--other-model", "--overwrite")
 TAKES = {
