@@ -139,6 +139,7 @@ def test_bad_requests(capsys, monkeypatch, adapter, tmp_path):
             "is the adapter itself, which would be lost",
         ),
         (("import", tmp_path / "a.json", "--out", tmp_path / "a.json"), "is what is read, which would be lost"),
+        (("import", tmp_path / "a.json", "--out", tmp_path, "--overwrite"), "was not written by this package"),
         (("import", tmp_path / "a.json", "--base-revision", "x", "--out", out), "format iti takes no --base-revision"),
         (("import", tmp_path / "a.pt", "--out", out), "leave pickles where they are"),
         (("import", tmp_path / "a.json", "--out", out), "give --model and --alpha"),

@@ -205,18 +205,18 @@ def again(**options: Any) -> str:
     return "".join(f" --{k.replace('_', '-')} {shlex.quote(str(v))}" for k, v in given.items())
 
 
-def check_new(path: Path, *, overwrite: bool) -> None:
-    """Fail before the work starts if the result could not be written after it.
+def check_new(path: Path, *, overwrite: bool, replaces: bool = False) -> None:
+    """Fail before the work starts if the result could not be written after it; `replaces`: as a whole, in the place of a folder.
 
     Raises:
-        InputError: the folder exists (and not `overwrite`), or its parent cannot be written to.
+        InputError: the folder exists (and not `overwrite`), it is not ours (`replaces`), or its parent cannot be written to.
     """
     from lofit_lens import io
     from lofit_lens.errors import InputError
 
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists; give another --out or --overwrite")
-    if path.is_dir():
+    if replaces and path.exists():
         io.check_replaceable(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

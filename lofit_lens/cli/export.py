@@ -77,7 +77,7 @@ def export(
     if out.resolve() == Path(adapter).resolve():
         raise InputError(f"{out} is the adapter itself, which would be lost; give another --out")
     if folded or peft:
-        c.check_new(out, overwrite=overwrite)
+        c.check_new(out, overwrite=overwrite, replaces=True)
     c.quiet_libraries()
     from lofit_lens import io, sharing
 
