@@ -9,6 +9,7 @@ import functools
 import importlib
 import os
 import platform
+import signal
 import socket
 import time
 import uuid
@@ -254,6 +255,7 @@ def _compute(shared: list[Any], group: Group) -> Outcomes | str:
     if complaint:
         return complaint
     device = _device(ray.get_gpu_ids(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a Ray that was begun in the background ignores it
     return attempt(setting.store, group, setting.work, setting.context, device, whole_process=True)
 
 
