@@ -10,13 +10,18 @@ from pathlib import Path
 from lofit_lens import io
 from lofit_lens.errors import InputError
 
-COMMIT = re.compile(r"[0-9a-f]{40}")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 UNREACHABLE = (
     "ConnectError",
     "ConnectTimeout",
     "ConnectionError",
 )  # by name: the HTTP package under huggingface_hub changes
 LOG_IN = "log in (`hf auth login`), or give a token (token=, or HF_TOKEN in the environment)"
+
+
+def commit_of(revision: str | None) -> str | None:
+    """A revision if it is a commit of the hub, else None: a branch, a tag, a local folder's checksum, or not known."""
+    return revision if revision and _COMMIT.fullmatch(revision) else None
 
 
 def leads_out(path: Path) -> Path | None:
@@ -108,7 +113,7 @@ def pushed(
         raise InputError(f"{repo_id!r} is not the id of a repository: {_first_line(e)}; write user/repo") from e
     if "/" not in repo_id:
         raise InputError(f"{repo_id!r} does not say whose repository it is; write user/repo")
-    if revision is not None and COMMIT.fullmatch(revision):
+    if commit_of(revision):
         raise InputError(f"{revision} is a commit, which cannot change; give a branch, or leave revision out")
     added = [CommitOperationAdd(f.name, f) for f in sorted(Path(folder).iterdir()) if f.is_file()]
     api = HfApi(token=token)

@@ -63,9 +63,7 @@ def bring_in(
         "--heads": heads, "--k": k, "--model": model, "--revision": revision, "--base-revision": base_revision, "--alpha": alpha,
         "--positions": positions,
     }  # fmt: skip
-    for name, value in given.items():
-        if value is not None and name not in TAKES[form]:
-            raise InputError(f"format {form} takes no {name}; it takes {', '.join(TAKES[form])}")
+    c.check_options(f"format {form}", given, TAKES[form])
     chosen = None if heads is None else read_heads(heads, k)
     if form == "lofit":
         made = sharing.import_lofit(source, heads=chosen, revision=revision)

@@ -9,7 +9,7 @@ import shlex
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -141,9 +141,10 @@ def open_with(
     """Load a model and the adapter of a folder or of the hub (None: no adapter); for LoRA `auto` means the bridge."""
     if adapter is None:
         return open_model(name, backend=backend, dtype=dtype, device=device, revision=revision), None
+    from lofit_lens.interventions.base import located_adapter
     from lofit_lens.interventions.folders import load_adapter, method_in
 
-    folder = _adapter_folder(adapter)
+    folder, _ = located_adapter(*_at_revision(adapter))
     if method_in(folder) == "lora" and backend == "auto":
         backend = "bridge"
     model = open_model(name, backend=backend, dtype=dtype, device=device, revision=revision)
@@ -154,15 +155,14 @@ def open_adapter(adapter: str) -> Any:
     """The adapter of a folder or of the hub, without a model."""
     from lofit_lens.interventions.folders import load_adapter
 
-    return load_adapter(_adapter_folder(adapter))
+    name, revision = _at_revision(adapter)
+    return load_adapter(name, revision=revision)
 
 
-def _adapter_folder(adapter: str) -> Path:
-    """Where the files are; `user/name[@revision]` is fetched."""
-    from lofit_lens.interventions.base import located_adapter
-
+def _at_revision(adapter: str) -> tuple[str, str | None]:
+    """Name and revision of `user/name[@revision]`; a folder has none."""
     name, _, revision = adapter.partition("@") if not Path(adapter).exists() else (adapter, "", "")
-    return located_adapter(name, revision or None)[0]
+    return name, revision or None
 
 
 def open_task(
@@ -203,6 +203,16 @@ def again(**options: Any) -> str:
     defaults = {"backend": "auto", "dtype": "float32"}
     given = {k: v for k, v in options.items() if v is not None and v != defaults.get(k)}
     return "".join(f" --{k.replace('_', '-')} {shlex.quote(str(v))}" for k, v in given.items())
+
+
+def check_options(form: str, given: Mapping[str, Any], takes: Sequence[str]) -> None:
+    """Raise InputError for an option that was given (it is neither None, False nor empty) and that a form does not take."""
+    from lofit_lens.errors import InputError
+
+    for name, value in given.items():
+        left_out = value is None or value is False or value == []  # 0 is a value
+        if not left_out and name not in takes:
+            raise InputError(f"{form} takes no {name}; it takes {', '.join(takes)}")
 
 
 def check_new(path: Path, *, overwrite: bool, replaces: bool = False) -> None:

@@ -62,13 +62,11 @@ def export(
         raise InputError(f"{' and '.join(asked) or 'no form'} asked for; give one of {', '.join(FORMATS)}")
     form = asked[0]
     given = {
-        "--model": model, "--revision": revision, "--dtype": dtype, "--device": device, "--other-model": other_model or None,
-        "--result": result or None, "--licence": licence, "--private": private or None, "--branch": branch, "--out": out,
-        "--overwrite": overwrite or None,
+        "--model": model, "--revision": revision, "--dtype": dtype, "--device": device, "--other-model": other_model,
+        "--result": result, "--licence": licence, "--private": private, "--branch": branch, "--out": out,
+        "--overwrite": overwrite,
     }  # fmt: skip
-    for name, value in given.items():
-        if value is not None and name not in TAKES[form]:
-            raise InputError(f"{form} takes no {name}; it takes {', '.join(TAKES[form])}")
+    c.check_options(form, given, TAKES[form])
     if hub is not None:
         _push(adapter, hub, result or [], licence=licence, private=private, branch=branch)
         return

@@ -12,7 +12,7 @@ from typing import Any
 
 from lofit_lens import io
 from lofit_lens.errors import InputError
-from lofit_lens.hub import COMMIT
+from lofit_lens.hub import commit_of
 from lofit_lens.interventions.at_heads import HeadAdapter
 from lofit_lens.interventions.base import Adapter
 from lofit_lens.interventions.lora import Lora
@@ -80,7 +80,7 @@ def _record(adapter: Adapter, repo_id: str | None, licence: str | None) -> str:
 def _on_hub(base: ModelInfo) -> bool:
     """Whether a base model's name is that of a repository, as far as its record tells."""
     if base.revision is not None:
-        return bool(COMMIT.fullmatch(base.revision))
+        return commit_of(base.revision) is not None
     return bool(re.fullmatch(r"[\w\-][\w.\-]*/[\w\-][\w.\-]*", base.name)) and not Path(base.name).exists()
 
 
@@ -138,7 +138,7 @@ def _loading(adapter: Adapter, repo_id: str | None) -> str:
     if base is not None:
         name, pinned = (
             json.dumps(_short(base.name), ensure_ascii=False),
-            base.revision and COMMIT.fullmatch(base.revision),
+            commit_of(base.revision),
         )
         revision = f', revision="{base.revision}"' if pinned else ""
         backend = ', backend="bridge"' if isinstance(adapter, Lora) else ""

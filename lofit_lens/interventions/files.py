@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lofit_lens import io
 from lofit_lens.errors import AdapterError, DataError
-from lofit_lens.hub import COMMIT, leads_out
+from lofit_lens.hub import commit_of, leads_out
 from lofit_lens.models import ModelInfo
 
 SCHEMA = 2
@@ -103,7 +103,7 @@ def public(record: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a record for others' eyes: of folders on this machine their own names alone, and not what machine it is."""
     base = record["base_model"]
     full, short = base["name"] if base else "", ""
-    if base and not COMMIT.fullmatch(base["revision"] or "") and (base["revision"] or Path(full).exists()):
+    if base and not commit_of(base["revision"]) and (base["revision"] or Path(full).exists()):
         short = Path(full).name  # of a folder, absolute or not
     found = _without_paths(record, full if short else "", short)
     found["versions"] = {name: version for name, version in found["versions"].items() if name != "platform"}

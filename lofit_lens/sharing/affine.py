@@ -17,7 +17,8 @@ def affine(adapter: Adapter) -> tuple[Grid, Grid]:
     LoFiT: `1 + A` and `v`. ITI at all positions: 1 and `alpha * sigma * d`. Ablation: 0 and the constant.
 
     Raises:
-        AdapterError: a method whose edit is not of this kind, or positions that are not all.
+        AdapterError: a method whose edit is not of this kind, positions that are not all, numbers that are not finite, or an edit
+            that changes nothing.
     """
     if not isinstance(adapter, Lofit | ITI | HeadAblation):
         raise AdapterError(
@@ -37,4 +38,8 @@ def affine(adapter: Adapter) -> tuple[Grid, Grid]:
             shift[head] = adapter.shift(head.layer)[head.head].cpu()
         else:
             scale[head], shift[head] = 0, adapter.values[i].cpu()
+    if not bool(torch.isfinite(scale).all() and torch.isfinite(shift).all()):
+        raise AdapterError("this adapter holds NaN or infinity; train it again, or load its last good state")
+    if bool((scale == 1).all() and (shift == 0).all()):
+        raise AdapterError("this adapter changes nothing: all its scalings and offsets are zero; train it first")
     return scale, shift

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from lofit_lens import io
 from lofit_lens.errors import AdapterError, ModelError
-from lofit_lens.hub import COMMIT
+from lofit_lens.hub import commit_of
 from lofit_lens.interventions import Adapter
 from lofit_lens.interventions.files import WEIGHTS_FILE
 from lofit_lens.sharing.affine import affine
-from lofit_lens.sharing.folded import base_of, check_apart
+from lofit_lens.sharing.folded import base_of, check_apart, check_fits
 from lofit_lens.sharing.outputs import Outputs, outputs_of
 from lofit_lens.sharing.verify import check, compared, hooked_reference, plain_model, write_record
 
@@ -78,16 +78,17 @@ def export_peft(
             model in PEFT (and was deleted).
         InputError: a folder that exists or cannot be written, or no such base.
     """
-    shift = _offsets(adapter)
+    scale, shift = affine(adapter)
+    if bool((scale != 1).any()):
+        raise AdapterError(
+            f"this {adapter.title} adapter scales heads' outputs, and a LoRA's bias only adds; fold it into the weights instead "
+            "(export_folded), or train offsets alone"
+        )
     checkpoint = base_of(adapter, base, revision, strict=strict)
     check_apart(folder, checkpoint)
     outputs = outputs_of(checkpoint)
-    if outputs.shape != tuple(shift.shape):
-        raise AdapterError(
-            f"this adapter is for layers, heads and d_head of {tuple(shift.shape)}; {checkpoint.name} has {outputs.shape}. Give "
-            "the model it was made for (base=, --model)"
-        )
-    commit = checkpoint.revision if COMMIT.fullmatch(checkpoint.revision or "") else None
+    check_fits(adapter, outputs, scale)
+    commit = commit_of(checkpoint.revision)
     with io.new_folder(folder, overwrite=overwrite) as made:
         reference = hooked_reference(adapter, checkpoint.name, revision=commit, dtype=dtype, device=device)
         plain = plain_model(checkpoint.folder, dtype, device)
@@ -102,20 +103,6 @@ def export_peft(
         write_record(made, "PEFT carrier", adapter, checkpoint, verified, {})
     logger.info("%s: in PEFT it differs from the hooked model by %.2g in a logit", folder, verified.error)
     return Path(folder)
-
-
-def _offsets(adapter: Adapter) -> Float[Tensor, "n_layers n_heads d_head"]:
-    scale, shift = affine(adapter)
-    if bool((scale != 1).any()):
-        raise AdapterError(
-            f"this {adapter.title} adapter scales heads' outputs, and a LoRA's bias only adds; fold it into the weights instead "
-            "(export_folded), or train offsets alone"
-        )
-    if not bool(torch.isfinite(shift).all()):
-        raise AdapterError("this adapter holds NaN or infinity; train it again, or load its last good state")
-    if not bool(shift.any()):
-        raise AdapterError("this adapter changes nothing: all its offsets are zero; train it first")
-    return shift
 
 
 def _modules(outputs: Outputs, plain: Any) -> list[str]:

@@ -57,10 +57,6 @@ class Checkpoint:
             raise ModelError(f"{self.folder / CONFIG} names the architectures {found!r}; one is needed")
         return found[0]
 
-    def names_in(self, file: str) -> tuple[str, ...]:
-        """Names of the tensors of one file, sorted."""
-        return tuple(sorted(name for name, held in self.where.items() if held == file))
-
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU, of its own type and shape.
 

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from lofit_lens import io
 from lofit_lens.errors import AdapterError, InputError, ModelError
-from lofit_lens.hub import COMMIT, leads_out
+from lofit_lens.hub import commit_of, leads_out
 from lofit_lens.interventions import Adapter
 from lofit_lens.models import same_weights
 from lofit_lens.sharing.affine import affine
@@ -126,14 +126,10 @@ def export_folded(
         InputError: a folder that exists or cannot be written, or no such base.
     """
     scale, shift = affine(adapter)
-    if not bool(torch.isfinite(scale).all() and torch.isfinite(shift).all()):
-        raise AdapterError("this adapter holds NaN or infinity; train it again, or load its last good state")
-    if bool((scale == 1).all() and (shift == 0).all()):
-        raise AdapterError("this adapter changes nothing: all its scalings and offsets are zero; train it first")
     checkpoint = base_of(adapter, base, revision, strict=strict)
     check_apart(folder, checkpoint)
     outputs = outputs_of(checkpoint)
-    _check_fits(adapter, outputs, scale)
+    check_fits(adapter, outputs, scale)
     slot = slot_for(outputs, [layer for layer in range(len(shift)) if bool(shift[layer].any())])
     deaf = IGNORED_BY.get(slot.config["architectures"][0])
     if slot.added and deaf:
@@ -141,10 +137,8 @@ def export_folded(
     edits = _edits(outputs, scale, shift)
     kind = _written_type(outputs, dtype)
     with io.new_folder(folder, overwrite=overwrite) as made:
-        from_hub = COMMIT.fullmatch(checkpoint.revision or "")
-        reference = hooked_reference(
-            adapter, checkpoint.name, revision=checkpoint.revision if from_hub else None, dtype=kind, device=device
-        )
+        commit = commit_of(checkpoint.revision)
+        reference = hooked_reference(adapter, checkpoint.name, revision=commit, dtype=kind, device=device)
         try:
             _write(made, checkpoint, slot, edits, kind if dtype is not None else None, progress)
         except (OSError, SafetensorError) as e:
@@ -178,8 +172,8 @@ def base_of(adapter: Adapter, base: str | Path | None, revision: str | None, *, 
         if made_for is None:
             raise AdapterError("this adapter does not say which model it was made for; give it (base=, --model)")
         base = made_for.name
-    if revision is None and made_for and made_for.name == str(base) and COMMIT.fullmatch(made_for.revision or ""):
-        revision = made_for.revision
+    if revision is None and made_for and made_for.name == str(base):
+        revision = commit_of(made_for.revision)
     checkpoint = open_checkpoint(base, revision=revision)
     # The names are left out: only revisions that say the model is another one count.
     if (
@@ -206,7 +200,8 @@ def check_apart(folder: str | Path, checkpoint: Checkpoint) -> None:
         raise InputError(f"{folder} is the base model itself, which would be lost; give another folder")
 
 
-def _check_fits(adapter: Adapter, outputs: Outputs, scale: Tensor) -> None:
+def check_fits(adapter: Adapter, outputs: Outputs, scale: Tensor) -> None:
+    """Raise AdapterError unless an adapter has a checkpoint's shape, and its scalings mean the same there."""
     theirs = outputs.shape
     if theirs != tuple(scale.shape):
         raise AdapterError(
