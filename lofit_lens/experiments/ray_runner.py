@@ -27,7 +27,7 @@ from lofit_lens.experiments.store import Store
 
 SAME = ("lofit-lens", "torch", "transformer-lens", "transformers")  # packages of one version on all nodes
 LOOK = 5.0  # seconds between two looks at the cluster's nodes
-PATIENCE = 60.0  # seconds that a node gets to answer at the start
+PATIENCE = 600.0  # seconds that a node gets to answer at the start: a cold import over a slow file system takes minutes
 
 
 @dataclass(frozen=True)
