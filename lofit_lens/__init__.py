@@ -50,6 +50,7 @@ del _organism_tasks
 _PARTS = ("analysis", "experiments", "plots", "probing", "report", "sharing")
 _LATER = {
     "Grid": "experiments.specs", "compare_methods": "experiments.comparison", "compare_selectors": "experiments.comparison",
+    "explore": "explorer",
     "export_folded": "sharing", "export_iti": "sharing", "export_peft": "sharing", "export_svec": "sharing",
     "fit_probes": "probing", "import_folded": "sharing", "import_iti": "sharing", "import_lofit": "sharing",
     "import_svec": "sharing", "load_results": "experiments.results", "paper_grid": "experiments.paper",
