@@ -245,7 +245,7 @@ def test_another_base_is_refused(bridge_llama, checkpoint, tmp_path):
     lofit.meta.model = None
     with pytest.raises(AdapterError, match="does not say which model"):
         export_peft(lofit, tmp_path / "x")
-    with pytest.raises(AdapterError, match="for 3 layers of 4 heads of size 8, and .* has 3 of 4 of size 12"):
+    with pytest.raises(AdapterError, match=r"for 3 layers of 4 heads of size 8, and .* has 3 of 4 of size 12"):
         export_peft(lofit, tmp_path / "x", base=checkpoint("llama-gqa"))
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
 
