@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lofit_lens import io
 from lofit_lens.errors import DataError, InputError
-from lofit_lens.html import grid_html
+from lofit_lens.html import first_of, grid_html
 
 SCHEMA = 1
 
@@ -262,9 +262,8 @@ class HeadSet:
 
     def __repr__(self) -> str:
         of = f" of {self.shape[0]}x{self.shape[1]}" if self.shape else ""
-        shown = " ".join(map(str, self.heads[:12])) + (" ..." if len(self) > 12 else "")
         label = f" {self.label}:" if self.label else ""
-        return f"HeadSet({len(self)}{of} heads:{label} {shown})"
+        return f"HeadSet({len(self)}{of} heads:{label} {first_of(self.heads)})"
 
     def _repr_html_(self) -> str:
         shape = self.shape or (max((h.layer for h in self), default=0) + 1, max((h.head for h in self), default=0) + 1)
@@ -277,6 +276,7 @@ class HeadSet:
                 for h, r in rank.items()
             },
             f"{self.label or 'head set'}: {len(self)} heads",
+            first_of(self.heads),
         )
 
 
@@ -385,6 +385,7 @@ class HeadScores:
             {h: (self.values[h].item() - low) / span for h in heads},
             {h: f"{h}: {self.kind} {self.values[h].item():.4g}" for h in heads},
             f"{self.kind} {self.model} {self.task} ({low:.3g} to {high:.3g})",
+            f"best: {first_of(self.ranking().heads[:6])}",
         )
 
 

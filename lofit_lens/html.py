@@ -1,13 +1,22 @@
 """Small HTML for Jupyter: no script, no network."""
 
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+
+def first_of(names: Sequence[object], most: int = 12) -> str:
+    """The first names in one line, with dots if there are more."""
+    return " ".join(map(str, names[:most])) + (" ..." if len(names) > most else "")
 
 
 def grid_html(
-    shape: tuple[int, int], level: Mapping[tuple[int, int], float], hover: Mapping[tuple[int, int], str], caption: str
+    shape: tuple[int, int],
+    level: Mapping[tuple[int, int], float],
+    hover: Mapping[tuple[int, int], str],
+    caption: str,
+    listed: str = "",
 ) -> str:
-    """A layer x head grid as one small HTML table, last layer on top; needs no script and no network."""
+    """A layer x head grid as one small HTML table, last layer on top, and a line below; needs no script and no network."""
     n_layers, n_heads = shape
     cell = "width:14px;height:14px;border:1px solid rgba(128,128,128,.25);padding:0"
     rows = []
@@ -21,5 +30,7 @@ def grid_html(
     axis = f'<tr><th></th><td colspan="{n_heads}" style="text-align:center">head 0 to {n_heads - 1}</td></tr>'
     return (
         '<table style="border-collapse:collapse;font-size:11px;line-height:1">'
-        f'<caption style="text-align:left">{html.escape(caption)} (rows: layer)</caption>{"".join(rows)}{axis}</table>'
+        f'<caption style="text-align:left;white-space:nowrap">{html.escape(caption)} (rows: layer)</caption>'
+        f"{''.join(rows)}{axis}</table>"
+        + (f'<div style="font-size:12px">{html.escape(listed)}</div>' if listed else "")
     )

@@ -123,6 +123,14 @@ def test_the_grid_names_rank_and_score():
     assert page.count("rgba(0,114,178,0.000)") == 10
 
 
+def test_heads_are_named_below_the_grid():
+    """Best first: all of a small set, twelve of a larger one, six of scores; cells alone have no names on paper."""
+    assert ">L2H1 L0H0<" in HeadSet(["L2H1", "L0H0"], shape=SHAPE)._repr_html_()
+    assert " ...<" in HeadSet.all((4, 4))._repr_html_()
+    values = torch.arange(12.0).view(3, 4)
+    assert ">best: L2H3 L2H2 L2H1 L2H0 L1H3 L1H2<" in HeadScores(values)._repr_html_()
+
+
 # ------------------------------------------------------------------------------- the official runs' heads
 
 OFFICIAL = {  # facts: top K, mean layer (TruthfulQA, MQuAKE, CLUTRR), overlap (TQ&MQ, TQ&CL, MQ&CL)

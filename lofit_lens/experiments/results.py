@@ -11,7 +11,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from lofit_lens.errors import DataError, InputError, unknown
-from lofit_lens.evaluation.result import EvalResult
+from lofit_lens.evaluation.result import EvalResult, table_html
 from lofit_lens.experiments.compute import choice
 from lofit_lens.experiments.methods import CHANCE as CHANCE_ROW
 from lofit_lens.experiments.methods import LEARNED
@@ -57,6 +57,21 @@ class Results:
     evaluations: tuple[EvalResult, ...]
     folders: tuple[Path, ...]
     scores: dict[tuple[str, str, int], HeadScores]
+
+    def __repr__(self) -> str:
+        return f"Results({self.folder}: {len(self.runs)} runs of {self.model.name} on {', '.join(self.tasks)})"
+
+    def _repr_html_(self) -> str:
+        counts = (
+            self.runs.assign(heads_from=self.runs["heads_from"].fillna(""))
+            .groupby(["method", "heads_from", "task"])
+            .size()
+        )
+        rows = [
+            (f"{method} on {heads}" if heads else method, *(str(counts.get((method, heads, t), 0)) for t in self.tasks))
+            for method, heads in counts.droplevel("task").index.unique()
+        ]
+        return table_html(repr(self), ("runs", *self.tasks), rows, [f"seeds {', '.join(map(str, self.seeds))}"])
 
     def k(self, task: str) -> int:
         """Usual number of heads of a task (the preset's)."""
