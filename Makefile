@@ -6,13 +6,14 @@ TL4 := .venv-tl4
 READY := $(VENV)/.ready
 TL4_READY := $(TL4)/.ready
 
-.PHONY: demo test test-unit test-tl4 organism bench bench-gpu lint format figures lock clean help
+.PHONY: demo test test-unit test-tl4 notebooks docs organism bench bench-gpu lint format figures lock clean help
 
 help:
 	@echo "demo      main job on the embedded model (one to two minutes after set-up)"
 	@echo "test      unit tests, then the slow ones"
 	@echo "test-unit unit tests only"
 	@echo "test-tl4  every test that loads a model against the newest TransformerLens 4.x, in $(TL4)"
+	@echo "notebooks run all notebooks and write their outputs;  docs: the documentation as a site, into build/site/"
 	@echo "organism  retrain the embedded model from seed 0 into build/ and measure it (about half an hour)"
 	@echo "bench     CPU benchmarks into benchmarks/results/ and docs/performance.md (under 15 minutes; fetches TruthfulQA, MQuAKE"
 	@echo "          and CLUTRR; with local files: make bench DATA=FOLDER that holds theirs);  bench-gpu: the same of a GPU"
@@ -54,6 +55,12 @@ NO_MODEL := $(addprefix --ignore=tests/test_,$(addsuffix .py,stats overlap layer
 test-tl4: $(TL4_READY)
 	$(TL4)/bin/python -m pytest -n 2 $(NO_MODEL) -m "not slow"
 	$(TL4)/bin/python -m pytest -n 2 $(NO_MODEL) -m slow -k "not findings_of_the_embedded_model and not hurts_more_than_random"
+
+notebooks: $(READY)
+	$(BIN)/python notebooks/execute.py
+
+docs: $(READY)
+	$(BIN)/mkdocs build --strict
 
 organism: $(READY)
 	$(BIN)/python -m lofit_lens.organism.train --seed 0 --out build/organism-0
