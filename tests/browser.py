@@ -1,7 +1,7 @@
 """A headless Chrome or Chromium for tests, driven by its own protocol (Chrome DevTools Protocol) over two pipes.
 
-Only what the report's tests need: open a file, run JavaScript, press keys, click, take a picture, and hear what the page says
-and asks for. Every wait is for a condition, with one generous limit.
+Only what the tests need: open a file or an address, run JavaScript, press keys, type, click, take a picture, and hear what the
+page says and asks for. Every wait is for a condition, with one generous limit.
 """
 
 import base64
@@ -144,9 +144,13 @@ class Browser:
 
     def open(self, path: Path, *, width: int = 1280, height: int = 900, phone: bool = False) -> None:
         """Load a file in a window of this size (CSS pixels) and forget what was said and asked before."""
+        self.visit(path.resolve().as_uri(), width=width, height=height, phone=phone)
+
+    def visit(self, url: str, *, width: int = 1280, height: int = 900, phone: bool = False) -> None:
+        """The same for any address."""
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone)
         self.said, self.asked, self.loaded = [], [], False
-        self.send("Page.navigate", url=path.resolve().as_uri())
+        self.send("Page.navigate", url=url)
         self._until(lambda: self.loaded)
 
     def js(self, expression: str) -> Any:
@@ -209,8 +213,19 @@ class Browser:
             " for (const t of ['input', 'change']) e.dispatchEvent(new Event(t, {bubbles: true})); })()"
         )
 
-    def picture(self, path: Path, *, whole: bool = False) -> Path:
-        """Write a PNG of the window, or of the whole page."""
-        answer = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
+    def type(self, text: str) -> None:
+        """Type a text at the element that has the focus."""
+        self.send("Input.insertText", text=text)
+
+    def picture(self, path: Path, *, whole: bool = False, of: str | None = None) -> Path:
+        """Write a PNG of the window, of the whole page, or of one element (a selector), also where it is out of sight."""
+        part: dict[str, Any] = {}
+        if of is not None:
+            box = self.js(
+                f"(() => {{ const r = document.querySelector({json.dumps(of)}).getBoundingClientRect();"
+                " return {x: r.x + scrollX, y: r.y + scrollY, width: r.width, height: r.height, scale: 1}; })()"
+            )
+            part = {"clip": box}
+        answer = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=whole, **part)
         path.write_bytes(base64.b64decode(answer["data"]))
         return path

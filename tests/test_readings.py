@@ -12,7 +12,7 @@ from lofit_lens.analysis.readings import read_readings, reading_file
 from lofit_lens.analysis.stored import KINDS, frame_of, restored
 from lofit_lens.errors import DataError, InputError
 from lofit_lens.experiments.results import load_results
-from lofit_lens.report.collect import _heads, collect
+from lofit_lens.report.collect import collect, head_readings
 from lofit_lens.report.data import checked
 from tests import studies
 
@@ -194,7 +194,7 @@ def test_a_report_stays_small(results, monkeypatch):
     assert {t: len(p) for t, p in data["attention"].items()} == {KIN: 1, PLACE: 1}
     assert any(note.startswith("24 attention patterns were left out") for note in data["notes"])
     del parts[KIN]["geometry"]
-    heads = _heads(parts[KIN])
+    heads = head_readings(parts[KIN])
     assert heads[str(results.heads(KIN)[0])]["norm_v"] is None
     assert heads[str(results.heads(KIN)[0])]["promoted"]
     assert "total" not in heads

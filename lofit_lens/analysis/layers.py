@@ -31,6 +31,10 @@ def layer_shares(sets: Mapping[str, HeadSet], n_layers: int | None = None, *, le
 
     Raises:
         InputError: no head set, an empty one, none that knows its model, or a head outside the model.
+
+    Examples:
+        >>> layer_shares({"a": HeadSet(["L0H0", "L1H2", "L1H3", "L1H0"], shape=(2, 4))})["share"].tolist()
+        [0.25, 0.75]
     """
     check_share("level", level)
     n = _n_layers(sets, n_layers)
@@ -61,6 +65,11 @@ def mean_layers(sets: Mapping[str, HeadSet], *, seed: int = 0, level: float = 0.
 
     Raises:
         InputError: no head set, or an empty one.
+
+    Examples:
+        >>> found = mean_layers({"a": HeadSet(["L0H0", "L1H2", "L1H3"], shape=(2, 4))})
+        >>> round(float(found["mean_layer"].iloc[0]), 3)
+        0.667
     """
     _some(sets)
     rows = []

@@ -52,6 +52,12 @@ def overlap(
 
     Raises:
         InputError: fewer than two sets, an empty one, sets of different models, no shape known, or p outside (0, 1).
+
+    Examples:
+        >>> a = HeadSet(["L0H0", "L0H1", "L1H2"], shape=(2, 4))
+        >>> b = HeadSet(["L0H1", "L0H0", "L1H3"], shape=(2, 4))
+        >>> overlap({"a": a, "b": b})[["shared", "expected", "p_hypergeometric", "p_layer"]].round(3).to_dict("records")
+        [{'shared': 2, 'expected': 1.125, 'p_hypergeometric': 0.286, 'p_layer': 0.333}]
     """
     _at_least_two(sets, "head sets", "{'MQuAKE': ..., 'CLUTRR': ...}")
     for name, heads in sets.items():
@@ -92,6 +98,12 @@ def score_agreement(scores: Mapping[str, HeadScores]) -> pd.DataFrame:
     Raises:
         InputError: fewer than two, scores of different models, a model of fewer than three heads, or scores that are all
             equal.
+
+    Examples:
+        >>> a = HeadScores([[0.1, 0.9, 0.3], [0.7, 0.2, 0.4]])
+        >>> b = HeadScores([[0.2, 0.8, 0.3], [0.9, 0.1, 0.4]])
+        >>> round(float(score_agreement({"a": a, "b": b})["rho"].iloc[0]), 3)
+        0.886
     """
     _at_least_two(scores, "head scores", "{'LoFiT': ..., 'ITI': ...}")
     joint_shape(scores)
@@ -141,6 +153,12 @@ def agreement_by_k(
 
     Raises:
         InputError: an empty ranking, different models, no shape known, no K, or a K that a ranking does not have.
+
+    Examples:
+        >>> a = HeadScores([[0.1, 0.9, 0.3], [0.7, 0.2, 0.4]])
+        >>> b = HeadScores([[0.2, 0.8, 0.3], [0.9, 0.1, 0.4]])
+        >>> agreement_by_k(a, b, [1, 2, 3])["shared"].tolist()
+        [0, 2, 3]
     """
     pair = {"a": a, "b": b}
     n_layers, n_heads = joint_shape(pair, shape)

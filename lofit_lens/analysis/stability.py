@@ -33,6 +33,11 @@ def stability(scores: Sequence[HeadScores], ks: Sequence[int] | None = None) -> 
 
     Raises:
         InputError: fewer than two runs, runs of different models, no K, or a K that the model does not have.
+
+    Examples:
+        >>> runs = [HeadScores([[0.1, 0.9], [0.7, 0.2]]), HeadScores([[0.1, 0.8], [0.2, 0.7]])]
+        >>> stability(runs, ks=[1, 2])["jaccard"].round(3).tolist()
+        [1.0, 0.333]
     """
     shape = _check(scores)
     total = shape[0] * shape[1]
@@ -60,6 +65,11 @@ def selection_frequency(scores: Sequence[HeadScores], k: int) -> HeadScores:
 
     Raises:
         InputError: no run, runs of different models, or a K that the model does not have.
+
+    Examples:
+        >>> runs = [HeadScores([[0.1, 0.9], [0.7, 0.2]]), HeadScores([[0.1, 0.8], [0.2, 0.7]])]
+        >>> selection_frequency(runs, 2).values.tolist()
+        [[0.0, 1.0], [0.5, 0.5]]
     """
     if not scores:
         raise InputError("no head scores given; give one a run (seed or fold)")
@@ -75,6 +85,11 @@ def mean_spearman(scores: Sequence[HeadScores]) -> float:
 
     Raises:
         InputError: fewer than two runs, runs of different models, or a run whose scores are all equal.
+
+    Examples:
+        >>> runs = [HeadScores([[0.1, 0.9], [0.7, 0.2]]), HeadScores([[0.1, 0.8], [0.2, 0.7]])]
+        >>> round(mean_spearman(runs), 3)
+        0.8
     """
     _check(scores)
     return float(np.mean(score_agreement({f"run {i}": s for i, s in enumerate(scores)})["rho"].to_numpy()))

@@ -34,6 +34,11 @@ def sweep(values: Sweep, *, level: float = 0.95, resamples: int = RESAMPLES, see
 
     Raises:
         InputError: no series, a series without points, or scores that are not finite numbers `[n_seeds, n_items]`.
+
+    Examples:
+        >>> scores = {"LoFiT": {10: [[0, 1, 1, 0]], 100: [[1, 1, 1, 0]]}}
+        >>> sweep(scores)[["x", "mean", "n_items"]].to_dict("records")
+        [{'x': 10.0, 'mean': 0.5, 'n_items': 4}, {'x': 100.0, 'mean': 0.75, 'n_items': 4}]
     """
     rows = []
     for series, points in _checked(values).items():

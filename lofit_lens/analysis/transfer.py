@@ -122,6 +122,12 @@ def transfer_matrix(
     Raises:
         InputError: nothing to compare, a missing cell (named), scores of one task with different numbers of items or below
             0, a name in `random` or `metrics` that is no task, or a task called "random" beside random heads.
+
+    Examples:
+        >>> own, other = [1, 1, 1, 0], [1, 1, 0, 0]
+        >>> runs = {("a", "a"): own, ("a", "b"): other, ("b", "a"): other, ("b", "b"): own}
+        >>> transfer_matrix(runs).matrix().round(1).loc["b", "a"].item()
+        66.7
     """
     check_share("level", level)
     cells = _checked(runs, random or {}, metrics or {})

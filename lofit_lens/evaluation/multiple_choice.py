@@ -21,6 +21,10 @@ def mc_metrics(best: float, true: Sequence[float], false: Sequence[float]) -> di
 
     Raises:
         InputError: no true or no false answer, a score that is NaN, or nothing but scores of -infinity.
+
+    Examples:
+        >>> mc_metrics(-1.0, true=[-1.0, -3.0], false=[-2.0])["mc3"]
+        0.5
     """
     if len(true) == 0 or len(false) == 0:
         raise InputError("multiple choice needs at least one true and one false answer")
@@ -46,6 +50,10 @@ def option_metrics(scores: Sequence[float], right: int) -> dict[str, float]:
 
     Raises:
         InputError: fewer than two options, or a score that is NaN.
+
+    Examples:
+        >>> option_metrics([-1.0, -2.0, -3.0], right=0)["accuracy"]
+        1.0
     """
     others = [s for i, s in enumerate(scores) if i != right]
     found = mc_metrics(scores[right], [scores[right]], others)

@@ -85,6 +85,11 @@ def paper_grid(
 
     Raises:
         InputError: an unknown part, or a value out of range.
+
+    Examples:
+        >>> grid = paper_grid(["fig5"], name="mine", model="organism", tasks=["organism/truth"])
+        >>> [run.k for run in grid.runs if run.heads == ("A-norm",)]
+        [(1, 'K', '3K', '20 %'), ('K',), ('K',)]
     """
     asked = list(parts)
     for part in asked:

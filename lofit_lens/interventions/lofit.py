@@ -36,6 +36,11 @@ def edit_z(
 
     A and v are float32: over a bfloat16 model the edit is computed in float32 and rounded once, since in bfloat16
     itself `1 + A` is 1 for every A below 0.004.
+
+    Examples:
+        >>> z = torch.tensor([[[[1.0, 2.0]]]])
+        >>> edit_z(z, torch.tensor([[0.5, -0.5]]), torch.tensor([[0.0, 1.0]]))
+        tensor([[[[1.5000, 2.0000]]]])
     """
     return (z * (1 + A) + v).to(z.dtype)
 

@@ -25,6 +25,11 @@ def head_grid(
 
     Raises:
         InputError: no scores, panels of different shapes, or a head set for no panel.
+
+    Examples:
+        >>> figure = head_grid(HeadScores([[0.1, 0.9], [0.7, 0.2]], kind="A-norm"))
+        >>> figure.layout.xaxis.title.text
+        'head'
     """
     if isinstance(scores, HeadScores):
         scores = {scores.task or scores.kind: scores}

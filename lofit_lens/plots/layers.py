@@ -25,6 +25,11 @@ def layer_distribution(
 
     Raises:
         InputError: no head set, an empty one, or none that knows its model.
+
+    Examples:
+        >>> figure = layer_distribution({"a": HeadSet(["L0H0", "L1H2"], shape=(2, 4))})
+        >>> figure.layout.xaxis.title.text
+        'layer'
     """
     if isinstance(sets, HeadSet):
         sets = {sets.label or "heads": sets}

@@ -39,7 +39,9 @@ def collect(results: Results) -> dict[str, Any]:
         "Promoted tokens: a head's offset v through W_O, the final norm at its mean scale, and W_U; later layers are left out.",
         "Attention: with the adapter of the task attached.",
     ]
-    attention, left = _attention({t: parts["attention"] for t, parts in readings.items() if "attention" in parts})
+    attention, left = attention_readings(
+        {t: parts["attention"] for t, parts in readings.items() if "attention" in parts}
+    )
     if left:
         notes.append(f"{left} attention patterns were left out to keep this page small; figures have them.")
     return {
@@ -50,7 +52,7 @@ def collect(results: Results) -> dict[str, Any]:
         },
         "versions": results.record["versions"], "notes": notes, "sets": _sets(results),
         "tables": [t.to_dict() for t in paper_tables(results)], "transfer": _transfer(results),
-        "heads": {t: _heads(parts) for t, parts in readings.items() if t != TOGETHER},
+        "heads": {t: head_readings(parts) for t, parts in readings.items() if t != TOGETHER},
         "attention": attention,
     }  # fmt: skip
 
@@ -90,7 +92,8 @@ def _transfer(results: Results) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
-def _heads(parts: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def head_readings(parts: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What was read of a task's adapter, by head (`"L2H5"`), in the form of `report.data.checked`'s `heads`."""
     found: dict[str, dict[str, Any]] = {}
 
     def of(head: str) -> dict[str, Any]:
@@ -109,7 +112,7 @@ def _heads(parts: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _attention(records: dict[str, dict[str, Any]]) -> tuple[dict[str, list[dict[str, Any]]], int]:
+def attention_readings(records: dict[str, dict[str, Any]]) -> tuple[dict[str, list[dict[str, Any]]], int]:
     """Task -> its prompts with their patterns, first prompts first, as far as they fit; and how many did not."""
     found: dict[str, list[dict[str, Any]]] = {t: [] for t in records}
     room, left = PATTERN_NUMBERS, 0

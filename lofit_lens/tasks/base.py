@@ -248,14 +248,15 @@ class Task:
         `grade` may be any function of the generated text and the example; `metric` names the one of its scores that stands for
         the task (default `em`). `n_train` examples are drawn by seed (default all).
 
-        >>> task = Task.from_records("caps", train=[{"prompt": "France:", "answer": " Paris"}],
-        ...                          test=[{"prompt": "Italy:", "answer": " Rome"}])
-        >>> task
-        Task(caps: sft, 1/0/1 train/val/test, metric em)
-
         Raises:
             DataError: no records, a record without its fields, an empty field, an option given twice, an answer that is no
                 option; names the row.
+
+        Examples:
+            >>> task = Task.from_records("caps", train=[{"prompt": "France:", "answer": " Paris"}],
+            ...                          test=[{"prompt": "Italy:", "answer": " Rome"}])
+            >>> task
+            Task(caps: sft, 1/0/1 train/val/test, metric em)
         """
         splits = {"train": list(train), "val": list(val), "test": list(test)}
         task = task_from_rows(

@@ -96,6 +96,10 @@ def load_task(
     Raises:
         InputError: unknown task, fold, source or form.
         DataError: files missing, empty or with bad rows; names file and row.
+
+    Examples:
+        >>> load_task("organism/truth").metric
+        'mc1'
     """
     text = str(name)
     if text.startswith("truthfulqa:"):

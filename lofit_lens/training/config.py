@@ -66,6 +66,10 @@ class TrainConfig:
 
         Raises:
             InputError: no such field, or a value out of range.
+
+        Examples:
+            >>> TrainConfig(lr=0.01).with_changes(lr=0.02, epochs=None).lr
+            0.02
         """
         names = [f.name for f in fields(self)]
         for name in changes:

@@ -1,0 +1,124 @@
+"""What needs the model: where heads look on a typed prompt, what the model answers with and without an adapter or one of its
+heads, and which tokens a head's edit promotes."""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from lofit_lens.analysis.attention import AttentionPatterns, attention_patterns
+from lofit_lens.analysis.logit_lens import HeadTokens, promoted_by, promoted_tokens
+from lofit_lens.errors import InputError
+from lofit_lens.evaluation.generation import generate
+from lofit_lens.heads import Head, HeadSet
+from lofit_lens.interventions import ITI, HeadAblation, Lofit
+from lofit_lens.models import tokenizer_of
+from lofit_lens.plots.attention import MOST_TOKENS
+from lofit_lens.tasks.collate import encode
+
+MOST_WEIGHTS = 8_000_000  # attention weights of a prompt: if all heads have more, only the open head's are kept
+UNEDITED = "unmodified model"
+TOKENS = 8  # of either kind
+
+
+class PromptRun(NamedTuple):
+    """What a prompt gave.
+
+    Attributes:
+        prompt: the text.
+        head: the head that was open, or None.
+        adapter: name of the adapter, or None.
+        texts: what acted on the model -> the new text, greedy.
+        attention: what acted -> patterns of the kept heads; empty where the prompt is too long to be read.
+        n_tokens: of the prompt, BOS included.
+    """
+
+    prompt: str
+    head: Head | None
+    adapter: str | None
+    texts: dict[str, str]
+    attention: dict[str, AttentionPatterns]
+    n_tokens: int
+
+
+def run_prompt(
+    model: Any, prompt: str, *, adapters: Mapping[str, Any], head: Head | None, shape: tuple[int, int], max_new_tokens: int
+) -> PromptRun:  # fmt: skip
+    """Run a prompt through the model as it is, with the adapter, and with the open head left out.
+
+    Args:
+        model: any HookedTransformer or TransformerBridge.
+        prompt: the text; BOS is put in front.
+        adapters: one name -> adapter, or empty.
+        head: the open head, or None.
+        shape: `(n_layers, n_heads)`.
+        max_new_tokens: limit of the answers, tokens.
+
+    Raises:
+        InputError: an empty prompt, or an adapter that cannot be attached.
+        DataError: a prompt that the context does not hold.
+    """
+    if not prompt.strip():
+        raise InputError("the prompt is empty; type a text for the model to go on from")
+    n_tokens = len(encode(tokenizer_of(model), prompt))
+    heads = HeadSet.all(shape) if shape[0] * shape[1] * n_tokens**2 <= MOST_WEIGHTS else HeadSet([head] if head else [])
+    acting: dict[str, Any] = {UNEDITED: None}
+    name = next(iter(adapters), None)
+    if name is not None:
+        acting[f"with {name}"] = adapters[name]
+        if head is not None and (rest := without_head(adapters[name], head)) is not None:
+            acting[f"with {name}, {head} left out"] = rest
+    if head is not None:
+        acting[f"{UNEDITED}, {head} silenced (z = 0)"] = HeadAblation.of(model, HeadSet([head], shape=shape))
+    texts, attention = {}, {}
+    looked = list(acting)[: 1 + len(adapters)] if n_tokens <= MOST_TOKENS and len(heads) else []
+    for said, edit in acting.items():
+        with contextlib.nullcontext() if edit is None else edit.attached(model):
+            texts[said] = generate(model, prompt, max_new_tokens=max_new_tokens)
+            if said in looked:
+                attention[said] = attention_patterns(model, [prompt], heads)
+    return PromptRun(prompt, head, name, texts, attention, n_tokens)
+
+
+def edited_heads(adapter: Any) -> HeadSet | None:
+    """The heads that an adapter edits; None for one that does not edit single heads (RepE, LoRA, RED, LoReFT)."""
+    found = getattr(adapter, "heads", None)
+    return found if isinstance(found, HeadSet) else None
+
+
+def without_head(adapter: Any, head: Head) -> Lofit | ITI | None:
+    """An adapter without its edit of one head; None where it does not edit that head, or no single heads."""
+    heads = edited_heads(adapter)
+    if heads is None or head not in heads:
+        return None
+    rest = heads - HeadSet([head])
+    if isinstance(adapter, Lofit):
+        return adapter.restrict(rest) if len(rest) else 0.0 * adapter
+    if isinstance(adapter, ITI):
+        return _iti_on(adapter, rest) if len(rest) else adapter.with_strength(0.0)
+    return None
+
+
+def _iti_on(adapter: ITI, heads: HeadSet) -> ITI:
+    kept = [adapter.heads.heads.index(h) for h in heads]
+    return ITI(
+        adapter.shape, heads, directions=adapter.directions[kept], sigma=adapter.sigma[kept], alpha=adapter.alpha,
+        positions=adapter.positions, meta=adapter.meta,
+    )  # fmt: skip
+
+
+def head_tokens(model: Any, adapter: Any, head: Head, prompts: Sequence[str] = ()) -> HeadTokens:
+    """The tokens that an adapter's edit of one head promotes and suppresses; in logits if there are prompts to measure on.
+
+    Raises:
+        InputError: an adapter whose edit of that head adds no constant vector.
+    """
+    if isinstance(adapter, Lofit):
+        return promoted_tokens(
+            model, adapter, heads=HeadSet([head], shape=adapter.shape[:2]), top=TOKENS, prompts=list(prompts) or None
+        )
+    if isinstance(adapter, ITI):
+        shift = adapter.shift(head.layer)[head.head][None]
+        return promoted_by(model, shift, HeadSet([head]), top=TOKENS, prompts=list(prompts) or None)
+    raise InputError(
+        f"a {type(adapter).__name__} adapter adds no vector at single heads, so that no token can be read off"
+    )

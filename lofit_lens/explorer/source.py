@@ -1,0 +1,192 @@
+"""What is explored, brought to one form: named rankings of the heads of one model, and what was read of adapters before."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lofit_lens.analysis.overlap import joint_shape
+from lofit_lens.analysis.readings import TOGETHER, read_readings
+from lofit_lens.errors import InputError, unknown
+from lofit_lens.experiments.results import Results, load_results
+from lofit_lens.heads import Head, HeadScores, HeadSet
+from lofit_lens.models import ModelInfo, model_info
+from lofit_lens.report.collect import ORDER, attention_readings, head_readings
+
+USUAL_SHARE = 0.03  # of all heads: K where nothing says another (the paper's main setting)
+PARTS = ("task", "method", "seed")
+
+
+def adapter_name(task: str) -> str:
+    """What LoFiT's adapter of a task in a results folder is called."""
+    return f"LoFiT on {task}"
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One ranking of heads.
+
+    Attributes:
+        name: what it is called, e.g. `"LoFiT"` or `"organism/truth, A-norm, seed 0"`.
+        task: what it was made on; empty where the source does not say.
+        method: how; the name where the source does not say.
+        seed: of the method, or None.
+        kind: what the score is.
+        ranking: heads, best first; all of the model, or those of a given set.
+        scores: `[n_layers, n_heads]`, or None for a set without scores of all heads.
+        k: the usual number of heads.
+    """
+
+    name: str
+    task: str
+    method: str
+    seed: int | None
+    kind: str
+    ranking: HeadSet
+    scores: HeadScores | None
+    k: int
+
+    @cached_property
+    def ranks(self) -> dict[Head, int]:
+        """Head -> place, from 1."""
+        return {head: i for i, head in enumerate(self.ranking, start=1)}
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """All that is known without running a model.
+
+    Attributes:
+        entries: name -> ranking, in the order to show.
+        shape: `(n_layers, n_heads)`.
+        model: name of the model; empty if unknown.
+        info: the model of a results folder, else None.
+        has_tasks: whether entries are told apart by task, method and seed (else by name alone).
+        heads: task -> head -> what was read of the task's adapter: `norm_v`, `promoted`, `suppressed`, `cosines`, `without`.
+        attention: task -> prompts with `prompt`, `tokens`, `heads` (head -> weights `[pos][pos]`).
+        results: where they come from, or None.
+    """
+
+    entries: dict[str, Entry]
+    shape: tuple[int, int]
+    model: str
+    info: ModelInfo | None
+    has_tasks: bool
+    heads: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    attention: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    results: Results | None = None
+
+    def entry(self, name: str | Sequence[Any]) -> Entry:
+        """An entry by its name, or by (task, method) or (task, method, seed).
+
+        Raises:
+            InputError: no such entry.
+        """
+        if isinstance(name, str):
+            if name not in self.entries:
+                raise unknown("head set", name, self.entries)
+            return self.entries[name]
+        for entry in self.entries.values():
+            if tuple(name) in ((entry.task, entry.method), (entry.task, entry.method, entry.seed)):
+                return entry
+        raise unknown("head set", ", ".join(map(str, name)), self.entries)
+
+
+def read_source(source: Any, model: Any = None, *, tasks: Sequence[str] | None = None) -> Source:
+    """Bring what is to be explored to one form.
+
+    Args:
+        source: a results folder, `load_results(...)`, or a mapping of names, or of (task, method), to `HeadScores` or `HeadSet`.
+        model: the loaded model, or None; says the shape of head sets that do not.
+        tasks: only these; None = all.
+
+    Raises:
+        InputError: nothing to show, something else than the above, heads of several models, a model of another shape or other
+            weights, or an unknown task.
+        DataError: a folder that holds no results, or damaged ones.
+    """
+    info = None if model is None else model_info(model)
+    if isinstance(source, str | Path):
+        source = load_results(source)
+    made = _of_results(source) if isinstance(source, Results) else _of_mapping(source, info)
+    if info is not None and made.shape != (info.n_layers, info.n_heads):
+        raise InputError(
+            f"these heads belong to a model of {made.shape[0]} layers x {made.shape[1]} heads; {info.name} has {info.n_layers} x "
+            f"{info.n_heads}. Give the model they were chosen on"
+        )
+    if tasks is None:
+        return made
+    known = list(dict.fromkeys(e.task for e in made.entries.values() if made.has_tasks))
+    if not known:
+        raise InputError(
+            "tasks= names tasks of a results folder, or of keys (task, method); these head sets go by one name each: leave it out"
+        )
+    for task in tasks:
+        if task not in known:
+            raise unknown("task", task, known)
+    kept = {name: e for name, e in made.entries.items() if e.task in tasks}
+    if not kept:
+        raise InputError(f"tasks is empty; give some of {', '.join(known)}, or None for all")
+    return Source(kept, made.shape, made.model, made.info, True, made.heads, made.attention, made.results)
+
+
+def _of_results(results: Results) -> Source:
+    if not results.scores:
+        raise InputError(
+            f"{results.folder} holds no head scores; run a grid that selects heads (lofit-lens grid --list), or give "
+            "{name: HeadScores}"
+        )
+    places = {by: i for i, by in enumerate(ORDER)}  # selections of one's own come last
+    keys = sorted(results.scores, key=lambda k: (results.tasks.index(k[0]), places.get(k[1], len(ORDER)), *k[1:]))
+    entries = [_entry(results.scores[key], *key, k=results.k(key[0])) for key in keys]
+    readings = {task: parts for task, parts in read_readings(results).items() if task != TOGETHER}
+    patterns = {task: parts["attention"] for task, parts in readings.items() if "attention" in parts}
+    return Source(
+        {e.name: e for e in entries}, (results.model.n_layers, results.model.n_heads), results.model.name, results.model, True,
+        {task: head_readings(parts) for task, parts in readings.items()}, attention_readings(patterns)[0], results,
+    )  # fmt: skip
+
+
+def _of_mapping(source: Any, info: ModelInfo | None) -> Source:
+    if not isinstance(source, Mapping):
+        raise InputError(
+            f"cannot explore a {type(source).__name__}; give a results folder, ll.load_results(...), or head scores or sets by "
+            "name, e.g. {'LoFiT': scores, 'ITI': probe_scores}"
+        )
+    if not source:
+        raise InputError("no head set to show; give at least one, e.g. {'LoFiT': ll.select_heads(model, task)}")
+    for key, value in source.items():
+        if not isinstance(value, HeadScores | HeadSet):
+            raise InputError(
+                f"{key!r} is a {type(value).__name__}; give HeadScores (select_heads, probe_heads) or a HeadSet"
+            )
+        if isinstance(value, HeadSet) and not len(value):
+            raise InputError(f"head set {key!r} is empty; leave it out")
+    known = any(value.shape for value in source.values())
+    of_model = None if info is None or known else (info.n_layers, info.n_heads)
+    shape = joint_shape({str(k): v for k, v in source.items()}, of_model)
+    names = [isinstance(key, str) for key in source]
+    pairs = [isinstance(key, tuple) and len(key) == 2 and all(isinstance(p, str) for p in key) for key in source]
+    if not all(names) and not all(pairs):
+        raise InputError(f"keys {list(source)}: give names ('LoFiT'), or (task, method) for all")
+    total = shape[0] * shape[1]
+    entries = []
+    for key, value in source.items():
+        task, method = key if isinstance(key, tuple) else ("", key)
+        k = len(value) if isinstance(value, HeadSet) else max(1, round(USUAL_SHARE * total))
+        entries.append(_entry(value, task, method, None, k=k, shape=shape))
+    said = [v.model for v in source.values() if isinstance(v, HeadScores) and v.model]
+    name = info.name if info else (said[0] if said else "")
+    return Source({e.name: e for e in entries}, shape, name, None, all(pairs))
+
+
+def _entry(
+    value: HeadScores | HeadSet, task: str, method: str, seed: int | None, *, k: int, shape: tuple[int, int] | None = None
+) -> Entry:  # fmt: skip
+    name = ", ".join(filter(None, [task, method, "" if seed is None else f"seed {seed}"]))
+    if isinstance(value, HeadScores):
+        return Entry(name, task, method, seed, value.kind, value.ranking(), value, k)
+    return Entry(
+        name, task, method, seed, "place in the set", HeadSet(value.heads, value.scores, shape, value.label), None, k
+    )
