@@ -1,39 +1,42 @@
-"""The README's Python blocks run as they stand."""
+"""The README's Python blocks run as they stand, and what it says of the first one is what it prints."""
 
 import re
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from lofit_lens.experiments.grid import plan_grid
+from tests.fences import blocks, plain
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-
-
-def test_there_are_examples():
-    """A first use, measuring, other methods, head sets, a grid, many runs, sharing, a task of one's own."""
-    assert len(BLOCKS) == 8
+README = Path(__file__).parents[1] / "README.md"
+BLOCKS = [b.text for b in blocks(README) if b.language == "python"]
 
 
-def test_readme_grid_is_one(tmp_path):
-    """The YAML file can be planned: its runs, and the selections and trials that they share."""
-    (text,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
-    (tmp_path / "grid.yaml").write_text(text)
-    cells = plan_grid(tmp_path / "grid.yaml").cells
-    kinds = Counter(cell.row["kind"] for cell in cells)
-    assert kinds == {"scores": 8, "trial": 8, "fit": 2 + 2 * 2 * 2 * 3 + 2 * 2 + 2 * 5 + 2 * 2 * 2 + 2 * 2}
+def test_the_first_example_is_short():
+    """Twelve lines, an empty one after the import aside."""
+    assert sum(bool(line) for line in BLOCKS[0].splitlines()) <= 12
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda b: b.split("\n")[2][:30])
-def test_readme_example_runs(block, tmp_path, monkeypatch, capsys):
-    """No line is left out, nothing is assumed."""
+def test_the_first_example_shows_what_is_said(tmp_path, monkeypatch, capsys):
+    """No line is left out, nothing is assumed: exact match before and after, and no head that the probes choose."""
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, "README.md", "exec"), {})
-    if "after = " in block:
-        printed = capsys.readouterr().out
-        before, after = (float(m) for m in re.findall(r"em (\d\.\d+)", printed))
-        assert after > before + 0.5
-        assert (tmp_path / "out/kinship/adapter_model.safetensors").exists()
+    exec(compile(BLOCKS[0], "README.md", "exec"), said := {})
+    printed = capsys.readouterr().out
+    text = " ".join(plain(README).split())
+    before, after = map(float, re.search(r"rises from (\d\.\d+) to (\d\.\d+)", text).groups())
+    assert said["before"].main == pytest.approx(before, abs=0.02)
+    assert said["after"].main == pytest.approx(after, abs=0.02)
+    assert f"on {said['after'].metrics['em'].n} test rows" in text
+    assert f"with {said['lofit'].n_parameters} learned numbers" in text
+    assert not said["heads"] & said["iti"]
+    assert re.search(r"^shared +0$", printed, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_the_explorer_example_runs(tmp_path, monkeypatch, capsys):
+    """Shared heads of three are in both sets."""
+    pytest.importorskip("anywidget", reason="the explorer's view needs anywidget")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(BLOCKS[1], "README.md", "exec"), said := {})
+    capsys.readouterr()
+    assert [len(heads) for heads in said["ex"].sets.values()] == [3, 3]
