@@ -27,11 +27,11 @@ def page(state: State) -> str:
     if len(state.selection):
         said.append(f"Marked by the reader: {state.selection}.")
     text = (
-        '<div style="background:#fff;color:#222;padding:8px;overflow-x:auto">'
+        '<div style="background:#fff;color:#222;padding:8px;overflow-x:auto;font:13px Helvetica,Arial,sans-serif">'
         f"<p>{_esc(panel.summary(state))}.</p>"
         f'<table style="border-collapse:collapse"><tr>{grids}</tr></table>'
         f"<p>{SHARED} in the top K of both sets, {OWN} of this one alone. Darker blue: larger score. {_esc(' '.join(said))}</p>"
-        f"<table>{rows}</table>"
+        f'<table style="font-size:13px">{rows}</table>'
         "<p><small>This is a still picture. In a running notebook, ll.explore(...) shows it live: other sets, K, single heads."
         "</small></p></div>"
     )
@@ -48,8 +48,10 @@ def _grid(entry: Entry, top: HeadSet, shared: HeadSet, shape: tuple[int, int]) -
         for head in (Head(layer, i) for i in range(n_heads)):
             mark = SHARED if head in both else OWN if head in chosen else ""
             title = f' title="{head}, rank {entry.ranks[head]}"' if mark else ""
-            cells.append(f'<td bgcolor="{_blue(level.get(head, 0.0))}"{title}>{mark}</td>')
-        rows.append(f"<tr><th>{layer}</th>{''.join(cells)}</tr>")
+            cells.append(
+                f'<td width="15" height="15" style="padding:0" bgcolor="{_blue(level.get(head, 0.0))}"{title}>{mark}</td>'
+            )
+        rows.append(f'<tr><th style="padding:0 4px;font-weight:normal">{layer}</th>{"".join(cells)}</tr>')
     name = f"{entry.name}: {entry.kind}, top {len(top)}"
     axis = f'<tr><th></th><td colspan="{n_heads}">head 0 to {n_heads - 1} (rows: layer)</td></tr>'
     style = "border-collapse:collapse;font-size:11px;line-height:14px;text-align:center"
