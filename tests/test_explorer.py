@@ -12,7 +12,7 @@ from lofit_lens.explorer import Explorer, running
 from lofit_lens.explorer.panel import p_text
 from lofit_lens.heads import Head, HeadScores, HeadSet
 from lofit_lens.interventions import ITI, HeadAblation, Lofit, Red
-from tests import report_data
+from tests import report_data, tiny
 from tests.report_data import EDITS, TRUTH, ranked, scored
 
 SHAPE = (3, 4)  # of report_data and of the tiny Llama
@@ -333,7 +333,7 @@ def test_running_a_prompt(bridge_llama, pair, lofit):
     ex._heard({"do": "click", "head": "L2H0"})  # its patterns are there, its answers are not
     state = shown(ex)
     np.testing.assert_allclose(state["attention"]["maps"][1]["weights"][-1], expected.of("L2H0")[-1], atol=5e-4)
-    assert state["answers"]["note"] == "These answers were made with L1H1 open; press Run again for L2H0."
+    assert state["answers"]["note"] == "This was run with L1H1 open and LoFiT; press Run again."
     assert "with LoFiT, L2H0 left out" not in ex.run().texts
     assert shown(ex)["answers"]["note"] == ""
 
@@ -377,10 +377,71 @@ def test_what_cannot_be_run(bridge_llama, pair, lofit):
     ex = ll.explore(pair, bridge_llama, adapters={"LoFiT": lofit}, prompts=[PROMPT])
     with lofit.attached(bridge_llama):
         ex._heard({"do": "run", "prompt": PROMPT})
-        assert "already attached" in shown(ex)["error"]
-        with pytest.raises(AdapterError):
+        assert "leave its `with` block" in shown(ex)["error"]
+        with pytest.raises(InputError, match="attached to this model already"):
             ex.run()
+        with pytest.raises(AdapterError, match="already attached"):
+            ll.explore(pair, bridge_llama, adapters={"LoFiT": lofit})
     assert (shown(ex)["busy"], shown(ex)["no_model"]) == ("", "")
+
+
+def test_an_error_ends_with_what_is_done_next(bridge_llama, pair):
+    """Also from code; and it is there for a view that is made later."""
+    ex = ll.explore(pair, bridge_llama, prompts=[PROMPT], max_new_tokens=1)
+    ex._heard({"do": "run", "prompt": ""})
+    assert "empty" in shown(ex)["error"]
+    ex.prompt = PROMPT
+    assert shown(ex)["error"] == ""
+    ex._heard({"do": "run", "prompt": ""})
+    ex.prompt = PROMPT
+    ex.run()
+    assert (shown(ex)["error"], shown(ex)["busy"]) == ("", "")
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 6), (4, 4, 8)])
+def test_an_adapter_of_another_shape_is_refused(bridge_llama, pair, shape):
+    """Another d_head, another depth: at once, by the adapter's own check."""
+    one = HeadSet(["L1H1"])
+    of_iti = ITI(shape, one, directions=torch.ones(1, shape[2]) / shape[2] ** 0.5, sigma=torch.ones(1), alpha=1.0)
+    for other in (Lofit(shape, one), of_iti):
+        with pytest.raises(AdapterError):
+            ll.explore(pair, bridge_llama, adapters={"other": other})
+
+
+def test_a_reading_that_fails_is_a_note(bridge_llama, pair, lofit, monkeypatch, caplog):
+    """The head is open all the same; our own mistake is logged."""
+    ex = ll.explore(pair, bridge_llama, adapters={"LoFiT": lofit})
+    monkeypatch.setattr("lofit_lens.explorer.explorer.head_tokens", lambda *a: 1 / 0)
+    ex._heard({"do": "click", "head": str(lofit.heads[0])})
+    state = shown(ex)
+    assert state["head"] == str(lofit.heads[0])
+    assert [t["note"] for t in state["tokens"]] == ["ZeroDivisionError: division by zero"]
+    assert caplog.records[0].exc_info
+
+
+def test_one_model_at_a_time():
+    """Scores of two models are not compared; names that read alike would hide each other."""
+    values = torch.rand(3, 4)
+    with pytest.raises(InputError, match=r"several models \(m1, m2\)"):
+        ll.explore({"a": HeadScores(values, model="m1"), "b": HeadScores(values, model="m2")})
+    with pytest.raises(InputError, match="read alike"):
+        ll.explore({("a, b", "c"): HeadScores(values), ("a", "b, c"): HeadScores(values)})
+
+
+def test_a_text_is_no_list_of_prompts(pair):
+    """Its letters would be offered as examples."""
+    with pytest.raises(InputError, match="give a list of texts"):
+        ll.explore(pair, prompts="abc")
+
+
+def test_both_views_shade_alike(pair):
+    """Lowest and highest score are 0 and 1; scores that are all alike lie between; of a set, places count."""
+    given = {"flat": HeadScores(torch.ones(3, 4)), "set": HeadSet(["L0H1", "L2H3"], shape=(3, 4)), **pair}
+    entries = ll.explore(given).state.source.entries
+    flat, listed, first = (entries[name].shades for name in ("flat", "set", "LoFiT"))
+    assert set(flat.values()) == {0.5}
+    assert {str(h): x for h, x in listed.items()} == {"L0H1": 1.0, "L2H3": 0.5}
+    assert (min(first.values()), max(first.values())) == (0.0, 1.0)
 
 
 def iti(heads):
@@ -516,7 +577,11 @@ def test_a_results_folder(study_folder, bridge_llama):
     assert f"with LoFiT on kin, {head} left out" in ex.run().texts
 
 
-def test_results_of_another_model(study_folder, loaded):
-    """A model of the same shape but another name is refused, and so is one of another shape."""
-    with pytest.raises(InputError):
+def test_results_of_another_model(study_folder, loaded, tmp_path):
+    """Of another shape, or of the same with other weights; with or without adapters of one's own."""
+    with pytest.raises(InputError, match="has other weights|layers x"):
         ll.explore(study_folder, loaded("gpt2", "bridge"))
+    changed = ll.load_model(tiny.save(tmp_path / "changed", seed=1), backend="bridge", device="cpu")
+    for more in ({}, {"adapters": {}}):
+        with pytest.raises(InputError, match="has other weights"):
+            ll.explore(study_folder, changed, **more)

@@ -226,7 +226,7 @@ function render({ model, el: place }) {
     el("span", { class: "llx-quiet", text: "Ctrl+Enter runs, too" })));
   const attention = el("div", { class: "llx-maps" });
   root.append(error, el("div", { class: "llx-two" }, ...places),
-    el("label", { class: "llx-link" }, link, " same K on both sides"), overlap,
+    el("label", { class: "llx-link" }, link, " move both K together"), overlap,
     el("div", { class: "llx-key" }, el("span", { class: "llx-sample", "data-mark": "shared" }), "in the top K of both",
       el("span", { class: "llx-sample", "data-mark": "own" }), "of this set alone", el("span", { class: "llx-sample llx-picked" }), "marked by you",
       el("span", { class: "llx-marked" }, picked, clear)),
@@ -259,7 +259,7 @@ function render({ model, el: place }) {
   function showPanel(s) {
     if (!changed("panel", [s.head, s.table, s.tokens])) return;
     if (s.head === null) {
-      panel.replaceChildren(el("p", { class: "llx-quiet", text: "Click a head to open it: its scores and ranks everywhere, tokens, attention." }));
+      panel.replaceChildren(el("p", { class: "llx-quiet", text: "Click a head to open and mark it: its scores and ranks everywhere, tokens, attention. A second click takes the mark away." }));
       return;
     }
     const close = el("button", { type: "button", class: "llx-plain", text: "close" });

@@ -15,8 +15,7 @@ from lofit_lens.explorer.running import PromptRun, edited_heads, head_tokens, ru
 from lofit_lens.explorer.source import Source, adapter_name, read_source
 from lofit_lens.explorer.state import SIDES, State
 from lofit_lens.heads import Head, HeadScores, HeadSet
-from lofit_lens.interventions import Intervention
-from lofit_lens.models import model_info, same_weights
+from lofit_lens.interventions import Adapter, Intervention
 from lofit_lens.plots.heads import head_grid
 from lofit_lens.plots.style import HEAT
 
@@ -43,9 +42,8 @@ def explore(
         max_new_tokens: limit of an answer, tokens.
 
     Raises:
-        InputError: nothing to show, heads of several models, a model of another shape, an adapter that is none, a K that a
-            set does not have, or anywidget missing (`pip install "lofit-lens[notebook]"`).
-        AdapterError: an adapter for another shape.
+        InputError: nothing to show, heads of several models, a model of another shape or other weights, an adapter that is none
+            or does not fit, a K that a set does not have, or anywidget missing (`pip install "lofit-lens[notebook]"`).
         DataError: a folder that holds no results, or damaged ones.
     """
     if importlib.util.find_spec("anywidget") is None:
@@ -54,8 +52,10 @@ def explore(
             "ll.plots.head_grid"
         )
     found = read_source(source, model, tasks=tasks)
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is {max_new_tokens}; give 1 or more")
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {max_new_tokens!r}; give a whole number, 1 or more")
+    if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
+        raise InputError(f"prompts is {prompts!r}; give a list of texts")
     return Explorer(
         found, model, _adapters(found, model, adapters), k=k, prompts=prompts, max_new_tokens=max_new_tokens
     )
@@ -165,11 +165,13 @@ class Explorer:
 
     @property
     def prompt(self) -> str:
-        """The prompt in the field; may be set."""
+        """The prompt that was run last, or set; what is typed in the field arrives with Run."""
         return self._prompt
 
     @prompt.setter
     def prompt(self, prompt: str) -> None:
+        if not isinstance(prompt, str):
+            raise InputError(f"prompt is {prompt!r}; give a text")
         self._prompt = prompt
         self._put()
 
@@ -222,14 +224,14 @@ class Explorer:
         """Run the prompt, as the button does: attention, and answers with and without the adapter and the open head.
 
         Raises:
-            InputError: no model, an empty prompt, or an adapter that cannot be attached.
+            InputError: no model, an empty prompt, something attached already, or an adapter that cannot be attached.
             DataError: a prompt that the context does not hold.
         """
         if self._model is None:
             raise InputError("running a prompt needs the model: ll.explore(source, model)")
         self._busy = "Running the prompt ..."
-        self._put()
         try:
+            self._put()
             chosen = {} if self._adapter is None else {self._adapter: self.adapters[self._adapter]}
             self._run = run_prompt(
                 self._model, self._prompt, adapters=chosen, head=self.head, shape=self.state.source.shape,
@@ -250,7 +252,7 @@ class Explorer:
 
             self._view = View()
             self._view.listen(self._heard)
-            self._put()
+            self._put(self._error)
         return self._view
 
     def to_html(self) -> str:
@@ -269,18 +271,12 @@ class Explorer:
 
     def _heard(self, message: Any) -> None:
         """Do what the reader did. What goes wrong is said in the widget, in one line, and logged if it is our fault."""
-        self._error = ""
         try:
             self._do(message)
         except Exception as e:
-            if not isinstance(e, InputError):
-                log.exception("the explorer could not do %r", message)
-            self._error = (
-                " ".join(str(e).split())
-                if isinstance(e, InputError)
-                else f"{type(e).__name__}: {' '.join(str(e).split())}"
-            )
-        self._put()
+            self._put(_said(e))
+        else:
+            self._put()
 
     def _do(self, message: Any) -> None:
         state = self.state
@@ -307,7 +303,9 @@ class Explorer:
                     f"the explorer does not know {message!r}; reload the page, it may be of another version"
                 )
 
-    def _put(self) -> None:
+    def _put(self, error: str = "") -> None:
+        """Show the present state. Every change is shown by this, so that an error stands until the next one."""
+        self._error = error
         if self._view is not None:
             self._version += 1
             self._view.put(self._data(), self._shown())
@@ -327,7 +325,7 @@ class Explorer:
             "head": None if head is None else str(head), "table": None if head is None else panel.head_table(state, head),
             "tokens": [] if head is None else self._readings(head),
             "attention": panel.maps(state, self._run, can_run=self._model is not None),
-            "answers": panel.answers(self._run, head), "prompt": self._prompt, "prompts": self._prompts,
+            "answers": panel.answers(self._run, head, self._adapter), "prompt": self._prompt, "prompts": self._prompts,
             "adapters": list(self.adapters), "adapter": self._adapter,
             "no_model": panel.NO_MODEL if self._model is None else "", "busy": self._busy, "error": self._error,
         }  # fmt: skip
@@ -346,8 +344,8 @@ class Explorer:
             try:
                 found = head_tokens(self._model, self.adapters[name], head, self._prompts)
                 self._tokens[name, head] = panel.token_lists(name, found, head)
-            except InputError as e:
-                self._tokens[name, head] = panel.no_tokens(name, str(e))
+            except Exception as e:  # one reading that cannot be had must not take the others away
+                self._tokens[name, head] = panel.no_tokens(name, _said(e))
         return self._tokens[name, head]
 
 
@@ -357,14 +355,11 @@ def _adapters(source: Source, model: Any, given: Mapping[str, Any] | None) -> di
         if model is None or source.results is None:
             return {}
         given, results = {}, source.results
-        assert source.info is not None
-        if not same_weights(source.info, model_info(model)):
-            raise InputError(
-                f"these results are of {source.info.name}, the model is {model_info(model).name}; load that one, or none"
-            )
         for task in dict.fromkeys(e.task for e in source.entries.values()):
             if len(results.lofit(task, seed=results.seeds[0], k=results.k(task))):
                 given[adapter_name(task)] = results.adapter(task, model=model)
+    if not isinstance(given, Mapping):
+        raise InputError(f"adapters is a {type(given).__name__}; give a mapping of names, e.g. {{'LoFiT': lofit}}")
     for name, adapter in given.items():
         if not isinstance(adapter, Intervention):
             raise InputError(
@@ -372,4 +367,15 @@ def _adapters(source: Source, model: Any, given: Mapping[str, Any] | None) -> di
             )
         if (heads := edited_heads(adapter)) is not None:
             heads.check(source.shape)
+        if model is not None and isinstance(adapter, Adapter):
+            adapter.attach_check(model)
     return dict(given)
+
+
+def _said(e: Exception) -> str:
+    """An error as one line; one that is no user's is logged as well."""
+    text = " ".join(str(e).split())
+    if isinstance(e, InputError):
+        return text
+    log.error("the explorer failed", exc_info=e)
+    return f"{type(e).__name__}: {text}"

@@ -149,13 +149,13 @@ def _text(value: Any) -> str:
     return "" if value is None or pd.isna(value) else f"{value:.0f}" if isinstance(value, float) else str(value)
 
 
-def answers(run: PromptRun | None, head: Head | None) -> dict[str, Any]:
-    """What the model said: `prompt`, `rows` of (what acted, text), and a `note` where another head is open by now."""
+def answers(run: PromptRun | None, head: Head | None, adapter: str | None) -> dict[str, Any]:
+    """What the model said: `prompt`, `rows` of (what acted, text), and a `note` where a head or adapter was chosen since."""
     if run is None:
         return {"prompt": "", "rows": [], "note": ""}
     note = ""
-    if head not in (None, run.head):
-        note = f"These answers were made with {run.head or 'no head'} open; press Run again for {head}."
+    if head not in (None, run.head) or adapter != run.adapter:
+        note = f"This was run with {run.head or 'no head'} open and {run.adapter or 'no adapter'}; press Run again."
     rows = [[said, text or "(nothing: the end token came first)"] for said, text in run.texts.items()]
     return {"prompt": run.prompt, "rows": rows, "note": note}
 

@@ -11,7 +11,7 @@ from lofit_lens.errors import InputError
 from lofit_lens.evaluation.generation import generate
 from lofit_lens.heads import Head, HeadSet
 from lofit_lens.interventions import ITI, HeadAblation, Lofit
-from lofit_lens.models import tokenizer_of
+from lofit_lens.models import positions_of, tokenizer_of
 from lofit_lens.plots.attention import MOST_TOKENS
 from lofit_lens.tasks.collate import encode
 
@@ -54,11 +54,15 @@ def run_prompt(
         max_new_tokens: limit of the answers, tokens.
 
     Raises:
-        InputError: an empty prompt, or an adapter that cannot be attached.
+        InputError: an empty prompt, something attached to the model already, or an adapter that cannot be attached.
         DataError: a prompt that the context does not hold.
     """
     if not prompt.strip():
         raise InputError("the prompt is empty; type a text for the model to go on from")
+    if positions_of(model):
+        raise InputError(
+            "something is attached to this model already; leave its `with` block, so that it can be run unmodified"
+        )
     n_tokens = len(encode(tokenizer_of(model), prompt))
     heads = HeadSet.all(shape) if shape[0] * shape[1] * n_tokens**2 <= MOST_WEIGHTS else HeadSet([head] if head else [])
     acting: dict[str, Any] = {UNEDITED: None}

@@ -11,7 +11,7 @@ from lofit_lens.analysis.readings import TOGETHER, read_readings
 from lofit_lens.errors import InputError, unknown
 from lofit_lens.experiments.results import Results, load_results
 from lofit_lens.heads import Head, HeadScores, HeadSet
-from lofit_lens.models import ModelInfo, model_info
+from lofit_lens.models import ModelInfo, model_info, same_weights
 from lofit_lens.report.collect import ORDER, attention_readings, head_readings
 
 USUAL_SHARE = 0.03  # of all heads: K where nothing says another (the paper's main setting)
@@ -46,6 +46,15 @@ class Entry:
     ranking: HeadSet
     scores: HeadScores | None
     k: int
+
+    @cached_property
+    def shades(self) -> dict[Head, float]:
+        """Head -> 0 (lowest score, or last place) to 1; all alike: 0.5. Heads that are not listed are left out."""
+        if self.scores is None:
+            return {head: 1 - (rank - 1) / len(self.ranking) for head, rank in self.ranks.items()}
+        values = {head: self.scores[head] for head in self.ranking}
+        low, high = min(values.values()), max(values.values())
+        return {head: (x - low) / (high - low) if high > low else 0.5 for head, x in values.items()}
 
     @cached_property
     def ranks(self) -> dict[Head, int]:
@@ -102,8 +111,8 @@ def read_source(source: Any, model: Any = None, *, tasks: Sequence[str] | None =
         tasks: only these; None = all.
 
     Raises:
-        InputError: nothing to show, something else than the above, heads of several models, a model of another shape or other
-            weights, or an unknown task.
+        InputError: nothing to show, something else than the above, heads of several models, a model of another shape or (results,
+            which know) of other weights, or an unknown task.
         DataError: a folder that holds no results, or damaged ones.
     """
     info = None if model is None else model_info(model)
@@ -114,6 +123,10 @@ def read_source(source: Any, model: Any = None, *, tasks: Sequence[str] | None =
         raise InputError(
             f"these heads belong to a model of {made.shape[0]} layers x {made.shape[1]} heads; {info.name} has {info.n_layers} x "
             f"{info.n_heads}. Give the model they were chosen on"
+        )
+    if info is not None and made.info is not None and not same_weights(made.info, info):
+        raise InputError(
+            f"these results are of {made.info.name}, and {info.name} has other weights; load that model, or give none"
         )
     if tasks is None:
         return made
@@ -176,9 +189,13 @@ def _of_mapping(source: Any, info: ModelInfo | None) -> Source:
         task, method = key if isinstance(key, tuple) else ("", key)
         k = len(value) if isinstance(value, HeadSet) else max(1, round(USUAL_SHARE * total))
         entries.append(_entry(value, task, method, None, k=k, shape=shape))
-    said = [v.model for v in source.values() if isinstance(v, HeadScores) and v.model]
-    name = info.name if info else (said[0] if said else "")
-    return Source({e.name: e for e in entries}, shape, name, None, all(pairs))
+    said = list(dict.fromkeys(v.model for v in source.values() if isinstance(v, HeadScores) and v.model))
+    if len(said) > 1:
+        raise InputError(f"these head scores are of several models ({', '.join(said)}); explore one model at a time")
+    named = {e.name: e for e in entries}
+    if len(named) < len(entries):
+        raise InputError(f"keys {list(source)}: two of them read alike; name them otherwise")
+    return Source(named, shape, info.name if info else "".join(said), None, all(pairs))
 
 
 def _entry(

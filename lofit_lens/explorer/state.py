@@ -84,7 +84,7 @@ class State:
         Raises:
             InputError: no whole number, or more heads than a ranking has.
         """
-        pair = [k, k] if isinstance(k, int) else list(k)
+        pair: list[Any] = list(k) if isinstance(k, Sequence) and not isinstance(k, str) else [k, k]
         if len(pair) != 2:
             raise InputError(f"k = {k!r}; give one number of heads for both sides, or a pair (left, right)")
         for number, entry in zip(pair, self.shown, strict=True):
@@ -239,14 +239,10 @@ def _grid(entry: Entry, shape: tuple[int, int]) -> dict[str, Any]:
     heads = [Head(layer, head) for layer in range(shape[0]) for head in range(shape[1])]
     if entry.scores is not None:
         scores = [float(f"{x:.6g}") for x in entry.scores.values.flatten().tolist()]
-        low, high = min(scores), max(scores)
-        shade = [(x - low) / (high - low) if high > low else 0.5 for x in scores]
-        legend = [f"{low + 0.0:.4g}", f"{high + 0.0:.4g}"]
+        legend = [f"{x + 0.0:.4g}" for x in (min(scores), max(scores))]
     else:
-        n = len(entry.ranking)
-        scores = None
-        shade = [1 - (entry.ranks[h] - 1) / n if h in entry.ranks else None for h in heads]
-        legend = [f"rank {n}", "rank 1"]
+        scores, legend = None, [f"rank {len(entry.ranking)}", "rank 1"]
+    shade = [entry.shades.get(h) for h in heads]
     return {
         "name": entry.name, "kind": entry.kind, "scores": scores, "ranks": [entry.ranks.get(h, 0) for h in heads],
         "shade": [None if t is None else round(t, 3) for t in shade], "legend": legend, "k_max": len(entry.ranking),

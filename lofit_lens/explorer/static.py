@@ -30,7 +30,8 @@ def page(state: State) -> str:
         '<div style="background:#fff;color:#222;padding:8px;overflow-x:auto;font:13px Helvetica,Arial,sans-serif">'
         f"<p>{_esc(panel.summary(state))}.</p>"
         f'<table style="border-collapse:collapse"><tr>{grids}</tr></table>'
-        f"<p>{SHARED} in the top K of both sets, {OWN} of this one alone. Darker blue: larger score. {_esc(' '.join(said))}</p>"
+        f"<p>{SHARED} in the top K of both sets, {OWN} of this one alone. Darker blue: larger score, or earlier place. "
+        f"{_esc(' '.join(said))}</p>"
         f'<table style="font-size:13px">{rows}</table>'
         "<p><small>This is a still picture. In a running notebook, ll.explore(...) shows it live: other sets, K, single heads."
         "</small></p></div>"
@@ -41,7 +42,6 @@ def page(state: State) -> str:
 def _grid(entry: Entry, top: HeadSet, shared: HeadSet, shape: tuple[int, int]) -> str:
     n_layers, n_heads = shape
     chosen, both = set(top), set(shared)
-    level = _levels(entry)
     rows = []
     for layer in reversed(range(n_layers)):
         cells = []
@@ -49,22 +49,13 @@ def _grid(entry: Entry, top: HeadSet, shared: HeadSet, shape: tuple[int, int]) -
             mark = SHARED if head in both else OWN if head in chosen else ""
             title = f' title="{head}, rank {entry.ranks[head]}"' if mark else ""
             cells.append(
-                f'<td width="15" height="15" style="padding:0" bgcolor="{_blue(level.get(head, 0.0))}"{title}>{mark}</td>'
+                f'<td width="15" height="15" style="padding:0" bgcolor="{_blue(entry.shades.get(head, 0.0))}"{title}>{mark}</td>'
             )
         rows.append(f'<tr><th style="padding:0 4px;font-weight:normal">{layer}</th>{"".join(cells)}</tr>')
     name = f"{entry.name}: {entry.kind}, top {len(top)}"
     axis = f'<tr><th></th><td colspan="{n_heads}">head 0 to {n_heads - 1} (rows: layer)</td></tr>'
     style = "border-collapse:collapse;font-size:11px;line-height:14px;text-align:center"
     return f'<table style="{style}"><caption>{_esc(name)}</caption>{"".join(rows)}{axis}</table>'
-
-
-def _levels(entry: Entry) -> dict[Head, float]:
-    """Head -> 0 (lowest) to 1."""
-    if entry.scores is None:
-        return {h: 1 - (r - 1) / len(entry.ranks) for h, r in entry.ranks.items()}
-    values = entry.scores.values
-    low, span = values.min().item(), (values.max() - values.min()).item() or 1.0
-    return {h: (values[h].item() - low) / span for h in entry.ranks}
 
 
 def _blue(level: float) -> str:

@@ -30,6 +30,6 @@ class View(anywidget.AnyWidget):
         self.on_msg(lambda _, content, buffers: heard(content))
 
     def put(self, data: dict[str, Any], state: dict[str, Any]) -> None:
-        """Show this; only what changed is sent."""
+        """Show this: `data` is sent only if it changed, `state` as a whole."""
         with self.hold_sync():
             self.data, self.state = data, state
