@@ -14,7 +14,7 @@ memory   weights, and what one training pass keeps for the backward: the model f
          pass has at most (the rows of `--together` runs, 8192 tokens where that is less).
 
 Rows of TriviaQA, NQ and MMLU are not read: their public numbers and a length are assumed. What no term holds (Python, kernels'
-launches, loading, reading files) is not in the result: take it for a lower bound of an order of magnitude.
+launches, loading, reading files) is not in the result: take it for an order of magnitude.
 """
 
 import argparse
@@ -73,19 +73,20 @@ ASSUMED = {"triviaqa": (17944, 24, 0, 24), "nq": (3610, 14, 0, 24), "mmlu": (140
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """Work of one cell: tokens run forward and backward, scored tokens, steps of decoding."""
+    """Work of one cell: tokens run forward and backward, scored tokens, steps of decoding, tokens scored with a backward."""
 
     forward: float = 0.0
     backward: float = 0.0
     scored: float = 0.0
     steps: float = 0.0
+    learned: float = 0.0
 
     def __add__(self, other: "Load") -> "Load":
         return Load(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
 
     def flop(self, model: Model) -> float:
         """Of the layers and of the unembedding."""
-        unembedding = 2.0 * model.vocab * model.d_model * self.scored * (2 if self.backward else 1)
+        unembedding = 2.0 * model.vocab * model.d_model * (self.scored + self.learned)
         return 2.0 * model.in_layers * (self.forward + self.backward) + unembedding
 
 
@@ -113,13 +114,14 @@ class Sizes:
             load += Load(steps=-(-len(rows) // batch) * self.task.max_new_tokens)
         return load + Load(forward=front)
 
-    def trained(self, n: int | None, seed: int, epochs: int, *, whole: bool = True) -> Load:
+    def trained(self, n: int | None, seed: int, epochs: int) -> Load:
         """Every row in every epoch; DPO runs both answers, and once more for the reference."""
         rows = self.task.training_examples(n=n, seed=seed)
         lengths = [self.lengths(r) for r in rows]
         tokens, answers = sum(sum(le) for le in lengths), sum(self.tokens(a) for r in rows for a in self.sides(r))
-        reference = Load(forward=tokens, scored=answers) if self.task.objective == "dpo" and whole else Load()
-        return Load(epochs * tokens, epochs * tokens, epochs * answers) + reference
+        reference = Load(forward=tokens, scored=answers) if self.task.objective == "dpo" else Load()
+        learned = epochs * answers
+        return Load(epochs * tokens, epochs * tokens, learned, learned=learned) + reference
 
     def sides(self, row: Any) -> tuple[str, ...]:
         """Answers that a training row has."""

@@ -579,7 +579,7 @@ def test_a_results_folder(study_folder, bridge_llama):
 
 def test_results_of_another_model(study_folder, loaded, tmp_path):
     """Of another shape, or of the same with other weights; with or without adapters of one's own."""
-    with pytest.raises(InputError, match="has other weights|layers x"):
+    with pytest.raises(InputError, match=r"has other weights|layers x"):
         ll.explore(study_folder, loaded("gpt2", "bridge"))
     changed = ll.load_model(tiny.save(tmp_path / "changed", seed=1), backend="bridge", device="cpu")
     for more in ({}, {"adapters": {}}):

@@ -24,7 +24,6 @@ pytestmark = pytest.mark.slow  # JupyterLab and a kernel start
 NOISE = (
     "debug: Starting application in workspace",  # its start
     "debug: Starting WebSocket",  # its connection to the kernel
-    "warning: Ignored command",  # a menu entry of an extension that is not there
 )
 SCORES = f"""
 import numpy as np, torch
@@ -60,7 +59,7 @@ def chrome():
 def run_all(b, url, *, width=1280, height=1400):
     """Open the notebook, run its cells, and give them the window's width."""
     b.visit(url, width=width, height=height)
-    b.wait(READY)
+    eventually(b, READY)
     b.js("jupyterapp.commands.execute('application:toggle-left-area').then(() => true)")
     b.js("(jupyterapp.commands.execute('notebook:run-all-cells'), true)")
 
@@ -277,7 +276,7 @@ options = {"seed": 0, "progress": False}
 scores = {(name, "LoFiT"): ll.select_heads(model, ll.load_task(f"organism/{name}"), **options) for name in ("kinship", "truth")}
 scores["kinship", "ITI probes"] = ll.probe_heads(model, task, **options)
 lofit = ll.tune_offsets(model, task, scores["kinship", "LoFiT"].top(3), **options)
-prompts = [e.prompt for e in task.examples("test")[:8]]
+prompts = [e.prompt for e in task.examples("val")[:8]]
 def said(prompt):
     with lofit.attached(model):
         return ll.generate(model, prompt, max_new_tokens=2)

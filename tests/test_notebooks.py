@@ -81,13 +81,13 @@ def test_the_first_cell_tells_what_one_learns_and_needs(path, notebook):
     """What, how long, how to install it, also on Colab; the last cell but one of them leads on to another notebook."""
     first = notebook.cells[0].source
     assert first.startswith(f"# {path.stem[:2]} ")
-    for part in ("**What you learn.**", "**Time.**", '`pip install "lofit-lens[notebook]"`', "On Colab"):
+    for part in ("**What you learn.**", "**Time.**", '`pip install ".[notebook]"`', "On Colab"):
         assert part in first
     assert any(p.name in notebook.cells[-1].source for p in execute.find() if p != path)
 
 
 def test_every_number_of_a_finding_was_put_out_above_it(notebook):
-    """A number or a head in a finding is one that an earlier cell printed."""
+    """A number or a head in a finding is one that an earlier cell printed; if it is the right one, a reader sees."""
     above, n = set(), 0
     for cell in notebook.cells:
         if cell.cell_type == "code":

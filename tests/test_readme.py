@@ -11,6 +11,15 @@ README = Path(__file__).parents[1] / "README.md"
 BLOCKS = [b.text for b in blocks(README) if b.language == "python"]
 
 
+def test_the_table_is_what_the_figures_say():
+    """Each row of methods stands so in the tables that `make figures` draws."""
+    root = README.parent
+    drawn = [line for n in (1, 3) for line in (root / f"figures/table{n}.md").read_text(encoding="utf-8").splitlines()]
+    rows = plain(README).split("| method | parameters |")[1].split("\n\n")[0].splitlines()[2:]
+    assert len(rows) == 9
+    assert set(rows) <= set(drawn)
+
+
 def test_the_first_example_is_short():
     """Twelve lines, an empty one after the import aside."""
     assert sum(bool(line) for line in BLOCKS[0].splitlines()) <= 12

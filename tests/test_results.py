@@ -194,7 +194,9 @@ def replace_methods(results, kept):
 
 def test_it_shows_what_is_there(results, study_folder):
     """One line of text; in Jupyter a table that counts the runs of each kind on each task."""
-    assert repr(results) == f"Results({study_folder}: {len(results.runs)} runs of {results.model.name} on {KIN}, {PLACE})"
+    assert (
+        repr(results) == f"Results({study_folder}: {len(results.runs)} runs of {results.model.name} on {KIN}, {PLACE})"
+    )
     page = results._repr_html_()
     r = results.runs
     at = [((r["task"] == t) & (r["method"] == "LoFiT") & (r["heads_from"] == "A-norm")).sum() for t in (KIN, PLACE)]
