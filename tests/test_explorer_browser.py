@@ -203,8 +203,8 @@ def test_clicking_a_head(b):
 
 def test_by_keyboard(b):
     """Arrow keys move between heads and leave the notebook alone; Enter opens."""
-    cell = b.js(f"{APP}.content.activeCellIndex")
     b.js(f"""document.querySelector('{LEFT} [data-head="L2H3"]').focus()""")
+    cell = b.js(f"{APP}.content.activeCellIndex")  # the focus has made this cell the active one
     b.press("ArrowUp", "ArrowLeft")
     assert b.js("document.activeElement.dataset.head") == "L3H2"
     assert b.js(f"{APP}.content.activeCellIndex") == cell
@@ -239,7 +239,7 @@ def test_running_a_prompt(b):
     first = b.js("document.querySelector('.llx-attention tbody').innerHTML")
     after(b, lambda: b.click(f'{LEFT} [data-head="L0H2"]'))
     assert b.js("document.querySelector('.llx-attention tbody').innerHTML") != first
-    assert "press Run again for L0H2" in text(b, ".llx-answers")
+    assert "This was run with L1H13 open and LoFiT; press Run again." in text(b, ".llx-answers")
     b.js("document.querySelector('.llx-ask textarea').select()")
     b.press(" ")
     after(b, lambda: b.click(".llx-run"))
