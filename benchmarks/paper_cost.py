@@ -34,8 +34,9 @@ from lofit_lens.experiments.paper import PARTS, grid_named
 from lofit_lens.models import ModelInfo
 from lofit_lens.tasks import ChoiceExample, GenerationExample, OptionExample, Task, load_task
 from lofit_lens.tasks.statements import statements
+from lofit_lens.training import Passes
 
-BUDGET = 8192  # padded tokens of a pass, as in `training.Passes`
+BUDGET = Passes().token_budget  # padded tokens of a pass
 BYTES = {"float32": 4, "bfloat16": 2}
 
 
