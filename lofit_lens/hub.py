@@ -3,12 +3,16 @@
 Everything goes through huggingface_hub, which is imported when the hub is first asked for.
 """
 
+import contextlib
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lofit_lens import io
 from lofit_lens.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 UNREACHABLE = (
@@ -16,6 +20,7 @@ UNREACHABLE = (
     "ConnectTimeout",
     "ConnectionError",
 )  # by name: the HTTP package under huggingface_hub changes
+ASK_SECONDS = 10  # how long the hub may take to name a commit, before the cache is read instead
 LOG_IN = "log in (`hf auth login`), or give a token (token=, or HF_TOKEN in the environment)"
 
 
@@ -75,6 +80,40 @@ def fetched(
     return found, f"{name}@{found.name}"
 
 
+@contextlib.contextmanager
+def read_at(name: str, revision: str | None) -> Iterator[str | None]:
+    """Yield the commit at which a model of the hub is read, for the length of a load.
+
+    The hub is asked for it once. Where it cannot be reached, the copy in the cache is read without asking again, and a warning
+    says so: Hugging Face would ask for every file, which takes minutes.
+
+    Raises:
+        InputError: no such repository or revision, no access, or no connection and nothing in the cache.
+    """
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+
+    file = try_to_load_from_cache(name, "config.json", revision=revision)
+    kept = Path(file).parent.name if isinstance(file, str) else None
+    if constants.HF_HUB_OFFLINE or (kept and kept == revision):
+        yield revision
+        return
+    try:
+        commit = HfApi().model_info(name, revision=revision, timeout=ASK_SECONDS).sha
+    except Exception as e:
+        answered = isinstance(e, HfHubHTTPError) and e.response.status_code < 500
+        if kept is None or answered:
+            raise _refusal(e, name, revision, "fetch") from e
+        logger.warning("%s cannot be reached; %s is read from the cache, at %s", constants.ENDPOINT, name, kept)
+        constants.HF_HUB_OFFLINE = True
+        try:
+            yield kept
+        finally:
+            constants.HF_HUB_OFFLINE = False
+        return
+    yield commit
+
+
 def pushed(
     folder: str | Path,
     repo_id: str,
@@ -110,7 +149,7 @@ def pushed(
     try:
         validate_repo_id(repo_id)
     except HFValidationError as e:
-        raise InputError(f"{repo_id!r} is not the id of a repository: {_first_line(e)}; write user/repo") from e
+        raise InputError(f"{repo_id!r} is not the id of a repository: {first_line(e)}; write user/repo") from e
     if "/" not in repo_id:
         raise InputError(f"{repo_id!r} does not say whose repository it is; write user/repo")
     if commit_of(revision):
@@ -171,7 +210,7 @@ def _refusal(e: Exception, name: str, revision: str | None, verb: str) -> InputE
     if isinstance(e, LocalTokenNotFoundError) or status == 401:
         return InputError(f"{failed}the hub does not know you, or refuses your token; {LOG_IN}")
     if status == 403:
-        return InputError(f"{failed}{_first_line(e)} Use a token that has the right to, or a repository of your own")
+        return InputError(f"{failed}{first_line(e)} Use a token that has the right to, or a repository of your own")
     if isinstance(e, OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
         return InputError(f"{failed}the hub is switched off (HF_HUB_OFFLINE=1){missing}; set it to 0{local}")
     if isinstance(e, LocalEntryNotFoundError) or type(e).__name__ in UNREACHABLE:
@@ -180,8 +219,9 @@ def _refusal(e: Exception, name: str, revision: str | None, verb: str) -> InputE
         return InputError(f"{failed}the hub refuses what was given: {' '.join(str(e).split())[:600]}")
     if isinstance(e, OSError) and e.errno in io.FULL:
         return io.cannot_write(constants.HF_HUB_CACHE, e)
-    return InputError(f"{failed}{type(e).__name__}: {_first_line(e)}; try again later{local}")
+    return InputError(f"{failed}{type(e).__name__}: {first_line(e)}; try again later{local}")
 
 
-def _first_line(e: Exception) -> str:
+def first_line(e: Exception) -> str:
+    """The first line of an error's text that is not empty; its class's name where there is none."""
     return next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)[:300]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import transformers as tf
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 CORPUS = (
     "Q: Imagine that the capital of France is Rome. What is the capital of the country where Ann was born? A: Rome",
@@ -28,11 +28,12 @@ def _bpe() -> Tokenizer:
         vocab_size=400, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     ))  # fmt: skip
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return tokenizer
 
 
 def tokenizer() -> tf.PreTrainedTokenizerFast:
-    """A byte-level BPE that covers any text; ids 0, 1, 2 are padding, BOS and EOS."""
+    """A byte-level BPE that covers any text and puts BOS in front; ids 0, 1, 2 are padding, BOS and EOS."""
     return tf.PreTrainedTokenizerFast(tokenizer_object=_bpe(), bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 

@@ -23,7 +23,7 @@ from lofit_lens.evaluation.stats import holm
 from lofit_lens.heads import HeadSet
 from lofit_lens.interventions.base import Intervention, attached
 from lofit_lens.interventions.lofit import Lofit
-from lofit_lens.models import context_length, tokenizer_of
+from lofit_lens.models import context_length, rules_of, tokenizer_of
 from lofit_lens.tasks.base import Task
 from lofit_lens.tasks.collate import encode
 from lofit_lens.training.config import TrainConfig
@@ -289,8 +289,7 @@ def _result(
 
 
 def _size(tokenizer: Any, text: str) -> int:
-    bos = tokenizer.bos_token_id is not None
-    return len(encode(tokenizer, text)) - bos
+    return len(encode(tokenizer, text)) - len(rules_of(tokenizer).front)
 
 
 def _in_front(sizes: Sequence[int], length: int, draw: random.Random) -> list[int]:

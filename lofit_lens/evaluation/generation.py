@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from lofit_lens.errors import DataError, InputError
 from lofit_lens.evaluation.prefix import NO_FRONT, SharedFront, shared_front
-from lofit_lens.models import Borders, context_length, device_of, frozen, remember, step, tokenizer_of
+from lofit_lens.models import Borders, context_length, device_of, end_tokens, frozen, remember, step, tokenizer_of
 from lofit_lens.tasks.collate import encode, pad, pad_id
 
 
@@ -36,7 +36,7 @@ def generate(
     batch_size: int = 16,
     progress: bool = False,
 ) -> str | list[str]:
-    """Continue prompts greedily, up to the end token or `max_new_tokens`.
+    """Continue prompts greedily, up to any of the checkpoint's end tokens (`models.end_tokens`) or `max_new_tokens`.
 
     Interventions of this package may act on certain positions only (`models.Positions`); a hook of one's own must act alike on
     every position, since each pass sees the new tokens only.
@@ -87,9 +87,8 @@ def generate(
 def decode_ids(
     model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, front: SharedFront = NO_FRONT
 ) -> list[list[int]]:
-    """Greedy new ids for one batch, the end token left out; `front` is what all prompts begin with, run already."""
-    tokenizer = tokenizer_of(model)
-    end = tokenizer.eos_token_id
+    """Greedy new ids for one batch up to an end token, which is left out; `front` is what all prompts begin with, run already."""
+    tokenizer, ends = tokenizer_of(model), end_tokens(model)
     own = [p[len(front) :] for p in prompts]
     tokens, mask = pad(own, side="left", pad_id=pad_id(tokenizer), device=device_of(model))
     borders = Borders(torch.tensor([len(p) for p in prompts]))
@@ -98,7 +97,8 @@ def decode_ids(
     new: list[list[int]] = [[] for _ in prompts]
     for i in range(max_new_tokens):
         token = scores.argmax(dim=-1)
-        running &= token != end if end is not None else True
+        for end in ends:
+            running &= token != end
         for row in torch.nonzero(running).flatten().tolist():
             new[row].append(int(token[row]))
         if i == max_new_tokens - 1 or not bool(running.any()):

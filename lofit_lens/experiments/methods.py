@@ -22,8 +22,9 @@ from typing import Any
 
 from lofit_lens.errors import InputError, ModelError, unknown
 from lofit_lens.heads import HeadScores, HeadSet, check_k
+from lofit_lens.hub import commit_of
 from lofit_lens.interventions import Intervention, Lofit, Lora, LoReft, Red
-from lofit_lens.models import ModelInfo, load_model, model_info
+from lofit_lens.models import ModelInfo, load_model, model_info, origin_of
 from lofit_lens.probing import Probes, ReadingVectors, fit_probes, reading_vectors
 from lofit_lens.tasks.base import Task
 from lofit_lens.training import Preset, TrainConfig, preset, select_heads, tune_offsets
@@ -133,12 +134,13 @@ class Workbench:
         if self.info.backend == "bridge":
             return self.model
         if self.model not in _bridges:
-            revision = None if str(self.info.revision).startswith("sha256:") else self.info.revision
+            revision = commit_of(self.info.revision)
             device = next(self.model.parameters()).device
             try:
                 _bridges[self.model] = load_model(
-                    self.info.name, backend="bridge", dtype=self.info.dtype, device=device, revision=revision
-                )
+                    origin_of(self.model).source or self.info.name, backend="bridge", dtype=self.info.dtype, device=device,
+                    revision=revision, prepend_bos=self.info.prepend_bos, name=self.info.name,
+                )  # fmt: skip
             except InputError as e:
                 raise ModelError(
                     f"LoRA changes the projections of a TransformerBridge; {self.info.name} is a HookedTransformer, and its "

@@ -166,7 +166,7 @@ class Adapter(nn.Module):
             yield
 
     def attach_check(self, model: Any) -> None:
-        """Raise unless this adapter fits this model; warns of another base model's name."""
+        """Raise unless this adapter fits this model; warns of other weights, and of BOS put in front otherwise."""
         info = model_info(model)
         if self in _attached:
             raise AdapterError("this adapter is already attached; leave its `with` block first, or attach a copy")
@@ -174,6 +174,16 @@ class Adapter(nn.Module):
         made_for = self.meta.model
         if made_for and not same_weights(made_for, info):
             logger.warning("this adapter was made for %s; it is now attached to %s", made_for.name, info.name)
+        if (
+            made_for
+            and None not in (made_for.prepend_bos, info.prepend_bos)
+            and made_for.prepend_bos != info.prepend_bos
+        ):
+            logger.warning(
+                "this adapter was made %s BOS in front of every text, and %s runs %s it; load the model with prepend_bos=%s",
+                *(("with", info.name, "without") if made_for.prepend_bos else ("without", info.name, "with")),
+                made_for.prepend_bos,
+            )
 
     @property
     def _made_for(self) -> str:

@@ -34,6 +34,7 @@ from lofit_lens.models import (
     layout_of,
     model_info,
     residual_point,
+    rules_of,
     run_through,
     tokenizer_of,
 )
@@ -249,9 +250,10 @@ def stream_behind(
 
     The instruction stands behind a row's BOS if it has one. Values at padding have no meaning.
     """
-    bos = tokenizer_of(model).bos_token_id
+    bos = rules_of(tokenizer_of(model)).front
     ids = [layout.tokens[r][layout.mask[r].bool()].tolist() for r in rows.tolist()]
-    behind_bos = torch.tensor([row[0] == bos for row in ids], device=layout.place.device).long()[:, None]
+    starts = [len(bos) * (tuple(row[: len(bos)]) == bos) for row in ids]
+    behind_bos = torch.tensor(starts, device=layout.place.device)[:, None]
     tokens, mask = pad(
         [[*row[:b], *front, *row[b:]] for row, b in zip(ids, behind_bos.flatten().tolist(), strict=True)],
         side="right", pad_id=pad_id(tokenizer_of(model)), device=device_of(model),

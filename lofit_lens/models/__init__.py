@@ -31,14 +31,16 @@ from lofit_lens.models.info import (
     bridge_class,
     context_length,
     device_of,
+    end_tokens,
     hooked_class,
     is_processed,
     model_info,
+    origin_of,
     same_weights,
     tokenizer_of,
     value_biases_folded,
 )
-from lofit_lens.models.loading import BACKENDS, ORGANISM, hooked_refusal, load_model, located, parse_device
+from lofit_lens.models.loading import BACKENDS, hooked_refusal, load_model, parse_device
 from lofit_lens.models.planned import planned_info
 from lofit_lens.models.positions import (
     ALL,
@@ -64,6 +66,8 @@ from lofit_lens.models.running import (
     step,
 )
 from lofit_lens.models.scored import logits_at
+from lofit_lens.models.sources import ORGANISM, cache_folder, located
+from lofit_lens.models.tokens import ChatText, TokenRules, check_ids, rules_of
 from lofit_lens.models.unembedding import FinalNorm, final_norm, head_output_matrix, to_logits
 
 __all__ = [
@@ -73,21 +77,26 @@ __all__ = [
     "PROJECTIONS",
     "Backend",
     "Borders",
+    "ChatText",
     "FinalNorm",
     "KVState",
     "Layout",
     "ModelInfo",
     "Positions",
     "Site",
+    "TokenRules",
     "attention_window",
     "backend_of",
     "before_each_pass",
     "bridge_class",
+    "cache_folder",
+    "check_ids",
     "check_residual",
     "checkpointed",
     "context_length",
     "declared",
     "device_of",
+    "end_tokens",
     "extend",
     "final_norm",
     "fingerprint",
@@ -111,6 +120,7 @@ __all__ = [
     "logits_at",
     "logits_of",
     "model_info",
+    "origin_of",
     "parse_device",
     "pattern_point",
     "peek",
@@ -122,6 +132,7 @@ __all__ = [
     "projection_sizes",
     "remember",
     "residual_point",
+    "rules_of",
     "run_through",
     "same_weights",
     "step",

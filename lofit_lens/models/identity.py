@@ -44,10 +44,11 @@ def folder_digest(name_or_path: str | Path) -> str:
 
 
 @torch.no_grad()
-def fingerprint(model: Any) -> str:
+def fingerprint(model: Any, kind: str = "memory") -> str:
     """Of a model in memory: names, shapes and types of its parameters, and of each its sum and up to 4,096 of its values.
 
-    Edited or fine-tuned weights give another one; it takes one pass over the weights, where they lie.
+    Edited or fine-tuned weights give another one; it takes one pass over the weights, where they lie. Fingerprints of one `kind`
+    can be compared: classes name and split the same weights differently.
     """
     found = hashlib.sha256()
     for name, p in model.named_parameters():
@@ -55,7 +56,7 @@ def fingerprint(model: Any) -> str:
         some = flat[:: max(1, flat.numel() // 4096)].float().cpu().numpy()
         total = float(flat.sum(dtype=torch.float64))
         found.update(f"{name} {tuple(p.shape)} {p.dtype} {total:.6g}".encode() + some.tobytes())
-    return f"memory:{found.hexdigest()}"
+    return f"{kind}:{found.hexdigest()}"
 
 
 @functools.cache  # a grid asks for the same folder again and again

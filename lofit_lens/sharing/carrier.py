@@ -90,7 +90,7 @@ def export_peft(
     check_fits(adapter, outputs, scale)
     commit = commit_of(checkpoint.revision)
     with io.new_folder(folder, overwrite=overwrite) as made:
-        reference = hooked_reference(adapter, checkpoint.name, revision=commit, dtype=dtype, device=device)
+        reference = hooked_reference(adapter, checkpoint.source, revision=commit, dtype=dtype, device=device)
         plain = plain_model(checkpoint.folder, dtype, device)
         modules = _modules(outputs, plain)
         edited = [layer for layer in range(len(modules)) if bool(shift[layer].any())]

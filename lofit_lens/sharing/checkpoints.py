@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lofit_lens import io
 from lofit_lens.errors import ModelError
-from lofit_lens.hub import fetched
+from lofit_lens.hub import commit_of, fetched
 from lofit_lens.models import located, weights_revision
 
 INDEX, WEIGHTS, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
@@ -39,6 +39,11 @@ class Checkpoint:
     revision: str | None
     config: dict[str, Any]
     where: Mapping[str, str]
+
+    @property
+    def source(self) -> str:
+        """Where `load_model` reads it: its folder, or its id on the hub."""
+        return self.name if commit_of(self.revision) else str(self.folder)
 
     @property
     def files(self) -> tuple[str, ...]:

@@ -138,7 +138,7 @@ def export_folded(
     kind = _written_type(outputs, dtype)
     with io.new_folder(folder, overwrite=overwrite) as made:
         commit = commit_of(checkpoint.revision)
-        reference = hooked_reference(adapter, checkpoint.name, revision=commit, dtype=kind, device=device)
+        reference = hooked_reference(adapter, checkpoint.source, revision=commit, dtype=kind, device=device)
         try:
             _write(made, checkpoint, slot, edits, kind if dtype is not None else None, progress)
         except (OSError, SafetensorError) as e:

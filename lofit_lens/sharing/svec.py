@@ -27,7 +27,7 @@ from lofit_lens.interventions.base import AdapterMeta
 from lofit_lens.interventions.files import CONFIG_FILE, SCHEMA, WEIGHTS_FILE, public, write_files
 from lofit_lens.interventions.iti import ALPHA
 from lofit_lens.models import Positions, located
-from lofit_lens.models.loading import read_config
+from lofit_lens.models.sources import read_config
 from lofit_lens.sharing.foreign import numbers, read_object, whole, write_object
 
 logger = logging.getLogger(__name__)

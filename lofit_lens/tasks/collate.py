@@ -1,4 +1,4 @@
-"""Text to batches: BOS once in front, EOS behind a learned answer, padding with a mask that is always passed.
+"""Text to batches: what the tokenizer puts in front once, EOS behind a learned answer, padding with a mask that is always passed.
 
 The text of prompt and answer is tokenised joined, as the model would read it; the answer starts where the joined ids
 leave the prompt's own ids (where a tokenizer merges across the border, at the merged token).
@@ -13,16 +13,20 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from lofit_lens.errors import DataError
+from lofit_lens.models import ChatText, check_ids, rules_of
 from lofit_lens.tasks.base import PairExample, SFTExample, TrainingExample
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text with BOS in front, once, where the tokenizer has one."""
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    bos = tokenizer.bos_token_id
-    if bos is None or (ids and ids[0] == bos):
-        return ids
-    return [bos, *ids]
+    """Token ids of a text, with what the tokenizer itself puts in front (mostly BOS or nothing), once; see `TokenRules`.
+
+    Raises:
+        DataError: a token that the model's embedding does not have.
+    """
+    rules, ids = rules_of(tokenizer), list(tokenizer(str(text), add_special_tokens=False)["input_ids"])
+    check_ids(tokenizer, ids, rules)
+    front = () if isinstance(text, ChatText) else rules.front
+    return ids if tuple(ids[: len(front)]) == front else [*front, *ids]
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,9 @@ def encode_continuations(
     for continuation in continuations:
         whole = encode(tokenizer, prompt + continuation)
         start = common_length([before, whole])
-        if eos and tokenizer.eos_token_id is not None:
-            whole.append(tokenizer.eos_token_id)
+        if eos and (end := rules_of(tokenizer).eos) is not None:
+            whole.append(end)
+            check_ids(tokenizer, (end,), rules_of(tokenizer))
         if start == 0 or start >= len(whole):
             what = "the prompt has no token" if start == 0 else "the answer has no token"
             raise DataError(f"{what}: prompt {prompt[-60:]!r}, answer {continuation[:60]!r}")
@@ -123,7 +128,9 @@ def collate(rows: Sequence[Encoded], *, pad_id: int, device: torch.device | str)
 
 def pad_id(tokenizer: Any) -> int:
     """An id to fill padding with; the mask hides it, so any id will do where the tokenizer names none."""
+    rows = rules_of(tokenizer).n_vocab
     for name in ("pad_token_id", "eos_token_id"):
-        if getattr(tokenizer, name, None) is not None:
-            return int(getattr(tokenizer, name))
+        found = getattr(tokenizer, name, None)
+        if found is not None and (rows is None or found < rows):  # TransformerLens adds what the embedding may not have
+            return int(found)
     return 0

@@ -1,0 +1,131 @@
+"""What a tokenizer puts in front of a text, and the tokens at which generation stops.
+
+Both are the checkpoint's own: TransformerLens reloads tokenizers with `add_bos_token=True` and calls the end token BOS where
+there is none, so that the rules are read from the tokenizer as it was before and are kept on it.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lofit_lens.errors import DataError, InputError
+
+logger = logging.getLogger(__name__)
+
+_KEPT = "_lofit_lens_rules"  # on a tokenizer
+
+
+class ChatText(str):
+    """Text that a chat template made, its special tokens included: nothing is put in front of it."""
+
+    def __add__(self, other: str) -> "ChatText":
+        """The text with more after it, still of a chat."""
+        return ChatText(str(self) + other)
+
+
+@dataclass(frozen=True)
+class TokenRules:
+    """How a tokenizer's ids become a model's input.
+
+    Attributes:
+        own: ids that the tokenizer itself puts in front of a text; mostly BOS or nothing.
+        front: ids that `encode` puts there.
+        eos: the tokenizer's end token, or None where it has none.
+        n_vocab: rows of the model's embedding; None = not known.
+    """
+
+    own: tuple[int, ...]
+    front: tuple[int, ...]
+    eos: int | None
+    n_vocab: int | None = None
+
+    @property
+    def prepend_bos(self) -> bool:
+        """Whether anything is put in front of a text."""
+        return bool(self.front)
+
+
+def rules_of(tokenizer: Any) -> TokenRules:
+    """The rules kept on a tokenizer, or what it does by itself."""
+    kept = getattr(tokenizer, _KEPT, None)
+    if isinstance(kept, TokenRules):
+        return kept
+    own = _own_front(tokenizer)
+    return TokenRules(own, own, tokenizer.eos_token_id)
+
+
+def keep_rules(tokenizer: Any, rules: TokenRules) -> None:
+    """Keep rules on a tokenizer, for all who encode with it."""
+    setattr(tokenizer, _KEPT, rules)
+
+
+def has_rules(tokenizer: Any) -> bool:
+    """Whether rules are kept on a tokenizer."""
+    return isinstance(getattr(tokenizer, _KEPT, None), TokenRules)
+
+
+def chosen_rules(tokenizer: Any, prepend_bos: bool | None, n_vocab: int | None = None) -> TokenRules:
+    """The rules of a tokenizer that TransformerLens has not touched, with BOS as asked; None = the tokenizer's own way.
+
+    Raises:
+        InputError: BOS is asked for, and the tokenizer has none.
+    """
+    rules = replace(rules_of(tokenizer), n_vocab=n_vocab)
+    if prepend_bos is None:
+        return replace(rules, front=rules.own)
+    if not prepend_bos:
+        return replace(rules, front=())
+    if rules.own:
+        return replace(rules, front=rules.own)
+    if tokenizer.bos_token_id is None:
+        raise InputError(
+            "prepend_bos=True, but this tokenizer has no BOS token; set tokenizer.bos_token, or leave it out"
+        )
+    return replace(rules, front=(int(tokenizer.bos_token_id),))
+
+
+def rules_before_lens(tokenizer: Any, n_vocab: int) -> TokenRules:
+    """The rules of a tokenizer that TransformerLens has prepared, from the files it was read from."""
+    from transformers import AutoTokenizer
+
+    name, original = str(getattr(tokenizer, "name_or_path", "") or ""), None
+    if name:
+        with contextlib.suppress(Exception):  # of many classes: no such folder, nothing in the cache
+            original = AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+    if original is None and tokenizer.init_kwargs.get("add_bos_token"):
+        logger.warning(
+            "the files of this model's tokenizer cannot be read again, so that it is not known whether it puts BOS in front by "
+            "itself; BOS is put there, as TransformerLens does. load_model(hf_model, tokenizer=...) knows"
+        )
+    return replace(rules_of(tokenizer if original is None else original), n_vocab=n_vocab)
+
+
+def _own_front(tokenizer: Any) -> tuple[int, ...]:
+    """Ids that the tokenizer puts in front of a text by itself."""
+    plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    whole = list(tokenizer("a")["input_ids"])
+    for n in range(len(whole) - len(plain) + 1):
+        if whole[n : n + len(plain)] == plain:
+            return tuple(whole[:n])
+    return ()
+
+
+def check_ids(tokenizer: Any, ids: Iterable[int], rules: TokenRules) -> None:
+    """Raise DataError where an id has no row in the model's embedding."""
+    if rules.n_vocab is not None and (high := max(ids, default=0)) >= rules.n_vocab:
+        raise DataError(
+            f"token {tokenizer.convert_ids_to_tokens(high)!r} has id {high}, and the model's embedding has {rules.n_vocab} rows: "
+            "it was added to the tokenizer alone. Call hf_model.resize_token_embeddings(len(tokenizer)) before load_model, or "
+            "use the model's own tokenizer"
+        )
+
+
+def ends_in(*configs: Any) -> frozenset[int]:
+    """All end tokens that configurations and generation configurations name: each names none, one, or a list."""
+    found: set[int] = set()
+    for config in configs:
+        named = getattr(config, "eos_token_id", None)
+        found.update(named if isinstance(named, list | tuple) else [] if named is None else [named])
+    return frozenset(int(i) for i in found)
