@@ -239,10 +239,11 @@ def test_what_is_no_transformerlens_model_is_refused(hf):
 
 
 def test_a_bridge_booted_by_hand_works(checkpoint, hf):
-    """model_info knows class and shape of a model this library did not load; its revision is unknown."""
+    """model_info knows class and shape of a model this library did not load; its revision is a fingerprint."""
     model = bridge_class().boot_transformers(str(checkpoint("llama")), device="cpu", dtype=torch.float32)
     info = model_info(model)
-    assert (info.backend, info.processed, info.revision, info.n_layers, info.n_heads) == ("bridge", False, None, 3, 4)
+    assert (info.backend, info.processed, info.n_layers, info.n_heads) == ("bridge", False, 3, 4)
+    assert info.revision.startswith("memory:bridge:")
     assert difference(model, hf("llama")) < 1e-5
 
 
@@ -254,11 +255,8 @@ def test_a_hookedtransformer_built_by_hand_works(loaded):
         warnings.simplefilter("ignore")
         model = hooked_class()(like.cfg, like.tokenizer, move_to_device=False)
     model.load_state_dict(like.state_dict(), strict=False)
-    assert (model_info(model).backend, model_info(model).processed, model_info(model).revision) == (
-        "hooked",
-        False,
-        None,
-    )
+    assert (model_info(model).backend, model_info(model).processed) == ("hooked", False)
+    assert model_info(model).revision.startswith("memory:hooked:")
     with torch.no_grad():
         assert torch.equal(
             logits_of(model, TOKENS, torch.ones_like(TOKENS)), logits_of(like, TOKENS, torch.ones_like(TOKENS))

@@ -9,6 +9,7 @@ Weights are never processed (no layer-norm folding, no centring, no value-bias f
 equals the input of Hugging Face's `o_proj` and an adapter means the same thing in both.
 """
 
+from lofit_lens.models.as_hooked import hooked_refusal
 from lofit_lens.models.checkpointing import checkpointed
 from lofit_lens.models.fused import fused_attention, fused_refusal
 from lofit_lens.models.hooks import (
@@ -40,7 +41,7 @@ from lofit_lens.models.info import (
     tokenizer_of,
     value_biases_folded,
 )
-from lofit_lens.models.loading import BACKENDS, hooked_refusal, load_model, parse_device
+from lofit_lens.models.loading import BACKENDS, load_model, parse_device
 from lofit_lens.models.planned import planned_info
 from lofit_lens.models.positions import (
     ALL,

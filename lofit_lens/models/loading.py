@@ -1,40 +1,25 @@
 """Loading without weight processing, on the class that gets it right: every class is compared with plain Hugging Face."""
 
-import contextlib
 import copy
-import json
 import logging
-import tempfile
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lofit_lens import io
 from lofit_lens.errors import InputError, ModelError, unknown
 from lofit_lens.hub import first_line
-from lofit_lens.models.hooks import frozen
+from lofit_lens.models.as_hooked import architecture_of, in_memory_tokenizer, load_hooked, on_hooked, quiet
+from lofit_lens.models.compared import Probe, is_quantised
 from lofit_lens.models.identity import fingerprint, weights_revision
 from lofit_lens.models.info import Origin, bridge_class, hooked_class, keep_origin, model_info
-from lofit_lens.models.rotary import positions_refusal, rotary_refusal
 from lofit_lens.models.sources import at_commit, located, read_config, refuse_missing
 from lofit_lens.models.tokens import chosen_rules, ends_in, keep_rules
 
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "hooked", "bridge")
-# Architectures that HookedTransformer builds correctly from a local configuration.
-HOOKED_ARCHITECTURES = frozenset({
-    "LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
-    "GPTNeoXForCausalLM", "GPT2LMHeadModel", "OPTForCausalLM", "GPTJForCausalLM", "BloomForCausalLM",
-    "Phi3ForCausalLM",
-})  # fmt: skip
-PROBE = 12  # random tokens on which a class is compared with Hugging Face; more where a sliding window is short
-LONGEST_PROBE = 128
 
 
 def load_model(
@@ -109,10 +94,10 @@ def _on_its_class(
         identity = fingerprint(hf, "memory")
     rules = chosen_rules(tokenizer, prepend_bos, int(config.get_text_config().vocab_size))
     ends = ends_in(config, config.get_text_config(), getattr(hf, "generation_config", None))
-    probe = _Probe.of(hf, config)
+    probe = Probe.of(hf, config)
     model, reason = on_hooked(
-        lambda: _load_hooked(hf, source, config, tokenizer, dtype, device, probe),
-        config, source, name=name, backend="bridge" if _is_quantised(hf) and backend == "auto" else backend,
+        lambda: load_hooked(hf, source, config, tokenizer, dtype, device, probe),
+        config, source, name=name, backend="bridge" if is_quantised(hf) and backend == "auto" else backend,
     )  # fmt: skip
     if model is None:
         if reason is not None and hooked_class() is not None:
@@ -162,12 +147,6 @@ def _check_in_memory(model: Any, tokenizer: Any) -> None:
         )
 
 
-def _is_quantised(hf: Any) -> bool:
-    """Whether a model's weights are quantised; those of a GGUF file are plain once transformers has read them."""
-    method = getattr(hf, "quantization_method", None)
-    return method is not None and str(getattr(method, "value", method)) != "gguf"
-
-
 def parse_device(device: str | torch.device | None) -> torch.device:
     """Turn a device name into a device that exists here.
 
@@ -189,61 +168,11 @@ def parse_device(device: str | torch.device | None) -> torch.device:
     return parsed
 
 
-def on_hooked(
-    build: Callable[[], Any], config: Any, source: Any, *, name: str, backend: str
-) -> tuple[Any | None, str | None]:
-    """What `build` makes on the way to HookedTransformer, or None and why the bridge has to load it (None: asked for).
-
-    Raises:
-        ModelError: backend is "hooked", and HookedTransformer cannot.
-    """
-    if backend == "bridge":
-        return None, None
-    reason = hooked_refusal(config, source)
-    if reason is None:
-        try:
-            return build(), None
-        except (ModelError, RuntimeError, KeyError, AttributeError, ValueError, TypeError) as e:
-            if isinstance(e, torch.OutOfMemoryError):
-                raise
-            reason = first_line(e)
-    if backend == "hooked":
-        raise ModelError(f"HookedTransformer cannot load {name}: {reason}. Use backend='bridge'")
-    return None, reason
-
-
-def hooked_refusal(config: Any, source: Any = None) -> str | None:
-    """Why HookedTransformer cannot load this Hugging Face configuration correctly, or None if it can."""
-    if hooked_class() is None:
-        return "this TransformerLens (4.0 or later) has no HookedTransformer"
-    architecture = _architecture(config)
-    if architecture == "LlamaForCausalLM" and getattr(config, "attention_bias", False):
-        return "it silently drops the attention biases of a Llama with attention_bias=True"
-    if architecture in HOOKED_ARCHITECTURES or _official_name(source) is not None:
-        return None
-    return f"it does not build {architecture} from a local configuration"
-
-
-def _architecture(config: Any) -> str:
-    return (config.architectures or ["unknown"])[0]
-
-
-def _official_name(source: Any) -> str | None:
-    """The hub name that HookedTransformer has a hand-written configuration for, if any."""
-    if source is None or Path(source).exists():
-        return None
-    from transformer_lens import loading_from_pretrained as loading
-
-    with contextlib.suppress(ValueError):
-        return loading.get_official_model_name(str(source))
-    return None
-
-
 def _load_hf(source: Any, revision: str | None, dtype: torch.dtype, config: Any, name: str) -> Any:
     """The plain Hugging Face model, all its tensors from the checkpoint."""
     from transformer_lens.model_bridge.sources import transformers as lens
 
-    kind: Any = lens.get_hf_model_class_for_architecture(_architecture(config))
+    kind: Any = lens.get_hf_model_class_forarchitecture_of(architecture_of(config))
     try:
         hf, told = kind.from_pretrained(
             str(source),
@@ -293,143 +222,7 @@ TOKENIZER_WANTED = (
 )
 
 
-def _in_memory_tokenizer(tokenizer: Any) -> Any:
-    """A copy that TransformerLens does not try to read again from disk."""
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.init_kwargs.setdefault("name_or_path", "in memory")
-    tokenizer.init_kwargs["add_bos_token"] = True
-    return tokenizer
-
-
-@dataclass(frozen=True)
-class _Probe:
-    """A few random tokens, and what plain Hugging Face says behind them."""
-
-    tokens: Tensor
-    expected: Tensor
-    bound: float
-
-    @classmethod
-    def of(cls, hf: Any, config: Any) -> "_Probe":
-        """Run the model, before TransformerLens takes it over.
-
-        Raises:
-            ModelError: it cannot run.
-        """
-        text = config.get_text_config()
-        windows = [getattr(text, n, None) for n in ("sliding_window", "attention_chunk_size", "window_size")]
-        n = max([PROBE, *(w + 4 for w in windows if isinstance(w, int) and w + 4 <= LONGEST_PROBE)])
-        tokens = torch.randint(0, int(text.vocab_size), (1, n), generator=torch.Generator().manual_seed(0))
-        first = next(hf.parameters())
-        try:
-            with torch.no_grad(), frozen(hf):
-                expected = hf(tokens.to(first.device), use_cache=False).logits.float().cpu()
-        except Exception as e:
-            raise ModelError(f"plain Hugging Face cannot run this model: {first_line(e)}") from e
-        exact = first.dtype in (torch.float32, torch.float64) and not _is_quantised(hf)
-        return cls(tokens, expected, 1e-3 if exact else 5e-2)
-
-    def check(self, model: Any) -> None:
-        """Raise ModelError where a class gives other logits; a conversion that went wrong is refused, not returned."""
-        with torch.no_grad():
-            got = model(self.tokens.to(next(model.parameters()).device)).float().cpu()[..., : self.expected.shape[-1]]
-        if not torch.isfinite(self.expected).all():
-            raise ModelError(
-                "plain Hugging Face gives logits that are not finite on a probe (float16 ends at 65,504); load it with "
-                "dtype='bfloat16' or 'float32'"
-            )
-        scale = self.expected.abs().max().clamp(min=1.0)
-        error = ((got - self.expected).abs().max() / scale).item()
-        if not error <= self.bound:
-            raise ModelError(f"its logits differ from the Hugging Face model's by {error:.2g} of their size on a probe")
-
-
-def _load_hooked(
-    hf: Any, source: Any, config: Any, tokenizer: Any, dtype: torch.dtype, device: torch.device, probe: _Probe
-) -> Any:
-    """Build a HookedTransformer from a Hugging Face model and check that their logits agree."""
-    from transformer_lens import loading_from_pretrained as loading
-
-    tokenizer = _in_memory_tokenizer(tokenizer)
-    cls = hooked_class()
-    assert cls is not None
-    official = _own_configuration(config, source)
-    with warnings.catch_warnings(), _quiet():
-        warnings.simplefilter("ignore")
-        if official is not None:
-            model = cls.from_pretrained_no_processing(
-                official, hf_model=hf, tokenizer=tokenizer, dtype=dtype, device="cpu", move_to_device=False
-            )
-        else:
-            with _local_config(config, dtype) as (folder, cfg):
-                weights = loading.get_pretrained_state_dict(folder, cfg, hf, dtype=dtype)
-            model = cls(cfg, tokenizer, move_to_device=False)
-            model.load_and_process_state_dict(
-                weights, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
-            )
-            del weights
-    if reason := positions_refusal(model.cfg, config) or rotary_refusal(model, hf):
-        raise ModelError(reason)
-    probe.check(model)
-    model.cfg.device = str(device)
-    model.move_model_modules_to_device()
-    return model
-
-
-def hooked_config(config: Any, source: Any, dtype: torch.dtype) -> Any:
-    """What HookedTransformer makes of a Hugging Face configuration, without weights.
-
-    Raises:
-        ModelError: it would be another model.
-    """
-    from transformer_lens import loading_from_pretrained as loading
-
-    official = _own_configuration(config, source)
-    with warnings.catch_warnings(), _quiet():
-        warnings.simplefilter("ignore")
-        if official is not None:
-            cfg = loading.get_pretrained_model_config(official, device="cpu", dtype=dtype)
-        else:
-            with _local_config(config, dtype) as (_, cfg):
-                pass
-    if reason := positions_refusal(cfg, config):
-        raise ModelError(reason)
-    return cfg
-
-
-def _own_configuration(config: Any, source: Any) -> str | None:
-    """The hub name under which HookedTransformer has to look, where it does not build the architecture from a configuration."""
-    return _official_name(source) if _architecture(config) not in HOOKED_ARCHITECTURES else None
-
-
-@contextlib.contextmanager
-def _local_config(config: Any, dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
-    """A folder that holds the configuration alone, and HookedTransformer's own made from it.
-
-    The class reads the architecture from the folder's *name* ("llama" in the path breaks it): this one's is neutral.
-    """
-    from transformer_lens import loading_from_pretrained as loading
-
-    with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
-        record = config.to_dict()
-        record.setdefault("n_ctx", getattr(config, "max_position_embeddings", None))
-        (Path(folder) / "config.json").write_text(json.dumps(record, default=str))
-        cfg = loading.get_pretrained_model_config(folder, device="cpu", dtype=dtype)
-        _fix_head_size(cfg, config)
-        yield folder, cfg
-
-
-def _fix_head_size(cfg: Any, config: Any) -> None:
-    """Give a HookedTransformer configuration the checkpoint's own d_head where it assumed d_model / n_heads."""
-    d_head = getattr(config, "head_dim", None)
-    if d_head is not None and cfg.d_head != d_head:
-        if cfg.rotary_dim == cfg.d_head:
-            cfg.rotary_dim = d_head
-        cfg.attn_scale = d_head**0.5
-        cfg.d_head = d_head
-
-
-def _load_bridge(hf: Any, name: str, tokenizer: Any, dtype: torch.dtype, device: torch.device, probe: _Probe) -> Any:
+def _load_bridge(hf: Any, name: str, tokenizer: Any, dtype: torch.dtype, device: torch.device, probe: Probe) -> Any:
     """Let TransformerBridge take a Hugging Face model over, and check that it says the same as before.
 
     Quantised and dispatched models stay where and as they are.
@@ -437,29 +230,20 @@ def _load_bridge(hf: Any, name: str, tokenizer: Any, dtype: torch.dtype, device:
     cls: Any = bridge_class()
     if not hf.config.architectures:  # never saved: the bridge looks here for what it is
         hf.config.architectures = [type(hf).__name__]
-    stays = _is_quantised(hf) or getattr(hf, "hf_device_map", None)
-    with _quiet():
+    stays = is_quantised(hf) or getattr(hf, "hf_device_map", None)
+    before = hf.config._attn_implementation
+    hf.set_attn_implementation("eager")  # as the bridge's own layers attend: others leave the mask to their kernels
+    with quiet():
         try:
             model = cls.boot_transformers(
-                name, hf_model=hf if stays else hf.to(device, dtype), tokenizer=_in_memory_tokenizer(tokenizer),
+                name, hf_model=hf if stays else hf.to(device, dtype), tokenizer=in_memory_tokenizer(tokenizer),
                 device=None if stays else device, dtype=dtype,
             )  # fmt: skip
         except Exception as e:
+            hf.set_attn_implementation(before)
             raise ModelError(f"TransformerBridge cannot load {name}: {first_line(e)}") from e
     try:
         probe.check(model)
     except Exception as e:
         raise ModelError(f"TransformerBridge cannot load {name} correctly: {first_line(e)}") from e
     return model
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back messages below ERROR of everything that logs through the root logger, as TransformerLens does."""
-    log = logging.getLogger()
-    before = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(before)

