@@ -90,7 +90,7 @@ def read_at(name: str, revision: str | None) -> Iterator[str | None]:
     Raises:
         InputError: no such repository or revision, no access, or no connection and nothing in the cache.
     """
-    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError
 
     file = try_to_load_from_cache(name, "config.json", revision=revision)
@@ -100,6 +100,9 @@ def read_at(name: str, revision: str | None) -> Iterator[str | None]:
         return
     try:
         commit = HfApi().model_info(name, revision=revision, timeout=ASK_SECONDS).sha
+        snapshot_download(
+            name, revision=revision, allow_patterns="config.json"
+        )  # the cache learns which commit this is
     except Exception as e:
         answered = isinstance(e, HfHubHTTPError) and e.response.status_code < 500
         if kept is None or answered:

@@ -59,7 +59,7 @@ def write(path: Path, *, quantised: str | None = None, architecture: str = "llam
         data = p.float().numpy()
         for part, n in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
             data = _turned(data, n) if part in name else data
-        if quantised and data.ndim == 2:
+        if quantised and data.ndim == 2 and data.shape[1] % 32 == 0:
             kind = gguf.GGMLQuantizationType[quantised]
             writer.add_tensor(_renamed(name), gguf.quants.quantize(data, kind), raw_dtype=kind)
         else:

@@ -343,8 +343,9 @@ def on_hub(remote, folder):
     return remote
 
 
-def test_a_gated_model_says_how_to_log_in(on_hub):
+def test_a_gated_model_says_how_to_log_in(on_hub, monkeypatch):
     """No access to a gated repository: ask for it, then `hf auth login`."""
+    monkeypatch.delenv("HF_TOKEN")
     on_hub.repos["ann/tiny"].gated = True
     with pytest.raises(ModelError, match=r"gated.*hf auth login"):
         load_model("ann/tiny", device="cpu")

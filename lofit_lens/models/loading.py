@@ -14,7 +14,7 @@ from lofit_lens.models.as_hooked import architecture_of, in_memory_tokenizer, lo
 from lofit_lens.models.compared import Probe, is_quantised
 from lofit_lens.models.identity import fingerprint, weights_revision
 from lofit_lens.models.info import Origin, bridge_class, hooked_class, keep_origin, model_info
-from lofit_lens.models.sources import at_commit, located, read_config, refuse_missing
+from lofit_lens.models.sources import at_commit, check_weights, located, read_config, refuse_missing
 from lofit_lens.models.tokens import chosen_rules, ends_in, keep_rules
 
 logger = logging.getLogger(__name__)
@@ -84,6 +84,8 @@ def _on_its_class(
     """Read what is not in memory yet, once, and build the class that gives the same logits."""
     if hf is None:
         config = read_config(source, revision)
+        if Path(source).is_dir():
+            check_weights(Path(source))
         tokenizer = read_tokenizer(source if tokenizer is None else tokenizer, revision if tokenizer is None else None)
         hf = _load_hf(source, revision, dtype, config, name)
         identity = weights_revision(source, revision)
@@ -172,7 +174,7 @@ def _load_hf(source: Any, revision: str | None, dtype: torch.dtype, config: Any,
     """The plain Hugging Face model, all its tensors from the checkpoint."""
     from transformer_lens.model_bridge.sources import transformers as lens
 
-    kind: Any = lens.get_hf_model_class_forarchitecture_of(architecture_of(config))
+    kind: Any = lens.get_hf_model_class_for_architecture(architecture_of(config))
     try:
         hf, told = kind.from_pretrained(
             str(source),

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from lofit_lens import io
-from lofit_lens.errors import unknown
+from lofit_lens.errors import ModelError, unknown
 from lofit_lens.models.as_hooked import hooked_config, on_hooked
 from lofit_lens.models.identity import weights_revision
 from lofit_lens.models.info import ModelInfo
@@ -50,15 +50,23 @@ def planned_info(
     with at_commit(source, revision) as commit:
         config = read_config(source, commit)
         on, _ = on_hooked(lambda: hooked_config(config, source, wanted), config, source, name=called, backend=backend)
-        rules = chosen_rules(read_tokenizer(source, commit), prepend_bos)
+        bos = _puts_bos(source, commit, prepend_bos)
         identity = weights_revision(source, commit)
     shape = _shape(config) if on is None else (on.n_layers, on.n_heads, on.d_model, on.d_vocab)
     n_layers, n_heads, d_model, d_vocab = map(int, shape)
     return ModelInfo(
         name=called, revision=identity, backend="bridge" if on is None else "hooked", processed=False,
         dtype=str(wanted).removeprefix("torch."), n_layers=n_layers, n_heads=n_heads, d_model=d_model, d_vocab=d_vocab,
-        prepend_bos=rules.prepend_bos,
+        prepend_bos=bos,
     )  # fmt: skip
+
+
+def _puts_bos(source: Any, commit: str | None, asked: bool | None) -> bool | None:
+    """Whether BOS will stand in front of a text; None where the tokenizer is not at hand, without which nothing will be loaded."""
+    try:
+        return chosen_rules(read_tokenizer(source, commit), asked).prepend_bos
+    except ModelError:
+        return None
 
 
 def _shape(config: Any) -> tuple[int, int, int, int]:

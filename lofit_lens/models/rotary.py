@@ -39,6 +39,8 @@ def rotary_refusal(model: Any, hf: Any) -> str | None:
     for module in hf.modules():
         for name, buffer in module.named_buffers(recurse=False):
             if name.endswith("inv_freq") and not name.startswith("original"):
+                if buffer.dtype != torch.float32:  # rounded along with the weights, by whoever cast the model
+                    return None
                 scaling = getattr(module, name.replace("inv_freq", "attention_scaling"), 1.0)
                 known.append((buffer.float().cpu(), float(scaling)))
     for layer, block in enumerate(model.blocks):

@@ -177,7 +177,7 @@ def _unknown(source: Any, reason: object) -> ModelError:
 
 
 def _check_folder(path: Path) -> None:
-    """Raise ModelError unless a folder holds a configuration and whole weights, and nothing that would be loaded along."""
+    """Raise ModelError unless a folder holds a configuration and weights, and nothing that would be loaded along."""
     if not (path / "config.json").is_file():
         what = "holds an adapter and no model" if (path / "adapter_config.json").is_file() else "has no config.json"
         raise ModelError(f"{path} {what}; give a folder written by Hugging Face's save_pretrained, or a .gguf file")
@@ -186,11 +186,16 @@ def _check_folder(path: Path) -> None:
             f"{path} holds an adapter beside the model (adapter_config.json), which transformers would load along with it; move "
             "it out, or merge it into the model first"
         )
-    weights = sorted(path.glob("*.safetensors"))
-    if not weights:
+    _refuse_pointer(path / "config.json")
+    if not any(path.glob("*.safetensors")):
         raise ModelError(
             f"{path} has no .safetensors file (pickled weights are not read); save the model again as safetensors"
         )
+
+
+def check_weights(path: Path) -> None:
+    """Raise ModelError unless the files of a folder are all there and whole, as far as their headers tell."""
+    weights = sorted(path.glob("*.safetensors"))
     for file in (*weights, *path.glob("*.json"), *path.glob("*.model")):
         _refuse_pointer(file)
     for file in weights:
