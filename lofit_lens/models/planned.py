@@ -62,7 +62,7 @@ def planned_info(
 
 
 def _puts_bos(source: Any, commit: str | None, asked: bool | None) -> bool | None:
-    """Whether BOS will stand in front of a text; None where the tokenizer is not at hand, without which nothing will be loaded."""
+    """Whether BOS will stand in front of a text; None where the tokenizer is not at hand (nothing loads then)."""
     try:
         return chosen_rules(read_tokenizer(source, commit), asked).prepend_bos
     except ModelError:
