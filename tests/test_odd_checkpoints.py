@@ -264,6 +264,35 @@ def test_the_dtype_in_memory_stays(backend):
     assert model_info(asked).dtype == "float32"
 
 
+def test_a_cast_on_loading_keeps_the_rotary_frequencies(backend):
+    """float32 in memory, bfloat16 asked for: far from the start, logits are as near as those of a folder that is read so."""
+    hf = tiny.hf_model("llama")
+    model = load_model(hf, tokenizer=tiny.tokenizer(), backend=backend, device="cpu", dtype="bfloat16")
+    tokens = torch.randint(3, 400, (1, 2000), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = tiny.hf_model("llama")(tokens).logits[:, -200:]
+        off = (logits_of(model, tokens, torch.ones_like(tokens)).float()[:, -200:] - expected).abs().mean()
+    assert model_info(model).dtype == "bfloat16"
+    assert off < 0.02 * expected.std()
+
+
+def test_layers_cut_from_a_model_in_memory(backend):
+    """Fewer layers than the configuration says: refused on both classes, with both numbers."""
+    hf = tiny.hf_model("llama")
+    hf.model.layers = hf.model.layers[:2]
+    with pytest.raises(ModelError):
+        load_model(hf, tokenizer=tiny.tokenizer(), backend=backend, device="cpu")
+    with pytest.raises(ModelError, match=r"2 layers.*says 3"):
+        load_model(hf, tokenizer=tiny.tokenizer(), device="cpu")
+
+
+def test_settings_of_what_a_pass_gives(folder, backend):
+    """`return_dict: false` in a saved configuration changes nothing."""
+    reconfigured(folder, return_dict=False, output_hidden_states=True)
+    model = load_model(folder, backend=backend, device="cpu")
+    assert logits_of(model, torch.arange(3, 9)[None], torch.ones(1, 6, dtype=torch.long)).shape == (1, 6, 400)
+
+
 def test_adapters_of_peft_in_memory_are_refused():
     """A PeftModel is not taken for a plain model, nor is a model that PEFT has put layers into."""
     import peft

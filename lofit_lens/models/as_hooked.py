@@ -40,9 +40,9 @@ def on_hooked(
     if reason is None:
         try:
             return build(), None
-        except (ModelError, RuntimeError, KeyError, AttributeError, ValueError, TypeError) as e:
-            if isinstance(e, torch.OutOfMemoryError):
-                raise
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as e:  # TransformerLens' own code, of many classes
             reason = first_line(e)
     if backend == "hooked":
         raise ModelError(f"HookedTransformer cannot load {name}: {reason}. Use backend='bridge'")

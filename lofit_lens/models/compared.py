@@ -9,6 +9,7 @@ from torch import Tensor
 from lofit_lens.errors import ModelError
 from lofit_lens.hub import first_line
 from lofit_lens.models.hooks import frozen
+from lofit_lens.models.info import WINDOWS
 
 PROBE = 12  # random tokens on which a class is compared with Hugging Face; more where a sliding window is short
 LONGEST_PROBE = 128
@@ -29,14 +30,14 @@ class Probe:
     bound: float
 
     @classmethod
-    def of(cls, hf: Any, config: Any) -> "Probe":
-        """Run the model, before TransformerLens takes it over.
+    def of(cls, hf: Any, config: Any, dtype: torch.dtype) -> "Probe":
+        """Run the model, before TransformerLens takes it over; `dtype` is the one that it will have there.
 
         Raises:
             ModelError: it cannot run.
         """
         text = config.get_text_config()
-        windows = [getattr(text, n, None) for n in ("sliding_window", "attention_chunk_size", "window_size")]
+        windows = [getattr(text, n, None) for n in WINDOWS]
         n = max([PROBE, *(w + 4 for w in windows if isinstance(w, int) and w + 4 <= LONGEST_PROBE)])
         tokens = torch.randint(0, int(text.vocab_size), (1, n), generator=torch.Generator().manual_seed(0))
         first = next(hf.parameters())
@@ -49,7 +50,7 @@ class Probe:
             what = "float16 ends at 65,504" if first.dtype == torch.float16 else "its weights may be damaged"
             way = "load it with dtype='bfloat16' or 'float32'" if first.dtype == torch.float16 else "fetch it again"
             raise ModelError(f"plain Hugging Face gives logits that are not finite with this model ({what}); {way}")
-        exact = first.dtype in (torch.float32, torch.float64) and not is_quantised(hf)
+        exact = {first.dtype, dtype} <= {torch.float32, torch.float64} and not is_quantised(hf)
         return cls(tokens, expected, 1e-3 if exact else 5e-2)
 
     def check(self, model: Any) -> None:

@@ -13,6 +13,8 @@ from lofit_lens.models.identity import fingerprint
 from lofit_lens.models.tokens import ends_in, has_rules, keep_rules, rules_before_lens, rules_of
 
 Backend = Literal["hooked", "bridge"]
+# What configurations call the number of tokens that attention looks back over.
+WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "local_attention", "attention_window_size")
 
 
 def hooked_class() -> type | None:
@@ -223,7 +225,7 @@ def attention_window(model: Any) -> int | None:
     hf = hf.get_text_config() if hasattr(hf, "get_text_config") else hf
     if getattr(hf, "use_sliding_window", True) is False:
         return None
-    sizes = [getattr(hf, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")]
+    sizes = [getattr(hf, name, None) for name in WINDOWS]
     return min((int(s) for s in sizes if isinstance(s, int) and s > 0), default=None)
 
 

@@ -13,7 +13,7 @@ from lofit_lens.hub import first_line
 from lofit_lens.models.as_hooked import architecture_of, in_memory_tokenizer, load_hooked, on_hooked, quiet
 from lofit_lens.models.compared import Probe, is_quantised
 from lofit_lens.models.identity import fingerprint, weights_revision
-from lofit_lens.models.info import Origin, bridge_class, hooked_class, keep_origin, model_info
+from lofit_lens.models.info import Origin, backend_of, bridge_class, hooked_class, keep_origin, model_info
 from lofit_lens.models.sources import at_commit, check_weights, located, read_config, refuse_missing
 from lofit_lens.models.tokens import chosen_rules, ends_in, keep_rules
 
@@ -94,9 +94,33 @@ def _on_its_class(
         config.architectures = config.architectures or [type(hf).__name__]  # never saved
         tokenizer = read_tokenizer(tokenizer, None)
         identity = fingerprint(hf, "memory")
+    hf.config.return_dict, hf.config.output_router_logits = True, False  # what passes give, whatever was saved
     rules = chosen_rules(tokenizer, prepend_bos, int(config.get_text_config().vocab_size))
     ends = ends_in(config, config.get_text_config(), getattr(hf, "generation_config", None))
-    probe = Probe.of(hf, config)
+    attended = hf.config._attn_implementation
+    hf.set_attn_implementation("eager")  # as the bridge's own layers attend: others leave the mask to their kernels
+    try:
+        model = _compared(hf, source, config, tokenizer, name, backend, dtype, device)
+    except BaseException:
+        hf.set_attn_implementation(attended)
+        raise
+    if backend_of(model) == "hooked":
+        hf.set_attn_implementation(attended)  # a copy was made: the user's own stays as it was
+    model.eval()
+    model.requires_grad_(False)
+    model.cfg.model_name = name  # instead of a temporary folder's
+    model.cfg.default_prepend_bos = rules.prepend_bos  # so that the class's own to_tokens agrees
+    keep_rules(model.tokenizer, rules)
+    keep_origin(model, Origin(name, identity, source, ends))
+    logger.info("%s loaded as %s", name, model_info(model).class_name)
+    return model
+
+
+def _compared(
+    hf: Any, source: Any, config: Any, tokenizer: Any, name: str, backend: str, dtype: torch.dtype, device: torch.device
+) -> Any:
+    """The class that says what plain Hugging Face says."""
+    probe = Probe.of(hf, config, dtype)
     model, reason = on_hooked(
         lambda: load_hooked(hf, source, config, tokenizer, dtype, device, probe),
         config, source, name=name, backend="bridge" if is_quantised(hf) and backend == "auto" else backend,
@@ -105,13 +129,6 @@ def _on_its_class(
         if reason is not None and hooked_class() is not None:
             logger.warning("%s: loaded as TransformerBridge, since HookedTransformer cannot: %s", name, reason)
         model = _load_bridge(hf, name, tokenizer, dtype, device, probe)
-    model.eval()
-    model.requires_grad_(False)
-    model.cfg.model_name = name  # instead of a temporary folder's
-    model.cfg.default_prepend_bos = rules.prepend_bos  # so that the class's own to_tokens agrees
-    keep_rules(model.tokenizer, rules)
-    keep_origin(model, Origin(name, identity, source, ends))
-    logger.info("%s loaded as %s", name, model_info(model).class_name)
     return model
 
 
@@ -233,18 +250,22 @@ def _load_bridge(hf: Any, name: str, tokenizer: Any, dtype: torch.dtype, device:
     if not hf.config.architectures:  # never saved: the bridge looks here for what it is
         hf.config.architectures = [type(hf).__name__]
     stays = is_quantised(hf) or getattr(hf, "hf_device_map", None)
-    before = hf.config._attn_implementation
-    hf.set_attn_implementation("eager")  # as the bridge's own layers attend: others leave the mask to their kernels
+    if not stays:
+        for p in hf.parameters():  # these alone: rotary frequencies stay float32, as transformers keeps them
+            if p.is_floating_point():
+                p.data = p.data.to(dtype)
+        hf = hf.to(device)
     with quiet():
         try:
             model = cls.boot_transformers(
-                name, hf_model=hf if stays else hf.to(device, dtype), tokenizer=in_memory_tokenizer(tokenizer),
+                name, hf_model=hf, tokenizer=in_memory_tokenizer(tokenizer),
                 device=None if stays else device, dtype=dtype,
             )  # fmt: skip
         except Exception as e:
-            hf.set_attn_implementation(before)
             raise ModelError(f"TransformerBridge cannot load {name}: {first_line(e)}") from e
     try:
+        if len(model.blocks) != int(model.cfg.n_layers):
+            raise ModelError(f"it has {len(model.blocks)} layers, and its configuration says {model.cfg.n_layers}")
         probe.check(model)
     except Exception as e:
         raise ModelError(f"TransformerBridge cannot load {name} correctly: {first_line(e)}") from e
