@@ -21,6 +21,7 @@ from lofit_lens.cli import (
     grids,
     probe,
     report,
+    screen,
     select,
     store,
     transfer,
@@ -45,5 +46,6 @@ app.add_typer(store.app)
 
 def main() -> None:
     """Entry point of the `lofit-lens` command."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    app()
+    with screen.lasting():
+        logging.basicConfig(format="%(message)s", level=logging.WARNING)
+        app()

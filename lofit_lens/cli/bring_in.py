@@ -49,7 +49,7 @@ def bring_in(
     """
     if out.resolve() == Path(source).resolve():
         raise InputError(f"{out} is what is read, which would be lost; give another --out")
-    c.check_new(out, overwrite=overwrite, replaces=True)
+    c.check_new(out, overwrite=overwrite)
     c.quiet_libraries()
     from lofit_lens import sharing
     from lofit_lens.cli.tune import read_heads

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import logging
 import os
 import shlex
@@ -14,12 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+
+from lofit_lens.cli.screen import console, print_json
 
 if TYPE_CHECKING:
     from lofit_lens.training import Passes
 
-console = Console(highlight=False)
+__all__ = ["console", "print_json"]  # of the screen, for the verbs
+
+LEASE = 30.0  # seconds without a sign of life after which a claim from another machine may be taken over
+_claims: contextlib.ExitStack | None = None  # of the verb that runs; None: Python calls its function itself
 
 Model = Annotated[str, typer.Option("--model", "-m", help="'organism' (embedded), a hub id, or a Hugging Face folder.")]
 TaskName = Annotated[
@@ -90,7 +93,8 @@ def guarded(verb: Callable[..., None]) -> Callable[..., None]:
         from lofit_lens.errors import InputError, TrainingDiverged
 
         try:
-            with _warnings_as_before():
+            with _warnings_as_before(), _claiming():
+                _check_texts(kwargs)
                 verb(*args, **kwargs)
         except (InputError, TrainingDiverged) as e:
             print(f"error: {e}", file=sys.stderr)
@@ -113,6 +117,25 @@ def _warnings_as_before() -> Iterator[None]:
         os.environ.pop("PYTHONWARNINGS", None)
         if before is not None:
             os.environ["PYTHONWARNINGS"] = before
+
+
+@contextlib.contextmanager
+def _claiming() -> Iterator[None]:
+    """Give up what the verb claims (see `check_new`) when it ends."""
+    global _claims
+    with contextlib.ExitStack() as _claims:
+        yield
+    _claims = None
+
+
+def _check_texts(given: Mapping[str, Any]) -> None:
+    """Raise InputError for an option with bytes that are no text in the shell's encoding: no file could hold it later."""
+    from lofit_lens.errors import InputError
+
+    for name, value in given.items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and text.encode(errors="replace").decode() != text:
+                raise InputError(f"--{name.replace('_', '-')} is {text!r}, which is not UTF-8 text; write it anew")
 
 
 def open_model(name: str, *, backend: str, dtype: str, device: str | None, revision: str | None = None) -> Any:
@@ -193,11 +216,6 @@ def write_heads(out: Path, scores: Any, k: int, *, overwrite: bool) -> Any:
     return heads
 
 
-def print_json(record: Any) -> None:
-    """One JSON record on stdout."""
-    print(json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False))
-
-
 def again(**options: Any) -> str:
     """Options of this command that differ from their defaults, to repeat them in the command that is suggested next."""
     defaults = {"backend": "auto", "dtype": "float32"}
@@ -215,25 +233,45 @@ def check_options(form: str, given: Mapping[str, Any], takes: Sequence[str]) -> 
             raise InputError(f"{form} takes no {name}; it takes {', '.join(takes)}")
 
 
-def check_new(path: Path, *, overwrite: bool, replaces: bool = False) -> None:
-    """Fail before the work starts if the result could not be written after it; `replaces`: as a whole, in the place of a folder.
+def check_new(path: Path, *, overwrite: bool, folder: bool = True) -> None:
+    """Claim an output for as long as the verb runs, and fail before the work starts if it could not be written after it.
+
+    A claim ends with its process, however that ends, so that a killed run does not stand in the way of the next.
 
     Raises:
-        InputError: the folder exists (and not `overwrite`), it is not ours (`replaces`), or its parent cannot be written to.
+        InputError: another process writes it; it exists (and not `overwrite`), is not ours (a `folder`) or no file; or its
+            parent cannot be written to.
     """
     from lofit_lens import io
     from lofit_lens.errors import InputError
+    from lofit_lens.experiments.locks import claimed
 
+    check_writable(path)
+    if _claims is not None:
+        lock = path.with_name(f".{path.name}.lock")
+        if not _claims.enter_context(claimed(lock, LEASE)):
+            raise InputError(f"another process writes {path} now (its claim is {lock}); wait for it, or give another --out")
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists; give another --out or --overwrite")
-    if replaces and path.exists():
+    if path.exists() and folder:
         io.check_replaceable(path)
+    elif path.is_dir():
+        raise InputError(f"{path} is a folder, and a file is to be written; give another --out")
+
+
+def check_writable(path: Path) -> None:
+    """Raise InputError unless files can be made beside `path`, under a name of its length."""
+    from lofit_lens import io
+    from lofit_lens.errors import InputError
+
+    if not path.name or path.name == "..":
+        raise InputError(f"{str(path)!r} names no new file or folder; give e.g. --out out/result")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
+        with tempfile.TemporaryFile(dir=path.parent, prefix=f".{state_file(path).name}.", suffix=".tmp"):
             pass
     except OSError as e:
-        raise InputError(f"cannot write {path}: {e.strerror or e}; choose a folder you may write to") from e
+        raise io.cannot_write(path, e) from e
 
 
 def open_tracker(kind: str | None, out: Path) -> Any:

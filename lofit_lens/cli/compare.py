@@ -85,7 +85,7 @@ def _compare_folders(
     as_json: bool,
 ) -> None:  # fmt: skip
     if out is not None:
-        c.check_new(out, overwrite=overwrite)
+        c.check_new(out, overwrite=overwrite, folder=False)
     from rich.table import Table
 
     from lofit_lens import io
@@ -99,6 +99,8 @@ def _compare_folders(
         _read(first), _read(second), metrics=metric, alternative=alternative, seed=seed,
         test=paired_bootstrap_test if test == "bootstrap" else paired_permutation_test,
     )  # fmt: skip
+    if out is not None:
+        io.write_json(out, found.to_dict())
     table = Table(title=f"{found.labels[0]} against {found.labels[1]}: {found.task}", title_justify="left")
     for column in found.columns():
         table.add_column(column, overflow="fold", min_width=10 if column == "detectable" else None)
@@ -107,11 +109,10 @@ def _compare_folders(
     c.console.print(table)
     for note in found.notes():
         c.console.print(note, style="dim")
+    if out is not None:
+        c.console.print(f"wrote {out}")
     if as_json:
         c.print_json(found.to_dict())
-    if out is not None:
-        io.write_json(out, found.to_dict())
-        c.console.print(f"wrote {out}")
 
 
 def _read(folders: str) -> "list[EvalResult]":

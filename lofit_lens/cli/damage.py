@@ -34,7 +34,7 @@ def damage(
     """
     c.console.stderr = as_json
     if out is not None:
-        c.check_new(out, overwrite=overwrite)
+        c.check_new(out, overwrite=overwrite, folder=False)
     c.quiet_libraries()
     from rich.table import Table
 
@@ -49,6 +49,8 @@ def damage(
         loaded, change, texts, max_tokens=max_tokens, batch_size=batch_size, limit=limit, label=str(adapter),
         progress=not quiet,
     )  # fmt: skip
+    if out is not None:
+        found.save(out)
     table = Table(title=f"{adapter} on {len(found.texts)} texts ({text}), nats a token", title_justify="left")
     for column in ("quantity", "mean", "95 % interval over texts"):
         table.add_column(column)
@@ -57,8 +59,7 @@ def damage(
     c.console.print(table)
     for kind, n in found.counted.items():
         c.console.print(f"{kind}: {n}", style="dim")
+    if out is not None:
+        c.console.print(f"wrote {out}")
     if as_json:
         c.print_json(found.to_dict())
-    if out is not None:
-        found.save(out)
-        c.console.print(f"wrote {out}")

@@ -33,9 +33,12 @@ def demo(
     from lofit_lens import io
     from lofit_lens.experiments.organism import run_demo
     from lofit_lens.plots import head_grid, layer_distribution, save_figure
+    from lofit_lens.plots.style import check_static
 
     start = time.perf_counter()
-    c.check_new(out, overwrite=True)
+    c.check_writable(out)
+    if png:
+        check_static()
     c.console.print(f"[bold]LoFiT on the embedded model[/bold]: 3 tasks, {seeds} seeds, runs in {out / 'runs'}")
     found = run_demo(
         model=model, backend=backend, seeds=range(seeds), out=out / "runs", full=full,

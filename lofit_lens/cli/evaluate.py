@@ -60,6 +60,8 @@ def evaluate(
             loaded, data, split=split, limit=limit, batch_size=batch_size, token_budget=token_budget, too_long=too_long,
             progress=not quiet, label=label or ("bare model" if change is None else str(adapter)),
         )  # fmt: skip
+    if out is not None:
+        result.save(out, overwrite=overwrite)
     form_ = f" ({data.form})" if data.form else ""
     table = Table(title=f"{data.name}, {split}{form_}, n={len(result.items)}: {result.label}", title_justify="left")
     for column in ("metric", "mean", "95 % interval over items"):
@@ -72,7 +74,6 @@ def evaluate(
     for kind, n in result.counted.items():
         c.console.print(f"{kind}: {n}", style="dim")
     if out is not None:
-        result.save(out, overwrite=overwrite)
         c.console.print(f"wrote {out}")
     if as_json:
         c.print_json(result.to_dict())

@@ -74,8 +74,7 @@ def export(
         raise InputError(f"{form} needs --out")
     if out.resolve() == Path(adapter).resolve():
         raise InputError(f"{out} is the adapter itself, which would be lost; give another --out")
-    if folded or peft:
-        c.check_new(out, overwrite=overwrite, replaces=True)
+    c.check_new(out, overwrite=overwrite, folder=folded or peft)
     c.quiet_libraries()
     from lofit_lens import io, sharing
 

@@ -66,7 +66,7 @@ def figures(
     check_formats(wanted)
     if heads is not None:
         official_sets(heads)  # better known now than after the study
-    c.check_new(out, overwrite=True)
+    c.check_writable(out)
     if results is None:
         assert heads is not None
         files = save_all(official_figures(heads), out, formats=wanted)

@@ -49,7 +49,7 @@ def compare_on_tasks(asked: Request) -> "dict[str, MethodTable]":
     tasks = [_task(asked, name) for name in task_names(asked.tasks)]
     names = selector_names(asked.methods) if asked.selectors else _methods(asked.methods)
     texts = [] if asked.selectors else list(islice(_texts(asked), asked.n_texts))
-    c.check_new(asked.out, overwrite=True)
+    c.check_writable(asked.out)
     tables = compare_tasks(
         asked.model, tasks, methods=names, settings={n: {} for n in names} if asked.selectors else None,
         seeds=range(asked.seeds), limit=asked.limit, n_train=asked.n_train, texts=texts,
@@ -57,9 +57,9 @@ def compare_on_tasks(asked: Request) -> "dict[str, MethodTable]":
         workers=workers_for(asked.workers, asked.model, asked.device), out=asked.out, backend=asked.backend, dtype=asked.dtype,
         device=asked.device, revision=asked.revision, progress=not asked.quiet,
     )  # fmt: skip
-    for table in tables.values():
+    saved = [table.save(asked.out, stem=_stem(table, asked.selectors)) for table in tables.values()]
+    for table, files in zip(tables.values(), saved, strict=True):
         _print(table)
-        files = table.save(asked.out, stem=_stem(table, asked.selectors))
         c.console.print(f"wrote {', '.join(f.name for f in files)} into {asked.out}\n")
     c.console.print(f"{time.perf_counter() - start:.0f} s")
     return tables

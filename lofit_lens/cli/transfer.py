@@ -37,7 +37,7 @@ def transfer(
     c.console.stderr = as_json
     if len(names := task_names(task or ["organism/all"])) < 2:
         raise InputError(f"transfer between tasks needs two or more; got {names[0]} alone: repeat --task")
-    c.check_new(out, overwrite=True)
+    c.check_writable(out)
     s.run(s.Request(
         out, model, names, seeds, draws, limit, ["fig2"], False, None, "none", data_dir, backend, dtype, device,
         revision, workers, False, quiet,
@@ -52,13 +52,13 @@ def transfer(
         (r["source"], r["task"]): f"{r['relative']:.0f} [{r['low']:.0f}, {r['high']:.0f}] {r['mark']}".strip()
         for r in found.frame.to_dict("records")
     }
+    files = save_figure(transfer_heatmap(found), out / "transfer", data=found.frame, formats=("html",))
     wide = found.matrix()
     s.print_table(
         "Accuracy with other heads, % of that with the task's own", ("heads from", *wide.columns),
         [(source, *(cells[source, t] for t in wide.columns)) for source in wide.index],
         ("[ ]: 95 % interval over seeds and items; * p < .05, + p < .1 (paired test against the task's own heads)",),
     )  # fmt: skip
-    files = save_figure(transfer_heatmap(found), out / "transfer", data=found.frame, formats=("html",))
     c.console.print(f"wrote {', '.join(str(f) for f in files)}")
     if as_json:
         c.print_json(found.to_dict())

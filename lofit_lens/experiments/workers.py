@@ -217,5 +217,5 @@ def _silence() -> None:
     for number in (1, 2):
         os.dup2(nowhere, number)
     os.close(nowhere)
-    sys.stdout.reconfigure(line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
     faulthandler.enable()

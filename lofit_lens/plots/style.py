@@ -126,6 +126,11 @@ def _image(fig: go.Figure, path: Path) -> bytes:
         ) from e
 
 
+def check_static() -> None:
+    """Raise NoChrome unless static figures can be drawn here; seen by drawing an empty one."""
+    _image(go.Figure(), Path("a static figure.svg"))
+
+
 @contextlib.contextmanager
 def many_figures(formats: Sequence[str] = FORMATS) -> Iterator[None]:
     """Keep one browser open for all static figures inside the block: half a second each instead of several.
@@ -141,7 +146,7 @@ def many_figures(formats: Sequence[str] = FORMATS) -> Iterator[None]:
     try:
         import kaleido
 
-        go.Figure().to_image(format="svg")
+        check_static()
     except Exception:  # no kaleido or no Chrome: `save_figure` says so
         yield
         return
