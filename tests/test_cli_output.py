@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import rich.table
@@ -83,7 +84,7 @@ def closed_pipe():
     """A stream whose reader went away."""
     read, write = os.pipe()
     os.close(read)
-    return io.TextIOWrapper(open(write, "wb"), "utf-8")  # noqa: SIM115 (closed with it)
+    return io.TextIOWrapper(open(write, "wb"), "utf-8")
 
 
 @pytest.mark.parametrize("both", [False, True], ids=["stdout", "stdout-and-stderr"])
@@ -97,7 +98,7 @@ def test_a_reader_who_went_away_stops_no_work(stdout_as, tmp_path, both):
         err.close()
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_a_full_disk_under_stdout_is_told_after_the_work(stdout_as, tmp_path, capfd):
     """A record that is cut off is not passed over: exit 1, and the files are there."""
     full = open("/dev/full", "w")  # noqa: SIM115 (closed below)
@@ -189,7 +190,9 @@ def test_a_folder_in_the_place_of_a_file_is_refused_before_the_work(shell, tmp_p
     assert "is a folder" in err
 
 
-@pytest.mark.parametrize(("name", "message"), [("x" * 250, "File name too long"), ("x/..", "names no new file or folder")])
+@pytest.mark.parametrize(
+    ("name", "message"), [("x" * 250, "File name too long"), ("x/..", "names no new file or folder")]
+)
 def test_a_name_that_cannot_be_written_is_refused_before_the_work(shell, tmp_path, name, message):
     """So too where the name itself would do, and that of the draft beside it would not."""
     code, out, err = shell(*EVAL, "--out", tmp_path / name)

@@ -113,7 +113,7 @@ def test_records_with_options_are_scored():
      ({"options": [" Rome"]}, r"1 option\(s\) \[' Rome'\]; a choice needs two or more"), ({"options": []}, r"0 option\(s\)"),
      ({"options": [" Rome", " "]}, "option 2 is empty"),
      ({"options": [" Rome", " Oslo", " Rome"]}, "option ' Rome' is given twice"),
-     ({"options": " Rome"}, "field 'options' must be a list of texts, got ' Rome'"), ({"prompt": None}, "no field 'prompt'"),
+     ({"options": " Rome"}, "field 'options' must be a list of texts, got ' Rome'"), ({"prompt": None}, "field 'prompt' is null"),
      ({"options": [" Rome", 3]}, "field 'options' must be a list of texts"), ({"options": None}, r"0 option\(s\)")],
 )  # fmt: skip
 def test_a_bad_record_with_options_is_named(tmp_path, changes, message):

@@ -14,7 +14,7 @@ TEXT = row()["instruction"]
     ("name", "bad", "message"),
     [("siqa", "text", "expected a record with instruction, output, answer"),
      ("siqa", {"instruction": "x", "output": "y"}, "no field 'answer'; a row needs instruction, output, answer and has"),
-     ("siqa", row(answer=""), "field 'answer' is ''; it must be non-empty"), ("siqa", row(output=None), "no field 'output'"),
+     ("siqa", row(answer=""), "field 'answer' is ''; it must be non-empty"), ("siqa", row(output=None), "field 'output' is null"),
      ("siqa", row(answer="answer4"), r"the answer 'answer4' is not among the options \['answer1', 'answer2', 'answer3'\]"),
      ("siqa", row(instruction="Who?"), "field 'instruction' has no line 'Answer format: option/option'"),
      ("siqa", row(options=("Ann",), right=1), r"1 option\(s\) \['answer1'\]; a choice needs two or more"),
@@ -48,7 +48,7 @@ def test_options_given_twice_are_counted(tmp_path):
 
 BAD_HUB = [
     ("siqa", {"label": ""}, "field 'label' is ''"), ("siqa", {"label": "4"}, "field 'label' is '4'; allowed: 1, 2, 3"),
-    ("siqa", {"answerB": " "}, "field 'answerB' is ' '"), ("siqa", {"context": None}, "no field 'context'"),
+    ("siqa", {"answerB": " "}, "field 'answerB' is ' '"), ("siqa", {"context": None}, "field 'context' is null"),
     ("arc_challenge", {"answerKey": "E"}, r"answer 'E' is not among the labels \['A', 'B'\] of 2 options"),
     ("arc_challenge", {"choices": ["a", "b"]}, "field 'choices' must hold 'label' and 'text'"),
     ("arc_challenge", {"choices": {"text": ["a"], "label": ["A", "B"]}}, "of 1 options"),

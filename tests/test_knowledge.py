@@ -109,7 +109,7 @@ def test_the_first_line_is_graded(said, em, contains):
 
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
-    [("triviaqa", {"question": None}, "no field 'question'"), ("triviaqa", {"answer": "Bo"}, "answer: expected a record with"),
+    [("triviaqa", {"question": None}, "'question' is null"), ("triviaqa", {"answer": "Bo"}, "answer: expected a record with"),
      ("triviaqa", {"answer": {"aliases": ["x"]}}, "answer: no field 'value'; a row needs value and has aliases"),
      ("triviaqa", {"answer": {"value": ""}}, "field 'value' is ''"), ("triviaqa", {"answer": None}, "answer: expected a record"),
      ("triviaqa", {"answer": {"value": "x", "aliases": "y"}}, "field 'aliases' must be a list of texts, got 'y'"),

@@ -144,7 +144,10 @@ def test_an_optional_file_may_be_missing(tmp_path, server):
      ("x.csv", b"", "is empty"), ("x.csv", b"a,b\n", "is empty"), ("x.jsonl", b'{"a": 1}\n{"a": \n', r"x\.jsonl:2: not JSON"),
      ("x.json", b'[{"a": 1},\n{', "line 2"), ("x.json", b'{"a": 1}', "expected a list"),
      ("x.jsonl", b'{"a": "\xe9"}', "not UTF-8"),
-     ("x.csv", b"a\n\xe9\n", "not UTF-8"), ("x.csv", b'a,b\n1,"open', r"x\.csv:\d: not CSV"), ("x.parquet", b"1", "parquet")],
+     ("x.csv", b"a\n\xe9\n", "not UTF-8"), ("x.csv", b'a,b\n1,"open', r"x\.csv:\d: not CSV"),
+     ("x.csv", b"a,b\n1,2\n1,Rome, Italy\n", r"x\.csv:3: 3 cells under 2 columns; put a cell that holds a comma in"),
+     ("x.jsonl", b'{"a": ' + b"1" * 5000 + b"}", r"x\.jsonl:1: not JSON \(Exceeds the limit"),
+     ("x.jsonl", b"[" * 100_000, r"x\.jsonl:1: not JSON"), ("x.parquet", b"1", "parquet")],
 )  # fmt: skip
 def test_a_defective_file_is_refused_with_file_and_line(tmp_path, name, content, message):
     """Empty, cut off, of another encoding, of another form."""

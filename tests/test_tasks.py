@@ -4,6 +4,7 @@ import csv
 import json
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -194,6 +195,35 @@ def test_clutrr_marks_training_rows_that_repeat_a_test_item(tmp_path):
         task.training_examples()  # all four are asked for (fewer than 300), two may be used
 
 
+@pytest.mark.parametrize("asked", ["p3", " p3\n", "p 3"])
+def test_rows_that_repeat_a_training_prompt_are_counted(tmp_path, asked):
+    """From records and from a folder, in val and test, exact or but for white space; evaluations show the count."""
+    again, new = [{"prompt": asked, "answer": "x"}], [{"prompt": "new", "answer": "x"}]
+    train = [*ROWS, {"prompt": "p\t3", "answer": "a"}]
+    task = Task.from_records("t", train=train, val=again * 2 + new, test=[*again, *new])
+    said = "rows that repeat a training row's prompt"
+    assert task.counted == {f"val: {said}": 2, f"test: {said}": 1}
+    assert f"test: {said} 1" in repr(task)
+    for split, rows in {"train": train, "test": [*again, *new]}.items():
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert load_task(tmp_path).counted == {f"test: {said}": 1}
+    assert Task.from_records("t", train=ROWS, test=new).counted == {}
+
+
+def test_questions_that_differ_in_their_options_are_no_repeats():
+    """One instruction for all, and the question in the options; their order makes no new question."""
+    row = {"prompt": "Which is true?", "answer": " a", "options": [" a", " b"]}
+    other, turned = {**row, "options": [" a", " c"]}, {**row, "options": [" b", " a"]}
+    assert Task.from_records("t", train=[row], test=[other]).counted == {}
+    assert list(Task.from_records("t", train=[row], test=[other, turned]).counted.values()) == [1]
+
+
+def test_options_of_later_rows_are_not_passed_over():
+    """Rows of one form: options that only some rows have would be asked without them."""
+    with pytest.raises(DataError, match="t test row 1 has options, and the task's first row has none"):
+        Task.from_records("t", train=ROWS, test=[{**ROWS[0], "options": ["a0", "b"]}])
+
+
 def test_splits_and_limits():
     """limit takes the first rows; an unknown split or a limit of 0 is refused."""
     task = Task.from_records("t", train=ROWS, test=ROWS[:3])
@@ -242,7 +272,7 @@ def test_a_folder_of_ones_own(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [({"prompt": "p"}, "train row 2: no field 'answer'"), ({"prompt": "p", "answer": " "}, "train row 2: field 'answer' is ' '"),
-     ({"prompt": "p", "answer": None}, "no field 'answer'"), ({"prompt": 3, "answer": "a"}, "field 'prompt' is 3"),
+     ({"prompt": "p", "answer": None}, "field 'answer' is null"), ({"prompt": 3, "answer": "a"}, "field 'prompt' is 3"),
      ({"prompt": "p", "answer": "a", "aliases": "b"}, "'aliases' must be a list"), ("text", "expected a record"),
      ({"prompt": "p", "chosen": "a", "rejected": "b"}, "no field 'answer'")],
 )  # fmt: skip
@@ -298,3 +328,26 @@ def test_a_known_task_is_not_shadowed_by_a_folder(tmp_path, monkeypatch):
         load_task("own", fold=1)
     with pytest.raises(InputError, match="two folds given"):
         load_task("truthfulqa:1", fold=0, data_dir=".")
+
+
+def test_a_folder_that_is_called_as_a_task_is_said(tmp_path, monkeypatch, caplog):
+    """By its name the built-in task is read, with a warning that names both; `./name`, or a Path, is one's own."""
+    monkeypatch.setattr(
+        "lofit_lens.tasks.registry.TASKS", {"mine": lambda _: Task.from_records("known", train=ROWS, test=ROWS)}
+    )
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    assert load_task("mine").name == "known"
+    assert not caplog.messages, "no task is in it"
+    for split in ("train", "test"):
+        (tmp_path / "mine" / f"{split}.jsonl").write_text(json.dumps({"prompt": "own", "answer": "x"}))
+    assert load_task("mine").name == "known"
+    assert (
+        "mine is the built-in task, and the folder ./mine is not read; give ./mine for a task of your own"
+        in caplog.text
+    )
+    caplog.clear()
+    assert load_task("mine", data_dir="elsewhere").name == "known"
+    for own in ("./mine", Path("mine"), str(tmp_path / "mine")):
+        assert load_task(own).examples("test")[0].prompt == "own"
+    assert not caplog.messages

@@ -250,7 +250,9 @@ def check_new(path: Path, *, overwrite: bool, folder: bool = True) -> None:
     if _claims is not None:
         lock = path.with_name(f".{path.name}.lock")
         if not _claims.enter_context(claimed(lock, LEASE)):
-            raise InputError(f"another process writes {path} now (its claim is {lock}); wait for it, or give another --out")
+            raise InputError(
+                f"another process writes {path} now (its claim is {lock}); wait for it, or give another --out"
+            )
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists; give another --out or --overwrite")
     if path.exists() and folder:

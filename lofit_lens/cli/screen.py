@@ -67,7 +67,10 @@ def lasting() -> Iterator[None]:
         if isinstance(out, Lasting):
             out.flush()
             if out.error is not None and out.error.errno != errno.EPIPE:
-                print(f"error: cannot write the output: {out.error.strerror}; files were written as asked", file=sys.stderr)
+                print(
+                    f"error: cannot write the output: {out.error.strerror}; files were written as asked",
+                    file=sys.stderr,
+                )
                 raise SystemExit(1)
 
 

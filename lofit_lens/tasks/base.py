@@ -243,7 +243,8 @@ class Task:
 
         Records with `prompt` and `answer` (optional `aliases`) train by SFT and are graded by exact match; with `options`
         beside them (a list that holds the answer), by the option with the highest log-prob. Records with `prompt`, `chosen` and
-        `rejected` train by DPO and are graded by multiple choice. One form a task.
+        `rejected` train by DPO and are graded by multiple choice. One form a task. `task.counted` says how many rows of `val`
+        and `test` repeat a training row's prompt.
 
         `grade` may be any function of the generated text and the example; `metric` names the one of its scores that stands for
         the task (default `em`). `n_train` examples are drawn by seed (default all).
@@ -289,12 +290,25 @@ def task_from_rows(
     return Task(
         name, "dpo" if read is _read_pair else "sft", training, test, metric or default,
         grade=grade if read is _read_answer else None, max_new_tokens=max_new_tokens, hashes=hashes, source=source,
-        n_train=n_train,
+        n_train=n_train, counted=_repeats(test),
     )  # fmt: skip
+
+
+def _repeats(test: Mapping[str, Sequence[TestExample]]) -> dict[str, int]:
+    """How many rows of each other split ask what a training row asks, whatever the white space: they test memory."""
+
+    def question(example: TestExample) -> str:
+        return " ".join("\n".join((example.prompt, *sorted(getattr(example, "options", ())))).split())
+
+    asked = {question(e) for e in test["train"]}
+    found = {s: sum(question(e) in asked for e in rows) for s, rows in test.items() if s != "train"}
+    return {f"{split}: rows that repeat a training row's prompt": n for split, n in found.items() if n}
 
 
 def _read_answer(where: str, row: Any) -> tuple[SFTExample, GenerationExample]:
     prompt, answer = fields(where, row, "prompt", "answer")
+    if row.get("options") is not None:
+        raise DataError(f"{where} has options, and the task's first row has none; give all rows options, or none")
     return SFTExample(prompt, answer), GenerationExample(prompt, (answer, *texts(where, row, "aliases")))
 
 
@@ -330,7 +344,7 @@ def _read_pair(where: str, row: Any) -> tuple[PairExample, ChoiceExample]:
 
 
 def texts(where: str, row: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    """A field that holds a list of texts; empty where it is missing.
+    """A field that holds a list of texts; empty where it is missing or null.
 
     Raises:
         DataError: it holds something else; names row and field.
@@ -363,10 +377,12 @@ def fields(where: str, row: Any, *names: str) -> tuple[str, ...]:
     if not isinstance(row, Mapping):
         raise DataError(f"{where}: expected a record with {', '.join(names)}, got {type(row).__name__}")
     for name in names:
-        if name not in row or row[name] is None:
+        if name not in row:
             raise DataError(
                 f"{where}: no field {name!r}; a row needs {', '.join(names)} and has {', '.join(map(str, row))}"
             )
+        if row[name] is None:
+            raise DataError(f"{where}: field {name!r} is null; it must be non-empty text")
         if not isinstance(row[name], str) or not row[name].strip():
             raise DataError(f"{where}: field {name!r} is {row[name]!r}; it must be non-empty text")
         _whole(where, name, row[name])

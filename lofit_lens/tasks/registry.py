@@ -1,5 +1,6 @@
 """Names of tasks, and how each is read."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,10 @@ from lofit_lens.errors import InputError, unknown
 from lofit_lens.tasks import clutrr, instruction, knowledge, mquake, truthfulqa
 from lofit_lens.tasks.base import SPLITS, Task, file_hashes, task_from_rows
 from lofit_lens.tasks.sources import read_rows
+
+NEEDED = {"train", "test"}  # splits of a task folder
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ def load_task(
         name: `"truthfulqa"`, `"mquake"`, `"clutrr"`, `"siqa"`, `"arc_challenge"`, `"boolq"`, `"svamp"`; for evaluation only
             `"triviaqa"`, `"nq"`, `"mmlu"`; embedded `"organism/truth"`, `"organism/kinship"`, `"organism/edits"`; or a folder
             of one's own with `train.jsonl`, `test.jsonl` and, if wanted, `val.jsonl`, whose rows hold what
-            `Task.from_records` takes.
+            `Task.from_records` takes. A folder that is called as a task is one as a `Path`, or as `"./mquake"`.
         fold: 0 or 1, TruthfulQA only (also written `"truthfulqa:1"`).
         data_dir: folder with the files; None fetches the pinned public files.
         source: `"files"` (instruction files, the default) or `"hub"` (the original data set): SIQA, ARC-Challenge, BoolQ, SVAMP.
@@ -101,26 +106,35 @@ def load_task(
         >>> load_task("organism/truth").metric
         'mc1'
     """
-    text = str(name)
+    text, folder = str(name), Path(name)
     if text.startswith("truthfulqa:"):
         text, _, number = text.partition(":")
         if fold is not None and str(fold) != number:
             raise InputError(f"two folds given: {name} and fold={fold}; give one")
         fold = int(number) if number.isdigit() else -1
-    if text not in TASKS and Path(text).is_dir():
+    if folder.is_dir() and (text not in TASKS or isinstance(name, Path)):
         if fold is not None or data_dir is not None or source is not None:
             raise InputError(f"{text} is a task folder of your own: it takes no fold, no data_dir and no source")
-        task = _from_folder(Path(text))
+        task = _from_folder(folder)
     elif text not in TASKS:
         raise unknown("task", text, TASKS, hint="Or give a folder with train.jsonl and test.jsonl.")
     else:
+        if fold is None and data_dir is None and source is None and _rows_in(folder).keys() >= NEEDED:
+            log.warning(
+                "%s is the built-in task, and the folder ./%s is not read; give ./%s for a task of your own in it, or data_dir "
+                "(--data-dir) if it holds the built-in task's files", text, text, text,
+            )  # fmt: skip
         task = TASKS[text](Request(fold, data_dir, source))
     return task if form is None else task.in_form(form)
 
 
+def _rows_in(folder: Path) -> dict[str, Path]:
+    return {s: folder / f"{s}.jsonl" for s in SPLITS if (folder / f"{s}.jsonl").is_file()}
+
+
 def _from_folder(folder: Path) -> Task:
-    paths = {s: folder / f"{s}.jsonl" for s in SPLITS if (folder / f"{s}.jsonl").is_file()}
-    if "train" not in paths or "test" not in paths:
+    paths = _rows_in(folder)
+    if not paths.keys() >= NEEDED:
         raise InputError(f"{folder} is no task folder: it needs train.jsonl and test.jsonl")
     rows = {s: read_rows(p) for s, p in paths.items()}
     return task_from_rows(folder.name, rows, source=str(folder), hashes=file_hashes(paths))

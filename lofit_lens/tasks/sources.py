@@ -130,6 +130,11 @@ def _csv_rows(path: Path, text: str) -> list[Row]:
     rows: list[Row] = []
     try:
         for row in reader:
+            if None in row:
+                raise DataError(
+                    f"{path}:{reader.line_num}: {len(row) - 1 + len(row[None])} cells under {len(row) - 1} columns; put a cell "
+                    'that holds a comma in "quotes"'
+                )
             rows.append((f"{path}:{reader.line_num}", row))
     except csv.Error as e:
         raise DataError(f"{path}:{reader.line_num}: not CSV ({e})") from e
@@ -143,7 +148,7 @@ def _jsonl_rows(path: Path, text: str) -> list[Row]:
             continue
         try:
             value: Any = json.loads(line)
-        except json.JSONDecodeError as e:
-            raise DataError(f"{path}:{i}: not JSON ({e.msg})") from e
+        except (ValueError, RecursionError) as e:  # lists within lists without end, integers of thousands of digits
+            raise DataError(f"{path}:{i}: not JSON ({getattr(e, 'msg', e)})") from e
         rows.append((f"{path}:{i}", value))
     return rows
