@@ -152,7 +152,8 @@ class Adapter(nn.Module):
         self.attach_check(model)
         _attached.add(self)
         try:
-            with declared(model, self.positions):
+            made = f"{self.title} of {self.meta.task}" if self.meta.task else self.title
+            with declared(model, self.positions, made):
                 yield
         finally:
             _attached.discard(self)
@@ -272,7 +273,7 @@ class Adapter(nn.Module):
             "positions": str(self.positions),
             "task": meta.task, "data_hash": meta.data_hash, "n_train": meta.n_train, "seed": meta.seed,
             "config": meta.config, "metrics": meta.metrics, "versions": meta.versions or io.environment(),
-            "history": meta.history,
+            "history": meta.history, "attached": meta.attached,
         }  # fmt: skip
 
     @classmethod

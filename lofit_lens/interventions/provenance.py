@@ -31,6 +31,7 @@ class Measured(Protocol):
 class AdapterMeta:
     """Where an adapter comes from: base model, task, seed, hyperparameters, versions, training history.
 
+    `attached` names what else acted on the model meanwhile (see `models.attached_to`), without which its numbers may mean little.
     `metrics` holds what was measured with it, one record a metric (see `Adapter.add_metrics`); `source` the place on the hub that
     it was read from, `"user/repo@commit"`.
     """
@@ -45,6 +46,7 @@ class AdapterMeta:
     n_train: int | None = None
     metrics: list[dict[str, Any]] = field(default_factory=list)
     source: str = ""
+    attached: list[str] = field(default_factory=list)
 
 
 def meta_of(record: Mapping[str, Any], source: str = "") -> AdapterMeta:
@@ -52,6 +54,7 @@ def meta_of(record: Mapping[str, Any], source: str = "") -> AdapterMeta:
     return AdapterMeta(
         read_base_model(record), record["task"], record["data_hash"], record["seed"], record["config"], record["versions"],
         record["history"], record["n_train"], record["metrics"] if record.get("lofit_lens_schema") != 1 else [], source,
+        list(map(str, record.get("attached", []))),
     )  # fmt: skip
 
 

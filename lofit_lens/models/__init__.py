@@ -14,6 +14,7 @@ from lofit_lens.models.checkpointing import checkpointed
 from lofit_lens.models.fused import fused_attention, fused_refusal
 from lofit_lens.models.hooks import (
     Site,
+    attached_to,
     check_residual,
     frozen,
     head_size,
@@ -86,6 +87,7 @@ __all__ = [
     "Positions",
     "Site",
     "TokenRules",
+    "attached_to",
     "attention_window",
     "backend_of",
     "before_each_pass",

@@ -5,6 +5,8 @@ HookPoint object is never replaced (on the bridge a new one would silently never
 """
 
 import contextlib
+import logging
+import re
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
@@ -14,9 +16,12 @@ from torch import Tensor, nn
 
 from lofit_lens.errors import ModelError
 from lofit_lens.models.info import backend_of, device_of
-from lofit_lens.models.positions import Layout, laid_out
+from lofit_lens.models.positions import Layout, laid_out, names_of
+
+log = logging.getLogger(__name__)
 
 _OWN = ("transformers.", "transformer_lens.model_bridge")  # modules whose hooks change nothing
+_own_hooks: set[int] = set()  # torch's numbers of the hooks that `hooked` holds
 _probed: "weakref.WeakKeyDictionary[nn.Module, dict[int, int]]" = weakref.WeakKeyDictionary()
 _probed_sites: "weakref.WeakKeyDictionary[nn.Module, set[tuple[int, str]]]" = weakref.WeakKeyDictionary()
 
@@ -149,9 +154,11 @@ def hooked(point: Any, fn: Any, *, prepend: bool = False) -> Iterator[None]:
     """Hold one forward hook on a HookPoint; permanent, so `reset_hooks()` of the user's own work leaves it."""
     point.add_hook(fn, is_permanent=True, prepend=prepend)
     handle = point.fwd_hooks[0 if prepend else -1]
+    _own_hooks.add(handle.hook.id)
     try:
         yield
     finally:
+        _own_hooks.discard(handle.hook.id)
         handle.hook.remove()
         if handle in point.fwd_hooks:
             point.fwd_hooks.remove(handle)
@@ -169,9 +176,43 @@ def is_watched(model: nn.Module) -> bool:
 
     Hooks that the bridge and transformers put into their own modules, to hand values on, do not count.
     """
+    return next(_hooks(model), None) is not None
+
+
+def attached_to(model: Any, work: str) -> list[str]:
+    """Name what acts on a model from outside: adapters, and hooks of the user's own by function and place.
+
+    It warns if there is anything, since what `work` then finds holds for the model together with it.
+    """
+    places: dict[str, list[str]] = {}
+    known = {id(point): name for name, point in model.hook_dict.items()}
+    for name, module, number, hook in _hooks(model):
+        if number not in _own_hooks:
+            places.setdefault(_function(hook), []).append(known.get(id(module), name))
+    hooks = [f"{f} on {at[0]}{f' and {len(at) - 1} more' if at[1:] else ''}" for f, at in places.items()]
+    if found := [*names_of(model), *hooks]:
+        log.warning(
+            "%s: %s is attached to the model, and what is found holds for the two together; take it off for the bare model",
+            work, ", ".join(found),
+        )  # fmt: skip
+    return found
+
+
+def _hooks(model: nn.Module) -> Iterator[tuple[str, nn.Module, int, Any]]:
+    """Module with its path, number and function of every hook that the libraries did not put there themselves."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    hooks = (hook for module in model.modules() for kind in kinds for hook in getattr(module, kind).values())
-    return any(not str(getattr(hook, "__module__", "")).startswith(_OWN) for hook in hooks)
+    for name, module in model.named_modules():
+        for kind in kinds:
+            for number, hook in getattr(module, kind).items():
+                if not str(getattr(hook, "__module__", "")).startswith(_OWN):
+                    yield name, module, number, hook
+
+
+def _function(hook: Any) -> str:
+    """A hook's function without its address; TransformerLens keeps the `repr` of it as the name."""
+    name = str(getattr(hook, "__name__", type(hook).__name__))
+    known = re.search(r"<(?:function|bound method) (\S+)", name)
+    return known[1] if known else re.sub(r" at 0x\w+", "", name)
 
 
 @contextlib.contextmanager

@@ -154,7 +154,7 @@ class Positions:
 ALL = Positions("all")
 
 _running: "weakref.WeakKeyDictionary[nn.Module, Layout]" = weakref.WeakKeyDictionary()
-_declared: "weakref.WeakKeyDictionary[nn.Module, list[Positions]]" = weakref.WeakKeyDictionary()
+_declared: "weakref.WeakKeyDictionary[nn.Module, list[tuple[Positions, str]]]" = weakref.WeakKeyDictionary()
 _before: "weakref.WeakKeyDictionary[nn.Module, list[Callable[[Layout], None]]]" = weakref.WeakKeyDictionary()
 
 
@@ -200,19 +200,24 @@ def layout_of(model: Any, batch: int, pos: int, device: torch.device) -> Layout:
 
 
 @contextlib.contextmanager
-def declared(model: Any, positions: Positions) -> Iterator[None]:
-    """Make known, for the length of the block, that something attached acts on these positions."""
+def declared(model: Any, positions: Positions, name: str) -> Iterator[None]:
+    """Make known, for the length of the block, that something attached acts on these positions, and what it is called."""
     listed = _declared.setdefault(model, [])
-    listed.append(positions)
+    listed.append((positions, name))
     try:
         yield
     finally:
-        listed.remove(positions)
+        listed.remove((positions, name))
 
 
 def positions_of(model: Any) -> tuple[Positions, ...]:
     """Positions of everything attached that declared them."""
-    return tuple(_declared.get(model, ()))
+    return tuple(positions for positions, _ in _declared.get(model, ()))
+
+
+def names_of(model: Any) -> tuple[str, ...]:
+    """Names of everything attached that declared itself."""
+    return tuple(name for _, name in _declared.get(model, ()))
 
 
 @contextlib.contextmanager

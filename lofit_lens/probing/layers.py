@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from lofit_lens import io
 from lofit_lens.heads import HeadScores
-from lofit_lens.models import model_info
+from lofit_lens.models import attached_to, model_info
 from lofit_lens.probing.probes import _each, _jobs, labelled
 from lofit_lens.probing.record import record, statement_ids
 from lofit_lens.tasks.base import Task
@@ -37,6 +37,7 @@ def probe_layers(
     """
     listed, right, fitting, held_out = labelled(task, n_train, seed)
     info, n, n_fitting = model_info(model), len(listed), int(fitting.sum())
+    attached = attached_to(model, f"probe layers {task.name}")
     with record(model, statement_ids(model, listed), what="z", progress=progress, label="record z") as z:
         # A whole layer is fitted as one head of its width; directions are of no use here.
         views = (v for i in z.layers for v in (z.layer(i), z.layer(i).reshape(n, 1, -1)))
@@ -51,6 +52,6 @@ def probe_layers(
         "n_train": len({s.row for s in listed[:n_fitting]}), "seed": seed, "config": {"max_iter": MAX_ITER},
         "n_fitting": n_fitting, "n_validation": n - n_fitting, "held_out": held_out,
         "layer_accuracy": [float(f.accuracy[0]) for f in found[1::2]],
-        "unconverged": sum(f.unconverged for f in found),
+        "unconverged": sum(f.unconverged for f in found), "attached": attached,
         "versions": {**io.environment(), "scikit-learn": importlib.metadata.version("scikit-learn")},
     })  # fmt: skip

@@ -32,7 +32,7 @@ from lofit_lens.errors import DataError, InputError, unknown
 from lofit_lens.heads import HeadScores, HeadSet
 from lofit_lens.interventions.base import AdapterMeta
 from lofit_lens.interventions.iti import ALPHA, ITI
-from lofit_lens.models import Positions, device_of, model_info
+from lofit_lens.models import Positions, attached_to, device_of, model_info
 from lofit_lens.probing.directions import mass_mean_direction, random_directions, spread, unit
 from lofit_lens.probing.record import MEMORY_LIMIT, TOKEN_BUDGET, record, statement_ids
 from lofit_lens.tasks.base import Task
@@ -224,7 +224,7 @@ def fit_probes(
         if value < 1:
             raise InputError(f"{name} is {value}; give 1 or more")
     listed, right, fitting, held_out = labelled(task, n_train, seed)
-    info, n_fitting = model_info(model), int(fitting.sum())
+    info, n_fitting, attached = model_info(model), int(fitting.sum()), attached_to(model, f"probe heads {task.name}")
     with record(
         model, statement_ids(model, listed), what="z", token_budget=token_budget, memory_limit=memory_limit,
         progress=progress, label="record z",
@@ -242,12 +242,13 @@ def fit_probes(
         info, task.name, task.data_hash, seed,
         {"n_fitting": n_fitting, "n_validation": len(listed) - n_fitting, "held_out": held_out, "max_iter": max_iter},
         {**io.environment(), "scikit-learn": importlib.metadata.version("scikit-learn")}, n_train=n_rows,
+        attached=attached,
     )  # fmt: skip
     record_of = {
         "step": "head selection", "model": info.to_dict(), "task": task.name, "data_hash": task.data_hash, "n_train": n_rows,
         "seed": seed, "config": {"max_iter": max_iter}, "n_fitting": n_fitting, "n_validation": len(listed) - n_fitting,
         "held_out": held_out, "majority": float(max(right[~fitting].mean(), 1 - right[~fitting].mean())),
-        "unconverged": sum(f.unconverged for f in found), "versions": meta.versions,
+        "unconverged": sum(f.unconverged for f in found), "versions": meta.versions, "attached": attached,
     }  # fmt: skip
 
     def scores(kind: str, values: Sequence[np.ndarray]) -> HeadScores:

@@ -24,7 +24,7 @@ from lofit_lens import io
 from lofit_lens.errors import DataError, InputError, unknown
 from lofit_lens.interventions.base import AdapterMeta
 from lofit_lens.interventions.repe import RepE
-from lofit_lens.models import ALL, Positions, device_of, model_info, tokenizer_of
+from lofit_lens.models import ALL, Positions, attached_to, device_of, model_info, tokenizer_of
 from lofit_lens.probing.record import record, statement_ids
 from lofit_lens.tasks.base import Task
 from lofit_lens.tasks.collate import encode
@@ -186,7 +186,7 @@ def reading_vectors(
     meta = AdapterMeta(
         model_info(model), name, data_hash, seed,
         {"reading": method, "pairs": len(train), "accuracy_on": "validation" if val else "training"},
-        io.environment(), n_train=len(train),
+        io.environment(), n_train=len(train), attached=attached_to(model, f"reading vectors {name}".strip()),
     )  # fmt: skip
     sequences = [ids for listed in (train, val) for side in (0, 1) for ids in (pair[side] for pair in listed)]
     directions, accuracy, sigma = [], [], []

@@ -13,7 +13,7 @@ from torch import Tensor
 from lofit_lens import io
 from lofit_lens.errors import InputError, TrainingDiverged
 from lofit_lens.interventions.base import AdapterMeta
-from lofit_lens.models import ALL, ModelInfo, fingerprint, frozen, model_info
+from lofit_lens.models import ALL, ModelInfo, attached_to, fingerprint, frozen, model_info
 from lofit_lens.tasks.base import Task
 from lofit_lens.training.config import TrainConfig
 from lofit_lens.training.loop import OnStep, Run, train_together
@@ -121,6 +121,7 @@ def fit_together(
     for one in fits:
         _check_positions(one.adapter)
         one.adapter.attach_check(model)
+    others = attached_to(model, label or "training")
     wanted = [p for one in fits for p in one.adapter.parameters() if p.requires_grad]
     drawn = [one.task.training_examples("train", n=one.n_train, seed=one.seed) for one in fits]
     runs: list[Run] = []
@@ -138,7 +139,8 @@ def fit_together(
             p.requires_grad_(True)
         for one, examples in zip(fits, drawn, strict=True):
             one.adapter.meta = AdapterMeta(
-                info, one.task.name, one.task.data_hash, one.seed, one.config.to_dict(), io.environment(), n_train=len(examples)
+                info, one.task.name, one.task.data_hash, one.seed, one.config.to_dict(), io.environment(), n_train=len(examples),
+                attached=others,
             )  # fmt: skip
             runs.append(Run(
                 one.adapter, len(examples), one.config, one.seed, one.penalty, _identity(one, info), one.on_step,

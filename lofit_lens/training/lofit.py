@@ -72,7 +72,7 @@ def learned_scores(lofit: Lofit, component: Component, *, kind: str) -> HeadScor
     return HeadScores(scores.values, kind, scores.model, scores.task, {
         "step": "head selection", "model": meta.model.to_dict() if meta.model else None, "task": meta.task,
         "data_hash": meta.data_hash, "n_train": meta.n_train, "seed": meta.seed, "config": meta.config,
-        "versions": meta.versions, "history": meta.history,
+        "versions": meta.versions, "history": meta.history, "attached": meta.attached,
     })  # fmt: skip
 
 

@@ -15,6 +15,7 @@ All have the signature of `Selector`, so that `SELECTORS[name](model, task, seed
 
 import contextlib
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,7 +28,7 @@ from tqdm.auto import tqdm
 from lofit_lens import io
 from lofit_lens.errors import InputError
 from lofit_lens.heads import HeadScores, HeadSet
-from lofit_lens.models import device_of, frozen, head_size, hook_z, hooked, model_info, tokenizer_of
+from lofit_lens.models import attached_to, device_of, frozen, head_size, hook_z, hooked, model_info, tokenizer_of
 from lofit_lens.probing import probe_heads, probe_layers, record
 from lofit_lens.tasks.base import Task
 from lofit_lens.tasks.collate import encode_training
@@ -131,6 +132,7 @@ def attribution_scores(
     if not 0 < beta < float("inf"):
         raise InputError(f"beta is {beta}; it must be above 0 and finite")
     examples = task.training_examples("train", n=n_train, seed=seed)
+    attached = attached_to(model, f"gradient attribution {task.name}")
     head_size(model)
     info = model_info(model)
     forms = [encode_training(tokenizer_of(model), e) for e in examples]
@@ -149,7 +151,7 @@ def attribution_scores(
             bar.update(len(rows))
     return _scored(
         total / len(examples), "gradient attribution", model, task, seed=seed, n_train=len(examples),
-        config={"batch_size": batch_size, "beta": beta if len(forms[0]) == 2 else None},
+        config={"batch_size": batch_size, "beta": beta if len(forms[0]) == 2 else None}, attached=attached,
     )  # fmt: skip
 
 
@@ -206,6 +208,7 @@ def patching_scores(
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; it must be 1 or above")
     examples = task.training_examples("train", n=n_train, seed=seed)
+    attached = attached_to(model, f"activation patching {task.name}")
     measured, donors, counts = few_shot_prompts(
         model, examples, n_prompts=n_prompts, n_shots=n_shots, separator=separator, seed=seed
     )
@@ -229,18 +232,19 @@ def patching_scores(
         "separator": separator, "batch_size": batch_size,
     }  # fmt: skip
     return _scored(
-        gains.mean(dim=-1), "activation patching", model, task, seed=seed, n_train=len(examples), config=settings
+        gains.mean(dim=-1), "activation patching", model, task, seed=seed, n_train=len(examples), config=settings,
+        attached=attached,
     )
 
 
 def _scored(
     values: Float64[Tensor, "n_layers n_heads"], kind: str, model: Any, task: Task, *, seed: int, n_train: int,
-    config: dict[str, Any],
+    config: dict[str, Any], attached: Sequence[str] = (),
 ) -> HeadScores:  # fmt: skip
     info = model_info(model)
     return HeadScores(values, kind, info.name, task.name, {
         "step": "head selection", "model": info.to_dict(), "task": task.name, "data_hash": task.data_hash,
-        "n_train": n_train, "seed": seed, "config": config, "versions": io.environment(),
+        "n_train": n_train, "seed": seed, "config": config, "versions": io.environment(), "attached": attached,
     })  # fmt: skip
 
 
