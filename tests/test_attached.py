@@ -34,7 +34,7 @@ FOUND = {
     "gradient attribution": selected("gradient attribution", n_train=2),
     "activation patching": selected("activation patching", n_prompts=2, n_shots=1),
     "probes": lambda model: fit_probes(model, DPO, progress=False).iti(1).meta.attached,
-    "reading vectors": lambda model: reading_vectors(model, DPO, progress=False).repe().meta.attached,
+    "reading vectors": lambda model: reading_vectors(model, DPO, progress=False).repe([0], coefficient=1.0).meta.attached,
 }  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def standing(model):
         model.hook_dict[f"blocks.{layer}.attn.hook_z"].add_hook(functools.partial(doubled), is_permanent=True)
     try:
         with lofit.attached(model):
-            yield ["LoFiT of another", "standing.<locals>.<lambda> on blocks.2", "doubled on blocks.0.attn.hook_z and 1 more"]
+            yield ["LoFiT of another", "<lambda> on blocks.2", "doubled on blocks.0.attn.hook_z and 1 more"]
     finally:
         handle.remove()
         model.reset_hooks(including_permanent=True)

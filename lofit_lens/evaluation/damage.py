@@ -34,7 +34,17 @@ from lofit_lens.evaluation.stats import (
     paired_permutation_test,
 )
 from lofit_lens.interventions import Intervention, attached
-from lofit_lens.models import ALL, ModelInfo, context_length, device_of, frozen, logits_of, model_info, tokenizer_of
+from lofit_lens.models import (
+    ALL,
+    ModelInfo,
+    context_length,
+    device_of,
+    frozen,
+    logits_of,
+    model_info,
+    not_finite,
+    tokenizer_of,
+)
 from lofit_lens.tasks.collate import encode, pad, pad_id
 
 COLUMNS = ("cross_entropy_base", "cross_entropy", "kl")
@@ -137,6 +147,7 @@ def damage(
     Raises:
         InputError: a number below its least value, no intervention, or one text where several belong.
         DataError: no text with two tokens or more, or something that is no text.
+        ModelError: losses that are NaN or infinite.
     """
     listed = (interventions,) if isinstance(interventions, Intervention) else tuple(interventions)
     if not listed:
@@ -160,6 +171,11 @@ def damage(
                 [ids for _, ids in batch], side="right", pad_id=pad_id(tokenizer_of(model)), device=device_of(model)
             )
             values, wanted = _both(model, listed, tokens, mask)
+            if not np.isfinite(values).all():
+                which = "edited" if np.isfinite(values[0]).all() else "unmodified"
+                raise not_finite(
+                    model, f"losses of the {which} model on {batch[0][0][:60]!r} or one of the texts run with it"
+                )
             width = wanted.shape[1]
             sums[:, :width] += values.sum(axis=1)
             reached[:width] += wanted.sum(axis=0)

@@ -11,7 +11,17 @@ from tqdm.auto import tqdm
 
 from lofit_lens.errors import DataError, InputError
 from lofit_lens.evaluation.prefix import NO_FRONT, SharedFront, shared_front
-from lofit_lens.models import Borders, context_length, device_of, end_tokens, frozen, remember, step, tokenizer_of
+from lofit_lens.models import (
+    Borders,
+    context_length,
+    device_of,
+    end_tokens,
+    frozen,
+    not_finite,
+    remember,
+    step,
+    tokenizer_of,
+)
 from lofit_lens.tasks.collate import encode, pad, pad_id
 
 
@@ -54,6 +64,7 @@ def generate(
     Raises:
         InputError: a limit below 1, or no prompt.
         DataError: a prompt with no room left in the model's context.
+        ModelError: logits that are NaN or infinite; names the prompt.
     """
     if max_new_tokens < 1 or batch_size < 1:
         raise InputError(f"max_new_tokens ({max_new_tokens}) and batch_size ({batch_size}) must be 1 or above")
@@ -94,9 +105,11 @@ def decode_ids(
     borders = Borders(torch.tensor([len(p) for p in prompts]))
     scores, state = remember(model, front.rows(len(prompts)), tokens, mask, borders)
     running = torch.ones(len(prompts), dtype=torch.bool, device=tokens.device)
+    bad = ~running
     new: list[list[int]] = [[] for _ in prompts]
     for i in range(max_new_tokens):
-        token = scores.argmax(dim=-1)
+        token = scores.argmax(dim=-1)  # of a row with NaN, a place that holds it
+        bad |= running & ~scores.gather(1, token[:, None])[:, 0].isfinite()
         for end in ends:
             running &= token != end
         for row in torch.nonzero(running).flatten().tolist():
@@ -104,6 +117,10 @@ def decode_ids(
         if i == max_new_tokens - 1 or not bool(running.any()):
             break
         scores, state = step(model, state, token)
+    if bad.any():  # asked once a batch: each answer waits for the device
+        raise not_finite(
+            model, f"the logits behind {new_text(tokenizer, (), prompts[int(bad.int().argmax())])[-60:]!r}"
+        )
     return new
 
 

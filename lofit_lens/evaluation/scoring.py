@@ -7,6 +7,7 @@ prompt as rows of one batch. Interventions that are attached act where they say 
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from lofit_lens.models import (
     context_length,
     device_of,
     frozen,
+    not_finite,
     peek,
     positions_of,
     remember,
@@ -67,6 +69,7 @@ def score_continuations(
     Raises:
         InputError: lists of different length, or a token budget below 1.
         DataError: an empty continuation, or a sequence longer than the model's context.
+        ModelError: logits that are NaN; names the question.
     """
     if len(prefixes) != len(continuations):
         raise InputError(
@@ -156,6 +159,8 @@ def score_encoded(
             values = _score_group(model, front, [prompts[i] for i in group], [asked[i] for i in group], token_budget)
             for i, found in zip(group, values, strict=True):
                 question, mine = units[i]
+                if any(map(math.isnan, found)):
+                    raise not_finite(model, f"logits for the answers of question {question + 1}")
                 for a, value in zip(mine, found, strict=True):
                     scores[question][a] = value
             bar.update(len(group))

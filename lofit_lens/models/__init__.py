@@ -61,11 +61,13 @@ from lofit_lens.models.running import (
     extend,
     gaps_are_exact,
     logits_of,
+    not_finite,
     peek,
     prefill,
     remember,
     run_through,
     step,
+    why_not_finite,
 )
 from lofit_lens.models.scored import logits_at
 from lofit_lens.models.sources import ORGANISM, cache_folder, located
@@ -123,6 +125,7 @@ __all__ = [
     "logits_at",
     "logits_of",
     "model_info",
+    "not_finite",
     "origin_of",
     "parse_device",
     "pattern_point",
@@ -143,4 +146,5 @@ __all__ = [
     "tokenizer_of",
     "value_biases_folded",
     "weights_revision",
+    "why_not_finite",
 ]  # fmt: skip

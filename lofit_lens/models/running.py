@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lofit_lens.errors import ModelError
 from lofit_lens.models.info import backend_of, device_of
-from lofit_lens.models.positions import Borders, Layout, laid_out
+from lofit_lens.models.positions import Borders, Layout, laid_out, names_of
 
 
 def logits_of(
@@ -26,6 +26,23 @@ def logits_of(
     """
     with laid_out(model, Layout.of(tokens, mask, tokens.shape[1], borders)):
         return model(tokens, attention_mask=mask, **uncached(model)).to(tokens.device)
+
+
+def not_finite(model: Any, what: str) -> ModelError:
+    """Build the error for numbers of a pass that are NaN or infinite, with the way out."""
+    return ModelError(f"{what} of {model.cfg.model_name} are NaN or infinite: {why_not_finite(model)}")
+
+
+def why_not_finite(model: Any) -> str:
+    """What makes numbers NaN or infinite in a model, as far as can be told, and what to do."""
+    if next(model.parameters()).dtype == torch.float16:
+        return (
+            "float16 ends at 65,504, and activations of models made in bfloat16 go beyond; load it with dtype='bfloat16' or "
+            "'float32' (--dtype)"
+        )
+    if names := names_of(model):
+        return f"what is attached ({', '.join(names)}) may be too strong; run the model without it"
+    return "its weights may be damaged, or a hook on it; run it in plain Hugging Face to see which"
 
 
 def uncached(model: Any) -> dict[str, bool]:
@@ -184,7 +201,8 @@ def gaps_are_exact(model: Any) -> bool:
     while somebody's own hook is in place that acts on certain positions only: then False, and tried again next time.
 
     Raises:
-        ModelError: going on from cached keys fails, or gives other logits than one full pass even without padding.
+        ModelError: going on from cached keys fails, or gives other logits than one full pass even without padding; or logits
+            are NaN.
     """
     if model not in _gaps:
         device = device_of(model)
@@ -192,6 +210,8 @@ def gaps_are_exact(model: Any) -> bool:
         ones, gap = torch.ones_like(ids), torch.zeros(1, 3, dtype=ids.dtype, device=device)
         borders = Borders(torch.tensor([4]), torch.tensor([8]))
         whole = logits_of(model, ids, ones, borders)[:, 4:]
+        if whole.isnan().any():
+            raise not_finite(model, "logits")
         exact, scale = whole.dtype in (torch.float32, torch.float64), whole.float().std()
         off = []
         for n in (0, 3):

@@ -17,7 +17,7 @@ from jaxtyping import Float32
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lofit_lens.errors import DataError, InputError, ModelError, unknown
+from lofit_lens.errors import DataError, InputError, unknown
 from lofit_lens.models import (
     check_residual,
     context_length,
@@ -27,6 +27,7 @@ from lofit_lens.models import (
     hook_z,
     hooked,
     model_info,
+    not_finite,
     residual_point,
     run_through,
     tokenizer_of,
@@ -188,10 +189,7 @@ def _fill(
             for i, layer in enumerate(made.layers):
                 values = seen.pop(i).cpu().numpy()
                 if not np.isfinite(values).all():
-                    raise ModelError(
-                        f"layer {layer} of {model_info(model).name} gives NaN or infinity on one of the sequences {rows}; load "
-                        "the model in float32 or bfloat16"
-                    )
+                    raise not_finite(model, f"activations of layer {layer} on one of the sequences {rows}")
                 made._values[i, rows] = values
             bar.update(len(rows))
 

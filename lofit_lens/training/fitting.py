@@ -13,7 +13,7 @@ from torch import Tensor
 from lofit_lens import io
 from lofit_lens.errors import InputError, TrainingDiverged
 from lofit_lens.interventions.base import AdapterMeta
-from lofit_lens.models import ALL, ModelInfo, attached_to, fingerprint, frozen, model_info
+from lofit_lens.models import ALL, ModelInfo, attached_to, fingerprint, frozen, model_info, why_not_finite
 from lofit_lens.tasks.base import Task
 from lofit_lens.training.config import TrainConfig
 from lofit_lens.training.loop import OnStep, Run, train_together
@@ -152,6 +152,8 @@ def fit_together(
     logger.info("trained in %d passes: %d tokens, %d with padding", done.passes, done.real, done.padded)
     for one, run in zip(fits, runs, strict=True):
         if run.error is not None:
+            if not run.history or info.dtype == "float16":
+                run.error = TrainingDiverged(f"{run.error}: {why_not_finite(model)}")
             run.error.adapter = one.adapter  # pyright: ignore[reportAttributeAccessIssue]
     return [run.error for run in runs]
 

@@ -134,9 +134,13 @@ class Run:
         bad = next((n for n in ("loss", "l1", "grad_norm") if not abs(record[n]) < float("inf")), None)
         if bad is not None:
             self.error = TrainingDiverged(
-                f"{bad} is {record[bad]} at step {done + 1} (epoch {record['epoch']}), training rows {self.rows()}; the "
-                f"values after step {done} were kept (error.adapter). Try a lower learning rate than {self.config.lr:g}, or "
-                "look at those rows"
+                f"{bad} is {record[bad]} at step {done + 1} (epoch {record['epoch']}), training rows {self.rows()}; "
+                + (
+                    f"the values after step {done} were kept (error.adapter). Try a lower learning rate than "
+                    f"{self.config.lr:g}, or look at those rows"
+                    if done
+                    else "nothing was learned yet, so look at those rows and at the model"
+                )
             )
             return bad
         self.optimizer.step()

@@ -28,7 +28,17 @@ from tqdm.auto import tqdm
 from lofit_lens import io
 from lofit_lens.errors import InputError
 from lofit_lens.heads import HeadScores, HeadSet
-from lofit_lens.models import attached_to, device_of, frozen, head_size, hook_z, hooked, model_info, tokenizer_of
+from lofit_lens.models import (
+    attached_to,
+    device_of,
+    frozen,
+    head_size,
+    hook_z,
+    hooked,
+    model_info,
+    not_finite,
+    tokenizer_of,
+)
 from lofit_lens.probing import probe_heads, probe_layers, record
 from lofit_lens.tasks.base import Task
 from lofit_lens.tasks.collate import encode_training
@@ -123,9 +133,9 @@ def attribution_scores(
         progress: show a bar over examples.
 
     Raises:
-        InputError: a batch size below 1, a beta that is not above 0, or gradients that are not finite (names the head).
+        InputError: a batch size below 1, or a beta that is not above 0.
         DataError: a training row longer than the model's context.
-        ModelError: heads that cannot be reached.
+        ModelError: heads that cannot be reached, or gradients that are NaN or infinite.
     """
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; it must be 1 or above")
@@ -232,7 +242,13 @@ def patching_scores(
         "separator": separator, "batch_size": batch_size,
     }  # fmt: skip
     return _scored(
-        gains.mean(dim=-1), "activation patching", model, task, seed=seed, n_train=len(examples), config=settings,
+        gains.mean(dim=-1),
+        "activation patching",
+        model,
+        task,
+        seed=seed,
+        n_train=len(examples),
+        config=settings,
         attached=attached,
     )
 
@@ -242,9 +258,11 @@ def _scored(
     config: dict[str, Any], attached: Sequence[str] = (),
 ) -> HeadScores:  # fmt: skip
     info = model_info(model)
+    if not values.isfinite().all():
+        raise not_finite(model, f"scores by {kind}")
     return HeadScores(values, kind, info.name, task.name, {
         "step": "head selection", "model": info.to_dict(), "task": task.name, "data_hash": task.data_hash,
-        "n_train": n_train, "seed": seed, "config": config, "versions": io.environment(), "attached": attached,
+        "n_train": n_train, "seed": seed, "config": config, "versions": io.environment(), "attached": list(attached),
     })  # fmt: skip
 
 
