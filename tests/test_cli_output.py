@@ -200,6 +200,24 @@ def test_a_name_that_cannot_be_written_is_refused_before_the_work(shell, tmp_pat
     assert message in err
 
 
+@pytest.mark.parametrize("verb", ["select", "tune", "probe", "eval"])
+def test_a_task_that_is_not_there_is_refused_before_the_model_is_loaded(shell, monkeypatch, tmp_path, verb):
+    """Loading may take minutes."""
+    monkeypatch.setattr("lofit_lens.models.load_model", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+    code, _, err = shell(*("no-such" if a == "TASK" else a for a in EVERY[verb]), "--out", tmp_path / "o")
+    assert code == 2
+    assert "unknown task 'no-such'" in err
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+@pytest.mark.parametrize("verb", ["select", "tune", "probe", "compare"])
+def test_a_seed_that_no_generator_takes_is_refused(shell, tmp_path, verb, seed):
+    """As a usage error, with the range."""
+    code, out, err = shell(*EVERY[verb], "--seed", seed, "--out", tmp_path / "o")
+    assert (code, out) == (2, "")
+    assert "0<=x<=4294967295" in err
+
+
 def test_an_option_that_is_no_text_is_refused_before_the_work(shell, tmp_path):
     """Bytes in another encoding than the shell's cannot stand in a result."""
     code, out, err = shell(*EVAL, "--label", "\udcff", "--out", tmp_path / "o")

@@ -24,6 +24,8 @@ __all__ = ["console", "print_json"]  # of the screen, for the verbs
 LEASE = 30.0  # seconds without a sign of life after which a claim from another machine may be taken over
 _claims: contextlib.ExitStack | None = None  # of the verb that runs; None: Python calls its function itself
 
+LARGEST_SEED = 2**32 - 1  # of numpy and scikit-learn
+
 Model = Annotated[str, typer.Option("--model", "-m", help="'organism' (embedded), a hub id, or a Hugging Face folder.")]
 TaskName = Annotated[
     str, typer.Option("--task", "-t", help=(
@@ -52,7 +54,9 @@ Backend = Annotated[
 Dtype = Annotated[str, typer.Option("--dtype", help="Of the frozen weights: float32, bfloat16, float16.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1; left out: CUDA where there is one.")]
 Revision = Annotated[str | None, typer.Option("--revision", help="Hub commit, tag or branch of the model.")]
-Seed = Annotated[int, typer.Option("--seed", help="Of the init, the row order and the draw of training examples.")]
+Seed = Annotated[int, typer.Option(
+    "--seed", help="Of the init, the row order and the draw of training examples.", min=0, max=LARGEST_SEED
+)]  # fmt: skip
 Out = Annotated[Path, typer.Option("--out", "-o", help="New folder for the result.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]

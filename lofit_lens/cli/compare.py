@@ -21,7 +21,9 @@ def compare(
     alternative: Annotated[
         str, typer.Option("--alternative", help="Folders: two-sided, greater (first above second) or less.")
     ] = "two-sided",
-    seed: Annotated[int, typer.Option("--seed", help="Folders: of the resampling.")] = 0,
+    seed: Annotated[int, typer.Option(
+        "--seed", help="Folders: of the resampling.", min=0, max=c.LARGEST_SEED
+    )] = 0,
     task: Annotated[list[str] | None, typer.Option(
         "--task", "-t", help="Compare methods on this task instead; may be repeated. organism/all: the embedded model's three."
     )] = None,

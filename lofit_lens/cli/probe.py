@@ -30,8 +30,8 @@ def probe(
     Writes scores.json and heads.json. Example: lofit-lens probe --task organism/truth --out out/probes
     """
     c.check_new(out, overwrite=overwrite)
-    loaded = c.open_model(model, backend=backend, dtype=dtype, device=device, revision=revision)
     data = c.open_task(task, fold=fold, data_dir=data_dir, source=source)
+    loaded = c.open_model(model, backend=backend, dtype=dtype, device=device, revision=revision)
     from lofit_lens.heads import check_k
     from lofit_lens.models import model_info
     from lofit_lens.probing import probe_heads

@@ -58,8 +58,8 @@ def select(
     if by != A_NORM and (given := [n for n, value in {**ours, **how}.items() if value is not None]):
         raise InputError(f"--{given[0].replace('_', '-')} is a setting of {A_NORM}; leave it out with --by {by!r}")
     reader = c.open_tracker(track, out)
-    loaded = c.open_model(model, backend=backend, dtype=dtype, device=device, revision=revision)
     data = c.open_task(task, fold=fold, data_dir=data_dir, source=source)
+    loaded = c.open_model(model, backend=backend, dtype=dtype, device=device, revision=revision)
     from lofit_lens.heads import check_k
     from lofit_lens.models import model_info
     from lofit_lens.training import preset, select_heads

@@ -46,8 +46,8 @@ def tune(
     c.check_new(out, overwrite=overwrite)
     chosen = read_heads(heads, k)
     reader = c.open_tracker(track, out)
-    loaded = c.open_model(model, backend=backend, dtype=dtype, device=device, revision=revision)
     data = c.open_task(task, fold=fold, data_dir=data_dir, source=source)
+    loaded = c.open_model(model, backend=backend, dtype=dtype, device=device, revision=revision)
     from lofit_lens.heads import HeadSet, check_k
     from lofit_lens.models import model_info
     from lofit_lens.training import preset, tune_offsets
