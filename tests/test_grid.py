@@ -79,7 +79,8 @@ def test_settings_reach_the_fit(bridge_llama, tmp_path):
     """Given settings of LoFiT, RED and ITI; a selection among another's best heads by its own settings."""
     model = bridge_llama
     grid = grid_of(
-        Run(method=("LoFiT", "RED"), heads="narrow", k=1, settings={"lr": 0.2, "epochs": 1}),
+        Run(heads="narrow", k=1, settings={"lr": 0.2, "epochs": 1}),
+        Run(method="RED", settings={"lr": 0.2, "epochs": 1}),
         Run(method="ITI", settings={"alpha": 3.0}),
         selections={
             "wide": Selection(by="A-norm", settings={"epochs": 1}),

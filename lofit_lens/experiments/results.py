@@ -74,8 +74,14 @@ class Results:
         return table_html(repr(self), ("runs", *self.tasks), rows, [f"seeds {', '.join(map(str, self.seeds))}"])
 
     def k(self, task: str) -> int:
-        """Usual number of heads of a task (the preset's)."""
-        return int(self._task(task)["k"])
+        """Usual number of heads of a task: the preset's; where the grids ask for others only, the first that they ask for."""
+        usual = int(self._task(task)["k"])
+        asked = [
+            int(row["k"]) for row in self.record["cells"].values()
+            if row["kind"] == "fit" and row["n_train"] is None
+            and (row["task"], row["method"], row.get("heads_from"), row.get("source")) == (task, LOFIT, OWN, task)
+        ]  # fmt: skip
+        return usual if usual in asked or not asked else asked[0]
 
     def wide_k(self, task: str) -> int:
         """Number of heads of the 10 % setting."""
