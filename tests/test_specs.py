@@ -70,7 +70,7 @@ def test_yaml_and_python_give_the_same_grid(read):
         ("runs: [{settings: {betas: 1}}]", "betas is 1; give a number"),
         ("runs: [{settings: {lr: true}}]", "lr is True; give a number"),
         ("runs: [{draws: 0, heads: random}]", "draws is 0"),
-        ("runs: [{method: ITI, k: [1, 10, 96], heads: random}]", r"runs.0: 'heads' is not for ITI, which takes method, settings, k, "),
+        ("runs: [{method: ITI, k: [1, 10, 96], heads: random}]", "runs.0: 'heads' is not for ITI, which takes method, settings"),
         ("runs: [{method: [ITI, RED], k: [1, 10]}]", "'k' is not for RED, .* give each method a run of its own"),
         ("runs: [{method: RepE, draws: 3}]", "'draws' is not for RepE"),
         ("runs: [{method: LoRA, of: others}]", "'of' is not for LoRA"),

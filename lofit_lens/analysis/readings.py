@@ -86,7 +86,9 @@ def run_readings(
     load = {"backend": backend, "dtype": dtype, "device": device, "revision": revision}
     by_name = isinstance(model, str | Path)
     every = {t.name: t for t in (*tasks, *other_tasks)}
-    jobs = [t.name for t in tasks if len(results.lofit(t.name, seed=results.seeds[0]))]  # head scores alone have no adapter
+    jobs = [
+        t.name for t in tasks if len(results.lofit(t.name, seed=results.seeds[0]))
+    ]  # head scores alone have no adapter
     if len(jobs) > 1 and set(jobs) == set(results.tasks):
         jobs.append(TOGETHER)
     asked = {name: _asked(results, name, every, texts, draws) for name in jobs}

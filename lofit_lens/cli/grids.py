@@ -82,7 +82,7 @@ def grid(
         from lofit_lens.experiments.ray_runner import RayExecutor
 
         place = partial(RayExecutor, address=address, cpus=cpus, gpus=gpus)
-    with contextlib.redirect_stdout(sys.stderr):  # Ray writes there when a node dies
+    with contextlib.redirect_stdout(sys.stderr), c.progress_lines(quiet):  # Ray writes to stdout when a node dies
         found = run_grid(
             asked,
             store,

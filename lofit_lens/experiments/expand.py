@@ -349,6 +349,8 @@ class _Maker:
             scores = self.scores("A-norm", task, seed, None)
             heads, needs = {"cell": scores.name, "k": k}, [scores.name]
         spec = {**self._spec(method, task, seed, None, point, heads, k), "kind": "trial", "split": "val"}
+        if (limit := self.setting.grid.tuning_limit) is not None:
+            spec["limit"] = limit
         row = {
             "task": task,
             "tested": task,

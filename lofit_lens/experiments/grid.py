@@ -201,7 +201,9 @@ def _check_asked(grid: Grid, others: bool, texts: bool) -> None:
     """
     for field, there, missing in (("tested", others, "other_tasks"), ("damage", texts, "texts")):
         if not there and any(getattr(run, field) for run in grid.runs):
-            raise InputError(f"a run of the grid {grid.name} says {field!r}, and the grid has no {missing}; add them, or leave it out")
+            raise InputError(
+                f"a run of the grid {grid.name} says {field!r}, and the grid has no {missing}; add them, or leave it out"
+            )
 
 
 def _load(spec: TaskSpec) -> Task:

@@ -16,9 +16,8 @@ from lofit_lens.evaluation.compare import compare, over_seeds
 from lofit_lens.evaluation.result import Metric, table_html
 from lofit_lens.evaluation.stats import holm, mark
 from lofit_lens.experiments.methods import CHANCE as CHANCE_ROW
-from lofit_lens.experiments.methods import LEARNED
 from lofit_lens.experiments.paper import STEERING, TRAINED
-from lofit_lens.experiments.results import Results
+from lofit_lens.experiments.results import EVERY_HEAD, Results
 from lofit_lens.experiments.specs import ZERO
 from lofit_lens.experiments.table import MethodTable, markdown, over_texts, paired_tester, settings_text, tex
 
@@ -89,13 +88,14 @@ def paper_tables(results: Results) -> list[PaperTable]:
     found = []
     model = results.model.name
     if methods:
+        learned = tuple(dict.fromkeys(table.reference for table in methods.values()))
         parts = {
             "table1": (
                 "zero-shot, ITI, RepE and random heads",
-                (*STEERING,),
-                ("zero-shot", *STEERING, CHANCE_ROW, LEARNED),
+                (*STEERING, CHANCE_ROW),
+                ("zero-shot", *STEERING, CHANCE_ROW, *learned, EVERY_HEAD),
             ),
-            "table3": ("LoRA, RED and LoReFT", TRAINED, (LEARNED, "LoFiT 10 %", *TRAINED)),
+            "table3": ("LoRA, RED and LoReFT", TRAINED, (*learned, "LoFiT 10 %", *TRAINED)),
         }
         for name, (title, needed, rows) in parts.items():
             ran = {row.method for table in methods.values() for row in table.rows}

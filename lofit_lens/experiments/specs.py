@@ -163,7 +163,9 @@ class Selection(Spec):
             if setting not in TRAINED:
                 raise InputError(f"settings: {no_field(setting, TRAINED)}")
         if self.among is None and "among_k" in self.model_fields_set:
-            raise InputError(f"among_k is {self.among_k!r} and 'among' is missing; name the selection whose best heads are meant")
+            raise InputError(
+                f"among_k is {self.among_k!r} and 'among' is missing; name the selection whose best heads are meant"
+            )
         heads_of(self.among_k, 1, MANY)
         return self
 
@@ -241,6 +243,7 @@ class Grid(Spec):
         n_texts: how many of them.
         seeds: of selection and fits.
         tuning_seeds: of the choice of settings.
+        tuning_limit: only the first validation rows in that choice.
         limit: only the first test rows.
         batch_size: of the evaluations.
         selections: named ways to score heads. A selector's own name stands for it with the preset's settings, unless it is here.
@@ -256,6 +259,7 @@ class Grid(Spec):
     n_texts: Annotated[int, Field(ge=1)] = 50
     seeds: Seeds = (0, 1)
     tuning_seeds: Seeds = (0,)
+    tuning_limit: Annotated[int, Field(ge=1)] | None = None
     limit: Annotated[int, Field(ge=1)] | None = None
     batch_size: Annotated[int, Field(ge=1)] = 16
     selections: dict[str, Selection] = {}

@@ -16,6 +16,8 @@ def head_grid(
 ) -> go.Figure:  # fmt: skip
     """One panel a task: every head's score, chosen heads as filled circles, `marked` heads as open squares.
 
+    Panels of one kind of score share a colour scale; scores of several kinds (norms beside accuracies) have one each.
+
     Args:
         scores: panel title -> scores `[n_layers, n_heads]`, all of one model; or one table of scores.
         chosen: panel title -> heads to mark as chosen.
@@ -42,15 +44,18 @@ def head_grid(
         if set(sets) - set(scores):
             raise InputError(f"head sets without scores: {', '.join(sorted(set(sets) - set(scores)))}")
     n_layers, n_heads = shapes.pop()
-    fig = make_subplots(cols=len(scores), shared_yaxes=True, subplot_titles=list(scores), horizontal_spacing=0.03)
-    low = min(s.values.min().item() for s in scores.values())
-    high = max(s.values.max().item() for s in scores.values())
-    kind = next(iter(scores.values())).kind
+    kinds = [s.kind for s in scores.values()]
+    own_bars = len(set(kinds)) > 1  # one scale for norms and accuracies would leave one of them a single colour
+    spacing = 0.22 / len(scores) if own_bars else 0.03
+    fig = make_subplots(cols=len(scores), shared_yaxes=True, subplot_titles=list(scores), horizontal_spacing=spacing)
     for i, (name, s) in enumerate(scores.items(), start=1):
+        alike = [other.values for other in scores.values() if other.kind == s.kind]
+        bar = {"x": fig.layout[f"xaxis{i}"].domain[1] + 0.01, "xanchor": "left"} if own_bars else {}
         fig.add_trace(
             go.Heatmap(
-                z=s.values.tolist(), zmin=low, zmax=high, colorscale=HEAT, showscale=i == len(scores), xgap=1, ygap=1,
-                colorbar={"title": {"text": kind, "side": "right"}, "thickness": 12, "len": 0.9},
+                z=s.values.tolist(), zmin=min(v.min().item() for v in alike), zmax=max(v.max().item() for v in alike),
+                colorscale=HEAT, showscale=own_bars or i == len(scores), xgap=1, ygap=1,
+                colorbar={"title": {"text": s.kind, "side": "right"}, "thickness": 12, "len": 0.9, **bar},
                 hovertemplate="L%{y}H%{x}: %{z:.4g}<extra>" + name + "</extra>", name=name,
             ), row=1, col=i,
         )  # fmt: skip
