@@ -92,7 +92,7 @@ def test_transfer_prints_the_matrix(shell, study_folder, checkpoint, tmp_path, m
 def test_parts_without_runs_are_drawn(shell, tmp_path, part):
     """Head scores alone have no adapter to read; their figures stand all the same, and so does the report."""
     asked = ("--run", "--task", "organism/kinship", "--part", part, "--seeds", 1, "--formats", "html", "--quiet")
-    code, said, error = shell("figures", tmp_path / "s", *asked, "--out", tmp_path / "figures")
+    code, _, error = shell("figures", tmp_path / "s", *asked, "--out", tmp_path / "figures")
     assert code == 0, error
     drawn = {p.name for p in (tmp_path / "figures").iterdir()}
     assert {"head_grid.html", "fig3_layers.html"} <= drawn
