@@ -203,6 +203,8 @@ def test_parts_of_the_paper():
     table5 = paper_grid(["table5"], name="x", model="organism", tasks=["a"], other_tasks=["b"])
     assert [t.name for t in table5.other_tasks] == ["b"]
     assert [r.method for r in table5.runs if r.tested] == [("zero-shot",), ("LoFiT",)]
+    bare = paper_grid(["all"], name="x", model="organism", tasks=["a"])
+    assert not any(r.tested or r.damage for r in bare.runs), "no other tasks, no texts"
     tuned = paper_grid(["table3"], name="x", model="organism", tasks=["a"], tune=True)
     assert {r.settings for r in tuned.runs if r.method != ("zero-shot",)} == {"chosen"}
     preset = paper_grid(["table1", "table3"], name="x", model="organism", tasks=["a"])

@@ -102,7 +102,8 @@ def paper_grid(
     if any(part not in SCORES_ALONE for part in wanted):
         runs += BASE
     changed = tuple(
-        _with(run, draws=draws, tune=tune, fresh="table5" in wanted, measured=texts is not None) for run in runs
+        _with(run, draws=draws, tune=tune, fresh="table5" in wanted and bool(other_tasks), measured=texts is not None)
+        for run in runs
     )
     extra = tuple(range(max(seeds, default=0) + 1, max(seeds, default=0) + 3))
     selections = {OWN: Selection(by=OWN, seeds=extra)} if "stability" in wanted else {}
