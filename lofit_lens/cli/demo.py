@@ -87,10 +87,11 @@ def demo(
 def _announce_real(grid: "Grid") -> None:
     from lofit_lens.experiments.demo import PARTS_OF_REAL
 
-    name = grid.model[0].name
+    given, task = grid.model[0].name, grid.tasks[0].name
+    name = Path(given).name if Path(given).exists() else given
     c.console.print(
-        f"[bold]LoFiT on {Path(name).name if Path(name).exists() else name} and {grid.tasks[0].name}[/bold]: {PARTS_OF_REAL}; the first {grid.limit} test rows."
-        f" ITI's strength is chosen on the first {grid.tuning_limit} validation rows.", soft_wrap=True,
+        f"[bold]LoFiT on {name} and {task}[/bold]: {PARTS_OF_REAL}; the first {grid.limit} test rows. "
+        f"ITI's strength is chosen on the first {grid.tuning_limit} validation rows.", soft_wrap=True,
     )  # fmt: skip
 
 
