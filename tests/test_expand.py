@@ -87,6 +87,9 @@ def test_settings_given_preset_and_chosen():
     for fit in cells[-2:]:
         assert fit.spec["chosen"] == [[c.name] for c in cells[:4]]
         assert list(fit.needs) == [c.name for c in cells[:4]]
+    more = cells_of(Run(method="ITI", k=(1, "K", 10)), tasks=[KIN], seeds=0)
+    assert rows(more, "fit", "method", "k") == [("ITI", 1), ("ITI", 3), ("ITI", 10)]
+    assert [c.spec["k"] for c in more] == [1] * 5 + [3] * 5 + [10] * 5, "four trials, then the fit"
     cells = cells_of(
         Run(settings="chosen", heads=("A-norm", "random"), k=1, draws=1), tasks=[KIN], seeds=0, tuning_seeds=(0, 7)
     )

@@ -4,13 +4,10 @@ import pytest
 import torch
 
 import lofit_lens as ll
-from lofit_lens.experiments import organism as organism_grid
 from lofit_lens.experiments.grid import run_grid
-from lofit_lens.experiments.organism import Cell, cue_patching, planted, run_cell, run_demo
+from lofit_lens.experiments.organism import cue_patching, planted
 from lofit_lens.experiments.results import load_results
 from lofit_lens.experiments.specs import Grid, Run
-from lofit_lens.experiments.store import Store
-from lofit_lens.heads import HeadScores
 from lofit_lens.models import ORGANISM, hooked, logits_of
 from lofit_lens.organism.words import TASKS
 from lofit_lens.organism.world import rows, with_cue
@@ -57,23 +54,6 @@ def test_organism_pairs_are_true_against_popular():
         assert (pair.prompt, pair.chosen, pair.rejected) == (choice.prompt, choice.best, choice.false[0])
         assert pair.chosen in choice.true
         assert pair.rejected not in choice.true
-
-
-@pytest.mark.slow
-def test_run_is_a_folder_and_repeats_to_the_byte(tmp_path):
-    """One run of the grid: its folder, what stands in it, and the same bytes when it is run again."""
-    cell = Cell("organism", "auto", "kinship", "random heads", 0)
-    first, _ = run_cell(cell, tmp_path / "a")
-    second, _ = run_cell(cell, tmp_path / "b")
-    stores = [Store(tmp_path / x) for x in "ab"]
-    assert stores[0].names() == stores[1].names()
-    (run,) = stores[0].names()
-    assert run.startswith("organism_kinship_random_heads_0-")
-    for name in ("items.jsonl", "adapter/adapter_model.safetensors", "result.json", "run.json"):
-        assert (stores[0].folder(run) / name).read_bytes() == (stores[1].folder(run) / name).read_bytes()
-    record = stores[0].read(run)
-    assert record["result"]["metrics"]["em"]["mean"] == first["value"] == second["value"]
-    assert record["spec"]["data_hash"] == ll.load_task("organism/kinship").data_hash
 
 
 @pytest.mark.slow
@@ -135,31 +115,3 @@ def test_findings_of_the_embedded_model(tmp_path):
         ranks += [found.scores[task, "A-norm", 0].rank(head) for head in planted(ORGANISM)[short]]
     assert sum(own) / len(own) - sum(others) / len(others) >= 0.10
     assert sum(rank <= 6 for rank in ranks) / len(ranks) >= 0.60
-
-
-def test_the_demo_runs_its_cells(monkeypatch):
-    """Own and all heads for every seed, random heads once a draw, zero-shot once; with `full` other tasks' heads: one table."""
-    value = {"zero-shot": 0.1, "LoFiT heads": 0.9, "random heads": 0.4, "all heads": 0.8}
-
-    def fake(cell, out):
-        scores = torch.arange(96.0).view(6, 16).tolist() if cell.method == "LoFiT heads" else None
-        right = round(10 * value.get(cell.method, 0.5))
-        return {
-            "task": cell.task, "method": cell.method, "seed": cell.seed, "draw": cell.draw, "metric": "em",
-            "value": right / 10, "low": 0.0, "high": 1.0, "n_items": 10, "heads": "L5H15", "seconds": 0.0,
-            "items": [1.0] * right + [0.0] * (10 - right),
-        }, scores  # fmt: skip
-
-    monkeypatch.setattr(organism_grid, "run_cell", fake)
-    monkeypatch.setattr(organism_grid, "cue_patching", lambda model, task: HeadScores(torch.zeros(6, 16)))
-    found = run_demo(seeds=(0, 1), full=True, draws=3, progress=False)
-    assert len(found.runs) == 3 * (1 + 2 + 2 + 3) + 3 * 2 * 2
-    table = found.table().set_index(["task", "method"])
-    for task in TASKS:
-        assert {m: table.loc[(task, m), "mean"] for m in value} == pytest.approx(value)
-        assert table.loc[(task, "random heads"), "count"] == 3
-        assert table.loc[(task, f"heads of {next(t for t in TASKS if t != task)}"), "count"] == 2
-    assert list(found.runs["task"].drop_duplicates()) == list(TASKS)
-    ranks = found.ranks()
-    assert len(ranks) == 9
-    assert {"A-norm, seed 0", "A-norm, seed 1", "patching"} <= set(ranks.columns)

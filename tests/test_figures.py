@@ -9,15 +9,20 @@ import pytest
 
 from lofit_lens import HeadSet
 from lofit_lens.analysis.overlap import overlap
+from lofit_lens.analysis.readings import run_readings
 from lofit_lens.errors import DataError, InputError
 from lofit_lens.evaluation.stats import bootstrap_interval_over_seeds
+from lofit_lens.experiments.grid import run_grid
+from lofit_lens.experiments.paper import PARTS, SCORES_ALONE, paper_grid
 from lofit_lens.experiments.results import load_results
 from lofit_lens.plots import methods as method_plots
 from lofit_lens.plots import style
 from lofit_lens.plots.methods import method_bars
 from lofit_lens.plots.style import save_figure
+from lofit_lens.report.collect import collect
 from lofit_lens.report.figures import draw_all, figures, transfer
 from lofit_lens.report.official import official_figures, official_sets
+from lofit_lens.tasks import Task
 from tests import studies
 
 KIN, PLACE = (t.name for t in studies.TASKS)
@@ -241,3 +246,26 @@ def test_formats_and_data_beside_a_figure(tmp_path, monkeypatch):
         save_figure(fig, tmp_path / "new" / "fig", formats=["html", "gif"])
     assert not (tmp_path / "new").exists()
     assert [f.name for f in save_figure(fig, tmp_path / "one.pdf", data=data)] == ["one.pdf", "one.csv"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", PARTS)
+def test_every_part_alone_can_be_drawn(bridge_llama, tmp_path, part):
+    """What `figures --run --part` does: the part's grid, what is read of its adapters (where it has any), figures and report."""
+    rows = [{"prompt": f"kin of {i} is", "answer": (" son", " aunt")[i % 2]} for i in range(44)]
+    kin = Task.from_records("kin", train=rows, val=rows[:4], test=rows[:4], max_new_tokens=1)  # figure 4 draws 40 rows
+    others = [studies.OTHER] if part == "table5" else []
+    grid = paper_grid(
+        [part], name=part, model="in memory", tasks=[kin.name], other_tasks=[t.name for t in others], seeds=(0,), draws=1, limit=2
+    )  # fmt: skip
+    run_grid(grid, tmp_path, model=bridge_llama, tasks=[kin], other_tasks=others, progress=False)
+    read = run_readings(bridge_llama, [kin], out=tmp_path, other_tasks=others, draws=1, progress=False)
+    assert len(read) == (part not in SCORES_ALONE)
+    results = load_results(tmp_path)
+    drawn = {p.name for p in draw_all(results, tmp_path / "figures", formats=["html"])}
+    wanted = {
+        "fig3": "fig3_layers.html", "fig4": "fig4_data_kin.html", "fig5": "fig5_heads.html", "stability": "stability.html",
+        "fig2": "head_grid.html",  # one task: no matrix
+    }  # fmt: skip
+    assert {"head_grid.html", wanted.get(part, f"{part}.md")} <= drawn
+    assert collect(results)["sets"]

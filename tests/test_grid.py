@@ -79,7 +79,8 @@ def test_settings_reach_the_fit(bridge_llama, tmp_path):
     """Given settings of LoFiT, RED and ITI; a selection among another's best heads by its own settings."""
     model = bridge_llama
     grid = grid_of(
-        Run(method=("LoFiT", "RED"), heads="narrow", k=1, settings={"lr": 0.2, "epochs": 1}),
+        Run(heads="narrow", k=1, settings={"lr": 0.2, "epochs": 1}),
+        Run(method="RED", settings={"lr": 0.2, "epochs": 1}),
         Run(method="ITI", settings={"alpha": 3.0}),
         selections={
             "wide": Selection(by="A-norm", settings={"epochs": 1}),
@@ -303,6 +304,8 @@ def test_bad_grids_are_refused_before_anything_is_made(llama, tmp_path):
     for grid, options, message in (
         (own, {}, "9 training examples asked for; kin has 8"),
         (grid_of(Run(), other_tasks="kin"), {"other_tasks": [KIN]}, "kin is a task and an other task"),
+        (grid_of(Run(tested=True)), {}, "says 'tested', and the grid has no other_tasks; add them"),
+        (grid_of(Run(damage=True)), {}, "says 'damage', and the grid has no texts; add them"),
         (grid_of(Run(), tasks=["kin", "kin"]), {"tasks": [KIN, KIN]}, "each once"),
         (grid_of(Run()), {"workers": 2}, "by name"),
     ):

@@ -30,6 +30,15 @@ def test_grid_shows_scores_and_both_kinds_of_marks(scores):
     assert maps[-1].colorbar.title.text == "A-norm"
 
 
+def test_scores_of_several_kinds_have_a_scale_each(scores):
+    """Norms beside accuracies: each panel spans its own range and has its own bar, beside its own panel."""
+    both = {"LoFiT": scores["a"], "ITI": HeadScores([[0.5, 0.6], [0.7, 0.5], [0.5, 0.5]], "probe accuracy")}
+    maps = [t for t in head_grid(both).data if t.type == "heatmap"]
+    assert [(t.zmin, t.zmax) for t in maps] == [(0.0, 3.0), (pytest.approx(0.5), pytest.approx(0.7))]
+    assert [t.colorbar.title.text for t in maps] == ["A-norm", "probe accuracy"]
+    assert maps[0].colorbar.x < 0.6 < maps[1].colorbar.x
+
+
 def test_grid_legend_names_each_mark_once(scores):
     """Two panels with chosen heads share one legend entry."""
     fig = head_grid(scores, {k: s.top(1) for k, s in scores.items()})

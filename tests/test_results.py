@@ -97,7 +97,10 @@ def test_grids_of_one_store_are_read_together_or_apart(study_folder, model, tmp_
     found = load_results(copy)
     assert list(found.lofit(KIN, k=4)["seed"]) == [0, 1]
     assert list(found.record["other_tasks"]) == [OTHER.name]
-    assert len(load_results(copy, grids=["wide"]).runs) == 4
+    alone = load_results(copy, grids=["wide"])
+    assert len(alone.runs) == 4
+    assert (found.k(KIN), alone.k(KIN)) == (1, 4), "the preset's number, unless no run has it"
+    assert alone.adapter(KIN).k == 4
     short = studies.with_changes(name="short", runs=[Run(method="zero-shot")], limit=4, **options)
     studies.run(model, copy, grid=short, other_tasks=[])
     with pytest.raises(InputError, match=r"the grid small has another limit \(5, not 4\); draw them apart"):

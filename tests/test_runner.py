@@ -19,7 +19,7 @@ from rich.console import Console
 
 from lofit_lens.errors import DiskFull, InputError
 from lofit_lens.experiments import attempt as tries
-from lofit_lens.experiments import runner
+from lofit_lens.experiments import live, runner
 from lofit_lens.experiments.attempt import Outcome
 from lofit_lens.experiments.cells import Cell
 from lofit_lens.experiments.groups import Group, grouped
@@ -583,13 +583,29 @@ def test_elsewhere_cells_are_log_records(tmp_path, store, caplog, capsys):
     """No table where stderr is no terminal, or none is wanted."""
     with caplog.at_level(logging.INFO):
         run_cells(store, [cell("a", tmp_path), cell("b", tmp_path)], work, "c")
-    said = [m.rsplit(" ", 2)[0] for m in caplog.messages]
-    assert said == ["[1/2] a: done in", "[2/2] b: done in", "2 of 2 cells are done in"]
+    said = [m.rsplit(" ", 2)[0] if "done" in m else m for m in caplog.messages]
+    assert said == ["begun: a", "[1/2] a: done in", "begun: b", "[2/2] b: done in", "2 of 2 cells are done in"]
     assert capsys.readouterr().err == ""
     terminal = Console(file=Terminal(), force_terminal=True)
     with board(tally_of([]), False, console=terminal):
         pass
     assert terminal.file.getvalue() == ""
+
+
+def test_elsewhere_what_runs_is_said_now_and_then(monkeypatch, caplog):
+    """A long cell is no silent stretch; nothing is said after the end, or where no progress is wanted."""
+    monkeypatch.setattr(live, "NEWS", 0.01)
+    cells = [Cell("long", {"x": 1}), Cell("next", {"x": 2})]
+    tally = tally_of(cells)
+    tally.begin(Group((cells[0],)))
+    quiet = Console(file=io.StringIO())
+    with caplog.at_level(logging.INFO), board(tally, True, console=quiet):
+        time.sleep(0.2)
+    assert "[0/2] running: long (0:00); time left: not known yet" in caplog.messages
+    caplog.clear()
+    with caplog.at_level(logging.INFO), board(tally, False, console=quiet):
+        time.sleep(0.05)
+    assert not caplog.messages
 
 
 # ---------------------------------------------------------------------------------------------------- processes

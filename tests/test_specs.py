@@ -69,7 +69,20 @@ def test_yaml_and_python_give_the_same_grid(read):
         ("runs: [{settings: {epochs: 2.5}}]", "epochs is 2.5; give a whole number"),
         ("runs: [{settings: {betas: 1}}]", "betas is 1; give a number"),
         ("runs: [{settings: {lr: true}}]", "lr is True; give a number"),
-        ("runs: [{draws: 0}]", "draws is 0"),
+        ("runs: [{draws: 0, heads: random}]", "draws is 0"),
+        ("runs: [{method: ITI, k: [1, 10, 96], heads: random}]", "runs.0: 'heads' is not for ITI, which takes method, settings"),
+        ("runs: [{method: [ITI, RED], k: [1, 10]}]", "'k' is not for RED, .* give each method a run of its own"),
+        ("runs: [{method: RepE, draws: 3}]", "'draws' is not for RepE"),
+        ("runs: [{method: LoRA, of: others}]", "'of' is not for LoRA"),
+        ("runs: [{method: zero-shot, n_train: [10, 40]}]", "'n_train' is not for zero-shot"),
+        ("runs: [{method: zero-shot, seeds: [1, 2]}]", "'seeds' is not for zero-shot"),
+        ("runs: [{method: zero-shot, damage: true}]", "'damage' is not for zero-shot"),
+        ("runs: [{method: [zero-shot, RED], settings: chosen}]", "zero-shot has no settings to choose"),
+        ("runs: [{draws: 3}]", "'draws' is not for LoFiT on A-norm heads"),
+        ("runs: [{heads: all, k: [1, 10]}]", "'k' is not for LoFiT on all heads"),
+        ("runs: [{heads: random, of: others}]", "'of' is not for LoFiT on random heads"),
+        ("runs: [{heads: random, seeds: [1, 2]}]", "'seeds' is not for LoFiT on random heads"),
+        ("runs: [{}]\nselections: {a: {by: A-norm, among_k: 9}}", "among_k is 9 and 'among' is missing"),
         ("runs: [{heads: wide}]", "unknown selection 'wide'; allowed: A-norm, bias norm"),
         ("runs: [{}]\nseeds: []", "seeds is"),
         ("runs: [{}]\nseeds: [-1]", "seeds.0 is -1"),
@@ -86,7 +99,7 @@ def test_yaml_and_python_give_the_same_grid(read):
         ("runs: [{}]\nselections: {a: {by: norm}}", "unknown selector 'norm'"),
         ("runs: [{}]\nselections: {random: {by: A-norm}}", "is named 'random'"),
         ("runs: [{}]\nselections: {bias norm: {by: A-norm}}", "is named 'bias norm'"),
-        ("runs: [{}]\nselections: {a: {by: A-norm, among_k: x}}", "k is 'x'"),
+        ("runs: [{}]\nselections: {a: {by: A-norm, among: bias norm, among_k: x}}", "k is 'x'"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_meant_is_refused(read, text, message):
@@ -182,7 +195,7 @@ def test_parts_of_the_paper():
     grid = paper_grid(
         ["fig2", "stability"], name="x", model="organism", tasks=["a"], seeds=(4, 5), draws=3, other_tasks=["b"]
     )
-    assert {r.draws for r in grid.runs} == {3}
+    assert {r.draws for r in grid.runs if r.heads == ("random",)} == {3}
     assert grid.selections["A-norm"].seeds == (6, 7)
     assert grid.other_tasks == ()
     assert not any(r.tested for r in grid.runs)
@@ -190,8 +203,10 @@ def test_parts_of_the_paper():
     table5 = paper_grid(["table5"], name="x", model="organism", tasks=["a"], other_tasks=["b"])
     assert [t.name for t in table5.other_tasks] == ["b"]
     assert [r.method for r in table5.runs if r.tested] == [("zero-shot",), ("LoFiT",)]
+    bare = paper_grid(["all"], name="x", model="organism", tasks=["a"])
+    assert not any(r.tested or r.damage for r in bare.runs), "no other tasks, no texts"
     tuned = paper_grid(["table3"], name="x", model="organism", tasks=["a"], tune=True)
-    assert {r.settings for r in tuned.runs} == {"chosen"}
+    assert {r.settings for r in tuned.runs if r.method != ("zero-shot",)} == {"chosen"}
     preset = paper_grid(["table1", "table3"], name="x", model="organism", tasks=["a"])
     assert {r.method: r.settings for r in preset.runs}[("ITI", "RepE")] == "chosen"
     assert {r.method: r.settings for r in preset.runs}[("LoRA", "RED", "LoReFT")] == "preset"

@@ -59,7 +59,7 @@ def run_readings(
     revision: str | None = None,
     progress: bool = True,
 ) -> list[Path]:
-    """Read the adapters of a study; what is in its folder already is not computed again.
+    """Read the adapters that a study holds; what is in its folder already is not computed again.
 
     Args:
         model: as in `load_model`, or loaded.
@@ -81,13 +81,16 @@ def run_readings(
 
     Raises:
         DataError: the folder holds no study.
-        InputError: it lacks an adapter.
     """
     results = load_results(out, grids=grids)
     load = {"backend": backend, "dtype": dtype, "device": device, "revision": revision}
     by_name = isinstance(model, str | Path)
     every = {t.name: t for t in (*tasks, *other_tasks)}
-    jobs = [t.name for t in tasks] + ([TOGETHER] if len(tasks) > 1 else [])
+    jobs = [
+        t.name for t in tasks if len(results.lofit(t.name, seed=results.seeds[0]))
+    ]  # head scores alone have no adapter
+    if len(jobs) > 1 and set(jobs) == set(results.tasks):
+        jobs.append(TOGETHER)
     asked = {name: _asked(results, name, every, texts, draws) for name in jobs}
     left = [name for name in jobs if not _is_there(results.folder, name, asked[name])]
     work = [

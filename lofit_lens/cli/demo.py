@@ -1,4 +1,4 @@
-"""lofit-lens demo: the main job on the embedded model, offline."""
+"""lofit-lens demo: the main job on the embedded model, offline; with --real, on a small language model."""
 
 import os
 import time
@@ -8,111 +8,194 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lofit_lens.cli import common as c
+from lofit_lens.cli import studies as s
 
 if TYPE_CHECKING:
-    import pandas as pd
+    from lofit_lens.experiments.results import Results
+    from lofit_lens.experiments.specs import Grid
+    from lofit_lens.heads import HeadSet
 
-    from lofit_lens.experiments.organism import GridResult
+N_QUESTIONS = 5
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for runs, table and figures.")] = Path("runs/demo"),
-    model: Annotated[str, typer.Option("--model", "-m", help="'organism', or a folder its training wrote.")] = "organism",
+    real: Annotated[bool, typer.Option("--real", help="On a real model and MQuAKE (about ten minutes on two cores).")] = False,
+    out: Annotated[Path | None, typer.Option(
+        "--out", "-o", help="Folder for runs, tables and figures; left out: runs/demo, or runs/real."
+    )] = None,
+    model: Annotated[str | None, typer.Option(
+        "--model", "-m", help="One that the embedded model's training wrote; with --real: any. Left out: organism, smollm2."
+    )] = None,
+    data_dir: Annotated[Path | None, typer.Option(
+        "--data-dir", help="With --real: folder with MQuAKE's files; left out: fetched."
+    )] = None,
     backend: c.Backend = "auto",
-    seeds: Annotated[int, typer.Option("--seeds", help="Number of LoFiT seeds (0, 1, ...).", min=1)] = 2,
-    full: Annotated[bool, typer.Option("--full", help="Add the transfer matrix and activation patching (minutes).")] = False,
-    workers: Annotated[int, typer.Option("--workers", help="Processes; 0 = one a core.", min=0)] = 0,
+    device: c.Device = None,
+    seeds: Annotated[int | None, typer.Option("--seeds", help="Of LoFiT (0, 1, ...); left out: 2, with --real 1.", min=1)] = None,
+    draws: Annotated[int | None, typer.Option("--draws", help="Of random heads; left out: 5, with --real 1.", min=1)] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="With --real: test rows; left out: 200.", min=1)] = None,
+    full: Annotated[bool, typer.Option(
+        "--full", help="Embedded model: add the transfer matrix and activation patching (minutes)."
+    )] = False,
+    workers: Annotated[int, typer.Option("--workers", help="Processes; 0 = one a core, at most 4 (one on a GPU).", min=0)] = 0,
     png: Annotated[bool, typer.Option("--png", help="Write the figures as PNG too (needs kaleido and Chrome).")] = False,
     quiet: c.Quiet = False,
 ) -> None:  # fmt: skip
-    """Select heads, tune offsets and evaluate on the embedded model's three tasks, and compare with random and all heads.
+    """Select heads, tune offsets, evaluate, and compare with other heads: on the embedded model's tasks, or on a real model.
+
+    Ctrl-C stops; the same command goes on. The folder is a study that report, figures and ll.explore take.
 
     Example: lofit-lens demo
     """
-    c.quiet_libraries()
-    from lofit_lens import io
-    from lofit_lens.experiments.organism import run_demo
-    from lofit_lens.plots import head_grid, layer_distribution, save_figure
-    from lofit_lens.plots.style import check_static
-
     start = time.perf_counter()
+    form, takes = ("demo --real", ("data_dir", "limit")) if real else ("demo without --real", ("full",))
+    c.check_options(form, {"data_dir": data_dir, "limit": limit, "full": full}, takes)
+    out = out or Path("runs") / ("real" if real else "demo")
     c.check_writable(out)
+    c.quiet_libraries()
+    from lofit_lens.experiments.demo import REAL_MODEL, embedded_grid, real_grid
+    from lofit_lens.experiments.results import load_results
+    from lofit_lens.plots.style import check_formats, check_static
+
+    formats = ("html", "png") if png else ("html",)
+    check_formats(formats)
     if png:
         check_static()
-    c.console.print(f"[bold]LoFiT on the embedded model[/bold]: 3 tasks, {seeds} seeds, runs in {out / 'runs'}")
-    found = run_demo(
-        model=model, backend=backend, seeds=range(seeds), out=out / "runs", full=full,
-        workers=workers or min(4, os.cpu_count() or 1), progress=not quiet,
-    )  # fmt: skip
-    table = found.table()
-    io.write_text(out / "table.csv", table.to_csv(index=False))
-    io.write_text(out / "runs.csv", found.runs.to_csv(index=False))
-    ranks = found.ranks()
-    io.write_text(out / "planted_ranks.csv", ranks.to_csv(index=False))
-    first = {t: s for (t, seed), s in found.scores.items() if seed == 0}
-    chosen = {t: s.top(len(found.planted[t])) for t, s in first.items()}
-    figures = {
-        "head_grid": head_grid(
-            first, chosen, marked=found.planted, title="Which heads each task uses (A-norm of step 1, seed 0)"
-        ),
-        "layer_distribution": layer_distribution(chosen, title="Layers of the chosen heads (seed 0)"),
-    }
-    for name, fig in figures.items():
-        for ending in ("html", "png") if png else ("html",):
-            save_figure(fig, out / f"{name}.{ending}")
-    c.console.print(f"{found.model.name} as {found.model.class_name}")
-    _print_table(found, table)
-    _print_ranks(ranks)
+    given: dict[str, Any] = {"seeds": seeds and tuple(range(seeds)), "draws": draws, "limit": limit}
+    given = {name: value for name, value in given.items() if value is not None}
+    if real:
+        folder = None if data_dir is None else str(data_dir.absolute())
+        grid = real_grid(model or REAL_MODEL, backend=backend, data_dir=folder, **given)
+        _announce_real(grid)
+    else:
+        grid = embedded_grid(model or "organism", backend=backend, full=full, **given)
+    _run(grid, out, device, workers, quiet)
+    results = load_results(out, grids=[grid.name])
+    known = {} if real else _planted(grid.model[0].name)
+    files = [*_write_table(results, out), *_draw(results, known, out, formats)]
+    if real:
+        _print_shared(results)
+        _print_questions(results)
+    else:
+        files.append(_write_ranks(results, known, out, grid, full))
+    shown = [f.name for f in files if f.suffix in (".html", ".png", ".csv")]
+    c.console.print(f"\n{time.perf_counter() - start:.0f} s. In {out}: the runs, {', '.join(shown)}")
+    _print_next(real, out, grid)
+
+
+# ------------------------------------------------------------------------------------------------------- the runs
+
+
+def _announce_real(grid: "Grid") -> None:
+    from lofit_lens.experiments.demo import PARTS_OF_REAL
+
+    given, task = grid.model[0].name, grid.tasks[0].name
+    name = Path(given).name if Path(given).exists() else given
     c.console.print(
-        f"\n{time.perf_counter() - start:.0f} s. Figures: {out / 'head_grid.html'}, {out / 'layer_distribution.html'}"
-    )
+        f"[bold]LoFiT on {name} and {task}[/bold]: {PARTS_OF_REAL}; the first {grid.limit} test rows. "
+        f"ITI's strength is chosen on the first {grid.tuning_limit} validation rows.", soft_wrap=True,
+    )  # fmt: skip
+
+
+def _run(grid: "Grid", out: Path, device: str | None, workers: int, quiet: bool) -> None:
+    """Run what is missing of the grid; what failed is said and ends the command."""
+    from lofit_lens.cli.grids import report
+    from lofit_lens.experiments.grid import run_grid
+    from lofit_lens.models import parse_device
+
+    if not workers:
+        workers = min(4, os.cpu_count() or 1) if parse_device(device).type == "cpu" else 1
+    with c.progress_lines(quiet):
+        found = run_grid(grid, out, workers=workers, device=device, progress=not quiet)
+    report(found, out)
+    if found.failed:
+        raise SystemExit(1)
+
+
+# ------------------------------------------------------------------------------------------------ what they found
+
+
+def _planted(model: str) -> "dict[str, HeadSet]":
+    from lofit_lens.experiments.organism import planted
+    from lofit_lens.models import ORGANISM
+
+    return planted(ORGANISM if model == "organism" else Path(model))
+
+
+def _write_table(results: "Results", out: Path) -> list[Path]:
+    """Show the table, and write it and the single runs."""
+    from lofit_lens import io
+    from lofit_lens.experiments.demo import run_table
+    from lofit_lens.experiments.paper_tables import paper_tables
+
+    table = next(t for t in paper_tables(results) if t.name == "table1")
+    c.console.print(f"{results.model.name} as {results.model.class_name}")
+    s.print_table(table.title, table.columns, table.cells, table.notes)
+    return [*table.save(out), io.write_text(out / "runs.csv", run_table(results).to_csv(index=False))]
+
+
+def _draw(results: "Results", known: "dict[str, HeadSet]", out: Path, formats: tuple[str, ...]) -> list[Path]:
+    from lofit_lens.report.figures import head_grids, layers, save_all
+
+    return save_all([*head_grids(results, known), *layers(results)], out, formats=formats)
+
+
+def _write_ranks(results: "Results", known: "dict[str, HeadSet]", out: Path, grid: "Grid", full: bool) -> Path:
+    """Show and write where the planted heads rank; with `full` by patching too."""
+    from lofit_lens import io
+    from lofit_lens.experiments.demo import ranks
+    from lofit_lens.experiments.organism import cue_patching
+    from lofit_lens.experiments.pool import kept_model, one_thread
+
+    patching = {}
+    if full:
+        model = kept_model(grid.model[0].name, backend=grid.model[0].backend)
+        with one_thread():
+            patching = {short: cue_patching(model, short) for short in known}  # pyright: ignore[reportArgumentType]
+    frame = ranks(results, known, patching)
+    rows = frame.to_numpy().tolist()
+    s.print_table("Planted heads: rank among all heads, best 1", list(frame.columns), rows, ())
+    return io.write_text(out / "planted_ranks.csv", frame.to_csv(index=False))
+
+
+def _print_shared(results: "Results") -> None:
+    """LoFiT's heads beside ITI's, with the chance of their overlap."""
+    from lofit_lens.analysis.overlap import overlap
+    from lofit_lens.experiments.demo import PROBES
+
+    task = results.tasks[0]
+    sets = {"LoFiT": results.heads(task), "ITI": results.heads(task, PROBES)}
+    row = overlap(sets).iloc[0]
+    for name, heads in sets.items():
+        c.console.print(f"{name}'s heads: {heads}", soft_wrap=True)
+    c.console.print(
+        f"They share {row['shared']} of {row['k_a']}: {' '.join(map(str, sets['LoFiT'] & sets['ITI'])) or 'none'}. By chance "
+        f"{row['expected']:.1f} (p = {row['p_hypergeometric']:.3f}), with each set's heads shuffled within their layers "
+        f"{row['expected_layer']:.1f} (p = {row['p_layer']:.3f}).", soft_wrap=True,
+    )  # fmt: skip
+
+
+def _print_questions(results: "Results") -> None:
+    """The first test questions with the bare model's answer and LoFiT's."""
+    from lofit_lens.experiments.demo import questions
+
+    c.console.print(f"\nThe first {N_QUESTIONS} test questions; + right, - wrong:")
+    for q in questions(results, N_QUESTIONS):
+        lines = [q["prompt"], f"  wanted  {q['wanted']}"]
+        for side in ("before", "after"):
+            said = " ".join(q[side].split())
+            lines.append(f"  {side:7} {'+' if q[f'{side}_right'] else '-'} {said}")
+        c.console.print("\n".join(lines), markup=False, soft_wrap=True)
+
+
+def _print_next(real: bool, out: Path, grid: "Grid") -> None:
+    model = grid.model[0].name
     c.console.print(
         "Try next:\n"
-        "  lofit-lens select --task organism/kinship --out out/heads\n"
-        "  lofit-lens tune --task organism/kinship --heads out/heads --out out/adapter\n"
-        "  lofit-lens eval --task organism/kinship --adapter out/adapter\n"
-        "  lofit-lens select --model meta-llama/Llama-2-7b-hf --task mquake --out out/llama   (needs the hub and a GPU)"
-    )
-
-
-def _print_table(found: "GridResult", table: "pd.DataFrame") -> None:
-    from rich.table import Table
-
-    first = {r["task"]: r for r in reversed(found.runs.to_dict("records"))}
-    by_method: dict[str, dict[str, Any]] = {}
-    for r in table.to_dict("records"):
-        by_method.setdefault(r["method"], {})[r["task"]] = r
-    tasks = list(reversed(first))
-    shown = Table(title="Test accuracy: mean [95 % interval over runs and items]", title_justify="left")
-    shown.add_column("heads edited")
-    for t in tasks:
-        shown.add_column(f"{t}, {first[t]['metric'].upper()} (n={first[t]['n_items']})")
-    shown.add_column("runs", justify="right")
-    for method, rows in by_method.items():
-        shown.add_row(method, *(_cell(rows.get(t)) for t in tasks), str(max(r["count"] for r in rows.values())))
-    c.console.print(shown)
-    c.console.print(
-        "Few runs: such intervals can be too narrow. Each run's own is in runs.csv, lowest and highest run in table.csv.",
-        style="dim",
-    )
-
-
-def _cell(r: "dict[str, Any] | None") -> str:
-    if r is None:
-        return "-"
-    return f"{_short(r['mean'])} [{_short(r['low'])}, {_short(r['high'])}]"
-
-
-def _short(share: float) -> str:
-    return f"{share:.2f}".removeprefix("0")
-
-
-def _print_ranks(ranks: "pd.DataFrame") -> None:
-    from rich.table import Table
-
-    shown = Table(title="Planted heads: rank among all heads, best 1", title_justify="left")
-    for column in ranks.columns:
-        shown.add_column(column, justify="left" if column in ("task", "head") else "right")
-    for row in ranks.to_dict("records"):
-        shown.add_row(*map(str, row.values()))
-    c.console.print(shown)
+        f"  lofit-lens report {out} -o {out / 'report.html'}\n"
+        f"  lofit-lens figures {out} --out {out / 'figures'} --formats html\n"
+        f"  jupyter lab notebooks/01_quickstart.ipynb     and in a cell: ll.explore({str(out)!r}, ll.load_model({model!r}))",
+        markup=False, soft_wrap=True,
+    )  # fmt: skip
+    if not real:
+        c.console.print("  lofit-lens demo --real     the same on a small language model, SmolLM2, and MQuAKE")

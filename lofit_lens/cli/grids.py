@@ -82,7 +82,7 @@ def grid(
         from lofit_lens.experiments.ray_runner import RayExecutor
 
         place = partial(RayExecutor, address=address, cpus=cpus, gpus=gpus)
-    with contextlib.redirect_stdout(sys.stderr):  # Ray writes there when a node dies
+    with contextlib.redirect_stdout(sys.stderr), c.progress_lines(quiet):  # Ray writes to stdout when a node dies
         found = run_grid(
             asked,
             store,
@@ -128,7 +128,7 @@ def _changed(
     from lofit_lens.experiments.specs import Grid
     from lofit_lens.organism.words import TASKS
 
-    asked = grid.model_dump()
+    asked = {**grid.model_dump(), "runs": grid.runs, "selections": grid.selections}  # a dump would give every field
     if models:
         asked["name"] = f"{grid.name} {' '.join(re.sub(r'[^A-Za-z0-9._/-]+', '-', m) for m in models)}"
         asked["model"] = [next((m.model_dump() for m in grid.model if m.name == n), {"name": n}) for n in models]

@@ -78,15 +78,10 @@ def run(asked: Request, name: str) -> None:
         draws=asked.draws, limit=asked.limit, batch_size=64 if embedded else 16, tune=asked.tune,
     )  # fmt: skip
     workers = workers_for(asked.workers, asked.model, asked.device)
-    found = run_grid(
-        grid,
-        asked.results,
-        tasks=tasks,
-        other_tasks=rest,
-        workers=workers,
-        device=asked.device,
-        progress=not asked.quiet,
-    )
+    with c.progress_lines(asked.quiet):
+        found = run_grid(
+            grid, asked.results, tasks=tasks, other_tasks=rest, workers=workers, device=asked.device, progress=not asked.quiet
+        )  # fmt: skip
     report(found, asked.results)
     if asked.readings:
         texts = [] if source == "none" else list(islice(load_texts(source), grid.n_texts))

@@ -245,7 +245,7 @@ def _fitted(job: _Job) -> Intervention | None:
         job.draft.timing["fit_seconds"] = job.seconds
         return job.lofit
     bench.training = Training(job.store.state_file(job.cell.name), job.steps)
-    settings = {**_config(spec), **job.settings}
+    settings = {**_config(spec), **job.settings, **({} if spec["k"] is None else {"k": spec["k"]})}
     try:
         fitted, seconds = bench.timed(lambda: METHODS[spec["method"]].fit(bench, settings, spec["seed"]))
     finally:

@@ -229,11 +229,13 @@ class _Maker:
 
     def _fits(self, run: Run, method: str, task: str, n_train: int | None) -> Iterator[Cell]:
         seeds = run.seeds or self.setting.grid.seeds
-        if method != LOFIT:
-            for seed in (0,) if method == ZERO else seeds:
-                yield self._fit(run, method, task, n_train, seed, {})
-            return
         outline = self.setting.outline(task)
+        if method != LOFIT:
+            wanted = dict.fromkeys(heads_of(k, outline.preset.k, self.setting.n_heads) for k in run.k)
+            for what in [{"k": k} for k in wanted] if method == "ITI" else [{}]:
+                for seed in (0,) if method == ZERO else seeds:
+                    yield self._fit(run, method, task, n_train, seed, what)
+            return
         for heads in run.heads:
             ks = ("100 %",) if heads == ALL else run.k
             for k in dict.fromkeys(heads_of(k, outline.preset.k, self.setting.n_heads) for k in ks):
@@ -284,9 +286,9 @@ class _Maker:
         heads: dict[str, Any] | None = None,
     ) -> Cell:  # fmt: skip
         needs = [heads["cell"]] if heads and "cell" in heads else []
-        settings, trials = self._settings(run, method, task)
+        settings, trials = self._settings(run, method, task, what.get("k"))
         spec = {
-            **self._spec(method, task, seed, n_train, settings, heads), "kind": "fit", "split": "test",
+            **self._spec(method, task, seed, n_train, settings, heads, what.get("k")), "kind": "fit", "split": "test",
             "limit": self.setting.grid.limit, "chosen": trials,
         }  # fmt: skip
         needs += [name for point in trials or () for name in point]
@@ -299,15 +301,15 @@ class _Maker:
 
     def _heads_label(self, what: Mapping[str, Any], task: str) -> Iterator[object]:
         """Heads of a fit for its label: by what, whose, how many."""
-        if what:
-            by = what["heads_from"]
+        if (by := what.get("heads_from")) is not None:
             yield by if by in (RANDOM, ALL) else self.setting.grid.selection(by).by
             yield f"of {what['source']}" if what["source"] not in ("", task) else ""
+        if "k" in what:
             yield f"k{what['k']}"
 
     def _spec(
         self, method: str, task: str, seed: int, n_train: int | None, settings: Mapping[str, Any],
-        heads: dict[str, Any] | None,
+        heads: dict[str, Any] | None, k: int | None,
     ) -> dict[str, Any]:  # fmt: skip
         data, outline = self.setting.tasks[task], self.setting.outline(task)
         config = None
@@ -316,10 +318,12 @@ class _Maker:
         return {
             "task": self.setting.task_keys[task], "method": method, "seed": seed,
             "n_train": None if method == ZERO else _rows(data, n_train, seed), "settings": dict(settings), "config": config,
-            "heads": heads, "k": outline.preset.k if method == "ITI" else None, "batch_size": self.setting.grid.batch_size,
+            "heads": heads, "k": k if method == "ITI" else None, "batch_size": self.setting.grid.batch_size,
         }  # fmt: skip
 
-    def _settings(self, run: Run, method: str, task: str) -> tuple[dict[str, Any], list[list[str]] | None]:
+    def _settings(
+        self, run: Run, method: str, task: str, k: int | None
+    ) -> tuple[dict[str, Any], list[list[str]] | None]:  # fmt: skip
         """Settings that are given or the preset's; or the trials that they are chosen from, a list for each point."""
         if method == ZERO:
             return {}, None
@@ -335,16 +339,18 @@ class _Maker:
             )
         outline = self.setting.outline(task)
         points = METHODS[LEARNED if method == LOFIT else method].grid(outline)
-        return {}, [[self._trial(method, task, dict(p), seed).name for seed in grid.tuning_seeds] for p in points]
+        return {}, [[self._trial(method, task, dict(p), seed, k).name for seed in grid.tuning_seeds] for p in points]
 
-    def _trial(self, method: str, task: str, point: dict[str, Any], seed: int) -> Cell:
-        """What is chosen for LoFiT is chosen with the task's own heads by A-norm and the usual K."""
+    def _trial(self, method: str, task: str, point: dict[str, Any], seed: int, k: int | None) -> Cell:
+        """What is chosen for LoFiT is chosen with the task's own heads by A-norm and the usual K, for ITI with the run's own."""
         heads, needs = None, []
         if method == LOFIT:
             k = self.setting.outline(task).preset.k
             scores = self.scores("A-norm", task, seed, None)
             heads, needs = {"cell": scores.name, "k": k}, [scores.name]
-        spec = {**self._spec(method, task, seed, None, point, heads), "kind": "trial", "split": "val"}
+        spec = {**self._spec(method, task, seed, None, point, heads, k), "kind": "trial", "split": "val"}
+        if (limit := self.setting.grid.tuning_limit) is not None:
+            spec["limit"] = limit
         row = {
             "task": task,
             "tested": task,
@@ -353,7 +359,8 @@ class _Maker:
             **{f"set_{k}": v for k, v in point.items()},
         }
         shown = (f"{k}{v:.3g}" if isinstance(v, float) else f"{k}{v}" for k, v in point.items())
-        return self.add((task, method, "trial", *shown, f"seed{seed}"), spec, needs, row)
+        k_shown = f"k{k}" if method == "ITI" else ""
+        return self.add((task, method, "trial", k_shown, *shown, f"seed{seed}"), spec, needs, row)
 
     # ------------------------------------------------------------------------------------- tests of a fit
 

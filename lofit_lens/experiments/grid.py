@@ -84,6 +84,7 @@ def plan_grid(
     if texts is None:
         wanted = grid.texts is not None and any(run.damage for run in grid.runs)
         texts = list(islice(load_texts(str(grid.texts)), grid.n_texts)) if wanted else []
+    _check_asked(grid, bool(others), bool(texts))
     digest = io.digest(list(texts)) if texts else ""
     load: dict[str, dict[str, Any]] = {}
     infos: dict[str, ModelInfo] = {}
@@ -190,6 +191,19 @@ def _placed(spec: ModelSpec) -> ModelSpec:
         if folder.is_dir() and spec.name != "organism"
         else spec
     )
+
+
+def _check_asked(grid: Grid, others: bool, texts: bool) -> None:
+    """A run that asks for what the grid does not have would be made without it.
+
+    Raises:
+        InputError: `tested` without other tasks, or `damage` without texts.
+    """
+    for field, there, missing in (("tested", others, "other_tasks"), ("damage", texts, "texts")):
+        if not there and any(getattr(run, field) for run in grid.runs):
+            raise InputError(
+                f"a run of the grid {grid.name} says {field!r}, and the grid has no {missing}; add them, or leave it out"
+            )
 
 
 def _load(spec: TaskSpec) -> Task:

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
@@ -18,6 +19,8 @@ from rich.text import Text
 from lofit_lens.experiments.cells import Cell
 from lofit_lens.experiments.groups import Group
 
+log = logging.getLogger(__name__)
+NEWS = 30.0  # seconds between two lines on what runs, where there is no terminal
 OTHER_LINES = 6  # of the terminal's height: bar, counts, "more", failure, note, cursor
 
 
@@ -52,6 +55,7 @@ class Tally:
         """A group was handed out."""
         taken = {place for place, _ in self.running.values()}
         self.running[group] = (next(i for i in range(len(taken) + 1) if i not in taken), self.clock())
+        log.info("begun: %s", group.label)
 
     def end(self, group: Group) -> None:
         """A group came back, whatever became of it."""
@@ -70,6 +74,13 @@ class Tally:
         self.blocked = blocked
         for gone in (name, *blocked):
             self.open.pop(gone, None)
+
+    @property
+    def news(self) -> str:
+        """One line on what runs, for how long, and the time left."""
+        begun = dict(self.running).items()
+        running = ", ".join(f"{group.label} ({_clock_time(self.clock() - since)})" for group, (_, since) in begun)
+        return f"[{self.done}/{len(self.cells)}] running: {running or 'nothing'}; {_time(self)}"
 
     @property
     def counts(self) -> str:
@@ -175,14 +186,16 @@ def _line(text: str, style: str) -> Text:
 
 @contextlib.contextmanager
 def board(tally: Tally, progress: bool, *, console: Console | None = None) -> Iterator[None]:
-    """Show the tally while the block runs, its last state afterwards; nothing where stderr is no terminal.
+    """Show the tally while the block runs, its last state afterwards.
 
-    Log records and prints of this process appear above it meanwhile.
+    Log records and prints of this process appear above it meanwhile. Where stderr is no terminal: log records (INFO) of what is
+    begun and, every half minute, of what runs.
     """
     # The stream itself: what `sys.stderr` is may change while a cell is computed in this process.
     console = console or Console(file=sys.stderr)
     if not progress or not console.is_terminal or console.is_dumb_terminal:
-        yield
+        with _news(tally) if progress else contextlib.nullcontext():
+            yield
         return
     live = Live(
         get_renderable=lambda: view(tally, console.height), console=console, refresh_per_second=4,
@@ -193,6 +206,23 @@ def board(tally: Tally, progress: bool, *, console: Console | None = None) -> It
             yield
         finally:
             tally.ended = True
+
+
+@contextlib.contextmanager
+def _news(tally: Tally) -> Iterator[None]:
+    over = threading.Event()
+
+    def say() -> None:
+        while not over.wait(NEWS):
+            log.info("%s", tally.news)
+
+    thread = threading.Thread(target=say, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 @contextlib.contextmanager

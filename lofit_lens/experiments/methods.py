@@ -187,7 +187,8 @@ def k_of(bench: Workbench, share: str) -> int:
 
 
 def _fit_iti(bench: Workbench, settings: Settings, seed: int) -> Intervention:
-    return bench.probes(seed).iti(k_of(bench, "3 %"), alpha=settings["alpha"], positions="all")
+    k = settings.get("k") or k_of(bench, "3 %")  # a grid's runs say how many
+    return bench.probes(seed).iti(k, alpha=settings["alpha"], positions="all")
 
 
 def _fit_repe(bench: Workbench, settings: Settings, seed: int) -> Intervention:

@@ -101,7 +101,10 @@ def paper_grid(
     runs = [run for part in wanted for run in BLOCKS[part]]
     if any(part not in SCORES_ALONE for part in wanted):
         runs += BASE
-    changed = tuple(_with(run, draws=draws, tune=tune, fresh="table5" in wanted) for run in runs)
+    changed = tuple(
+        _with(run, draws=draws, tune=tune, fresh="table5" in wanted and bool(other_tasks), measured=texts is not None)
+        for run in runs
+    )
     extra = tuple(range(max(seeds, default=0) + 1, max(seeds, default=0) + 3))
     selections = {OWN: Selection(by=OWN, seeds=extra)} if "stability" in wanted else {}
     scores = (OWN, "gradient attribution") if "table2" in wanted else (OWN,)
@@ -116,9 +119,16 @@ def _tasks(named: Sequence[str | TaskSpec]) -> tuple[TaskSpec, ...]:
     return tuple(TaskSpec(name=t) if isinstance(t, str) else t for t in named)
 
 
-def _with(run: Run, *, draws: int, tune: bool, fresh: bool) -> Run:
-    chosen = CHOSEN if tune or run.method == STEERING else PRESET
-    return run.model_copy(update={"draws": draws, "settings": chosen, "tested": run.tested and fresh})
+def _with(run: Run, *, draws: int, tune: bool, fresh: bool, measured: bool) -> Run:
+    """The block with what was asked for; a field that it does not read stays as it is."""
+    changes: dict[str, Any] = {"tested": fresh} if run.tested else {}
+    if run.damage:
+        changes["damage"] = measured
+    if CHANCE in run.heads:
+        changes["draws"] = draws
+    if ZERO not in run.method:
+        changes["settings"] = CHOSEN if tune or run.method == STEERING else PRESET
+    return run.model_copy(update=changes)
 
 
 def known_grids() -> dict[str, str]:

@@ -16,10 +16,9 @@ from lofit_lens.evaluation.compare import compare, over_seeds
 from lofit_lens.evaluation.result import Metric, table_html
 from lofit_lens.evaluation.stats import holm, mark
 from lofit_lens.experiments.methods import CHANCE as CHANCE_ROW
-from lofit_lens.experiments.methods import LEARNED
 from lofit_lens.experiments.paper import STEERING, TRAINED
-from lofit_lens.experiments.results import Results
-from lofit_lens.experiments.specs import ZERO
+from lofit_lens.experiments.results import EVERY_HEAD, Results
+from lofit_lens.experiments.specs import LOFIT, ZERO
 from lofit_lens.experiments.table import MethodTable, markdown, over_texts, paired_tester, settings_text, tex
 
 STARS = "* differs from {reference}, p < .05; + p < .1; paired tests, adjusted over the {rows} of a task by Holm"
@@ -89,18 +88,17 @@ def paper_tables(results: Results) -> list[PaperTable]:
     found = []
     model = results.model.name
     if methods:
+        learned = tuple(dict.fromkeys(table.reference for table in methods.values()))
         parts = {
-            "table1": (
-                "zero-shot, ITI, RepE and random heads",
-                (*STEERING,),
-                ("zero-shot", *STEERING, CHANCE_ROW, LEARNED),
-            ),
-            "table3": ("LoRA, RED and LoReFT", TRAINED, (LEARNED, "LoFiT 10 %", *TRAINED)),
+            "table1": ((*STEERING, CHANCE_ROW), ("zero-shot", *STEERING, CHANCE_ROW, *learned, EVERY_HEAD)),
+            "table3": (TRAINED, (*learned, "LoFiT 10 %", *TRAINED)),
         }
-        for name, (title, needed, rows) in parts.items():
-            ran = {row.method for table in methods.values() for row in table.rows}
+        ran = {row.method for table in methods.values() for row in table.rows}
+        for name, (needed, rows) in parts.items():
             if ran & set(needed):
-                found.append(_wide(name, f"LoFiT beside {title} ({model})", methods, rows, "methods"))
+                *front, last = (r for r in rows if r in ran and not r.startswith(LOFIT))
+                beside = f"{', '.join(front)} and {last}" if front else last
+                found.append(_wide(name, f"LoFiT beside {beside} ({model})", methods, rows, "methods"))
     if selectors:
         named = list(dict.fromkeys(r.method for table in selectors.values() for r in table.rows))
         table = _wide(

@@ -17,7 +17,7 @@ from lofit_lens.experiments.methods import CHANCE as CHANCE_ROW
 from lofit_lens.experiments.methods import LEARNED
 from lofit_lens.experiments.paper import CHANCE, OWN, TRAINED
 from lofit_lens.experiments.runs import MethodRuns, Run
-from lofit_lens.experiments.specs import LOFIT, ZERO, heads_of
+from lofit_lens.experiments.specs import ALL, LOFIT, ZERO, heads_of
 from lofit_lens.experiments.store import Store
 from lofit_lens.experiments.table import MethodTable
 from lofit_lens.experiments.tuning import Tuned
@@ -30,6 +30,7 @@ COLUMNS = (
     "task", "tested", "method", "heads_from", "source", "k", "n_train", "seed", "draw", "metric", "value", "n_items",
     "n_parameters", "heads", "fit_seconds", "eval_seconds",
 )  # fmt: skip
+EVERY_HEAD = "all heads"  # row of a table
 ASKED = ("task", "tested", "method", "heads_from", "source", "k", "n_train", "seed", "draw")  # what tells runs apart
 
 
@@ -74,12 +75,18 @@ class Results:
         return table_html(repr(self), ("runs", *self.tasks), rows, [f"seeds {', '.join(map(str, self.seeds))}"])
 
     def k(self, task: str) -> int:
-        """Usual number of heads of a task (the preset's)."""
-        return int(self._task(task)["k"])
+        """Usual number of heads of a task: the preset's; where the grids ask for others only, the first that they ask for."""
+        usual = int(self._task(task)["k"])
+        asked = [
+            int(row["k"]) for row in self.record["cells"].values()
+            if row["kind"] == "fit" and row["n_train"] is None
+            and (row["task"], row["method"], row.get("heads_from"), row.get("source")) == (task, LOFIT, OWN, task)
+        ]  # fmt: skip
+        return usual if usual in asked or not asked else asked[0]
 
     def wide_k(self, task: str) -> int:
         """Number of heads of the 10 % setting."""
-        return heads_of("3K", self.k(task), self.model.n_layers * self.model.n_heads)
+        return heads_of("3K", int(self._task(task)["k"]), self.model.n_layers * self.model.n_heads)
 
     def metric(self, task: str) -> str:
         """The task's own metric."""
@@ -140,6 +147,17 @@ class Results:
         """The unmodified model's run."""
         return self.rows(task=task, method=ZERO)
 
+    def compared(self) -> dict[str, tuple[str, str]]:
+        """Rankings that stand side by side: name -> (task, selection). Tasks by A-norm; of a single task, every selection."""
+        if len(self.tasks) == 1 and len(named := self._selections(self.tasks[0])) > 1:
+            return {by: (self.tasks[0], by) for by in named}
+        return {t: (t, OWN) for t in self.tasks}
+
+    def _selections(self, task: str) -> list[str]:
+        """Selections that have scores of a task with the first seed, A-norm first."""
+        found = [by for (t, by, seed) in self.scores if (t, seed) == (task, self.seeds[0])]
+        return sorted(found, key=lambda by: by != OWN)
+
     def heads(self, task: str, by: str = OWN, seed: int | None = None, k: int | None = None) -> HeadSet:
         """The best heads of a task by a selector (first seed, usual K, unless told otherwise).
 
@@ -169,15 +187,19 @@ class Results:
 
     def method_table(self, task: str) -> MethodTable | None:
         """The paper's Tables 1 and 3 on one task: LoFiT and the methods it is compared with; None where none ran."""
+        k, usual = self.k(task), int(self._task(task)["k"])
+        learned = LEARNED if k == usual else f"LoFiT, {k} heads"
         named = {
             "zero-shot": self.zero_shot(task),
-            **{m: self.rows(task=task, method=m, n_train=None) for m in ("ITI", "RepE")},
+            "ITI": self.rows(task=task, method="ITI", n_train=None, k=k),
+            "RepE": self.rows(task=task, method="RepE", n_train=None),
             CHANCE_ROW: self.by_chance(task),
-            LEARNED: self.lofit(task),
-            "LoFiT 10 %": self.lofit(task, k=self.wide_k(task)),
+            learned: self.lofit(task),
+            **({} if k == self.wide_k(task) else {"LoFiT 10 %": self.lofit(task, k=self.wide_k(task))}),
+            EVERY_HEAD: self.lofit(task, heads_from=ALL, source="", k=self.model.n_layers * self.model.n_heads),
             **{m: self.rows(task=task, method=m, n_train=None) for m in TRAINED},
         }
-        return self._table(f"methods {task}", named, LEARNED)
+        return self._table(f"methods {task}", named, learned)
 
     def selector_table(self, task: str) -> MethodTable | None:
         """The paper's Table 2 on one task: heads by each selector, then offsets; None where none ran."""

@@ -40,6 +40,11 @@ RANDOM, ALL = "random", "all"
 PRESET, CHOSEN = "preset", "chosen"
 TRAINING = ("A-norm", "bias norm")  # selectors that train
 MANY = 10**9  # heads, where the model is not known yet
+# Fields of a run that each method reads, beside `method` and `settings`; LoFiT reads those that its heads read.
+ANY_FIT = ("n_train", "seeds", "tested", "damage")
+READ = {ZERO: ("tested",), "ITI": ("k", *ANY_FIT)}
+HEADS_READ = {RANDOM: ("heads", "k", "draws", "n_train", "tested", "damage"), ALL: ("heads", *ANY_FIT)}
+SELECTED_READ = ("heads", "of", "k", *ANY_FIT)
 WHOLE = ("epochs", "batch_size", "max_steps")  # settings that count
 
 
@@ -157,6 +162,10 @@ class Selection(Spec):
         for setting in self.settings:
             if setting not in TRAINED:
                 raise InputError(f"settings: {no_field(setting, TRAINED)}")
+        if self.among is None and "among_k" in self.model_fields_set:
+            raise InputError(
+                f"among_k is {self.among_k!r} and 'among' is missing; name the selection whose best heads are meant"
+            )
         heads_of(self.among_k, 1, MANY)
         return self
 
@@ -164,11 +173,13 @@ class Selection(Spec):
 class Run(Spec):
     """One block of runs; each list stands for one run an entry, for every task and seed.
 
+    A field that the method would not read is refused.
+
     Attributes:
         method: of `GRID_METHODS`.
-        heads: LoFiT alone: name of a selection (a selector's name is one by itself), `random`, or `all`.
-        of: whose heads are taken: the task's `own`, the `others`' of the grid, `every` task's, or task names.
-        k: heads: a number, `K` (the preset's), `3K`, or `20 %` of the model's heads.
+        heads: LoFiT only: name of a selection (a selector's name is one by itself), `random`, or `all`.
+        of: LoFiT only: whose heads are taken: the task's `own`, the `others`' of the grid, `every` task's, or task names.
+        k: LoFiT and ITI: heads: a number, `K` (the preset's), `3K`, or `20 %` of the model's heads.
         n_train: training examples, of the selection too; None = the task's own number.
         settings: `preset`; `chosen` on the validation rows among the method's own points; or values, e.g. `{lr: 0.01}`.
             ITI and RepE have no preset: theirs are always chosen, or given.
@@ -199,7 +210,25 @@ class Run(Spec):
                     raise InputError(f"settings of {name}: {no_field(setting, setting_names(name))}")
         for k in self.k:
             heads_of(k, 1, MANY)
+        self._only_read_fields()
         return self
+
+    def _only_read_fields(self) -> None:
+        """A field that is given and not read would make fewer or other runs than were meant."""
+        given = [name for name in type(self).model_fields if name in self.model_fields_set - {"method", "settings"}]
+        readers = {name: READ.get(name, ANY_FIT) for name in self.method if name != LOFIT}
+        if LOFIT in self.method:
+            of_heads = tuple(f for heads in self.heads for f in HEADS_READ.get(heads, SELECTED_READ))
+            readers[f"{LOFIT} on {' and '.join(self.heads)} heads"] = tuple(dict.fromkeys(of_heads))
+        if self.settings == CHOSEN and ZERO in self.method:
+            raise InputError(f"{ZERO} has no settings to choose; leave 'settings' out, or give it a run of its own")
+        for reader, read in readers.items():
+            for name in given:
+                if name not in read:
+                    raise InputError(
+                        f"{name!r} is not for {reader}, which takes {', '.join(('method', 'settings', *read))}; leave it "
+                        "out, or give each method a run of its own"
+                    )
 
 
 class Grid(Spec):
@@ -214,6 +243,7 @@ class Grid(Spec):
         n_texts: how many of them.
         seeds: of selection and fits.
         tuning_seeds: of the choice of settings.
+        tuning_limit: only the first validation rows in that choice.
         limit: only the first test rows.
         batch_size: of the evaluations.
         selections: named ways to score heads. A selector's own name stands for it with the preset's settings, unless it is here.
@@ -229,6 +259,7 @@ class Grid(Spec):
     n_texts: Annotated[int, Field(ge=1)] = 50
     seeds: Seeds = (0, 1)
     tuning_seeds: Seeds = (0,)
+    tuning_limit: Annotated[int, Field(ge=1)] | None = None
     limit: Annotated[int, Field(ge=1)] | None = None
     batch_size: Annotated[int, Field(ge=1)] = 16
     selections: dict[str, Selection] = {}

@@ -9,12 +9,16 @@ from lofit_lens.errors import InputError
 from lofit_lens.heads import HeadScores, HeadSet
 from lofit_lens.plots.style import HEAT, style
 
+BAR = 110  # pixels of a colour bar with its numbers and title
+
 
 def head_grid(
     scores: Mapping[str, HeadScores] | HeadScores, chosen: Mapping[str, HeadSet] | None = None, *,
     marked: Mapping[str, HeadSet] | None = None, marked_label: str = "planted", title: str = "Head scores",
 ) -> go.Figure:  # fmt: skip
     """One panel a task: every head's score, chosen heads as filled circles, `marked` heads as open squares.
+
+    Panels of one kind of score share a colour scale; scores of several kinds (norms beside accuracies) have one each.
 
     Args:
         scores: panel title -> scores `[n_layers, n_heads]`, all of one model; or one table of scores.
@@ -42,15 +46,20 @@ def head_grid(
         if set(sets) - set(scores):
             raise InputError(f"head sets without scores: {', '.join(sorted(set(sets) - set(scores)))}")
     n_layers, n_heads = shapes.pop()
-    fig = make_subplots(cols=len(scores), shared_yaxes=True, subplot_titles=list(scores), horizontal_spacing=0.03)
-    low = min(s.values.min().item() for s in scores.values())
-    high = max(s.values.max().item() for s in scores.values())
-    kind = next(iter(scores.values())).kind
+    kinds = [s.kind for s in scores.values()]
+    own_bars = len(set(kinds)) > 1  # one scale for norms and accuracies would leave one of them a single colour
+    panel, gap = max(170, min(18 * n_heads, 620)), BAR if own_bars else 0  # pixels
+    room = len(scores) * panel + (len(scores) - 1) * gap
+    spacing = gap / room if own_bars else 0.03
+    fig = make_subplots(cols=len(scores), shared_yaxes=True, subplot_titles=list(scores), horizontal_spacing=spacing)
     for i, (name, s) in enumerate(scores.items(), start=1):
+        alike = [other.values for other in scores.values() if other.kind == s.kind]
+        bar = {"x": fig.layout[f"xaxis{i}"].domain[1], "xanchor": "left"} if own_bars else {}
         fig.add_trace(
             go.Heatmap(
-                z=s.values.tolist(), zmin=low, zmax=high, colorscale=HEAT, showscale=i == len(scores), xgap=1, ygap=1,
-                colorbar={"title": {"text": kind, "side": "right"}, "thickness": 12, "len": 0.9},
+                z=s.values.tolist(), zmin=min(v.min().item() for v in alike), zmax=max(v.max().item() for v in alike),
+                colorscale=HEAT, showscale=own_bars or i == len(scores), xgap=1, ygap=1,
+                colorbar={"title": {"text": s.kind, "side": "right"}, "thickness": 12, "len": 0.9, **bar},
                 hovertemplate="L%{y}H%{x}: %{z:.4g}<extra>" + name + "</extra>", name=name,
             ), row=1, col=i,
         )  # fmt: skip
@@ -59,7 +68,7 @@ def head_grid(
         _mark(fig, i, (marked or {}).get(name), marked_label, {"symbol": "square-open", "size": 14, "color": "#56B4E9",
               "line": {"color": "#56B4E9", "width": 3}})  # fmt: skip
     height = 230 + max(100, min(26 * n_layers, 620))
-    style(fig, title=title, width=130 + len(scores) * max(170, min(18 * n_heads, 620)), height=height)
+    style(fig, title=title, width=130 + room, height=height)
     fig.update_xaxes(title_text="head", range=[-0.5, n_heads - 0.5], showgrid=False, constrain="domain")
     fig.update_yaxes(range=[-0.5, n_layers - 0.5], showgrid=False, dtick=max(1, n_layers // 8))
     fig.update_yaxes(title_text="layer", col=1)

@@ -13,7 +13,7 @@
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,26 +106,44 @@ def chosen_sets(results: Results) -> dict[str, HeadSet]:
     return {t: results.heads(t) for t in results.tasks}
 
 
+def compared_sets(results: Results) -> dict[str, HeadSet]:
+    """Heads of the rankings that stand side by side (`Results.compared`), usual K."""
+    return {name: results.heads(task, by) for name, (task, by) in results.compared().items()}
+
+
 def scores_by(results: Results, task: str) -> dict[str, HeadScores]:
     """Selector -> a task's scores with the first seed."""
     return {by: s for (t, by, seed), s in results.scores.items() if t == task and seed == results.seeds[0]}
 
 
-def _head_grid(results: Results) -> Iterator[Drawn]:
-    scores = {t: results.scores[t, OWN, results.seeds[0]] for t in results.tasks}
-    chosen = chosen_sets(results)
+def head_grids(results: Results, known: Mapping[str, HeadSet] | None = None) -> Iterator[Drawn]:
+    """Every head's score: a panel a task, or for a study of one task a panel a selector.
+
+    Args:
+        results: a study.
+        known: last part of a task's name -> heads to mark; None = the embedded model's planted heads, on that model.
+    """
+    keys = results.compared()
+    scores = {name: results.scores[t, by, results.seeds[0]] for name, (t, by) in keys.items()}
+    chosen = compared_sets(results)
     frame = pd.DataFrame([
-        {"task": t, "layer": h.layer, "head": h.head, "score": s[h], "rank": rank, "chosen": h in chosen[t]}
-        for t, s in scores.items() for rank, h in enumerate(s.ranking(), start=1)
+        {"task": t, "by": by, "layer": h.layer, "head": h.head, "score": s[h], "rank": rank, "chosen": h in chosen[name]}
+        for (name, s), (t, by) in zip(scores.items(), keys.values(), strict=True)
+        for rank, h in enumerate(s.ranking(), start=1)
     ])  # fmt: skip
-    title = f"Which heads each task uses: A-norm after step 1 (seed {results.seeds[0]})"
-    known = planted(ORGANISM) if results.model.name == "organism" else {}
-    marked = {t: known[short] for t, short in short_names(results.tasks).items() if short in known}
+    if known is None:
+        known = planted(ORGANISM) if results.model.name == "organism" else {}
+    short = short_names(results.tasks)
+    marked = {name: known[short[t]] for name, (t, _) in keys.items() if short[t] in known}
+    tasks = {t for t, _ in keys.values()}
+    title = "Which heads each task uses: A-norm after step 1" if len(tasks) == len(keys) else f"Heads for {tasks.pop()}"
+    title = f"{title} (seed {results.seeds[0]})"
     yield Drawn("head_grid", head_grid(scores, chosen, marked=marked, title=title), frame)
 
 
-def _layers(results: Results) -> Iterator[Drawn]:
-    sets = chosen_sets(results)
+def layers(results: Results) -> Iterator[Drawn]:
+    """Share of the chosen heads by layer."""
+    sets = compared_sets(results)
     shares = layer_shares(sets, results.model.n_layers)
     fig = layer_distribution(sets, n_layers=results.model.n_layers, title="Chosen heads by layer")
     yield Drawn("fig3_layers", fig, shares)
@@ -264,6 +282,6 @@ def _series(results: Results, task: str) -> str:
 
 
 FIGURES: tuple[Callable[[Results], Iterator[Drawn]], ...] = (
-    _head_grid, _layers, _overlap, _agreement, _stability, _transfer, _k_sweep, _data_efficiency, _methods,
+    head_grids, layers, _overlap, _agreement, _stability, _transfer, _k_sweep, _data_efficiency, _methods,
     reading_figures,
 )  # fmt: skip
