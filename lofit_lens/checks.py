@@ -5,7 +5,7 @@ import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lofit_lens.errors import InputError, unknown
+from lofit_lens.errors import DataError, InputError, unknown
 
 LARGEST_SEED = 2**32 - 1  # what numpy and scikit-learn take
 
@@ -70,6 +70,21 @@ def texts_of(name: str, texts: Any) -> list[str]:
         if not isinstance(text, str):
             raise InputError(f"{name} holds {shown(text)} at place {i}; give a list of texts")
     return listed
+
+
+def records_of(where: str, rows: Any) -> list[Any]:
+    """Rows as a list; a table of pandas gives its rows.
+
+    Raises:
+        DataError: no list of rows.
+    """
+    if hasattr(rows, "to_dict"):  # a table's own iteration gives the names of its columns
+        rows = rows.to_dict("records")
+    if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Iterable):
+        raise DataError(
+            f"{where}: {shown(rows)} is not a list of records; give e.g. [{{'prompt': ..., 'answer': ...}}]"
+        )
+    return list(rows)
 
 
 def shown(value: Any) -> str:

@@ -60,4 +60,6 @@ def _named(given: Any, what: str, example: str) -> dict[str, Any]:
     if not all(isinstance(one, Ranking) for one in listed):
         raise InputError(f"{shown(given)} is not {what} by name; give e.g. {example}")
     labels = [one.task or one.kind if isinstance(one, HeadScores) else one.label or "heads" for one in listed]
-    return dict(zip(labels if len(set(labels)) == len(labels) else map(str, range(1, len(labels) + 1)), listed, strict=True))
+    return dict(
+        zip(labels if len(set(labels)) == len(labels) else map(str, range(1, len(labels) + 1)), listed, strict=True)
+    )

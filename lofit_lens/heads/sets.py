@@ -90,6 +90,8 @@ class HeadSet:
     ) -> None:
         listed, printed = _read(heads)
         shape = printed if shape is None else check_shape(shape)
+        if printed not in (None, shape):
+            raise InputError(f"these heads belong to a model of {printed} heads, not of {shape}; give one model's")
         numbers = None if scores is None else _numbers(scores)
         if len(set(listed)) != len(listed):
             twice = next(h for i, h in enumerate(listed) if h in listed[:i])

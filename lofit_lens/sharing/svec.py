@@ -170,6 +170,7 @@ def import_svec(
 
 def _steering(adapter: Adapter) -> tuple[ITI | Lofit, float]:
     """The adapter, if the format has a place for it, and the strength to give to AISteer360."""
+    check_adapter(adapter)
     if isinstance(adapter, Lofit):
         if adapter.A.detach().any():
             raise AdapterError(
