@@ -1,9 +1,10 @@
 """Checks of what a user gives, each of them one line in the function that takes it."""
 
 import math
-import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+import numpy as np
 
 from lofit_lens.errors import DataError, InputError, unknown
 
@@ -18,7 +19,7 @@ def given(**values: Any) -> dict[str, Any]:
 def check_whole(least: int, most: int | None = None, /, **values: Any) -> None:
     """Raise InputError unless each value is a whole number of at least `least` and at most `most`."""
     for name, value in values.items():
-        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
         if not whole or value < least or (most is not None and value > most):
             allowed = f"{least} or more" if most is None else f"{least} to {most}"
             raise InputError(f"{name} is {value!r}; give a whole number, {allowed}")
@@ -32,13 +33,13 @@ def check_seed(seed: Any) -> None:
 def check_number(**values: Any) -> None:
     """Raise InputError unless each value is a finite number."""
     for name, value in values.items():
-        if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
+        if not isinstance(value, int | float | np.number) or isinstance(value, bool) or not math.isfinite(value):
             raise InputError(f"{name} is {value!r}; give a finite number")
 
 
 def check_share(name: str, value: Any) -> None:
     """Raise InputError unless 0 < value < 1."""
-    if not isinstance(value, numbers.Real) or not 0 < value < 1:
+    if not isinstance(value, int | float | np.number) or not 0 < value < 1:
         raise InputError(f"{name} is {value!r}; allowed: between 0 and 1, both excluded")
 
 

@@ -162,7 +162,7 @@ def drift(
     if n_texts == 0:
         raise InputError("no text to compare on; give one or more")
     edited = [h for a in listed if isinstance(a, HeadAdapter) for h in a.heads]
-    heads = HeadSet(dict.fromkeys(edited))
+    heads = HeadSet(list(dict.fromkeys(edited)))
     places = [*range(ends), *range(-ends, 0)]
     layers = [{"where": w, "layer": n, **_row(sums["z by layer" if w == "z" else w], n)} for w in WHERE for n in every]
     by_head = [{"head": str(h), "layer": h.layer, "index": h.head, **_row(sums["z"], h.layer, h.head)} for h in heads]

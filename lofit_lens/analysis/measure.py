@@ -74,7 +74,7 @@ def check_ks(ks: Sequence[int] | None, most: int) -> tuple[int, ...]:
             if most <= 12
             else (*(2**i for i in range(most.bit_length()) if 2**i < most), most)
         )
-    listed = list(ks) if isinstance(ks, Iterable) and not isinstance(ks, str) else [None]
+    listed: list[Any] = list(ks) if isinstance(ks, Iterable) and not isinstance(ks, str) else []
     if not listed or not all(isinstance(k, int) and not isinstance(k, bool) and 1 <= k <= most for k in listed):
         raise InputError(f"ks is {shown(ks)}; give a list of numbers of heads, some of 1 to {most}")
     return tuple(sorted(set(listed)))

@@ -56,7 +56,9 @@ def _named(given: Any, what: str, example: str) -> dict[str, Any]:
         if len(named) < len(given):
             raise InputError(f"names {list(given)}: two of them read alike; name them otherwise")
         return named
-    listed = [given] if isinstance(given, Ranking) else list(given) if isinstance(given, list | tuple) else [None]
+    listed: list[Any] = (
+        [given] if isinstance(given, Ranking) else list(given) if isinstance(given, list | tuple) else [None]
+    )
     if not all(isinstance(one, Ranking) for one in listed):
         raise InputError(f"{shown(given)} is not {what} by name; give e.g. {example}")
     labels = [one.task or one.kind if isinstance(one, HeadScores) else one.label or "heads" for one in listed]

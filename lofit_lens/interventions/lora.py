@@ -67,7 +67,7 @@ class Lora(Adapter):
         if alpha <= 0:
             raise InputError(f"alpha is {alpha}; it must be above 0 and finite")
         self.n_layers, self.rank, self.alpha = n_layers, rank, float(alpha)
-        self.sizes = {name: sizes[name] for name in parse_targets(sizes)}
+        self.sizes = {name: sizes[name] for name in parse_targets(list(sizes))}
         self.A, self.B = nn.ParameterDict(), nn.ParameterDict()
         for key, (_, name) in self._places().items():
             n_in, n_out = self.sizes[name]

@@ -216,7 +216,7 @@ def reading_vectors(
 
 
 def _pairs_of_texts(source: Any) -> list[tuple[str, str]]:
-    listed = list(source) if isinstance(source, Sequence) else [None]
+    listed: list[Any] = list(source) if isinstance(source, Sequence) else [source]
     for pair in listed:
         if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise InputError(f"source holds {shown(pair)}; give a task, or pairs (right text, wrong text)")
