@@ -28,6 +28,10 @@ def check_whole(least: int, most: int | None = None, /, **values: Any) -> None:
 def check_seed(seed: Any) -> None:
     """Raise InputError unless it is a seed that every generator takes. None would draw other numbers at each run."""
     check_whole(0, LARGEST_SEED, seed=seed)
+    if isinstance(seed, np.integer):
+        raise InputError(
+            f"seed is {seed!r}, a number of numpy's, which not every generator and no file takes; give int(seed)"
+        )
 
 
 def check_number(**values: Any) -> None:

@@ -181,7 +181,8 @@ def test_head_sets_go_with_heads_written_otherwise(lofit):
 
 
 @pytest.mark.parametrize(("wrong", "said"), [
-    (SCORES, r"best ones, .top\(k\)"), (5, "5 is not a set of heads"), (None, "None is not a set"), ("L1H2 ...", "leaves heads out"),
+    (SCORES, r"best ones, .top\(k\)"), (5, "5 is not a set of heads"), (None, "None is not a set"),
+    ("L1H2 ...", "leaves heads out"),
     ("HeadSet(13 heads: L0H1 ...)", "leaves heads out"), ({"a": 1}, "is not a set of heads"), ([True, 1], "True is not a head"),
     (ll.Lofit((3, 4, 8)), "give its .heads"),
 ])  # fmt: skip
@@ -321,7 +322,7 @@ SEEDS = {
 @pytest.mark.parametrize("call", SEEDS.values(), ids=SEEDS)
 def test_a_seed_that_is_none_is_refused(call, model):
     """None would draw other numbers at each run; fractions, texts and negative numbers are no seeds either."""
-    for wrong in (None, -1, 1.5, "0", True, 2**70):
+    for wrong in (None, -1, 1.5, "0", True, 2**70, np.int64(3)):
         with pytest.raises(InputError, match="seed is "):
             call(model, wrong)
 

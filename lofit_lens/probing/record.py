@@ -117,6 +117,9 @@ def statement_ids(model: Any, statements: Iterable[Statement]) -> list[tuple[int
         DataError: a statement whose prompt or answer has no token.
     """
     tokenizer = tokenizer_of(model)
+    check_is(statements, Iterable, "statements", "what tasks.statements gives")
+    for s in (statements := list(statements)):
+        check_is(s, Statement, "a statement", "what tasks.statements gives")
     return [encode_continuations(tokenizer, s.prompt, [s.answer])[0].ids for s in statements]
 
 

@@ -84,6 +84,7 @@ def fit(
             step in `.adapter`.
     """
     check_adapter(adapter)
+    check_is(config, TrainConfig, "config", "a TrainConfig(lr=...)")
     task = task_of(task)
     asked = Fit(adapter, task, config, seed, n_train, penalty, identity, on_step)
     (error,) = fit_together(
