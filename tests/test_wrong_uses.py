@@ -420,11 +420,7 @@ def test_training_goes_on_where_gradients_are_switched_off(model):
 @pytest.mark.parametrize("method", ["red", "loreft", "lora"])
 def test_every_trained_method_learns_without_gradients_switched_on(method, model):
     """RED, LoReFT and LoRA go through the same loop."""
-    make = {
-        "red": ll.Red.for_model,
-        "loreft": lambda m: ll.LoReft.for_model(m, seed=0),
-        "lora": lambda m: ll.Lora.for_model(m, seed=0),
-    }
+    make = {"red": ll.Red.for_model, "loreft": ll.LoReft.for_model, "lora": ll.Lora.for_model}[method]
     with torch.no_grad():
         adapter = make(model) if method == "red" else make(model, seed=0)
         before = [p.detach().clone() for p in adapter.parameters()]

@@ -90,11 +90,13 @@ class HeadScores:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """The scores as numpy (and pandas) take them, `[n_layers, n_heads]`; `.values` is the tensor."""
-        return np.array(self.values, dtype=dtype)
+        return np.array(
+            self.values.numpy(), dtype=dtype, copy=copy is not False
+        )  # the scores themselves stay as they are
 
     def __dlpack__(self, **how: Any) -> Any:
         """The scores as torch takes them."""
-        return self.values.__dlpack__(**how)
+        return self.values.clone().__dlpack__(**how)
 
     def __dlpack_device__(self) -> Any:
         return self.values.__dlpack_device__()
