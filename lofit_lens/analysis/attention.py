@@ -10,8 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lofit_lens.analysis.tokens import token_texts
+from lofit_lens.checks import check_whole, texts_of
 from lofit_lens.errors import DataError, InputError, ModelError
-from lofit_lens.heads import Head, HeadSet
+from lofit_lens.heads import Head, Heads, HeadSet
 from lofit_lens.models import (
     context_length,
     device_of,
@@ -58,8 +59,7 @@ class AttentionPatterns:
 
     def check_prompt(self, prompt: int) -> None:
         """Raise InputError unless there is such a prompt."""
-        if not 0 <= prompt < len(self.prompts):
-            raise InputError(f"no prompt {prompt}; there are 0 to {len(self.prompts) - 1}")
+        check_whole(0, len(self.prompts) - 1, prompt=prompt)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; weights rounded to 4 decimals, which is what can be seen."""
@@ -71,7 +71,7 @@ class AttentionPatterns:
 
 
 @torch.no_grad()
-def attention_patterns(model: Any, prompts: Sequence[str], heads: HeadSet) -> AttentionPatterns:
+def attention_patterns(model: Any, prompts: Sequence[str], heads: Heads) -> AttentionPatterns:
     """Attention patterns of some heads; prompts run one by one, and only the wanted heads are kept.
 
     Args:
@@ -84,7 +84,7 @@ def attention_patterns(model: Any, prompts: Sequence[str], heads: HeadSet) -> At
         DataError: a prompt without a token or longer than the context; names its place.
         ModelError: a layer whose attention cannot be seen.
     """
-    info = model_info(model)
+    info, prompts, heads = model_info(model), texts_of("prompts", prompts), HeadSet.of(heads)
     if len(heads) == 0 or not prompts:
         raise InputError(f"{len(prompts)} prompts and {len(heads)} heads; give at least one of each")
     heads.check((info.n_layers, info.n_heads))

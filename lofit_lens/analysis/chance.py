@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy import stats
 
+from lofit_lens.checks import check_share
 from lofit_lens.errors import InputError
 
 
@@ -69,12 +70,6 @@ def chance_range(outcomes: Float[np.ndarray, " outcomes"], *, level: float = 0.9
     below = np.cumsum(outcomes)
     low, high = np.searchsorted(below, [(1 - level) / 2 - 1e-12, (1 + level) / 2 - 1e-12])
     return int(low), min(int(high), below.size - 1)
-
-
-def check_share(name: str, value: float) -> None:
-    """Raise InputError unless 0 < value < 1."""
-    if not 0 < value < 1:
-        raise InputError(f"{name} is {value}; allowed: between 0 and 1, both excluded")
 
 
 def rank_biased_overlap(a: Sequence[object], b: Sequence[object], *, p: float = 0.9) -> float:

@@ -24,10 +24,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lofit_lens.analysis.measure import records
+from lofit_lens.checks import check_whole, given, texts_of
 from lofit_lens.errors import DataError, InputError, ModelError
 from lofit_lens.heads import HeadSet
 from lofit_lens.interventions.at_heads import HeadAdapter
-from lofit_lens.interventions.base import Intervention, attached
+from lofit_lens.interventions.base import Intervention, adapters_of, attached
 from lofit_lens.models import (
     check_residual,
     context_length,
@@ -137,13 +138,8 @@ def drift(
         AdapterError: an adapter for another shape.
         ModelError: heads or residual stream that cannot be reached, or activations that are NaN, infinite or all zero.
     """
-    listed = list(adapters) if isinstance(adapters, Sequence) else [adapters]
-    if not listed:
-        raise InputError("no adapter to compare with the bare model; give one or more")
-    for name, value in (("limit", 1 if limit is None else limit), ("ends", ends)):
-        if value < 1:
-            raise InputError(f"{name} is {value}; give 1 or more")
-    info = model_info(model)
+    info, listed = model_info(model), adapters_of(adapters)
+    check_whole(1, ends=ends, **given(limit=limit))
     every = tuple(range(info.n_layers))
     head_size(model)
     check_residual(model, every, "hook_resid_post")
@@ -166,7 +162,7 @@ def drift(
     if n_texts == 0:
         raise InputError("no text to compare on; give one or more")
     edited = [h for a in listed if isinstance(a, HeadAdapter) for h in a.heads]
-    heads = HeadSet(dict.fromkeys(edited))
+    heads = HeadSet(list(dict.fromkeys(edited)))
     places = [*range(ends), *range(-ends, 0)]
     layers = [{"where": w, "layer": n, **_row(sums["z by layer" if w == "z" else w], n)} for w in WHERE for n in every]
     by_head = [{"head": str(h), "layer": h.layer, "index": h.head, **_row(sums["z"], h.layer, h.head)} for h in heads]
@@ -182,9 +178,11 @@ def drift(
 
 def _rows(model: Any, texts: Iterable[str] | Task, split: str, limit: int | None) -> Iterator[tuple[list[int], bool]]:
     """Token ids of each text, and whether its end was cut off."""
-    given = [e.prompt for e in texts.examples(split, limit=limit)] if isinstance(texts, Task) else texts
+    prompts = isinstance(texts, Task)
+    some = itertools.islice(texts, limit) if isinstance(texts, Iterator) else texts  # it may have no end
+    listed = [e.prompt for e in texts.examples(split, limit=limit)] if prompts else texts_of("texts", some)[:limit]
     tokenizer, longest = tokenizer_of(model), context_length(model)
-    for i, text in enumerate(itertools.islice(given, limit)):
+    for i, text in enumerate(listed):
         ids = encode(tokenizer, text)
         if not ids:
             raise DataError(f"text {i} has no token; drop it")

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from lofit_lens.analysis.logit_lens import to_stream
+from lofit_lens.checks import check_is, texts_of
 from lofit_lens.errors import InputError
 from lofit_lens.heads import Head
-from lofit_lens.interventions.lofit import Lofit
+from lofit_lens.interventions.lofit import LOFIT, Lofit
 from lofit_lens.models import model_info, tokenizer_of
 from lofit_lens.probing.probes import Probes
 from lofit_lens.probing.reading import ReadingVectors
@@ -56,8 +57,11 @@ def geometry(
         InputError: probes or reading vectors of another shape, or an empty list of prompts.
         ModelError: heads that have no direct path to the residual stream.
     """
-    lofit._check_shape(model)
     info = model_info(model)
+    check_is(lofit, Lofit, "lofit", LOFIT)
+    check_is(probes, (Probes, type(None)), "probes", "what fit_probes gives")
+    check_is(reading, (ReadingVectors, type(None)), "reading", "what reading_vectors gives")
+    lofit._check_shape(model)
     v = torch.stack([lofit.v.detach()[h].cpu() for h in lofit.heads]).double()
     A = torch.stack([lofit.A.detach()[h].cpu() for h in lofit.heads]).double()
     u = to_stream(model, v.float(), lofit.heads).double()
@@ -102,6 +106,8 @@ def offset_cosines(a: Lofit, b: Lofit) -> pd.DataFrame:
     Raises:
         InputError: adapters of different shapes.
     """
+    for name, one in (("a", a), ("b", b)):
+        check_is(one, Lofit, name, LOFIT)
     if a.shape != b.shape:
         raise InputError(f"adapters of different models: shapes {a.shape} and {b.shape}")
     shared = list(a.heads & b.heads)
@@ -128,6 +134,7 @@ def _norm(rows: Tensor) -> np.ndarray:
 
 
 def _z_norms(model: Any, lofit: Lofit, prompts: Sequence[str]) -> list[float]:
+    prompts = texts_of("prompts", prompts)
     if not prompts:
         raise InputError("prompts is an empty list; give one or more, or None to leave z out")
     tokenizer = tokenizer_of(model)

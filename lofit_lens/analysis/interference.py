@@ -18,14 +18,16 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from lofit_lens.analysis.measure import Items, items_of, paired, records, summary
+from lofit_lens.checks import check_is, check_seed, check_whole, shown, texts_of
 from lofit_lens.errors import DataError, InputError
 from lofit_lens.evaluation.stats import holm
-from lofit_lens.heads import HeadSet
-from lofit_lens.interventions.base import Intervention, attached
+from lofit_lens.heads import Heads
+from lofit_lens.interventions.base import Intervention, attached, check_adapter
 from lofit_lens.interventions.lofit import Lofit
-from lofit_lens.models import context_length, rules_of, tokenizer_of
+from lofit_lens.models import backend_of, context_length, rules_of, tokenizer_of
 from lofit_lens.tasks.base import Task
 from lofit_lens.tasks.collate import encode
+from lofit_lens.tasks.registry import task_of
 from lofit_lens.training.config import TrainConfig
 from lofit_lens.training.lofit import tune_offsets
 
@@ -73,7 +75,7 @@ class Interference:
 
 
 def interference(
-    model: Any, pairs: Mapping[str, tuple[Task, Intervention]], *, split: str = "test", limit: int | None = None,
+    model: Any, pairs: Mapping[str, tuple[Task | str, Intervention]], *, split: str = "test", limit: int | None = None,
     progress: bool = True,
 ) -> Interference:  # fmt: skip
     """Each task with no adapter, each adapter alone, and all of them together.
@@ -96,8 +98,11 @@ def interference(
         InputError: fewer than two tasks; or as `evaluate`.
         AdapterError: an adapter for another shape.
     """
+    backend_of(model)
+    check_is(pairs, Mapping, "pairs", "name -> (task, its adapter), two or more")
     if len(pairs) < 2:
         raise InputError(f"{len(pairs)} task(s) cannot interfere; give two or more with their adapters")
+    pairs = {str(name): _pair(name, pair) for name, pair in pairs.items()}
     adapters = {name: adapter for name, (_, adapter) in pairs.items()}
     lofits = [a for a in adapters.values() if isinstance(a, Lofit)]
     sides: dict[str, list[Intervention]] = {TOGETHER: list(adapters.values())}
@@ -115,8 +120,15 @@ def interference(
     return _result(runs, tests, {n: t for n, (t, _) in pairs.items()}, tuple(pairs), split)
 
 
+def _pair(name: str, pair: Any) -> tuple[Task, Intervention]:
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise InputError(f"{name!r} is {shown(pair)}; give (task, its adapter)")
+    check_adapter(pair[1])
+    return task_of(pair[0]), pair[1]
+
+
 def learned_in_turn(
-    model: Any, tasks: Mapping[str, Task], heads: Mapping[str, HeadSet], *, seed: int = 42,
+    model: Any, tasks: Mapping[str, Task | str], heads: Mapping[str, Heads], *, seed: int = 42,
     config: TrainConfig | None = None, split: str = "test", limit: int | None = None, progress: bool = True,
 ) -> tuple[Interference, dict[str, Lofit]]:  # fmt: skip
     """Tune offsets for one task after another, each while the adapters before it stay attached; measure every task each time.
@@ -142,6 +154,10 @@ def learned_in_turn(
         InputError: fewer than two tasks, or a task without heads; or as `tune_offsets` and `evaluate`.
         TrainingDiverged: NaN or infinity.
     """
+    backend_of(model)
+    for kind, given in (("tasks", tasks), ("heads", heads)):
+        check_is(given, Mapping, kind, f"name -> {kind}, for two or more tasks")
+    tasks = {name: task_of(task) for name, task in tasks.items()}
     if len(tasks) < 2:
         raise InputError(f"{len(tasks)} task(s) cannot be learned in turn; give two or more")
     if missing := [name for name in tasks if name not in heads]:
@@ -193,8 +209,8 @@ class LongContext:
 
 
 def long_context(
-    model: Any, task: Task, adapter: Intervention, fillers: Iterable[str], lengths: Sequence[int], *, separator: str = "\n\n",
-    seed: int = 0, split: str = "test", limit: int | None = None, progress: bool = True,
+    model: Any, task: Task | str, adapter: Intervention, fillers: Iterable[str], lengths: Sequence[int], *,
+    separator: str = "\n\n", seed: int = 0, split: str = "test", limit: int | None = None, progress: bool = True,
 ) -> LongContext:  # fmt: skip
     """The task's metric with other documents in front of each prompt, up to each length, with and without the adapter.
 
@@ -219,11 +235,16 @@ def long_context(
         DataError: an item that does not fit the context, or fillers that give no more tokens than a shorter length.
         AdapterError: an adapter for another shape.
     """
-    documents, listed = list(fillers), sorted({0, *lengths})
-    if not documents or not lengths or listed[0] < 0:
-        raise InputError(
-            f"{len(documents)} fillers and lengths {list(lengths)}; give one or more documents, and lengths of 0 or above"
-        )
+    backend_of(model)
+    task, documents = task_of(task), texts_of("fillers", fillers)
+    check_adapter(adapter)
+    check_seed(seed)
+    check_is(separator, str, "separator", "a text")
+    if not documents or not isinstance(lengths, Sequence) or not lengths:
+        raise InputError(f"{len(documents)} fillers and lengths {shown(lengths)}; give one or more of both")
+    for length in lengths:
+        check_whole(0, length=length)
+    listed = sorted({0, *lengths})
     examples = task.examples(split, limit=limit)
     if listed[-1] >= context_length(model):
         raise DataError(f"a length of {listed[-1]} leaves no room for a prompt; the context is {context_length(model)}")

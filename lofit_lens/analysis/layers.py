@@ -8,20 +8,20 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from lofit_lens.analysis.chance import check_share
+from lofit_lens.checks import check_seed, check_share, check_whole, given
 from lofit_lens.errors import InputError
 from lofit_lens.evaluation.stats import RESAMPLES, bootstrap_interval, holm
-from lofit_lens.heads import HeadSet
+from lofit_lens.heads import HeadSet, Sets, named_sets
 
 
-def layer_shares(sets: Mapping[str, HeadSet], n_layers: int | None = None, *, level: float = 0.95) -> pd.DataFrame:
+def layer_shares(sets: Sets, n_layers: int | None = None, *, level: float = 0.95) -> pd.DataFrame:
     """Share of each head set that lies in each layer, beside what an even draw would give.
 
     The chosen heads are no sample of anything, so their shares carry no interval. What they can be held against is chance:
     of K heads drawn evenly from the model, the number in one layer is hypergeometric.
 
     Args:
-        sets: name -> heads.
+        sets: name -> heads, or head sets without names; see `overlap`.
         n_layers: of the model; None = read from the head sets.
         level: of the chance range of one layer; over L layers about (1 - level) L of them fall outside by chance.
 
@@ -37,6 +37,7 @@ def layer_shares(sets: Mapping[str, HeadSet], n_layers: int | None = None, *, le
         [0.25, 0.75]
     """
     check_share("level", level)
+    sets = _some(sets)
     n = _n_layers(sets, n_layers)
     rows = []
     for name, heads in sets.items():
@@ -51,7 +52,7 @@ def layer_shares(sets: Mapping[str, HeadSet], n_layers: int | None = None, *, le
     return pd.DataFrame(rows)
 
 
-def mean_layers(sets: Mapping[str, HeadSet], *, seed: int = 0, level: float = 0.95) -> pd.DataFrame:
+def mean_layers(sets: Sets, *, seed: int = 0, level: float = 0.95) -> pd.DataFrame:
     """Mean layer of each head set, layers counted from 0.
 
     Args:
@@ -71,8 +72,7 @@ def mean_layers(sets: Mapping[str, HeadSet], *, seed: int = 0, level: float = 0.
         >>> round(float(found["mean_layer"].iloc[0]), 3)
         0.667
     """
-    _some(sets)
-    rows = []
+    sets, rows = _some(sets), []
     for name, heads in sets.items():
         layers = [float(h.layer) for h in heads]
         low, high = bootstrap_interval(layers, seed=seed, level=level) or (float("nan"), float("nan"))
@@ -81,9 +81,7 @@ def mean_layers(sets: Mapping[str, HeadSet], *, seed: int = 0, level: float = 0.
     return pd.DataFrame(rows)
 
 
-def mean_layer_differences(
-    sets: Mapping[str, HeadSet], *, permutations: int = RESAMPLES, seed: int = 0
-) -> pd.DataFrame:
+def mean_layer_differences(sets: Sets, *, permutations: int = RESAMPLES, seed: int = 0) -> pd.DataFrame:
     """Does one set sit deeper in the model than another? A permutation test for each pair.
 
     Heads of only one of the two sets are dealt anew to both, sizes kept; shared heads stay in both. All ways to deal are
@@ -101,7 +99,9 @@ def mean_layer_differences(
     Raises:
         InputError: fewer than two head sets, or an empty one.
     """
-    _some(sets)
+    sets = _some(sets)
+    check_whole(1, permutations=permutations)
+    check_seed(seed)
     if len(sets) < 2:
         raise InputError("one head set given; a difference takes at least two")
     rows = [
@@ -129,16 +129,18 @@ def _p_of_difference(a: HeadSet, b: HeadSet, permutations: int, seed: int) -> fl
     return float(found.pvalue)
 
 
-def _some(sets: Mapping[str, HeadSet]) -> None:
+def _some(sets: Sets) -> dict[str, HeadSet]:
+    sets = named_sets(sets)
     if not sets:
         raise InputError("no head sets given; give at least one, e.g. {'MQuAKE': scores.top(32)}")
     for name, heads in sets.items():
         if not len(heads):
             raise InputError(f"head set {name!r} is empty; it lies in no layer")
+    return sets
 
 
 def _n_layers(sets: Mapping[str, HeadSet], n_layers: int | None) -> int:
-    _some(sets)
+    check_whole(1, **given(n_layers=n_layers))
     known = {s.shape[0] for s in sets.values() if s.shape} | ({n_layers} if n_layers is not None else set())
     if len(known) != 1:
         found = f"{sorted(known)} layers" if known else "none"

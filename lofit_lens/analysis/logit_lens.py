@@ -23,10 +23,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lofit_lens.analysis.tokens import token_texts
+from lofit_lens.checks import check_is, check_whole, shown, texts_of
 from lofit_lens.errors import InputError
-from lofit_lens.heads import Head, HeadSet
-from lofit_lens.interventions.lofit import Lofit
-from lofit_lens.models import final_norm, head_output_matrix, model_info, to_logits, tokenizer_of
+from lofit_lens.heads import Head, Heads, HeadSet
+from lofit_lens.interventions.lofit import LOFIT, Lofit
+from lofit_lens.models import backend_of, final_norm, head_output_matrix, head_size, model_info, to_logits, tokenizer_of
 from lofit_lens.probing.record import record
 from lofit_lens.tasks.collate import encode
 
@@ -84,7 +85,7 @@ def promoted_tokens(
     model: Any,
     lofit: Lofit,
     *,
-    heads: HeadSet | None = None,
+    heads: Heads | None = None,
     top: int = 10,
     prompts: Sequence[str] | None = None,
 ) -> HeadTokens:
@@ -103,8 +104,10 @@ def promoted_tokens(
         ModelError: heads that have no direct path to the stream.
         DataError: a prompt longer than the context.
     """
+    backend_of(model)
+    check_is(lofit, Lofit, "lofit", LOFIT)
     lofit._check_shape(model)
-    chosen = lofit.heads if heads is None else heads
+    chosen = lofit.heads if heads is None else HeadSet.of(heads)
     if missing := [str(h) for h in chosen if h not in lofit.heads]:
         raise InputError(f"{', '.join(missing)} not in this adapter; it has offsets on {lofit.heads}")
     if len(chosen) == 0:
@@ -122,7 +125,7 @@ def promoted_tokens(
 def promoted_by(
     model: Any,
     directions: Float[Tensor, "K d_head"],
-    heads: HeadSet,
+    heads: Heads,
     *,
     top: int = 10,
     prompts: Sequence[str] | None = None,
@@ -143,12 +146,15 @@ def promoted_by(
         ModelError: heads that have no direct path to the stream.
         DataError: a prompt longer than the context.
     """
-    info = model_info(model)
+    info, heads = model_info(model), HeadSet.of(heads)
     heads.check((info.n_layers, info.n_heads))
-    if len(heads) != len(directions):
-        raise InputError(f"{len(directions)} directions for {len(heads)} heads; give one a head")
-    if not 1 <= top <= info.d_vocab // 2:
-        raise InputError(f"top is {top}; give 1 to {info.d_vocab // 2}, half of the vocabulary")
+    d_head = head_size(model, heads.layers)
+    if not isinstance(directions, Tensor) or tuple(directions.shape) != (len(heads), d_head):
+        of = f"of shape {tuple(directions.shape)}" if isinstance(directions, Tensor) else shown(directions)
+        raise InputError(
+            f"directions {of} for {len(heads)} heads; give a tensor [{len(heads)}, {d_head}], one row a head"
+        )
+    check_whole(1, info.d_vocab // 2, top=top)
     streams = to_stream(model, directions, heads)
     scale = None if prompts is None else _mean_scale(model, prompts)
     norm, rows = final_norm(model), []
@@ -183,6 +189,7 @@ def to_stream(model: Any, directions: Float[Tensor, "K d_head"], heads: HeadSet)
 
 def _mean_scale(model: Any, prompts: Sequence[str]) -> float:
     """1 / mean(1 / s) at the last token of the prompts."""
+    prompts = texts_of("prompts", prompts)
     if not prompts:
         raise InputError("prompts is an empty list; give one or more, or None for relative sizes")
     last, norm, tokenizer = model_info(model).n_layers - 1, final_norm(model), tokenizer_of(model)

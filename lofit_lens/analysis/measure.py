@@ -1,28 +1,33 @@
 """What every experiment of this part does: a task's metric, item by item, with adapters attached; and its row in a table."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from lofit_lens.analysis.resampling import paired_test_of_means
+from lofit_lens.checks import check_seed, check_whole, shown
 from lofit_lens.errors import InputError
 from lofit_lens.evaluation.evaluate import evaluate
 from lofit_lens.evaluation.result import Metric
 from lofit_lens.evaluation.stats import PairedTest, bootstrap_interval_over_seeds
 from lofit_lens.interventions.base import Intervention, attached
 from lofit_lens.tasks.base import Task
+from lofit_lens.tasks.registry import task_of
 
 Items = tuple[float, ...]  # the metric of every item of a split, in order
 
 
-def items_of(model: Any, task: Task, *adapters: Intervention, split: str = "test", limit: int | None = None) -> Items:
+def items_of(
+    model: Any, task: Task | str, *adapters: Intervention, split: str = "test", limit: int | None = None
+) -> Items:
     """The task's own metric of each item, with adapters attached in the order given.
 
     Raises:
         InputError, DataError: as `evaluate`.
     """
+    task = task_of(task)
     with attached(model, *adapters):
         result = evaluate(model, task, split=split, limit=limit, progress=False)
     return tuple(result.items[task.metric].tolist())
@@ -69,15 +74,13 @@ def check_ks(ks: Sequence[int] | None, most: int) -> tuple[int, ...]:
             if most <= 12
             else (*(2**i for i in range(most.bit_length()) if 2**i < most), most)
         )
-    listed = tuple(sorted(set(ks)))
-    if not listed or listed[0] < 1 or listed[-1] > most:
-        raise InputError(f"numbers of heads {list(ks)} cannot be tried; give some of 1 to {most}")
-    return listed
+    listed: list[Any] = list(ks) if isinstance(ks, Iterable) and not isinstance(ks, str) else []
+    if not listed or not all(isinstance(k, int) and not isinstance(k, bool) and 1 <= k <= most for k in listed):
+        raise InputError(f"ks is {shown(ks)}; give a list of numbers of heads, some of 1 to {most}")
+    return tuple(sorted(set(listed)))
 
 
 def check_draws(draws: int, seed: int) -> None:
     """Raise InputError unless there is at least one draw, and the seed is a seed."""
-    if draws < 1:
-        raise InputError(f"draws is {draws}; give 1 or more, e.g. 5")
-    if seed < 0:
-        raise InputError(f"seed is {seed}; allowed: 0 and more")
+    check_whole(1, draws=draws)
+    check_seed(seed)

@@ -18,14 +18,16 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from lofit_lens.analysis.measure import Items, check_draws, check_ks, difference, items_of, paired, records, summary
+from lofit_lens.checks import check_is, check_one_of
 from lofit_lens.errors import InputError
 from lofit_lens.evaluation.stats import holm
-from lofit_lens.heads import HeadSet
+from lofit_lens.heads import Heads, HeadSet
 from lofit_lens.interventions.ablation import HOW, HeadAblation, How, mean_z
 from lofit_lens.interventions.base import Intervention
-from lofit_lens.interventions.lofit import Lofit
+from lofit_lens.interventions.lofit import LOFIT, Lofit
 from lofit_lens.models import model_info
 from lofit_lens.tasks.base import Task
+from lofit_lens.tasks.registry import task_of
 
 BEST, RANDOM = "best first", "random"
 
@@ -64,7 +66,7 @@ class LeaveOneOut:
 
 
 def leave_one_out(
-    model: Any, task: Task, lofit: Lofit, *, split: str = "test", limit: int | None = None, progress: bool = True
+    model: Any, task: Task | str, lofit: Lofit, *, split: str = "test", limit: int | None = None, progress: bool = True
 ) -> LeaveOneOut:
     """The task's metric with an adapter, and with all of it but one head's edit, for every head: K + 2 evaluations.
 
@@ -82,6 +84,8 @@ def leave_one_out(
         InputError, DataError: as `evaluate`.
         AdapterError: an adapter for another shape.
     """
+    task = task_of(task)
+    check_is(lofit, Lofit, "lofit", LOFIT)
     full = items_of(model, task, lofit, split=split, limit=limit)
     bare = items_of(model, task, split=split, limit=limit)
     without, rows = [], []
@@ -136,7 +140,7 @@ class KeepOnly:
 
 
 def keep_only(
-    model: Any, task: Task, lofit: Lofit, *, ks: Sequence[int] | None = None, draws: int = 5, seed: int = 0,
+    model: Any, task: Task | str, lofit: Lofit, *, ks: Sequence[int] | None = None, draws: int = 5, seed: int = 0,
     split: str = "test", limit: int | None = None, progress: bool = True,
 ) -> KeepOnly:  # fmt: skip
     """The task's metric with the edits of k of an adapter's heads alone: the first k, and k in random orders.
@@ -158,6 +162,8 @@ def keep_only(
         InputError: a number of heads outside 1 to K, fewer than one draw, a negative seed; or as `evaluate`.
         AdapterError: an adapter for another shape.
     """
+    task = task_of(task)
+    check_is(lofit, Lofit, "lofit", LOFIT)
     check_draws(draws, seed)
     inner = [k for k in check_ks(ks, lofit.k) if k < lofit.k]
     orders = [list(lofit.heads)]
@@ -231,7 +237,7 @@ class Removal:
 
 
 def removal(
-    model: Any, task: Task, heads: HeadSet, *, adapter: Intervention | None = None, pool: HeadSet | None = None,
+    model: Any, task: Task | str, heads: Heads, *, adapter: Intervention | None = None, pool: Heads | None = None,
     prompts: Sequence[str] | None = None, how: How = "mean", ks: Sequence[int] | None = None, draws: int = 5, seed: int = 0,
     split: str = "test", limit: int | None = None, progress: bool = True,
 ) -> Removal:  # fmt: skip
@@ -262,9 +268,8 @@ def removal(
             an unknown `how`; or as `evaluate`.
         ModelError: heads that cannot be reached.
     """
-    if how not in HOW:
-        raise InputError(f"how is {how!r}; allowed: {', '.join(HOW)}")
-    info = model_info(model)
+    check_one_of("how", how, HOW)
+    info, task, heads = model_info(model), task_of(task), HeadSet.of(heads)
     shape = (info.n_layers, info.n_heads)
     heads.check(shape)
     means = None
@@ -277,11 +282,12 @@ def removal(
         behind = [HeadAblation.of(model, silenced, means=means)] if len(silenced) else []
         return items_of(model, task, *front, *behind, split=split, limit=limit)
 
-    return _removed(measure, heads, pool or HeadSet.all(shape), ks, draws, seed, progress, (task, split, how))
+    others = HeadSet.all(shape) if pool is None else HeadSet.of(pool)
+    return _removed(measure, heads, others, ks, draws, seed, progress, (task, split, how))
 
 
 def drop_edits(
-    model: Any, task: Task, lofit: Lofit, heads: HeadSet, *, ks: Sequence[int] | None = None, draws: int = 5, seed: int = 0,
+    model: Any, task: Task | str, lofit: Lofit, heads: Heads, *, ks: Sequence[int] | None = None, draws: int = 5, seed: int = 0,
     split: str = "test", limit: int | None = None, progress: bool = True,
 ) -> Removal:  # fmt: skip
     """The task's metric when an adapter of many heads loses the edits of the first k of `heads`, beside k random others.
@@ -307,6 +313,8 @@ def drop_edits(
         InputError: heads that the adapter has not, or fewer others than these; or as `removal`.
         AdapterError: an adapter for another shape.
     """
+    task, heads = task_of(task), HeadSet.of(heads)
+    check_is(lofit, Lofit, "lofit", LOFIT)
     if missing := [str(h) for h in heads if h not in lofit.heads]:
         raise InputError(f"{', '.join(missing)} not in this adapter; it has edits on {lofit.heads}")
 

@@ -9,7 +9,7 @@ number of heads in each layer, so that two sets which only favour the same layer
 are exact and one-sided (at least as many shared heads); see `chance`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
@@ -19,29 +19,38 @@ from scipy import stats
 from lofit_lens.analysis.chance import (
     at_least,
     chance_range,
-    check_share,
     mean_jaccard,
     rank_biased_overlap,
     shared_by_chance,
     shared_by_chance_in_layers,
     shared_by_depth,
 )
+from lofit_lens.checks import check_share, shown
 from lofit_lens.errors import InputError
 from lofit_lens.evaluation.stats import holm
-from lofit_lens.heads import HeadScores, HeadSet, check_k
+from lofit_lens.heads import (
+    HeadScores,
+    HeadSet,
+    Ranking,
+    Rankings,
+    Scores,
+    Sets,
+    check_k,
+    check_shape,
+    named_rankings,
+    named_scores,
+    named_sets,
+)
 
 PERSISTENCE = 0.9
 
-Ranking = HeadScores | HeadSet
 
-
-def overlap(
-    sets: Mapping[str, HeadSet], *, shape: tuple[int, int] | None = None, p: float = PERSISTENCE
-) -> pd.DataFrame:
+def overlap(sets: Sets, *, shape: tuple[int, int] | None = None, p: float = PERSISTENCE) -> pd.DataFrame:
     """How many heads each pair of sets shares, beside what chance would give.
 
     Args:
-        sets: name -> heads, best first (only `rbo` uses the order). Sizes may differ.
+        sets: name -> heads, best first (only `rbo` uses the order), or a list of head sets, which go by their labels or places.
+            Sizes may differ.
         shape: `(n_layers, n_heads)` for sets that do not know their model.
         p: persistence of the rank-biased overlap.
 
@@ -59,6 +68,7 @@ def overlap(
         >>> overlap({"a": a, "b": b})[["shared", "expected", "p_hypergeometric", "p_layer"]].round(3).to_dict("records")
         [{'shared': 2, 'expected': 1.125, 'p_hypergeometric': 0.286, 'p_layer': 0.333}]
     """
+    sets = named_sets(sets)
     _at_least_two(sets, "head sets", "{'MQuAKE': ..., 'CLUTRR': ...}")
     for name, heads in sets.items():
         if not len(heads):
@@ -83,11 +93,11 @@ def overlap(
     return frame
 
 
-def score_agreement(scores: Mapping[str, HeadScores]) -> pd.DataFrame:
+def score_agreement(scores: Scores) -> pd.DataFrame:
     """Do two scores order the heads of a model alike?
 
     Args:
-        scores: name -> scores `[n_layers, n_heads]` of one model.
+        scores: name -> scores `[n_layers, n_heads]` of one model, or a list of scores.
 
     Returns:
         One row a pair: a, b, n (heads); rho and p, Spearman's rank correlation and its two-sided p (scipy; it takes heads
@@ -105,6 +115,7 @@ def score_agreement(scores: Mapping[str, HeadScores]) -> pd.DataFrame:
         >>> round(float(score_agreement({"a": a, "b": b})["rho"].iloc[0]), 3)
         0.886
     """
+    scores = named_scores(scores)
     _at_least_two(scores, "head scores", "{'LoFiT': ..., 'ITI': ...}")
     joint_shape(scores)
     ranks = {}
@@ -160,15 +171,15 @@ def agreement_by_k(
         >>> agreement_by_k(a, b, [1, 2, 3])["shared"].tolist()
         [0, 2, 3]
     """
-    pair = {"a": a, "b": b}
+    pair = named_rankings({"a": a, "b": b})
     n_layers, n_heads = joint_shape(pair, shape)
     first, second = (r.ranking() if isinstance(r, HeadScores) else r for r in (a, b))
     shorter = min(len(first), len(second))
     if not shorter:
         raise InputError("an empty ranking agrees with nothing; give at least one head on both sides")
-    wanted = list(range(1, shorter + 1)) if ks is None else list(ks)
+    wanted = list(range(1, shorter + 1)) if ks is None else list(ks) if isinstance(ks, Iterable) else []
     if not wanted:
-        raise InputError(f"ks is empty; give numbers of heads from 1 to {shorter}, or None for all")
+        raise InputError(f"ks is {shown(ks)}; give numbers of heads from 1 to {shorter}, or None for all")
     check_share("p", p)
     total, rows = n_layers * n_heads, []
     shared = shared_by_depth(first.heads, second.heads)
@@ -188,7 +199,7 @@ def agreement_by_k(
 
 
 def agreement(
-    rankings: Mapping[str, Ranking],
+    rankings: Rankings,
     ks: Sequence[int] | None = None,
     *,
     shape: tuple[int, int] | None = None,
@@ -200,6 +211,7 @@ def agreement(
     Raises:
         InputError: fewer than two rankings, or as `agreement_by_k`.
     """
+    rankings = named_rankings(rankings)
     _at_least_two(rankings, "rankings", "{'LoFiT': ..., 'ITI': ...}")
     frames = []
     for a, b in combinations(rankings, 2):
@@ -217,7 +229,7 @@ def joint_shape(of: Mapping[str, Ranking], shape: tuple[int, int] | None = None)
         InputError: none known, several, or a head outside it.
     """
     known = {name: s.shape for name, s in of.items() if s.shape}
-    found = {*known.values()} | ({(int(shape[0]), int(shape[1]))} if shape else set())
+    found = {*known.values()} | (set() if shape is None else {check_shape(shape)})
     if not found:
         raise InputError("these head sets do not know their model; give shape=(n_layers, n_heads)")
     if len(found) > 1:

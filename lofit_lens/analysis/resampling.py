@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import ArrayLike
 
-from lofit_lens.analysis.chance import check_share
+from lofit_lens.checks import check_seed, check_share, check_whole
 from lofit_lens.errors import InputError
 from lofit_lens.evaluation.stats import (
     BATCH_NUMBERS,
@@ -67,8 +67,8 @@ def resampled_means(
     """
     if not runs or len({r.shape[1] for r in runs}) > 1:
         raise InputError(f"runs of {[r.shape[1] for r in runs]} items; give runs on the same items in the same order")
-    if resamples < 1 or seed < 0:
-        raise InputError(f"resamples is {resamples} and seed {seed}; allowed: 1 and more, 0 and more")
+    check_whole(1, resamples=resamples)
+    check_seed(seed)
     generator, n_items = np.random.default_rng(seed), runs[0].shape[1]
     sizes = sorted({r.shape[0] for r in runs})
     found = np.empty((len(runs), resamples))

@@ -6,7 +6,7 @@ For runs r of one task, with T_r(K) the top K heads of run r:
     frequency     share of runs in which a head is in T_r(K)
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import combinations
 
 import numpy as np
@@ -15,15 +15,16 @@ import torch
 
 from lofit_lens.analysis.chance import mean_jaccard, shared_by_chance, shared_by_depth
 from lofit_lens.analysis.overlap import joint_shape, score_agreement
+from lofit_lens.checks import shown
 from lofit_lens.errors import InputError
-from lofit_lens.heads import HeadScores, check_k
+from lofit_lens.heads import HeadScores, Scores, check_k, named_scores
 
 
-def stability(scores: Sequence[HeadScores], ks: Sequence[int] | None = None) -> pd.DataFrame:
+def stability(scores: Scores, ks: Sequence[int] | None = None) -> pd.DataFrame:
     """Agreement of the top K heads over the runs of one task, for each K.
 
     Args:
-        scores: one `[n_layers, n_heads]` a run (seed or fold).
+        scores: one `[n_layers, n_heads]` a run (seed or fold), in a list or by name.
         ks: numbers of heads; None = every K from 1 to all heads.
 
     Returns:
@@ -39,12 +40,12 @@ def stability(scores: Sequence[HeadScores], ks: Sequence[int] | None = None) -> 
         >>> stability(runs, ks=[1, 2])["jaccard"].round(3).tolist()
         [1.0, 0.333]
     """
-    shape = _check(scores)
+    runs, shape = _checked(scores)
     total = shape[0] * shape[1]
-    wanted = list(range(1, total + 1)) if ks is None else list(ks)
+    wanted = list(range(1, total + 1)) if ks is None else list(ks) if isinstance(ks, Iterable) else []
     if not wanted:
-        raise InputError(f"ks is empty; give numbers of heads from 1 to {total}, or None for all")
-    rankings = [s.ranking().heads for s in scores]
+        raise InputError(f"ks is {shown(ks)}; give numbers of heads from 1 to {total}, or None for all")
+    rankings = [s.ranking().heads for s in runs]
     depth = np.array([shared_by_depth(a, b) for a, b in combinations(rankings, 2)])
     rows = []
     for k in wanted:
@@ -60,7 +61,7 @@ def stability(scores: Sequence[HeadScores], ks: Sequence[int] | None = None) -> 
     return pd.DataFrame(rows)
 
 
-def selection_frequency(scores: Sequence[HeadScores], k: int) -> HeadScores:
+def selection_frequency(scores: Scores, k: int) -> HeadScores:
     """Share of runs in which each head is among the top K: 1 = always, 0 = never; K / N by chance.
 
     Raises:
@@ -71,16 +72,14 @@ def selection_frequency(scores: Sequence[HeadScores], k: int) -> HeadScores:
         >>> selection_frequency(runs, 2).values.tolist()
         [[0.0, 1.0], [0.5, 0.5]]
     """
-    if not scores:
-        raise InputError("no head scores given; give one a run (seed or fold)")
-    shape = joint_shape({f"run {i}": s for i, s in enumerate(scores)})
-    chosen = torch.stack([s.top(k).mask(shape) for s in scores]).double().mean(0)
-    names = [{getattr(s, of) for s in scores} for of in ("model", "task")]
+    runs, shape = _checked(scores, least=1)
+    chosen = torch.stack([s.top(k).mask(shape) for s in runs]).double().mean(0)
+    names = [{getattr(s, of) for s in runs} for of in ("model", "task")]
     model, task = (n.pop() if len(n) == 1 else "" for n in names)
-    return HeadScores(chosen, f"share of {len(scores)} runs (top {k})", model, task, {"k": k, "n_runs": len(scores)})
+    return HeadScores(chosen, f"share of {len(runs)} runs (top {k})", model, task, {"k": k, "n_runs": len(runs)})
 
 
-def mean_spearman(scores: Sequence[HeadScores]) -> float:
+def mean_spearman(scores: Scores) -> float:
     """Mean rank correlation of all heads' scores over pairs of runs.
 
     Raises:
@@ -91,11 +90,12 @@ def mean_spearman(scores: Sequence[HeadScores]) -> float:
         >>> round(mean_spearman(runs), 3)
         0.8
     """
-    _check(scores)
-    return float(np.mean(score_agreement({f"run {i}": s for i, s in enumerate(scores)})["rho"].to_numpy()))
+    runs, _ = _checked(scores)
+    return float(np.mean(score_agreement({f"run {i}": s for i, s in enumerate(runs)})["rho"].to_numpy()))
 
 
-def _check(scores: Sequence[HeadScores]) -> tuple[int, int]:
-    if len(scores) < 2:
-        raise InputError(f"{len(scores)} runs given; stability takes at least two seeds or folds of one task")
-    return joint_shape({f"run {i}": s for i, s in enumerate(scores)})
+def _checked(scores: Scores, *, least: int = 2) -> tuple[list[HeadScores], tuple[int, int]]:
+    runs = list(named_scores(scores).values())
+    if len(runs) < least:
+        raise InputError(f"{len(runs)} runs given; give {least} or more seeds or folds of one task")
+    return runs, joint_shape({f"run {i}": s for i, s in enumerate(runs)})

@@ -13,6 +13,7 @@ from lofit_lens.analysis.resampling import (
     paired_test_of_means,
     resampled_means,
 )
+from lofit_lens.checks import check_number, shown
 from lofit_lens.errors import InputError
 from lofit_lens.evaluation.stats import RESAMPLES, holm, mark
 
@@ -106,11 +107,15 @@ def paired_differences(
 
 def _checked(values: Sweep) -> dict[str, dict[float, np.ndarray]]:
     """series -> x -> scores, x ascending."""
-    if not values:
-        raise InputError("no series given; give series -> x -> scores [n_seeds, n_items]")
+    if not isinstance(values, Mapping) or not values:
+        raise InputError(f"values is {shown(values)}; give series -> x -> scores [n_seeds, n_items]")
     found = {}
     for series, points in values.items():
-        if not points:
-            raise InputError(f"series {series!r} has no points; give at least one x, or leave it out")
+        if not isinstance(points, Mapping) or not points:
+            raise InputError(
+                f"series {series!r} is {shown(points)}; give x -> scores [n_seeds, n_items], one x or more"
+            )
+        for x in points:
+            check_number(**{f"an x of {series!r}": x})
         found[series] = {float(x): item_scores(points[x], f"{series!r} at {x}") for x in sorted(points)}
     return found

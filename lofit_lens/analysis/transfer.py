@@ -16,7 +16,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from lofit_lens.analysis.chance import check_share
 from lofit_lens.analysis.measure import records
 from lofit_lens.analysis.resampling import (
     NAN,
@@ -26,6 +25,7 @@ from lofit_lens.analysis.resampling import (
     paired_test_of_means,
     resampled_means,
 )
+from lofit_lens.checks import check_is, check_share, shown
 from lofit_lens.errors import InputError
 from lofit_lens.evaluation.result import table_html
 from lofit_lens.evaluation.stats import FEW, RESAMPLES, holm, mark
@@ -130,6 +130,8 @@ def transfer_matrix(
         66.7
     """
     check_share("level", level)
+    for name, value in (("random", random), ("metrics", metrics)):
+        check_is(value, (Mapping, type(None)), name, "a mapping by task, or None")
     cells = _checked(runs, random or {}, metrics or {})
     rows, notes = [], []
     for task in dict.fromkeys(t for t, _ in cells):
@@ -167,6 +169,9 @@ def _checked(
     runs: Mapping[tuple[str, str], ArrayLike], random: Mapping[str, ArrayLike], metrics: Mapping[str, str]
 ) -> dict[tuple[str, str], np.ndarray]:
     """All cells in the order of the matrix, task by task, random heads last."""
+    pairs = isinstance(runs, Mapping) and all(isinstance(key, tuple) and len(key) == 2 for key in runs)
+    if not pairs:
+        raise InputError(f"runs is {shown(runs)}; give (task, task that the heads come from) -> item scores")
     tasks = list(dict.fromkeys(a for a, _ in runs))
     sources = tasks + [b for b in dict.fromkeys(b for _, b in runs) if b not in tasks]
     if not tasks or (len(sources) < 2 and not random):

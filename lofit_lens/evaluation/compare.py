@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from lofit_lens import io
+from lofit_lens.checks import check_is, shown, texts_of
 from lofit_lens.errors import InputError
 from lofit_lens.evaluation.result import EvalResult, Metric, table_html
 from lofit_lens.evaluation.stats import (
@@ -156,8 +157,10 @@ def compare(
     first = ones[0]
     for result in (*ones[1:], *others):
         _check_same_items(first, result)
+    if not callable(test):
+        raise InputError(f"test is {shown(test)}; give a function, e.g. evaluation.stats.paired_permutation_test")
     shared = [m for m in first.metrics if all(m in r.metrics for r in (*ones, *others))]
-    wanted = shared if metrics is None else list(dict.fromkeys(metrics))
+    wanted = shared if metrics is None else list(dict.fromkeys(texts_of("metrics", metrics)))
     if bad := [m for m in wanted if m not in shared]:
         raise InputError(f"metric {bad[0]!r} is not in all results; they share {', '.join(shared) or 'none'}")
     if not wanted:
@@ -177,18 +180,17 @@ def compare(
     )  # fmt: skip
 
 
-def over_seeds(results: Sequence[EvalResult], metrics: Sequence[str] | None = None) -> dict[str, Metric]:
+def over_seeds(results: Results, metrics: Sequence[str] | None = None) -> dict[str, Metric]:
     """Mean of each metric over seeds and items; the interval draws both with replacement (one seed: items alone).
 
     Raises:
         InputError: no result, results of other items, or an unknown metric.
     """
-    if not results:
-        raise InputError("no result given")
+    results = _listed(results)
     for result in results[1:]:
         _check_same_items(results[0], result)
     found = {}
-    for name in results[0].metrics if metrics is None else metrics:
+    for name in results[0].metrics if metrics is None else texts_of("metrics", metrics):
         if bad := next((r for r in results if name not in r.metrics), None):
             raise InputError(f"no metric {name!r} in {bad!r}")
         values = np.array([r.items[name].to_numpy(dtype=float) for r in results])
@@ -201,10 +203,12 @@ def over_seeds(results: Sequence[EvalResult], metrics: Sequence[str] | None = No
     return found
 
 
-def _listed(results: Results) -> tuple[EvalResult, ...]:
-    listed = (results,) if isinstance(results, EvalResult) else tuple(results)
+def _listed(results: Any) -> tuple[EvalResult, ...]:
+    listed = tuple(results) if isinstance(results, list | tuple) else (results,)
     if not listed:
         raise InputError("no result given; give one, or one a seed")
+    for result in listed:
+        check_is(result, EvalResult, "a result", "what evaluate gives, or a list of it: one a seed")
     return listed
 
 

@@ -11,7 +11,7 @@ the first 128 tokens of each text). Texts are read as they come; memory does not
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lofit_lens import io
+from lofit_lens.checks import check_seed, check_whole, given, shown
 from lofit_lens.errors import DataError, InputError
 from lofit_lens.evaluation.result import Metric, table_html
 from lofit_lens.evaluation.stats import (
@@ -34,9 +35,11 @@ from lofit_lens.evaluation.stats import (
     paired_permutation_test,
 )
 from lofit_lens.interventions import Intervention, attached
+from lofit_lens.interventions.base import adapters_of
 from lofit_lens.models import (
     ALL,
     ModelInfo,
+    backend_of,
     context_length,
     device_of,
     frozen,
@@ -149,18 +152,13 @@ def damage(
         DataError: no text with two tokens or more, or something that is no text.
         ModelError: losses that are NaN or infinite.
     """
-    listed = (interventions,) if isinstance(interventions, Intervention) else tuple(interventions)
-    if not listed:
-        raise InputError("no intervention given: there is nothing to compare the unmodified model with")
-    if isinstance(texts, str):
-        raise InputError(f"texts is one text, {texts!r:.60}; give a list of texts, or any iterable")
-    for name, value, least in (
-        ("max_tokens", max_tokens, 2),
-        ("batch_size", batch_size, 1),
-        ("limit", 1 if limit is None else limit, 1),
-    ):
-        if value < least:
-            raise InputError(f"{name} is {value}; give {least} or more")
+    backend_of(model)
+    listed = adapters_of(interventions)
+    if isinstance(texts, str | bytes | Mapping) or not isinstance(texts, Iterable):
+        raise InputError(f"texts is {shown(texts)}; give a list of texts, or any iterable")
+    check_whole(2, max_tokens=max_tokens)
+    check_whole(1, batch_size=batch_size, **given(limit=limit))
+    check_seed(seed)
     length = min(max_tokens, context_length(model))
     sums = np.zeros((len(COLUMNS), length - 1))
     reached = np.zeros(length - 1, dtype=int)

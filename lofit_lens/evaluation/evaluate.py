@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from lofit_lens import io
+from lofit_lens.checks import check_is, check_one_of, check_whole
 from lofit_lens.errors import DataError, InputError
 from lofit_lens.evaluation.generation import generate
 from lofit_lens.evaluation.judges import Judge, judged
@@ -14,9 +15,10 @@ from lofit_lens.evaluation.multiple_choice import mc_metrics, option_metrics
 from lofit_lens.evaluation.result import EvalResult, Metric
 from lofit_lens.evaluation.scoring import TOKEN_BUDGET, count_merges, count_unreached, longest, score_encoded
 from lofit_lens.evaluation.stats import RESAMPLES
-from lofit_lens.models import context_length, model_info, tokenizer_of
+from lofit_lens.models import backend_of, context_length, model_info, tokenizer_of
 from lofit_lens.tasks.base import ChoiceExample, GenerationExample, OptionExample, Task, TestExample
 from lofit_lens.tasks.collate import Encoded, encode, encode_continuations
+from lofit_lens.tasks.registry import task_of
 from lofit_lens.tasks.truthfulqa import before_next_question
 
 TOO_LONG = ("error", "wrong")
@@ -26,7 +28,7 @@ Row = tuple[dict[str, Any], dict[str, float] | None]  # what is kept of an item;
 
 def evaluate(
     model: Any,
-    task: Task,
+    task: Task | str,
     *,
     split: str = "test",
     limit: int | None = None,
@@ -41,8 +43,8 @@ def evaluate(
 
     Args:
         model: any HookedTransformer or TransformerBridge.
-        task: multiple choice gives mc1, mc2, mc3; options give accuracy and probability; generation gives em, accuracy or
-            whatever the task's grader scores. `task.in_form(...)` asks in another form.
+        task: a task or its name. Multiple choice gives mc1, mc2, mc3; options give accuracy and probability; generation gives
+            em, accuracy or whatever the task's grader scores. `task.in_form(...)` asks in another form.
         split: `"train"`, `"val"` or `"test"`.
         limit: only the first rows.
         batch_size: prompts generated together (generation tasks).
@@ -58,11 +60,12 @@ def evaluate(
             where nothing is generated or with a metric's name.
         DataError: an item longer than the model's context; names its number.
     """
-    if too_long not in TOO_LONG:
-        raise InputError(f"too_long is {too_long!r}; allowed: {', '.join(TOO_LONG)}")
-    for name, value in (("batch_size", batch_size), ("token_budget", token_budget)):
-        if value < 1:
-            raise InputError(f"{name} ({value}) must be 1 or above")
+    backend_of(model)
+    task = task_of(task)
+    check_one_of("too_long", too_long, TOO_LONG)
+    check_whole(1, batch_size=batch_size, token_budget=token_budget)
+    check_is(judges, (Mapping, type(None)), "judges", "name -> judge")
+    check_is(label, str, "label", "a text")
     examples = task.examples(split, limit=limit)
     if not examples:
         raise InputError(f"{task.name} has no {split} rows; evaluate another split")

@@ -9,10 +9,12 @@ from typing import Any, overload
 import torch
 from tqdm.auto import tqdm
 
+from lofit_lens.checks import check_whole, texts_of
 from lofit_lens.errors import DataError, InputError
 from lofit_lens.evaluation.prefix import NO_FRONT, SharedFront, shared_front
 from lofit_lens.models import (
     Borders,
+    backend_of,
     context_length,
     device_of,
     end_tokens,
@@ -66,9 +68,9 @@ def generate(
         DataError: a prompt with no room left in the model's context.
         ModelError: logits that are NaN or infinite; names the prompt.
     """
-    if max_new_tokens < 1 or batch_size < 1:
-        raise InputError(f"max_new_tokens ({max_new_tokens}) and batch_size ({batch_size}) must be 1 or above")
-    listed = [prompts] if isinstance(prompts, str) else list(prompts)
+    backend_of(model)
+    check_whole(1, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    listed = texts_of("prompts", prompts)
     if not listed:
         raise InputError("no prompt given")
     tokenizer, limit = tokenizer_of(model), context_length(model)

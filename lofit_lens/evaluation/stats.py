@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import optimize, stats
 
-from lofit_lens.errors import InputError, unknown
+from lofit_lens.checks import check_one_of, check_seed, check_share, check_whole
+from lofit_lens.errors import InputError
 
 RESAMPLES = 10_000
 BATCH_NUMBERS = 2_000_000  # held at once while resampling: some tens of MB
@@ -269,7 +270,7 @@ def minimum_detectable_difference(
         raise InputError(f"n is {n}; a paired test needs at least 2 items")
     if not (sd > 0 and np.isfinite(sd)):
         raise InputError(f"sd is {sd}; the differences must spread: give a finite number above 0")
-    _check_share("level", level)
+    check_share("level", level)
     if not level < power < 1:
         raise InputError(f"power is {power}; allowed: between the level, {level}, and 1. Try 0.8")
     df, sides = n - 1, 2 if alternative == "two-sided" else 1
@@ -382,18 +383,10 @@ def _p_values(p_values: ArrayLike) -> np.ndarray:
 
 
 def _check_alternative(alternative: str) -> None:
-    if alternative not in ALTERNATIVES:
-        raise unknown("alternative", alternative, ALTERNATIVES, hint="greater means a > b.")
+    check_one_of("alternative", alternative, ALTERNATIVES, hint="greater means a > b.")
 
 
 def _check_draws(level: float, resamples: int, seed: int) -> None:
-    _check_share("level", level)
-    if resamples < 1:
-        raise InputError(f"resamples is {resamples}; allowed: 1 and more, e.g. {RESAMPLES}")
-    if seed < 0:
-        raise InputError(f"seed is {seed}; allowed: 0 and more")
-
-
-def _check_share(name: str, value: float) -> None:
-    if not 0 < value < 1:
-        raise InputError(f"{name} is {value}; allowed: between 0 and 1, both excluded")
+    check_share("level", level)
+    check_whole(1, resamples=resamples)
+    check_seed(seed)

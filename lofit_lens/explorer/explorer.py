@@ -9,7 +9,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.colors import get_colorscale
 
-from lofit_lens.errors import InputError, unknown
+from lofit_lens.checks import check_one_of, check_whole, shown, texts_of
+from lofit_lens.errors import InputError
 from lofit_lens.explorer import panel, static
 from lofit_lens.explorer.running import PromptRun, edited_heads, head_tokens, run_prompt
 from lofit_lens.explorer.source import Source, adapter_name, read_source
@@ -52,10 +53,8 @@ def explore(
             "ll.plots.head_grid"
         )
     found = read_source(source, model, tasks=tasks)
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is {max_new_tokens!r}; give a whole number, 1 or more")
-    if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
-        raise InputError(f"prompts is {prompts!r}; give a list of texts")
+    check_whole(1, max_new_tokens=max_new_tokens)
+    prompts = texts_of("prompts", prompts)
     return Explorer(
         found, model, _adapters(found, model, adapters), k=k, prompts=prompts, max_new_tokens=max_new_tokens
     )
@@ -182,8 +181,7 @@ class Explorer:
 
     @adapter.setter
     def adapter(self, name: str) -> None:
-        if name not in self.adapters:
-            raise unknown("adapter", name, self.adapters)
+        check_one_of("adapter", name, self.adapters)
         self._adapter = name
         self._put()
 
@@ -361,9 +359,9 @@ def _adapters(source: Source, model: Any, given: Mapping[str, Any] | None) -> di
     if not isinstance(given, Mapping):
         raise InputError(f"adapters is a {type(given).__name__}; give a mapping of names, e.g. {{'LoFiT': lofit}}")
     for name, adapter in given.items():
-        if not isinstance(adapter, Intervention):
+        if isinstance(adapter, type) or not isinstance(adapter, Intervention):
             raise InputError(
-                f"adapter {name!r} is a {type(adapter).__name__}; give what ll.tune_offsets or ll.load_adapter returns"
+                f"adapter {name!r} is {shown(adapter)}; give what ll.tune_offsets or ll.load_adapter returns"
             )
         if (heads := edited_heads(adapter)) is not None:
             heads.check(source.shape)

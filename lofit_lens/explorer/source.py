@@ -8,9 +8,10 @@ from typing import Any
 
 from lofit_lens.analysis.overlap import joint_shape
 from lofit_lens.analysis.readings import TOGETHER, read_readings
+from lofit_lens.checks import check_one_of, texts_of
 from lofit_lens.errors import InputError, unknown
 from lofit_lens.experiments.results import Results, load_results
-from lofit_lens.heads import Head, HeadScores, HeadSet
+from lofit_lens.heads import Head, HeadScores, HeadSet, named_rankings
 from lofit_lens.models import ModelInfo, model_info, same_weights
 from lofit_lens.report.collect import ORDER, attention_readings, head_readings
 
@@ -96,10 +97,11 @@ class Source:
             if name not in self.entries:
                 raise unknown("head set", name, self.entries)
             return self.entries[name]
-        for entry in self.entries.values():
+        for entry in self.entries.values() if isinstance(name, tuple | list) else ():
             if tuple(name) in ((entry.task, entry.method), (entry.task, entry.method, entry.seed)):
                 return entry
-        raise unknown("head set", ", ".join(map(str, name)), self.entries)
+        said = ", ".join(map(str, name)) if isinstance(name, tuple | list) else name
+        raise unknown("head set", said, self.entries)
 
 
 def read_source(source: Any, model: Any = None, *, tasks: Sequence[str] | None = None) -> Source:
@@ -135,9 +137,8 @@ def read_source(source: Any, model: Any = None, *, tasks: Sequence[str] | None =
         raise InputError(
             "tasks= names tasks of a results folder, or of keys (task, method); these head sets go by one name each: leave it out"
         )
-    for task in tasks:
-        if task not in known:
-            raise unknown("task", task, known)
+    for task in (tasks := texts_of("tasks", tasks)):
+        check_one_of("task", task, known)
     kept = {name: e for name, e in made.entries.items() if e.task in tasks}
     if not kept:
         raise InputError(f"tasks is empty; give some of {', '.join(known)}, or None for all")
@@ -162,6 +163,8 @@ def _of_results(results: Results) -> Source:
 
 
 def _of_mapping(source: Any, info: ModelInfo | None) -> Source:
+    if isinstance(source, HeadScores | HeadSet | list):
+        source = named_rankings(source)
     if not isinstance(source, Mapping):
         raise InputError(
             f"cannot explore a {type(source).__name__}; give a results folder, ll.load_results(...), or head scores or sets by "

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from lofit_lens.analysis.overlap import overlap
+from lofit_lens.checks import check_is, check_one_of
 from lofit_lens.errors import InputError, unknown
 from lofit_lens.explorer.source import PARTS, Entry, Source
 from lofit_lens.heads import Head, HeadSet, check_k
@@ -60,8 +61,7 @@ class State:
         if part == "name":
             self._show(i, self.source.entry(value))
             return
-        if part not in PARTS:
-            raise unknown("part of a head set's name", part, ("name", *PARTS))
+        check_one_of("part of a head set's name", part, ("name", *PARTS))
         found = [e for e in self.source.entries.values() if getattr(e, part) == value]
         if not found:
             raise unknown(part, value, self._values(part, self.source.entries.values()))
@@ -105,6 +105,7 @@ class State:
 
     def link(self, linked: bool) -> None:
         """Move both K together, or each alone. Linking takes the left one for both."""
+        check_is(linked, bool, "linked", "True or False")
         self.linked = linked
         if linked:
             self.move_k("left", self._k[0])
@@ -223,8 +224,7 @@ class State:
 
 
 def _side(side: str) -> int:
-    if side not in SIDES:
-        raise unknown("side", side, SIDES)
+    check_one_of("side", side, SIDES)
     return SIDES.index(side)
 
 

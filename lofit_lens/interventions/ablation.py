@@ -20,11 +20,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lofit_lens import io
-from lofit_lens.errors import DataError, InputError, unknown
-from lofit_lens.heads import HeadSet
-from lofit_lens.interventions.at_heads import HeadAdapter, chosen_heads, shape_and_heads
+from lofit_lens.checks import check_is, check_one_of, texts_of
+from lofit_lens.errors import DataError, InputError
+from lofit_lens.heads import Heads, HeadSet
+from lofit_lens.interventions.at_heads import HeadAdapter, check_vectors_shape, chosen_heads, shape_and_heads
 from lofit_lens.interventions.base import AdapterMeta, Edit
 from lofit_lens.interventions.files import check_tensors
+from lofit_lens.interventions.residual import chosen_layers
 from lofit_lens.models import (
     context_length,
     device_of,
@@ -77,16 +79,16 @@ class HeadAblation(HeadAdapter):
     def __init__(
         self,
         shape: tuple[int, int, int],
-        heads: HeadSet,
+        heads: Heads,
         *,
         values: Float[Tensor, "n_values size"],
         how: How = "mean",
         meta: AdapterMeta | None = None,
     ) -> None:
         super().__init__(meta)
-        if how not in HOW:
-            raise unknown("ablation", how, HOW)
-        self._shape, self.how = shape, how
+        check_one_of("ablation", how, HOW)
+        check_is(values, Tensor, "values", "a tensor")
+        self._shape, self.how = check_vectors_shape(shape), how
         self.heads = chosen_heads(heads, (shape[0], shape[1]), "an ablation")
         if tuple(values.shape) != (len(self.heads), shape[2]):
             raise InputError(
@@ -98,7 +100,7 @@ class HeadAblation(HeadAdapter):
 
     @classmethod
     def of(
-        cls, model: Any, heads: HeadSet, *, means: Float[Tensor, "n_layers n_heads d_head"] | None = None
+        cls, model: Any, heads: Heads, *, means: Float[Tensor, "n_layers n_heads d_head"] | None = None
     ) -> "HeadAblation":
         """Silence heads of a model: by their means (see `mean_z`), or by zero without any.
 
@@ -106,7 +108,10 @@ class HeadAblation(HeadAdapter):
             InputError: no head, a head outside the model, or means of another shape.
             ModelError: heads that cannot be reached.
         """
-        info, d_head = model_info(model), head_size(model, heads.layers or None)
+        info, heads = model_info(model), HeadSet.of(heads)
+        heads.check((info.n_layers, info.n_heads))
+        d_head = head_size(model, heads.layers or None)
+        check_is(means, (Tensor, type(None)), "means", "what mean_z gives")
         shape = (info.n_layers, info.n_heads, d_head)
         chosen = chosen_heads(heads, shape[:2], "an ablation")
         if means is not None and tuple(means.shape) != shape:
@@ -171,11 +176,12 @@ def mean_z(
         DataError: a prompt without a token or longer than the context.
         ModelError: heads that cannot be reached.
     """
-    info, wanted = model_info(model), range(model_info(model).n_layers) if layers is None else layers
+    info = model_info(model)
+    wanted = chosen_layers(layers, info.n_layers)
     sums = torch.zeros(info.n_layers, info.n_heads, head_size(model, tuple(wanted)), dtype=torch.float64)
     count = 0
     with frozen(model):
-        for tokens, mask in _batches(model, prompts):
+        for tokens, mask in _batches(model, texts_of("prompts", prompts)):
             count += int(mask.sum())
             for layer, total in _totals(model, tokens, mask, wanted).items():
                 sums[layer] += total

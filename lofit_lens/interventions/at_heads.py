@@ -5,8 +5,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from lofit_lens.checks import check_whole, shown
 from lofit_lens.errors import AdapterError, InputError
-from lofit_lens.heads import HeadSet
+from lofit_lens.heads import Heads, HeadSet
 from lofit_lens.interventions.base import Adapter, Edit
 from lofit_lens.interventions.files import CONFIG_FILE
 from lofit_lens.models import head_size, hook_z, model_info
@@ -58,12 +59,13 @@ class HeadAdapter(Adapter):
             raise AdapterError(f"this adapter has d_head {self.d_head}; {info.name} has {d_head}")
 
 
-def chosen_heads(heads: HeadSet, grid: tuple[int, int], title: str) -> HeadSet:
+def chosen_heads(heads: Heads, grid: tuple[int, int], title: str) -> HeadSet:
     """The heads to edit, as a set of a model of `grid` = (n_layers, n_heads).
 
     Raises:
         InputError: no head, a head outside the model, or a set that belongs to another grid.
     """
+    heads = HeadSet.of(heads)
     if len(heads) == 0:
         raise InputError(f"{title} needs at least one head; give a non-empty HeadSet")
     if heads.shape not in (None, grid):
@@ -74,6 +76,18 @@ def chosen_heads(heads: HeadSet, grid: tuple[int, int], title: str) -> HeadSet:
         )
     heads.check(grid)
     return HeadSet(heads.heads, heads.scores, grid, heads.label)
+
+
+def check_vectors_shape(shape: Any) -> tuple[int, int, int]:
+    """`(n_layers, n_heads, d_head)` as integers.
+
+    Raises:
+        InputError: anything else.
+    """
+    if not isinstance(shape, tuple | list) or len(shape) != 3:
+        raise InputError(f"shape is {shown(shape)}; give (n_layers, n_heads, d_head)")
+    check_whole(1, n_layers=shape[0], n_heads=shape[1], d_head=shape[2])
+    return (int(shape[0]), int(shape[1]), int(shape[2]))
 
 
 def shape_and_heads(record: dict[str, Any], where: Path) -> tuple[tuple[int, int, int], HeadSet]:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lofit_lens import io
-from lofit_lens.errors import AdapterError
+from lofit_lens.checks import shown
+from lofit_lens.errors import AdapterError, InputError
 from lofit_lens.hub import fetched, pushed
 from lofit_lens.interventions.files import (
     CONFIG_FILE,
@@ -31,6 +32,7 @@ from lofit_lens.models import (
     ALL,
     Layout,
     Positions,
+    backend_of,
     declared,
     device_of,
     hooked,
@@ -70,10 +72,35 @@ class Intervention(Protocol):
 @contextlib.contextmanager
 def attached(model: Any, *interventions: Intervention) -> Iterator[None]:
     """Attach several interventions, applied in the order given; all are removed at the end."""
+    backend_of(model)
+    for one in interventions:
+        check_adapter(one)
     with contextlib.ExitStack() as stack:
         for one in interventions:
             stack.enter_context(one.attached(model))
         yield
+
+
+def check_adapter(adapter: Any) -> None:
+    """Raise InputError unless it can be attached."""
+    if isinstance(adapter, type) or not isinstance(adapter, Intervention):
+        path = isinstance(adapter, str | Path)
+        instead = f"load it first: load_adapter({str(adapter)!r})" if path else "give e.g. what tune_offsets returns"
+        raise InputError(f"{shown(adapter)} is not an adapter; {instead}")
+
+
+def adapters_of(adapters: Any) -> tuple[Intervention, ...]:
+    """One adapter or several, as a tuple.
+
+    Raises:
+        InputError: none, or something else.
+    """
+    listed = tuple(adapters) if isinstance(adapters, list | tuple) else (adapters,)
+    if not listed:
+        raise InputError("no adapter given; give one or more")
+    for one in listed:
+        check_adapter(one)
+    return listed
 
 
 class Adapter(nn.Module):

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lofit_lens import io
+from lofit_lens.checks import check_is
 from lofit_lens.errors import AdapterError, DataError, InputError
 from lofit_lens.interventions.base import AdapterMeta, Edit, at_other_positions
 from lofit_lens.interventions.files import CONFIG_FILE, check_tensors
@@ -93,6 +94,8 @@ class ContrastVectors(ResidualAdapter):
     ) -> None:
         super().__init__(meta, positions)
         self.layers, self.n_layers, self.d_model = chosen_layers(layers, n_layers), n_layers, d_model
+        check_is(positive, str, "positive", "an instruction as text")
+        check_is(negative, str, "negative", "an instruction as text")
         if not positive.strip() or not negative.strip() or positive == negative:
             raise InputError(f"instructions {positive!r} and {negative!r}; give two different ones, neither empty")
         self.positive, self.negative, self.coefficient = positive, negative, finite(coefficient)

@@ -20,9 +20,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lofit_lens.checks import check_is, check_number, check_whole
 from lofit_lens.errors import InputError
-from lofit_lens.heads import HeadSet
-from lofit_lens.interventions.at_heads import HeadAdapter, chosen_heads, shape_and_heads
+from lofit_lens.heads import Heads
+from lofit_lens.interventions.at_heads import HeadAdapter, check_vectors_shape, chosen_heads, shape_and_heads
 from lofit_lens.interventions.base import AdapterMeta, Edit, at_other_positions
 from lofit_lens.interventions.files import check_tensors
 from lofit_lens.models import Positions
@@ -74,7 +75,7 @@ class ITI(HeadAdapter):
     def __init__(
         self,
         shape: tuple[int, int, int],
-        heads: HeadSet,
+        heads: Heads,
         *,
         directions: Float[Tensor, "n_directions size"],
         sigma: Float[Tensor, " n_sigmas"],
@@ -83,10 +84,12 @@ class ITI(HeadAdapter):
         meta: AdapterMeta | None = None,
     ) -> None:
         super().__init__(meta, positions)
-        self._shape = shape
+        self._shape = shape = check_vectors_shape(shape)
         self.heads = chosen_heads(heads, (shape[0], shape[1]), "ITI")
         self.alpha = _finite(alpha)
         k, d_head = len(self.heads), shape[2]
+        for name, value in (("directions", directions), ("sigma", sigma)):
+            check_is(value, Tensor, name, "a tensor")
         if directions.shape != (k, d_head) or sigma.shape != (k,):
             raise InputError(
                 f"{k} heads of d_head {d_head} with directions {tuple(directions.shape)} and sigma {tuple(sigma.shape)}; "
@@ -114,6 +117,7 @@ class ITI(HeadAdapter):
 
     def shift(self, layer: int) -> Float[Tensor, "n_heads d_head"]:
         """What is added to z in one layer, `alpha * sigma * d` in units of z, float32; zero outside the chosen heads."""
+        check_whole(0, self.shape[0] - 1, layer=layer)
         found = torch.zeros(self.shape[1:], device=self.directions.device)
         for i, head in enumerate(self.heads):
             if head.layer == layer:
@@ -173,6 +177,5 @@ class ITI(HeadAdapter):
 
 
 def _finite(alpha: float) -> float:
-    if not math.isfinite(alpha):
-        raise InputError(f"alpha is {alpha}; it must be finite (the paper's is {ALPHA:g})")
+    check_number(alpha=alpha)
     return float(alpha)

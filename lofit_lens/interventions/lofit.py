@@ -7,7 +7,7 @@ chosen heads alone.
 
 import html
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -16,14 +16,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lofit_lens import io
+from lofit_lens.checks import check_is, check_number, check_one_of, check_seed
 from lofit_lens.errors import AdapterError
-from lofit_lens.heads import Head, HeadScores, HeadSet
-from lofit_lens.interventions.at_heads import HeadAdapter, chosen_heads, shape_and_heads
+from lofit_lens.heads import Head, Heads, HeadScores, HeadSet
+from lofit_lens.interventions.at_heads import HeadAdapter, check_vectors_shape, chosen_heads, shape_and_heads
 from lofit_lens.interventions.base import AdapterMeta, Edit
 from lofit_lens.interventions.files import check_tensors
 from lofit_lens.models import device_of, head_size, model_info, value_biases_folded
 
 INIT_STD = 1e-3
+LOFIT = "a LoFiT adapter (tune_offsets, Lofit.from_pretrained)"  # what to give, in errors
 Component = Literal["A", "v"]
 
 
@@ -45,6 +47,24 @@ def edit_z(
     return (z * (1 + A) + v).to(z.dtype)
 
 
+class PerHead(nn.Parameter):
+    """Numbers of every head, `[n_layers, n_heads, d_head]`, of which one head's (or a head set's) are taken by name.
+
+    Examples:
+        >>> PerHead(torch.tensor([[[1.0], [2.0]]]))["L0H1"].tolist()
+        [2.0]
+    """
+
+    def __getitem__(self, at: Any) -> Tensor:
+        """As of any tensor; of `"L2H3"` that head's `[d_head]`, of several heads `[K, d_head]`."""
+        if isinstance(at, str | HeadSet):
+            heads = HeadSet.of(at)
+            heads.check((self.shape[0], self.shape[1]))
+            found = super().__getitem__(([h.layer for h in heads], [h.head for h in heads]))
+            return found[0] if isinstance(at, str) and len(heads) == 1 else found
+        return super().__getitem__(at)
+
+
 class Lofit(HeadAdapter):
     """Scalings `A` and offsets `v` for the chosen heads of one model.
 
@@ -54,8 +74,8 @@ class Lofit(HeadAdapter):
         meta: provenance.
 
     Attributes:
-        A: `[n_layers, n_heads, d_head]` scalings, zero outside the heads.
-        v: `[n_layers, n_heads, d_head]` offsets in units of z, zero outside the heads.
+        A: `[n_layers, n_heads, d_head]` scalings, zero outside the heads; `A["L2H3"]` is that head's.
+        v: `[n_layers, n_heads, d_head]` offsets in units of z, zero outside the heads; `v["L2H3"]` is that head's.
         heads: the head set, its scores kept.
 
     Both start at zero, which leaves the model bit-equal. They are float32 whatever the model's dtype.
@@ -71,19 +91,20 @@ class Lofit(HeadAdapter):
     mask: Tensor
 
     def __init__(
-        self, shape: tuple[int, int, int], heads: HeadSet | None = None, meta: AdapterMeta | None = None
+        self, shape: tuple[int, int, int], heads: Heads | None = None, meta: AdapterMeta | None = None
     ) -> None:
         super().__init__(meta)
+        shape = check_vectors_shape(shape)
         grid = (shape[0], shape[1])
         self.heads = chosen_heads(HeadSet.all(grid) if heads is None else heads, grid, "a LoFiT adapter")
-        self.A = nn.Parameter(torch.zeros(shape), requires_grad=False)
-        self.v = nn.Parameter(torch.zeros(shape), requires_grad=False)
+        self.A = PerHead(torch.zeros(shape), requires_grad=False)
+        self.v = PerHead(torch.zeros(shape), requires_grad=False)
         self.register_buffer("mask", self.heads.mask(), persistent=False)
 
     # ------------------------------------------------------------------------------------------- making
 
     @classmethod
-    def for_model(cls, model: Any, heads: HeadSet | Iterable[Any] | None = None) -> "Lofit":
+    def for_model(cls, model: Any, heads: Heads | None = None) -> "Lofit":
         """The zero adapter for a model, on its device; `heads=None` takes every head.
 
         Raises:
@@ -92,8 +113,7 @@ class Lofit(HeadAdapter):
         """
         info = model_info(model)
         if heads is not None:
-            heads = heads if isinstance(heads, HeadSet) else HeadSet(heads)
-            chosen_heads(heads, (info.n_layers, info.n_heads), "a LoFiT adapter")
+            heads = chosen_heads(heads, (info.n_layers, info.n_heads), "a LoFiT adapter")
         d_head = head_size(model, None if heads is None else heads.layers)
         made = cls((info.n_layers, info.n_heads, d_head), heads, AdapterMeta(model=info, versions=io.environment()))
         return made.to(device_of(model))
@@ -105,6 +125,8 @@ class Lofit(HeadAdapter):
         The draw comes from a CPU generator, head by head, layer-major, as in the official code, so that it
         is the same on every device.
         """
+        check_one_of("component", component, ("A", "v"))
+        check_seed(seed)
         generator = torch.Generator().manual_seed(seed)
         self.A.zero_()
         self.v.zero_()
@@ -115,6 +137,8 @@ class Lofit(HeadAdapter):
 
     def train_only(self, component: Component | None) -> "Lofit":
         """Make one component trainable and the other not (None: neither)."""
+        if component is not None:
+            check_one_of("component", component, ("A", "v"))
         self.A.requires_grad_(component == "A")
         self.v.requires_grad_(component == "v")
         return self
@@ -134,6 +158,7 @@ class Lofit(HeadAdapter):
 
     def norms(self, component: Component = "A") -> HeadScores:
         """L2 norm of every head's A (the score of step 1) or v, `[n_layers, n_heads]`."""
+        check_one_of("component", component, ("A", "v"))
         values = (self.A if component == "A" else self.v).detach()
         info = self.meta.model
         return HeadScores(
@@ -171,18 +196,24 @@ class Lofit(HeadAdapter):
 
     # ------------------------------------------------------------------------------------------ algebra
 
-    def restrict(self, heads: HeadSet) -> "Lofit":
-        """The same adapter on those of its heads that are also in `heads`."""
+    def restrict(self, heads: Heads) -> "Lofit":
+        """The same adapter on those of its heads that are also in `heads`.
+
+        Raises:
+            InputError: it edits none of them.
+        """
         return self._with_values(self.heads & heads, self.A, self.v, "restrict", self)
 
     def __mul__(self, factor: float) -> "Lofit":
         """Scale A and v by a number."""
+        check_number(factor=factor)
         return self._with_values(self.heads, self.A * factor, self.v * factor, f"{factor} *", self)
 
     __rmul__ = __mul__
 
     def __add__(self, other: "Lofit") -> "Lofit":
         """Sum of scalings and of offsets on the union of heads (one edit; not one after the other)."""
+        check_is(other, Lofit, "the other adapter", LOFIT)
         if self.shape != other.shape:
             raise AdapterError(f"adapters of different models: shapes {self.shape} and {other.shape}")
         A, v = self.A + other.A.to(self.A.device), self.v + other.v.to(self.v.device)
@@ -190,6 +221,7 @@ class Lofit(HeadAdapter):
 
     def __sub__(self, other: "Lofit") -> "Lofit":
         """Difference of scalings and of offsets on the union of heads."""
+        check_is(other, Lofit, "the other adapter", LOFIT)
         return self + (-1.0) * other
 
     @torch.no_grad()

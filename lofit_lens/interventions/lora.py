@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lofit_lens import io
+from lofit_lens.checks import check_number, check_seed, check_whole, texts_of
 from lofit_lens.errors import AdapterError, InputError, ModelError, unknown
 from lofit_lens.interventions.base import Adapter, AdapterMeta
 from lofit_lens.interventions.files import check_tensors
@@ -61,12 +62,12 @@ class Lora(Adapter):
         self, n_layers: int, sizes: Sizes, *, rank: int = RANK, alpha: float = ALPHA, meta: AdapterMeta | None = None
     ) -> None:
         super().__init__(meta)
-        if rank < 1:
-            raise InputError(f"rank is {rank}; it must be 1 or above")
-        if not 0 < alpha < float("inf"):
+        check_whole(1, rank=rank)
+        check_number(alpha=alpha)
+        if alpha <= 0:
             raise InputError(f"alpha is {alpha}; it must be above 0 and finite")
         self.n_layers, self.rank, self.alpha = n_layers, rank, float(alpha)
-        self.sizes = {name: sizes[name] for name in parse_targets(sizes)}
+        self.sizes = {name: sizes[name] for name in parse_targets(list(sizes))}
         self.A, self.B = nn.ParameterDict(), nn.ParameterDict()
         for key, (_, name) in self._places().items():
             n_in, n_out = self.sizes[name]
@@ -105,6 +106,7 @@ class Lora(Adapter):
 
         A is uniform within +-1/sqrt(width in), as peft draws it, from one CPU generator, layer by layer, the same everywhere.
         """
+        check_seed(seed)
         generator = torch.Generator().manual_seed(seed)
         for key, A in self.A.items():
             bound = A.shape[1] ** -0.5
@@ -243,7 +245,7 @@ def parse_targets(targets: Iterable[str]) -> tuple[str, ...]:
     Raises:
         InputError: none, or an unknown one.
     """
-    names = tuple(dict.fromkeys(t.removesuffix("_proj") for t in targets))
+    names = tuple(dict.fromkeys(t.removesuffix("_proj") for t in texts_of("targets", targets)))
     for name in names:
         if name not in PROJECTIONS:
             raise unknown("target", name, PROJECTIONS, hint="LoRA changes attention's projections.")

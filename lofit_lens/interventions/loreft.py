@@ -20,7 +20,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lofit_lens import io
-from lofit_lens.errors import AdapterError, InputError
+from lofit_lens.checks import check_seed, check_whole
+from lofit_lens.errors import AdapterError
 from lofit_lens.interventions.base import AdapterMeta, Edit
 from lofit_lens.interventions.files import WEIGHTS_FILE, check_tensors
 from lofit_lens.interventions.residual import ResidualAdapter, chosen_layers
@@ -103,8 +104,7 @@ class LoReft(ResidualAdapter):
         positions: str | Positions = POSITIONS, meta: AdapterMeta | None = None,
     ) -> None:  # fmt: skip
         super().__init__(meta, positions)
-        if not 1 <= rank <= d_model:
-            raise InputError(f"rank is {rank}; it must be 1 to {d_model}, the width of the residual stream")
+        check_whole(1, d_model, rank=rank)
         self.n_layers, self.d_model, self.rank = n_layers, d_model, rank
         self.layers = chosen_layers(layers, n_layers)
         n = len(self.layers)
@@ -136,6 +136,7 @@ class LoReft(ResidualAdapter):
         As pyreft does: R is uniform over matrices with orthonormal rows; W and b are those of `nn.Linear(d_model, rank)`,
         uniform within +-1/sqrt(d_model). All come from one CPU generator, layer by layer (R, W, b), the same on every device.
         """
+        check_seed(seed)
         generator = torch.Generator().manual_seed(seed)
         bound = self.d_model**-0.5
         for at in range(len(self.layers)):

@@ -14,7 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lofit_lens.checks import check_is, check_number
 from lofit_lens.errors import InputError
+from lofit_lens.heads import layers_of
 from lofit_lens.interventions.base import AdapterMeta, Edit, at_other_positions
 from lofit_lens.interventions.files import check_tensors
 from lofit_lens.interventions.residual import ResidualAdapter, chosen_layers
@@ -80,8 +82,13 @@ class RepE(ResidualAdapter):
         meta: AdapterMeta | None = None,
     ) -> None:
         super().__init__(meta, positions)
-        given = tuple(layers)
+        given = tuple(layers_of(layers))
+        check_is(relative, bool, "relative", "True or False")
         self.layers, self.n_layers = chosen_layers(given, n_layers), n_layers
+        check_is(directions, Tensor, "directions", "a tensor [n_chosen, d_model]")
+        check_is(scale, (Tensor, type(None)), "scale", "a tensor [n_chosen], or None")
+        if directions.ndim != 2:
+            raise InputError(f"directions have shape {tuple(directions.shape)}; give [n_chosen, d_model]")
         self.d_model = directions.shape[1]
         self.coefficient, self.relative = finite(coefficient), relative
         if relative and scale is None:
@@ -109,6 +116,8 @@ class RepE(ResidualAdapter):
 
     def shift(self, layer: int) -> Float[Tensor, " d_model"]:
         """What is added to h at a chosen layer, in units of h."""
+        if layer not in self.layers:
+            raise InputError(f"layer {layer!r} is not edited; give one of {', '.join(map(str, self.layers))}")
         i = self.layers.index(layer)
         size = self.scale[i] if self.relative else 1.0
         return self.coefficient * size * self.directions[i]
@@ -163,6 +172,5 @@ def finite(coefficient: float) -> float:
     Raises:
         InputError: NaN or infinity.
     """
-    if not math.isfinite(coefficient):
-        raise InputError(f"the coefficient is {coefficient}; it must be finite")
+    check_number(coefficient=coefficient)
     return float(coefficient)

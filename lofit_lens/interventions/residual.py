@@ -3,7 +3,9 @@
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
+from lofit_lens.checks import check_whole
 from lofit_lens.errors import AdapterError, InputError
+from lofit_lens.heads import layers_of
 from lofit_lens.interventions.base import Adapter, Edit
 from lofit_lens.models import Site, check_residual, model_info, residual_point
 
@@ -51,7 +53,8 @@ def chosen_layers(layers: Iterable[int] | None, n_layers: int) -> tuple[int, ...
     Raises:
         InputError: a layer outside the model, given twice, or none at all.
     """
-    listed = list(range(n_layers)) if layers is None else sorted(layers)
+    check_whole(1, n_layers=n_layers)
+    listed = list(range(n_layers)) if layers is None else sorted(layers_of(layers))
     if not listed:
         raise InputError(f"no layer to edit; give some of 0 to {n_layers - 1}, or None for all")
     if listed[0] < 0 or listed[-1] >= n_layers or len(set(listed)) < len(listed):

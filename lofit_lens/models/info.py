@@ -8,11 +8,13 @@ from typing import Any, Literal
 
 import torch
 
+from lofit_lens.checks import shown
 from lofit_lens.errors import ModelError
 from lofit_lens.models.identity import fingerprint
 from lofit_lens.models.tokens import ends_in, has_rules, keep_rules, rules_before_lens, rules_of
 
 Backend = Literal["hooked", "bridge"]
+EXACT = 1e-3  # of the usual size: below it, a number was made 0 on purpose, in whatever precision
 # What configurations call the number of tokens that attention looks back over.
 WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "local_attention", "attention_window_size")
 
@@ -76,10 +78,23 @@ def backend_of(model: Any) -> Backend:
     hooked = hooked_class()
     if hooked is not None and isinstance(model, hooked):
         return "hooked"
-    raise ModelError(
-        f"{type(model).__name__} is neither a HookedTransformer nor a TransformerBridge; "
-        "wrap a Hugging Face model with lofit_lens.load_model(model, tokenizer=...)"
-    )
+    raise ModelError(f"{shown(model)} is neither a HookedTransformer nor a TransformerBridge; {_instead(model)}")
+
+
+def _instead(model: Any) -> str:
+    """What to do where something else was given as a model."""
+    if isinstance(model, str | Path):
+        return f"load it first: lofit_lens.load_model({str(model)!r})"
+    if hasattr(model, "attached"):
+        return "it is an adapter: give the model, and run it inside `with adapter.attached(model):`"
+    if hasattr(model, "peft_config"):
+        return (
+            "merge its adapter into the weights and wrap what that gives: "
+            "lofit_lens.load_model(model.merge_and_unload(), tokenizer=...)"
+        )
+    if isinstance(model, torch.nn.Module):
+        return "wrap a Hugging Face model with lofit_lens.load_model(model, tokenizer=...)"
+    return "give the model that lofit_lens.load_model(...) gives"
 
 
 def model_info(model: Any) -> ModelInfo:
@@ -171,10 +186,21 @@ def _kind(revision: str) -> str:
 
 
 def is_processed(model: Any) -> bool:
-    """Whether TransformerLens changed the weights on loading (layer norms or value biases folded, or compatibility mode)."""
+    """Whether TransformerLens changed the weights: norms or value biases folded, writing weights centred, matrices factored."""
     if backend_of(model) == "bridge":
-        return bool(getattr(model, "compatibility_mode", False) or getattr(model, "_weights_processed", False))
-    return str(model.cfg.normalization_type).endswith("Pre") or _value_biases_gone(model)
+        # Compatibility mode by itself renames hooks and leaves the weights (no_processing=True).
+        return bool(getattr(model, "_weights_processed", False))
+    return str(model.cfg.normalization_type).endswith("Pre") or _value_biases_gone(model) or _centred_or_factored(model)
+
+
+@torch.no_grad()
+def _centred_or_factored(model: Any) -> bool:
+    """Embeddings of mean 0, or heads' output matrices with orthonormal rows: no training gives either to the last digit."""
+    rows = model.embed.W_E[:256].detach().float()
+    W_O = model.blocks[0].attn.W_O[0].detach().float()  # [d_head, d_model]
+    centred = rows.mean(dim=1).abs().max() < EXACT * rows.std()
+    factored = (W_O @ W_O.mT - torch.eye(len(W_O), device=W_O.device)).abs().max() < EXACT
+    return bool(centred or factored)
 
 
 def value_biases_folded(model: Any) -> bool:

@@ -103,7 +103,7 @@ class Positions:
         """
         if isinstance(text, Positions):
             return text
-        found = re.fullmatch(r"f(\d+)\+l(\d+)", text)
+        found = re.fullmatch(r"f(\d+)\+l(\d+)", text) if isinstance(text, str) else None
         if found and (int(found[1]) or int(found[2])):
             return cls(text, int(found[1]), int(found[2]))
         if text not in NAMES:

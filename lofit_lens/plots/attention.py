@@ -15,8 +15,9 @@ from typing import Any
 import plotly.graph_objects as go
 
 from lofit_lens.analysis.attention import AttentionPatterns
+from lofit_lens.checks import check_is
 from lofit_lens.errors import InputError
-from lofit_lens.heads import Head, HeadSet
+from lofit_lens.heads import Head, Heads, HeadSet
 from lofit_lens.plots.style import HEAT, style
 
 MOST_TOKENS = 60  # in a figure; more cannot be read
@@ -44,7 +45,7 @@ def attention_script() -> str:
 
 
 def attention_block(
-    patterns: AttentionPatterns, prompt: int = 0, heads: HeadSet | Sequence[Any] | None = None, *, name: str = "attention"
+    patterns: AttentionPatterns, prompt: int = 0, heads: Heads | None = None, *, name: str = "attention"
 ) -> str:  # fmt: skip
     """One prompt's view as HTML, for a page that holds `attention_script`.
 
@@ -57,6 +58,7 @@ def attention_block(
     Raises:
         InputError: a prompt or head that is not there, or no head.
     """
+    check_is(patterns, AttentionPatterns, "patterns", "what analysis.attention_patterns gives")
     chosen = _chosen(patterns, heads)
     patterns.check_prompt(prompt)
     props = {
@@ -72,7 +74,7 @@ def attention_block(
 
 
 def attention_html(
-    patterns: AttentionPatterns, prompt: int = 0, heads: HeadSet | Sequence[Any] | None = None, *, title: str = ""
+    patterns: AttentionPatterns, prompt: int = 0, heads: Heads | None = None, *, title: str = ""
 ) -> str:  # fmt: skip
     """A page of its own that shows where heads look in one prompt; it fetches nothing.
 
@@ -114,6 +116,7 @@ def attention_figure(
     Raises:
         InputError: a prompt or head that is not there, or more tokens than can be read.
     """
+    check_is(patterns, AttentionPatterns, "patterns", "what analysis.attention_patterns gives")
     pattern, tokens = patterns.of(head, prompt), [_visible(t) for t in patterns.tokens[prompt]]
     n = len(tokens)
     if n > MOST_TOKENS:
@@ -143,11 +146,11 @@ def attention_figure(
     return fig
 
 
-def _chosen(patterns: AttentionPatterns, heads: HeadSet | Sequence[Any] | None) -> tuple[Head, ...]:
-    chosen = patterns.heads.heads if heads is None else tuple(Head.parse(h) for h in heads)
+def _chosen(patterns: AttentionPatterns, heads: Heads | None) -> tuple[Head, ...]:
+    chosen = patterns.heads if heads is None else HeadSet.of(heads)
     if not chosen:
         raise InputError(f"no head to show; give some of {patterns.heads}")
-    return chosen
+    return chosen.heads
 
 
 def _visible(token: str) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import pandas as pd
 import plotly.graph_objects as go
 
+from lofit_lens.checks import check_is
 from lofit_lens.errors import InputError
 from lofit_lens.plots.style import COLORS, style
 
@@ -16,6 +17,7 @@ SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star")
 
 def need(frame: pd.DataFrame, columns: Sequence[str], made_by: str) -> None:
     """Raise InputError unless the frame has rows and these columns."""
+    check_is(frame, pd.DataFrame, "this table", f"what {made_by} returns")
     missing = [c for c in columns if c not in frame.columns]
     if missing:
         raise InputError(f"this table has no column {', '.join(missing)}; give what {made_by} returns")

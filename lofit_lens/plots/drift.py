@@ -4,7 +4,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from lofit_lens.analysis.drift import MEASURES, WHERE, Drift
-from lofit_lens.errors import unknown
+from lofit_lens.checks import check_is, check_one_of
 from lofit_lens.plots.curves import SYMBOLS, faded, finish, rows_where
 from lofit_lens.plots.style import COLORS, HEAT
 
@@ -20,6 +20,7 @@ def drift_layers(drift: Drift, *, title: str = "How far the adapter moves activa
         drift: of `analysis.drift.drift`.
         title: of the figure.
     """
+    check_is(drift, Drift, "drift", "what analysis.drift gives")
     fig = make_subplots(rows=1, cols=len(MEASURES), horizontal_spacing=0.09)
     for col, measure in enumerate(MEASURES, start=1):
         for i, where in enumerate(WHERE):
@@ -59,10 +60,9 @@ def drift_positions(
     Raises:
         InputError: an unknown place or measure.
     """
-    if where not in WHERE:
-        raise unknown("place", where, WHERE)
-    if measure not in MEASURES:
-        raise unknown("measure", measure, MEASURES)
+    check_is(drift, Drift, "drift", "what analysis.drift gives")
+    check_one_of("place", where, WHERE)
+    check_one_of("measure", measure, MEASURES)
     rows = rows_where(drift.positions, "where", where, by="layer")
     cells = rows.pivot(index="layer", columns="position", values=measure)
     starts = sorted(p for p in cells.columns if p >= 0)

@@ -6,23 +6,23 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from lofit_lens.errors import InputError
-from lofit_lens.heads import HeadScores, HeadSet
+from lofit_lens.heads import HeadScores, HeadSet, Scores, Sets, named_scores, named_sets
 from lofit_lens.plots.style import HEAT, style
 
 BAR = 110  # pixels of a colour bar with its numbers and title
 
 
 def head_grid(
-    scores: Mapping[str, HeadScores] | HeadScores, chosen: Mapping[str, HeadSet] | None = None, *,
-    marked: Mapping[str, HeadSet] | None = None, marked_label: str = "planted", title: str = "Head scores",
+    scores: Scores, chosen: Sets | None = None, *,
+    marked: Sets | None = None, marked_label: str = "planted", title: str = "Head scores",
 ) -> go.Figure:  # fmt: skip
     """One panel a task: every head's score, chosen heads as filled circles, `marked` heads as open squares.
 
     Panels of one kind of score share a colour scale; scores of several kinds (norms beside accuracies) have one each.
 
     Args:
-        scores: panel title -> scores `[n_layers, n_heads]`, all of one model; or one table of scores.
-        chosen: panel title -> heads to mark as chosen.
+        scores: panel title -> scores `[n_layers, n_heads]`, all of one model; or one table of scores, or a list of them.
+        chosen: panel title -> heads to mark as chosen; for one panel, a head set.
         marked: panel title -> a second set to mark, e.g. known truth.
         marked_label: what the second set is.
         title: of the figure.
@@ -35,17 +35,14 @@ def head_grid(
         >>> figure.layout.xaxis.title.text
         'head'
     """
-    if isinstance(scores, HeadScores):
-        scores = {scores.task or scores.kind: scores}
+    scores = named_scores(scores)
     if not scores:
         raise InputError("no head scores to draw; give at least one, e.g. {'MQuAKE': select_heads(...)}")
     shapes = {s.shape for s in scores.values()}
     if len(shapes) > 1:
         raise InputError(f"head grids of different models in one figure: {sorted(shapes)}; draw one figure a model")
-    for sets in (chosen or {}, marked or {}):
-        if set(sets) - set(scores):
-            raise InputError(f"head sets without scores: {', '.join(sorted(set(sets) - set(scores)))}")
-    n_layers, n_heads = shapes.pop()
+    n_layers, n_heads = shape = shapes.pop()
+    chosen, marked = (_in_panels(sets, scores, shape) for sets in (chosen, marked))
     kinds = [s.kind for s in scores.values()]
     own_bars = len(set(kinds)) > 1  # one scale for norms and accuracies would leave one of them a single colour
     panel, gap = max(170, min(18 * n_heads, 620)), BAR if own_bars else 0  # pixels
@@ -63,9 +60,9 @@ def head_grid(
                 hovertemplate="L%{y}H%{x}: %{z:.4g}<extra>" + name + "</extra>", name=name,
             ), row=1, col=i,
         )  # fmt: skip
-        _mark(fig, i, (chosen or {}).get(name), "chosen", {"symbol": "circle", "size": 8, "color": "#D55E00",
+        _mark(fig, i, chosen.get(name), "chosen", {"symbol": "circle", "size": 8, "color": "#D55E00",
               "line": {"color": "white", "width": 1.5}})  # fmt: skip
-        _mark(fig, i, (marked or {}).get(name), marked_label, {"symbol": "square-open", "size": 14, "color": "#56B4E9",
+        _mark(fig, i, marked.get(name), marked_label, {"symbol": "square-open", "size": 14, "color": "#56B4E9",
               "line": {"color": "#56B4E9", "width": 3}})  # fmt: skip
     height = 230 + max(100, min(26 * n_layers, 620))
     style(fig, title=title, width=130 + room, height=height)
@@ -78,6 +75,21 @@ def head_grid(
                 "bgcolor": "#D8D8D8"}, margin={"t": 84, "b": 104},
     )  # fmt: skip
     return fig
+
+
+def _in_panels(sets: Sets | None, panels: Mapping[str, HeadScores], shape: tuple[int, int]) -> dict[str, HeadSet]:
+    """The head set of each panel that has one."""
+    if sets is None:
+        return {}
+    if len(panels) == 1 and isinstance(sets, HeadSet | str):
+        sets = dict.fromkeys(panels, sets)
+    found = named_sets(sets)
+    if set(found) - set(panels):
+        names = ", ".join(sorted(set(found) - set(panels)))
+        raise InputError(f"head sets without scores: {names}; name them as the panels: {', '.join(panels)}")
+    for heads in found.values():
+        heads.check(shape)
+    return found
 
 
 def _mark(fig: go.Figure, col: int, heads: HeadSet | None, label: str, marker: dict[str, object]) -> None:

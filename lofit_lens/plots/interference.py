@@ -4,6 +4,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from lofit_lens.analysis.interference import SUM, TOGETHER, Interference, LongContext
+from lofit_lens.checks import check_is
 from lofit_lens.evaluation.stats import mark
 from lofit_lens.plots.curves import add_curve, finish
 from lofit_lens.plots.style import COLORS
@@ -16,6 +17,7 @@ def interference_figure(found: Interference, *, title: str = "") -> go.Figure:
         found: of `analysis.interference.interference` or `learned_in_turn`.
         title: of the figure; empty = by what was done.
     """
+    check_is(found, Interference, "found", "what analysis.interference gives")
     frame = found.frame
     tasks, conditions = (list(dict.fromkeys(frame[c])) for c in ("task", "condition"))
     conditions.sort(key=lambda c: c in (TOGETHER, SUM))  # behind each single adapter
@@ -66,6 +68,7 @@ def long_context_figure(found: LongContext, *, title: str = "Behind other docume
         found: of `analysis.interference.long_context`.
         title: of the figure.
     """
+    check_is(found, LongContext, "found", "what analysis.long_context gives")
     fig, names, most = go.Figure(), ("with the adapter", "no adapter"), max(found.frame["tokens"].tolist())
     for i, (name, on) in enumerate(zip(names, (True, False), strict=True)):
         points = pd.DataFrame(found.frame[found.frame["adapter"] == on]).sort_values("length")

@@ -1,25 +1,22 @@
 """Where in the model the chosen heads sit (the paper's Figure 3)."""
 
-from collections.abc import Mapping
-
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from lofit_lens.checks import check_whole, given
 from lofit_lens.errors import InputError
-from lofit_lens.heads import HeadSet
+from lofit_lens.heads import Sets, named_sets
 from lofit_lens.plots.curves import GREY, finish
 from lofit_lens.plots.style import COLORS
 
 
-def layer_distribution(
-    sets: Mapping[str, HeadSet] | HeadSet, *, n_layers: int | None = None, title: str = "Chosen heads by layer"
-) -> go.Figure:
+def layer_distribution(sets: Sets, *, n_layers: int | None = None, title: str = "Chosen heads by layer") -> go.Figure:
     """Share of each head set that lies in each layer: one panel a set, on one scale.
 
     The dotted line is an even spread over layers, the triangle the mean layer.
 
     Args:
-        sets: panel name -> heads; or one head set.
+        sets: panel name -> heads; or one head set, or a list of them.
         n_layers: of the model; None = read from the head sets.
         title: of the figure.
 
@@ -31,13 +28,15 @@ def layer_distribution(
         >>> figure.layout.xaxis.title.text
         'layer'
     """
-    if isinstance(sets, HeadSet):
-        sets = {sets.label or "heads": sets}
+    sets = named_sets(sets)
+    check_whole(1, **given(n_layers=n_layers))
     if not sets:
         raise InputError("no head sets to draw; give at least one, e.g. {'MQuAKE': scores.top(32)}")
     for name, heads in sets.items():
         if len(heads) == 0:
             raise InputError(f"head set {name!r} is empty; there is nothing to draw")
+    if n_layers is not None and (deepest := max(h.layer for s in sets.values() for h in s)) >= n_layers:
+        raise InputError(f"n_layers is {n_layers}, and there is a head in layer {deepest}, layers counted from 0")
     known = {s.shape[0] for s in sets.values() if s.shape}
     if n_layers is None and len(known) != 1:
         raise InputError("give n_layers: these head sets do not name one model")

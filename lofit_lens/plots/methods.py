@@ -4,6 +4,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from lofit_lens.checks import check_is
 from lofit_lens.errors import InputError
 from lofit_lens.plots.style import COLORS, style
 
@@ -20,6 +21,7 @@ def method_bars(frame: pd.DataFrame, *, title: str = "Methods on the test rows")
     Raises:
         InputError: no row, a missing column, or fewer than two methods.
     """
+    check_is(frame, pd.DataFrame, "this table", "one row a task and method")
     if missing := [c for c in NEEDED if c not in frame]:
         raise InputError(f"the table lacks the column {missing[0]!r}; it needs {', '.join(NEEDED)}")
     methods = list(dict.fromkeys(frame["method"]))

@@ -5,7 +5,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from scipy import stats
 
-from lofit_lens.errors import InputError, unknown
+from lofit_lens.checks import check_is, check_one_of
+from lofit_lens.errors import InputError
 from lofit_lens.evaluation.stats import mark
 from lofit_lens.heads import HeadScores
 from lofit_lens.plots.curves import GREY, MANY_TICKS, add_curve, faded, finish, need, rows_where, ticks_at
@@ -29,8 +30,7 @@ def overlap_heatmap(frame: pd.DataFrame, value: str = "jaccard", *, title: str =
     Raises:
         InputError: an empty table or one of another kind, or an unknown value.
     """
-    if value not in VALUES:
-        raise unknown("value", value, VALUES)
+    check_one_of("value", value, VALUES)
     need(frame, ("a", "b", value, "expected", "p_holm", "p_layer_holm"), "analysis.overlap.overlap")
     names = list(dict.fromkeys([*frame["a"], *frame["b"]]))
     size = {**dict(zip(frame["b"], frame["k_b"], strict=True)), **dict(zip(frame["a"], frame["k_a"], strict=True))}
@@ -79,8 +79,7 @@ def agreement_curves(
     Raises:
         InputError: an empty table or one of another kind, or an unknown value.
     """
-    if value not in ("shared", "jaccard"):
-        raise unknown("value", value, ("shared", "jaccard"))
+    check_one_of("value", value, ("shared", "jaccard"))
     columns = ("k", "shared", "jaccard", "expected", "expected_jaccard", "low", "high", "p")
     need(frame, columns, "analysis.overlap.agreement_by_k")
     if "pair" not in frame.columns:
@@ -137,6 +136,9 @@ def score_scatter(
     Raises:
         InputError: scores of different models, or a K that the model does not have.
     """
+    for name, scores in (("a", a), ("b", b)):
+        check_is(scores, HeadScores, name, "head scores (select_heads)")
+    check_is(labels, (tuple, list, type(None)), "labels", "a pair of texts")
     if a.shape != b.shape:
         raise InputError(f"scores of different models: {a.shape} and {b.shape} heads; draw two scores of one model")
     names = labels or tuple(" ".join(filter(None, (s.task, s.kind))) for s in (a, b))

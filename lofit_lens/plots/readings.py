@@ -10,6 +10,7 @@ from plotly.subplots import make_subplots
 
 from lofit_lens.analysis.logit_lens import TOTAL, HeadTokens
 from lofit_lens.analysis.needed import BEST, KeepOnly, LeaveOneOut, Removal
+from lofit_lens.checks import check_is, check_whole, given
 from lofit_lens.errors import InputError
 from lofit_lens.evaluation.stats import mark
 from lofit_lens.plots.curves import add_curve, faded, finish, need, ticks_at
@@ -36,8 +37,8 @@ def promoted_figure(
     Raises:
         InputError: `top` below 1.
     """
-    if top is not None and top < 1:
-        raise InputError(f"top is {top}; give 1 or more tokens")
+    check_is(tokens, HeadTokens, "tokens", "what analysis.promoted_tokens gives")
+    check_whole(1, **given(top=top))
     names = [str(h) for h in tokens.heads][:PANELS]
     panels = [*names, TOTAL] if 1 < len(tokens.heads) < PANELS else names
     cols = 2 if len(panels) in (2, 4) else min(3, len(panels))
@@ -139,6 +140,7 @@ def leave_one_out_figure(found: LeaveOneOut, *, title: str = "What the adapter l
     Raises:
         InputError: more heads than can be read.
     """
+    check_is(found, LeaveOneOut, "found", "what analysis.leave_one_out gives")
     frame, heads = found.frame, _few(found.frame["head"].tolist())
     marks = [mark(p) for p in frame["p_holm"]]
     fig = go.Figure(go.Bar(
@@ -169,6 +171,7 @@ def keep_figure(found: KeepOnly, *, title: str = "Are a few heads enough?") -> g
         found: of `analysis.needed.keep_only`.
         title: of the figure.
     """
+    check_is(found, KeepOnly, "found", "what analysis.keep_only gives")
     best = pd.DataFrame(found.frame[found.frame["order"] == BEST])
     names = ("best first", f"random order (mean of {found.draws})")
     hover = "k = %{x}: %{y:.3f}"
@@ -190,6 +193,7 @@ def removal_figure(found: Removal, *, title: str = "Does it need the chosen head
         found: of `analysis.needed.removal` or `drop_edits`.
         title: of the figure.
     """
+    check_is(found, Removal, "found", "what analysis.removal gives")
     fig, curve = go.Figure(), found.curve
     names = ("chosen heads", f"random heads (mean of {found.draws} draws)")
     for i, side in enumerate(("chosen", "random")):
@@ -209,17 +213,22 @@ def removal_figure(found: Removal, *, title: str = "Does it need the chosen head
 
 
 def removal_bars(
-    found: Mapping[str, Removal], *, title: str = "Removing chosen heads, and as many random ones"
+    found: Mapping[str, Removal] | Removal, *, title: str = "Removing chosen heads, and as many random ones"
 ) -> go.Figure:
     """Several removals side by side, each at its largest k: nothing, chosen and random heads removed, with 95 % intervals.
 
     Args:
-        found: label -> result of `analysis.needed.removal` or `drop_edits`.
+        found: label -> result of `analysis.needed.removal` or `drop_edits`; or one alone.
         title: of the figure.
 
     Raises:
         InputError: nothing to draw.
     """
+    if isinstance(found, Removal):
+        found = {found.task: found}
+    check_is(found, Mapping, "found", "what analysis.removal gives, by name")
+    for name, one in found.items():
+        check_is(one, Removal, f"{name!r}", "what analysis.removal gives")
     if not found:
         raise InputError("no removals to draw; give at least one, e.g. {'kinship': removal(...)}")
     rows = pd.DataFrame([r.curve.to_dict("records")[-1] for r in found.values()])

@@ -13,7 +13,8 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from lofit_lens import io
-from lofit_lens.errors import InputError, unknown
+from lofit_lens.checks import check_is, check_one_of, texts_of
+from lofit_lens.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,9 @@ def save_figure(
         InputError: an unknown ending or format; a file that cannot be written; kaleido or Chrome missing where one static file
             was asked for by name (how to get them is said).
     """
+    check_is(fig, go.Figure, "fig", "a figure of plotly, e.g. plots.head_grid(scores)")
+    check_is(path, (str, Path), "path", "the name of a file")
+    check_is(data, (pd.DataFrame, type(None)), "data", "a table of pandas, or None")
     path = Path(path)
     check_formats(formats)
     if path.suffix:
@@ -82,9 +86,8 @@ def save_figure(
 
 def check_formats(formats: Sequence[str]) -> None:
     """Raise InputError unless all are of `FORMATS`."""
-    for ending in formats:
-        if ending not in FORMATS:
-            raise unknown("format", ending, FORMATS)
+    for ending in texts_of("formats", formats):
+        check_one_of("format", ending, FORMATS)
 
 
 def _write(fig: go.Figure, path: Path, *, script: bool | str = True) -> Path:

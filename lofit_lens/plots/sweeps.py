@@ -3,6 +3,7 @@
 import pandas as pd
 import plotly.graph_objects as go
 
+from lofit_lens.checks import check_whole, given
 from lofit_lens.errors import InputError
 from lofit_lens.plots.curves import GREY, add_curve, counted, faded, finish, need, rows_where, ticks_at
 
@@ -25,6 +26,7 @@ def k_sweep(
         InputError: an empty table, one of another kind, or fewer heads in the model than in a point.
     """
     x_title = "K (tuned heads)" + (f", and % of all {n_heads_total}" if n_heads_total else "")
+    check_whole(1, **given(n_heads_total=n_heads_total))
     fig = _curves(frame, title, metric, x_title, "K", tick_lines=2 if n_heads_total else 1)
     x = _tuned(frame)["x"].tolist()
     if n_heads_total is not None and max(x) > n_heads_total:

@@ -5,6 +5,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from lofit_lens.analysis.transfer import RANDOM, Transfer
+from lofit_lens.checks import check_is
 from lofit_lens.plots.curves import counted, finish
 from lofit_lens.plots.style import HEAT
 
@@ -21,6 +22,7 @@ def transfer_heatmap(transfer: Transfer, *, title: str = "Accuracy with another 
         transfer: of `analysis.transfer.transfer_matrix`.
         title: of the figure.
     """
+    check_is(transfer, Transfer, "transfer", "what analysis.transfer_matrix gives")
     wide = transfer.matrix()
     tasks, sources = list(wide.columns), list(wide.index)
     cells = transfer.frame.set_index(["source", "task"])

@@ -17,13 +17,14 @@ from lofit_lens.models import attached_to, model_info
 from lofit_lens.probing.probes import _each, _jobs, labelled
 from lofit_lens.probing.record import record, statement_ids
 from lofit_lens.tasks.base import Task
+from lofit_lens.tasks.registry import task_of
 
 MAX_ITER = 1000  # steps of the solver, as in `fit_probes`
 
 
 def probe_layers(
     model: Any,
-    task: Task,
+    task: Task | str,
     *,
     seed: int = 42,
     n_train: int | None = None,
@@ -35,8 +36,9 @@ def probe_layers(
         Scores `[n_layers, n_heads]`: (n_layers - place of the head's layer, from 0) + half the score of its own probe. Equal
         accuracies are told apart by AUC, of layers as of heads. `.meta["layer_accuracy"]` holds each layer's accuracy.
     """
+    info, task = model_info(model), task_of(task)
     listed, right, fitting, held_out = labelled(task, n_train, seed)
-    info, n, n_fitting = model_info(model), len(listed), int(fitting.sum())
+    n, n_fitting = len(listed), int(fitting.sum())
     attached = attached_to(model, f"probe layers {task.name}")
     with record(model, statement_ids(model, listed), what="z", progress=progress, label="record z") as z:
         # A whole layer is fitted as one head of its width; directions are of no use here.

@@ -28,14 +28,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lofit_lens import io
-from lofit_lens.errors import DataError, InputError, unknown
-from lofit_lens.heads import HeadScores, HeadSet
+from lofit_lens.checks import check_one_of, check_whole, given
+from lofit_lens.errors import DataError
+from lofit_lens.heads import Heads, HeadScores, HeadSet
 from lofit_lens.interventions.base import AdapterMeta
 from lofit_lens.interventions.iti import ALPHA, ITI
 from lofit_lens.models import Positions, attached_to, device_of, model_info
 from lofit_lens.probing.directions import mass_mean_direction, random_directions, spread, unit
 from lofit_lens.probing.record import MEMORY_LIMIT, TOKEN_BUDGET, record, statement_ids
 from lofit_lens.tasks.base import Task
+from lofit_lens.tasks.registry import task_of
 from lofit_lens.tasks.statements import Statement, statements
 
 Direction = Literal["mass_mean", "probe", "random"]
@@ -150,7 +152,7 @@ class Probes:
 
     def iti(
         self,
-        heads: int | HeadSet | Iterable[Any],
+        heads: int | Heads,
         *,
         alpha: float = ALPHA,
         direction: Direction = "mass_mean",
@@ -167,8 +169,7 @@ class Probes:
         Raises:
             InputError: K or a head outside the model, no head, unknown direction or positions, or an alpha that is not finite.
         """
-        given = heads if isinstance(heads, HeadSet) else None if isinstance(heads, int) else HeadSet(heads)
-        chosen = self.scores.top(heads) if given is None else given  # pyright: ignore[reportArgumentType]
+        chosen = self.scores.top(heads) if isinstance(heads, int) else HeadSet.of(heads)
         chosen.check(self.scores.shape)
         unit_vectors, sigma = self.direction(direction), self.sigma(direction)
         rows = [h.layer for h in chosen], [h.head for h in chosen]
@@ -188,7 +189,7 @@ class Probes:
 
 def fit_probes(
     model: Any,
-    task: Task,
+    task: Task | str,
     *,
     seed: int = 42,
     n_train: int | None = None,
@@ -220,11 +221,10 @@ def fit_probes(
         DataError: too few rows to hold one out, statements of one label only, or longer than the context.
         ModelError: heads that cannot be reached, or activations that are NaN or infinite.
     """
-    for name, value in (("max_iter", max_iter), ("n_jobs", 1 if n_jobs is None else n_jobs)):
-        if value < 1:
-            raise InputError(f"{name} is {value}; give 1 or more")
+    info, task = model_info(model), task_of(task)
+    check_whole(1, max_iter=max_iter, **given(n_jobs=n_jobs))
     listed, right, fitting, held_out = labelled(task, n_train, seed)
-    info, n_fitting, attached = model_info(model), int(fitting.sum()), attached_to(model, f"probe heads {task.name}")
+    n_fitting, attached = int(fitting.sum()), attached_to(model, f"probe heads {task.name}")
     with record(
         model, statement_ids(model, listed), what="z", token_budget=token_budget, memory_limit=memory_limit,
         progress=progress, label="record z",
@@ -267,7 +267,7 @@ def fit_probes(
 
 def probe_heads(
     model: Any,
-    task: Task,
+    task: Task | str,
     *,
     seed: int = 42,
     n_train: int | None = None,
@@ -286,8 +286,7 @@ def probe_heads(
 
 
 def _known(kind: str) -> str:
-    if kind not in DIRECTIONS:
-        raise unknown("direction", kind, DIRECTIONS)
+    check_one_of("direction", kind, DIRECTIONS)
     return kind
 
 

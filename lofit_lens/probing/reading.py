@@ -12,6 +12,7 @@ import copy
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -21,13 +22,16 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 from lofit_lens import io
-from lofit_lens.errors import DataError, InputError, unknown
+from lofit_lens.checks import check_is, check_one_of, check_seed, check_whole, shown
+from lofit_lens.errors import DataError, InputError
+from lofit_lens.heads import layers_of
 from lofit_lens.interventions.base import AdapterMeta
 from lofit_lens.interventions.repe import RepE
-from lofit_lens.models import ALL, Positions, attached_to, device_of, model_info, tokenizer_of
+from lofit_lens.models import ALL, Positions, attached_to, backend_of, device_of, model_info, tokenizer_of
 from lofit_lens.probing.record import record, statement_ids
 from lofit_lens.tasks.base import Task
 from lofit_lens.tasks.collate import encode
+from lofit_lens.tasks.registry import task_of
 from lofit_lens.tasks.statements import Statement, pairs, statements
 
 Method = Literal["pca", "mean_difference"]
@@ -52,8 +56,9 @@ def reading_vector(
         InputError: unknown method.
         DataError: no pair (for `"pca"`: fewer than two), or differences that are zero or cancel out.
     """
-    if method not in METHODS:
-        raise unknown("method", method, METHODS)
+    check_one_of("method", method, METHODS)
+    check_seed(seed)
+    check_is(differences, np.ndarray, "differences", "an array [n_pairs, d_model]")
     values, n = differences.astype(np.float64), len(differences)
     if n < (2 if method == "pca" else 1):
         raise DataError(f"{n} pairs; {method} needs {'two' if method == 'pca' else 'one'} or more")
@@ -106,8 +111,7 @@ class ReadingVectors:
         Raises:
             InputError: `k` below 1 or above the number of layers.
         """
-        if not 1 <= k <= len(self.layers):
-            raise InputError(f"{k} layers asked for; there are vectors of {len(self.layers)}")
+        check_whole(1, len(self.layers), k=k)
         order = torch.argsort(self.accuracy, descending=True, stable=True).tolist()
         return tuple(self.layers[i] for i in order[:k])
 
@@ -124,7 +128,7 @@ class ReadingVectors:
         Raises:
             InputError: a layer without a vector, no layer, or what `RepE` refuses.
         """
-        chosen = tuple(layers)
+        chosen = tuple(layers_of(layers))
         for layer in chosen:
             if layer not in self.layers:
                 raise InputError(f"no vector of layer {layer}; there are those of {', '.join(map(str, self.layers))}")
@@ -145,7 +149,7 @@ class ReadingVectors:
 
 def reading_vectors(
     model: Any,
-    source: Task | Sequence[tuple[str, str]],
+    source: Task | str | Sequence[tuple[str, str]],
     *,
     method: Method = "pca",
     layers: Iterable[int] | None = None,
@@ -170,15 +174,17 @@ def reading_vectors(
         DataError: too few pairs, a text longer than the context, or statements that do not differ at some layer.
         ModelError: no residual stream to be read.
     """
-    if method not in METHODS:
-        raise unknown("method", method, METHODS)
-    if isinstance(source, Task):
+    backend_of(model)
+    check_one_of("method", method, METHODS)
+    check_seed(seed)
+    if isinstance(source, Task | str | Path):
+        source = task_of(source)
         train, val = _task_pairs(model, source, n_train, seed)
         name, data_hash = source.name, source.data_hash
     else:
         if n_train is not None:
             raise InputError("n_train draws rows of a task; of pairs of texts, give those that you want")
-        tokenizer = tokenizer_of(model)
+        tokenizer, source = tokenizer_of(model), _pairs_of_texts(source)
         train, val = [(encode(tokenizer, right), encode(tokenizer, wrong)) for right, wrong in source], []
         name, data_hash = "", io.digest([list(pair) for pair in source])
     if len(train) < 2:
@@ -207,6 +213,14 @@ def reading_vectors(
     return ReadingVectors(
         listed, to_tensor(directions).to(device_of(model)), to_tensor(accuracy), to_tensor(sigma), meta
     )
+
+
+def _pairs_of_texts(source: Any) -> list[tuple[str, str]]:
+    listed: list[Any] = list(source) if isinstance(source, Sequence) else [source]
+    for pair in listed:
+        if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise InputError(f"source holds {shown(pair)}; give a task, or pairs (right text, wrong text)")
+    return [(right, wrong) for right, wrong in listed]
 
 
 def _task_pairs(

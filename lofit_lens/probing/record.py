@@ -17,7 +17,9 @@ from jaxtyping import Float32
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lofit_lens.errors import DataError, InputError, unknown
+from lofit_lens.checks import check_is, check_one_of, check_whole, shown
+from lofit_lens.errors import DataError, InputError
+from lofit_lens.heads import layers_of
 from lofit_lens.models import (
     check_residual,
     context_length,
@@ -116,6 +118,9 @@ def statement_ids(model: Any, statements: Iterable[Statement]) -> list[tuple[int
         DataError: a statement whose prompt or answer has no token.
     """
     tokenizer = tokenizer_of(model)
+    check_is(statements, Iterable, "statements", "what tasks.statements gives")
+    for s in (statements := list(statements)):
+        check_is(s, Statement, "a statement", "what tasks.statements gives")
     return [encode_continuations(tokenizer, s.prompt, [s.answer])[0].ids for s in statements]
 
 
@@ -150,10 +155,9 @@ def record(
         DataError: an empty sequence, or one longer than the context; names its place in the list.
         ModelError: heads or residual stream that cannot be reached, or activations that are NaN or infinite.
     """
-    if what not in ("z", "resid"):
-        raise unknown("activations", what, ("z", "resid"))
-    if token_budget < 1:
-        raise InputError(f"a token budget of {token_budget} leaves nothing to run; give 1 or more")
+    check_one_of("activations", what, ("z", "resid"))
+    check_whole(1, token_budget=token_budget)
+    check_whole(0, memory_limit=memory_limit)
     wanted = _layers(model, layers)
     _check_lengths(model, sequences)
     if what == "z":
@@ -215,7 +219,7 @@ def _batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
 
 def _layers(model: Any, layers: Iterable[int] | None) -> tuple[int, ...]:
     n = model_info(model).n_layers
-    wanted = tuple(range(n)) if layers is None else tuple(sorted(set(layers)))
+    wanted = tuple(range(n)) if layers is None else tuple(sorted(set(layers_of(layers))))
     if not wanted:
         raise InputError(f"no layer to record; give some of 0 to {n - 1}, or None for all")
     if wanted[0] < 0 or wanted[-1] >= n:
@@ -224,10 +228,11 @@ def _layers(model: Any, layers: Iterable[int] | None) -> tuple[int, ...]:
 
 
 def _check_lengths(model: Any, sequences: Sequence[Sequence[int]]) -> None:
-    if not sequences:
-        raise InputError("no sequence to record; give one or more")
+    if not isinstance(sequences, Sequence) or isinstance(sequences, str) or not sequences:
+        raise InputError(f"sequences is {shown(sequences)}; give one or more lists of token ids")
     limit = context_length(model)
     for i, ids in enumerate(sequences):
+        check_is(ids, Sequence, f"sequence {i}", "a list of token ids")
         if not ids:
             raise DataError(f"sequence {i} is empty; give at least one token")
         if len(ids) > limit:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lofit_lens.errors import AdapterError
 from lofit_lens.interventions import ITI, Adapter, HeadAblation, Lofit
+from lofit_lens.interventions.base import check_adapter
 
 Grid = Float[Tensor, "n_layers n_heads d_head"]
 
@@ -20,6 +21,7 @@ def affine(adapter: Adapter) -> tuple[Grid, Grid]:
         AdapterError: a method whose edit is not of this kind, positions that are not all, numbers that are not finite, or an edit
             that changes nothing.
     """
+    check_adapter(adapter)
     if not isinstance(adapter, Lofit | ITI | HeadAblation):
         raise AdapterError(
             f"{adapter.title} does not edit single heads' outputs by a constant scale and shift, which is what fits into "

@@ -16,7 +16,7 @@ import torch
 from lofit_lens.errors import AdapterError, DataError, InputError
 from lofit_lens.heads import Head, HeadSet
 from lofit_lens.interventions import ITI, Adapter
-from lofit_lens.interventions.base import AdapterMeta
+from lofit_lens.interventions.base import AdapterMeta, check_adapter
 from lofit_lens.models import Positions
 from lofit_lens.sharing.foreign import numbers, read_object, whole, write_object
 
@@ -35,6 +35,7 @@ def to_iti_dict(adapter: Adapter) -> dict[str, list[Entry]]:
     Raises:
         AdapterError: not an ITI adapter.
     """
+    check_adapter(adapter)
     if not isinstance(adapter, ITI):
         raise AdapterError(
             f"this is a {adapter.title} adapter, and an ITI dictionary holds unit directions and spreads; write LoFiT's offsets "

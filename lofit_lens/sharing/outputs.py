@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from lofit_lens.errors import ModelError, unknown
+from lofit_lens.errors import ModelError
 from lofit_lens.sharing.checkpoints import Checkpoint
 
 # Architecture -> what follows the layers' list in its module's name. Weights of GPT-2 are stored transposed (Conv1D).
@@ -27,6 +27,11 @@ _IN_LAYER = {
 }  # fmt: skip
 KNOWN = tuple(_IN_LAYER)
 _TRANSPOSED = ("GPT2LMHeadModel",)
+# Their code builds the output projection without a bias, whatever the configuration says.
+_WITHOUT_ROOM = ("MixtralForCausalLM", "Phi3ForCausalLM")
+NO_ROOM = (
+    "its attention's output projection has no bias, and no setting gives it one, so that an offset has no place in it"
+)
 
 
 @dataclass(frozen=True)
@@ -86,8 +91,11 @@ def outputs_of(checkpoint: Checkpoint) -> Outputs:
     """
     architecture = checkpoint.architecture
     if architecture not in _IN_LAYER:
-        found = unknown("architecture", architecture, KNOWN, hint="Nothing was written.")
-        raise ModelError(f"{checkpoint.name}: {found}")
+        why = NO_ROOM if architecture in _WITHOUT_ROOM else "it is not built yet for this architecture"
+        raise ModelError(
+            f"{checkpoint.name}: an adapter cannot be exported into a {architecture}: {why} (it is for {', '.join(KNOWN)}). "
+            "Nothing was written. Attach the adapter at run time instead: load_adapter(folder, model=model).attached(model)"
+        )
     layers, module = _IN_LAYER[architecture]
     pattern = re.compile(rf"((?:.*\.)?{layers}\.(\d+)\.{re.escape(module)})\.weight")
     hits = [hit for name in checkpoint.where if (hit := pattern.fullmatch(name))]

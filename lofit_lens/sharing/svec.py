@@ -23,7 +23,7 @@ from torch import Tensor
 from lofit_lens.errors import AdapterError, DataError, InputError, ModelError
 from lofit_lens.heads import Head, HeadScores, HeadSet
 from lofit_lens.interventions import ITI, Adapter, Lofit, load_adapter
-from lofit_lens.interventions.base import AdapterMeta
+from lofit_lens.interventions.base import AdapterMeta, check_adapter
 from lofit_lens.interventions.files import CONFIG_FILE, SCHEMA, WEIGHTS_FILE, public, write_files
 from lofit_lens.interventions.iti import ALPHA
 from lofit_lens.models import Positions, located
@@ -170,6 +170,7 @@ def import_svec(
 
 def _steering(adapter: Adapter) -> tuple[ITI | Lofit, float]:
     """The adapter, if the format has a place for it, and the strength to give to AISteer360."""
+    check_adapter(adapter)
     if isinstance(adapter, Lofit):
         if adapter.A.detach().any():
             raise AdapterError(

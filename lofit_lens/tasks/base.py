@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lofit_lens import io
+from lofit_lens.checks import check_is, check_one_of, check_seed, check_whole, given, records_of, shown
 from lofit_lens.errors import DataError, InputError, unknown
 
 SPLITS = ("train", "val", "test")
@@ -188,6 +189,7 @@ class Task:
         rows = self._split(self.training, split)
         if split != "train":
             return self._limited(tuple(range(len(rows))), n)
+        check_seed(seed)
         n = self.n_train if n is None else n
         usable = [i for i in range(len(rows)) if i not in self.leaked]
         if not usable:
@@ -196,7 +198,8 @@ class Task:
             )
         if n is None:
             return tuple(usable)
-        if n < 1 or n > len(usable):
+        check_whole(1, n_train=n)
+        if n > len(usable):
             raise InputError(
                 f"{n} training examples asked for; {self.name} has {len(usable)}, so give 1 to {len(usable)}"
             )
@@ -209,15 +212,13 @@ class Task:
         return tuple(kept)
 
     def _split(self, splits: Mapping[str, tuple[Any, ...]], split: str) -> tuple[Any, ...]:
-        if split not in splits:
-            raise unknown("split", split, splits, hint=f"{self.name} has no other.")
+        check_one_of("split", split, splits, hint=f"{self.name} has no other.")
         return splits[split]
 
     def _limited(self, rows: tuple[Any, ...], limit: int | None) -> tuple[Any, ...]:
         if limit is None:
             return rows
-        if limit < 1:
-            raise InputError(f"a limit of {limit} rows leaves nothing; give 1 or more")
+        check_whole(1, limit=limit)
         return rows[:limit]
 
     def __repr__(self) -> str:
@@ -259,7 +260,12 @@ class Task:
             >>> task
             Task(caps: sft, 1/0/1 train/val/test, metric em)
         """
-        splits = {"train": list(train), "val": list(val), "test": list(test)}
+        check_is(name, str, "name", "a text")
+        check_is(metric, (str, type(None)), "metric", "the name of one of the grader's scores")
+        check_whole(1, max_new_tokens=max_new_tokens, **given(n_train=n_train))
+        if not callable(grade):
+            raise InputError(f"grade is {shown(grade)}; give a function of the generated text and the example")
+        splits = {s: records_of(f"{name} {s}", rows) for s, rows in (("train", train), ("val", val), ("test", test))}
         task = task_from_rows(
             name, {s: [(f"{name} {s} row {i + 1}", r) for i, r in enumerate(rows)] for s, rows in splits.items()},
             grade=grade, metric=metric, max_new_tokens=max_new_tokens, n_train=n_train, source="records",

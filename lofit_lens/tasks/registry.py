@@ -4,7 +4,9 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from lofit_lens.checks import check_is
 from lofit_lens.errors import InputError, unknown
 from lofit_lens.tasks import clutrr, instruction, knowledge, mquake, truthfulqa
 from lofit_lens.tasks.base import SPLITS, Task, file_hashes, task_from_rows
@@ -106,6 +108,7 @@ def load_task(
         >>> load_task("organism/truth").metric
         'mc1'
     """
+    check_is(name, (str, Path), "name", "the name of a task, or a folder")
     text, folder = str(name), Path(name)
     if text.startswith("truthfulqa:"):
         text, _, number = text.partition(":")
@@ -126,6 +129,19 @@ def load_task(
             )  # fmt: skip
         task = TASKS[text](Request(fold, data_dir, source))
     return task if form is None else task.in_form(form)
+
+
+def task_of(task: Any) -> Task:
+    """A task itself, or the one of that name; see `load_task`.
+
+    Raises:
+        InputError: neither a task nor the name of one.
+        DataError: as `load_task`.
+    """
+    if isinstance(task, Task):
+        return task
+    check_is(task, (str, Path), "task", "a task (load_task, Task.from_records) or the name of one, e.g. 'mquake'")
+    return load_task(task)
 
 
 def _rows_in(folder: Path) -> dict[str, Path]:

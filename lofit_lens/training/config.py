@@ -7,6 +7,7 @@ was run.
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from lofit_lens.checks import check_is, check_number, check_one_of, check_whole, given, shown
 from lofit_lens.errors import InputError, unknown
 from lofit_lens.models import ModelInfo
 
@@ -45,17 +46,21 @@ class TrainConfig:
     max_steps: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("lr", "clip", "beta", "eps", "init_std", "l1", "weight_decay"):
+            check_number(**{name: getattr(self, name)})
         for name in ("lr", "clip", "beta", "eps", "init_std"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise InputError(f"{name} is {getattr(self, name)}; it must be above 0 and finite")
         for name in ("l1", "weight_decay"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(f"{name} is {getattr(self, name)}; it must be 0 or above and finite")
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be 1 or above")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise InputError(f"max_steps is {self.max_steps}; it must be 1 or above, or None")
+        check_whole(1, epochs=self.epochs, batch_size=self.batch_size, **given(max_steps=self.max_steps))
+        if not isinstance(self.betas, tuple | list) or len(self.betas) != 2:
+            raise InputError(f"betas is {shown(self.betas)}; give two numbers, e.g. (0.9, 0.999)")
+        for beta in self.betas:
+            check_number(betas=beta)
+            if not 0 <= beta < 1:
+                raise InputError(f"betas is {self.betas}; both must be 0 or above and below 1")
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able form."""
@@ -143,6 +148,8 @@ def preset(info: ModelInfo, task_family: str, objective: str) -> Preset:
     The paper's three models on its three tasks have their own row; the embedded model has one; every other model
     takes Llama-2-7B's row of the task (an unknown task: TruthfulQA's for DPO, MQuAKE's for SFT) with 3 % of its heads.
     """
+    check_is(info, ModelInfo, "info", "what model_info(model) gives")
+    check_one_of("objective", objective, ("sft", "dpo"))
     if info.name == "organism" or task_family.startswith("organism/"):
         return ORGANISM
     rows = PAPER.get(task_family) or PAPER["truthfulqa" if objective == "dpo" else "mquake"]

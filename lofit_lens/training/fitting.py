@@ -11,12 +11,14 @@ from typing import Any
 from torch import Tensor
 
 from lofit_lens import io
+from lofit_lens.checks import check_is
 from lofit_lens.errors import InputError, TrainingDiverged
-from lofit_lens.interventions.base import AdapterMeta
+from lofit_lens.interventions.base import AdapterMeta, check_adapter
 from lofit_lens.models import ALL, ModelInfo, attached_to, fingerprint, frozen, model_info, why_not_finite
 from lofit_lens.tasks.base import Task
+from lofit_lens.tasks.registry import task_of
 from lofit_lens.training.config import TrainConfig
-from lofit_lens.training.loop import OnStep, Run, train_together
+from lofit_lens.training.loop import OnStep, Run, check_gradients, train_together
 from lofit_lens.training.objective import objective
 from lofit_lens.training.passes import FAST, Passes
 from lofit_lens.training.steps import Steps
@@ -41,7 +43,7 @@ class Fit:
 def fit(
     adapter: Any,
     model: Any,
-    task: Task,
+    task: Task | str,
     config: TrainConfig,
     *,
     seed: int,
@@ -61,7 +63,7 @@ def fit(
     Args:
         adapter: an `Adapter` (or `Lora`) with the parameters to train set to `requires_grad`; at the end none is.
         model: the model it belongs to.
-        task: what to learn.
+        task: what to learn, or its name.
         config: hyperparameters.
         seed: of the draw of examples and of the row order.
         n_train: training examples drawn; None = the task's own number.
@@ -81,6 +83,9 @@ def fit(
         TrainingDiverged: NaN or infinity. It and Ctrl-C's KeyboardInterrupt carry the adapter as it was after the last good
             step in `.adapter`.
     """
+    check_adapter(adapter)
+    check_is(config, TrainConfig, "config", "a TrainConfig(lr=...)")
+    task = task_of(task)
     asked = Fit(adapter, task, config, seed, n_train, penalty, identity, on_step)
     (error,) = fit_together(
         model, [asked], adapter.attached, checkpoint=checkpoint, passes=passes, progress=progress,
@@ -118,6 +123,8 @@ def fit_together(
         InputError, AdapterError, DataError, KeyboardInterrupt: as `fit`.
     """
     info = model_info(model)
+    check_gradients(*model.parameters())
+    check_is(passes, Passes, "passes", "Passes(...), e.g. PLAIN")
     for one in fits:
         _check_positions(one.adapter)
         one.adapter.attach_check(model)

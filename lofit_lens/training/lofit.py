@@ -7,15 +7,16 @@ DPO's reference is the model with the adapter off, computed once before training
 random init; the difference is 0.1 nats at most.)
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lofit_lens.heads import HeadScores, HeadSet
-from lofit_lens.interventions.lofit import Component, Lofit
+from lofit_lens.checks import check_is, check_one_of
+from lofit_lens.heads import Heads, HeadScores
+from lofit_lens.interventions.lofit import LOFIT, Component, Lofit
 from lofit_lens.models import model_info
 from lofit_lens.tasks.base import Task
+from lofit_lens.tasks.registry import task_of
 from lofit_lens.training.config import TrainConfig, preset
 from lofit_lens.training.fitting import Fit, fit_together
 from lofit_lens.training.loop import OnStep
@@ -26,9 +27,9 @@ from lofit_lens.training.passes import FAST, Passes
 
 def select_heads(
     model: Any,
-    task: Task,
+    task: Task | str,
     *,
-    heads: HeadSet | None = None,
+    heads: Heads | None = None,
     seed: int = 42,
     config: TrainConfig | None = None,
     n_train: int | None = None,
@@ -41,7 +42,7 @@ def select_heads(
 
     Args:
         model: any HookedTransformer or TransformerBridge; left as it was.
-        task: what to learn.
+        task: what to learn, or its name.
         heads: train A on these alone (all others score 0), e.g. where some layers have no reachable heads; None = all.
         seed: of the init, the row order and the draw of training examples.
         config: hyperparameters; None = the preset for this task and model.
@@ -68,6 +69,7 @@ def select_heads(
 
 def learned_scores(lofit: Lofit, component: Component, *, kind: str) -> HeadScores:
     """L2 norm of every head's A or v as trained, with the training's record as `.meta`."""
+    check_is(lofit, Lofit, "lofit", LOFIT)
     scores, meta = lofit.norms(component), lofit.meta
     return HeadScores(scores.values, kind, scores.model, scores.task, {
         "step": "head selection", "model": meta.model.to_dict() if meta.model else None, "task": meta.task,
@@ -78,8 +80,8 @@ def learned_scores(lofit: Lofit, component: Component, *, kind: str) -> HeadScor
 
 def tune_scalings(
     model: Any,
-    task: Task,
-    heads: HeadSet | None = None,
+    task: Task | str,
+    heads: Heads | None = None,
     *,
     seed: int = 42,
     config: TrainConfig | None = None,
@@ -96,8 +98,8 @@ def tune_scalings(
 
 def tune_offsets(
     model: Any,
-    task: Task,
-    heads: HeadSet | Iterable[Any] | None,
+    task: Task | str,
+    heads: Heads | None,
     *,
     seed: int = 42,
     config: TrainConfig | None = None,
@@ -123,7 +125,7 @@ class LofitRun:
     """One training of LoFiT: step 1 (`component` A) or step 2 (v).
 
     Args:
-        task: what to learn.
+        task: what to learn, or its name.
         component: `"A"` (v = 0, with the L1 penalty) or `"v"` (A = 0).
         heads: heads that are edited; None = every head.
         seed: of the init, the row order and the draw of training examples.
@@ -132,9 +134,9 @@ class LofitRun:
         on_step: called with every new step's record.
     """
 
-    task: Task
+    task: Task | str
     component: Component
-    heads: HeadSet | Iterable[Any] | None = None
+    heads: Heads | None = None
     seed: int = 42
     config: TrainConfig | None = None
     n_train: int | None = None
@@ -148,13 +150,15 @@ class LofitRun:
             DataError: a training row longer than the model's context.
         """
         Lofit.for_model(model, self.heads)
-        encoded_rows(model, self.task.training_examples("train", n=self.n_train, seed=self.seed))
+        encoded_rows(model, task_of(self.task).training_examples("train", n=self.n_train, seed=self.seed))
 
     def fit(self, model: Any) -> Fit:
         """The training that this asks for, with a new adapter on the model's device."""
-        lofit, task = Lofit.for_model(model, self.heads), self.task
+        check_one_of("component", self.component, ("A", "v"))
+        lofit, task = Lofit.for_model(model, self.heads), task_of(self.task)
         known = preset(model_info(model), task.family, task.objective)
-        config = self.config or (known.select if self.component == "A" else known.tune)
+        config = (known.select if self.component == "A" else known.tune) if self.config is None else self.config
+        check_is(config, TrainConfig, "config", "a TrainConfig(lr=...), e.g. preset(...).tune")
         lofit.init_(self.component, seed=self.seed, std=config.init_std).train_only(self.component)
         return Fit(
             lofit, task, config, self.seed, self.n_train,
@@ -168,7 +172,7 @@ def _tune(model: Any, run: LofitRun, passes: Passes, checkpoint: str | Path | No
     lofit: Lofit = asked.adapter
     (error,) = fit_together(
         model, [asked], lofit.attached, checkpoint=checkpoint, passes=passes, progress=progress,
-        label=f"{'select heads' if run.component == 'A' else f'tune offsets (K={lofit.k})'} {run.task.name}",
+        label=f"{'select heads' if run.component == 'A' else f'tune offsets (K={lofit.k})'} {asked.task.name}",
     )  # fmt: skip
     if error is not None:
         raise error

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lofit_lens import io
+from lofit_lens.checks import check_is, check_seed, shown
 from lofit_lens.errors import AdapterError, InputError, TrainingDiverged
 from lofit_lens.training.config import TrainConfig
 
@@ -69,6 +70,10 @@ class Run:
     error: TrainingDiverged | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
+        check_is(self.config, TrainConfig, "config", "a TrainConfig(lr=...)")
+        check_seed(self.seed)
+        if self.on_step is not None and not callable(self.on_step):
+            raise InputError(f"on_step is {shown(self.on_step)}; give a function that takes a step's record")
         self.learned = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
         if not self.learned:
             raise InputError("nothing to train: no parameter of this module has requires_grad")
@@ -223,10 +228,14 @@ def train_together(
         InputError: `checkpoint` belongs to other runs.
         KeyboardInterrupt: Ctrl-C, after the step in progress; a second Ctrl-C stops at once.
     """
+    for run in runs:
+        check_gradients(*run.learned.values())
+    check_is(checkpoint, (str, Path, type(None)), "checkpoint", "the name of a file")
     state = _State(runs, Path(checkpoint) if checkpoint is not None else None)
     state.resume()
     longest = max(runs, key=lambda r: r.last)
     with (
+        torch.enable_grad(),  # whatever was switched off around: nothing else here keeps a graph
         first_ctrl_c() as interrupted,
         tqdm(total=longest.last, initial=len(longest.history), desc=label, disable=not progress, unit="step") as bar,
     ):
@@ -253,6 +262,16 @@ def train_together(
                 raise KeyboardInterrupt(f"stopped after step {len(longest.history)} of {longest.last}; {where}")
     for run in runs:
         run.optimizer.zero_grad(set_to_none=True)
+
+
+def check_gradients(*tensors: Tensor) -> None:
+    """Raise InputError under `torch.inference_mode()`, or where one of these was made under it: no gradient goes through."""
+    if torch.is_inference_mode_enabled():
+        raise InputError("gradients are needed, and torch.inference_mode() forbids them: leave its block first")
+    if any(t.is_inference() for t in tensors):
+        raise InputError(
+            "this was made under torch.inference_mode(), so that no gradient goes through it: make it outside"
+        )
 
 
 class _State:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lofit_lens.checks import shown
 from lofit_lens.errors import InputError, TrainingDiverged
 from lofit_lens.interventions.lofit import Lofit
 from lofit_lens.interventions.side_by_side import side_by_side
@@ -45,8 +46,8 @@ def tune_many(
         DataError: a training row longer than the model's context.
         KeyboardInterrupt: Ctrl-C, after the step in progress.
     """
-    if not runs:
-        raise InputError("no run to train; give one or more")
+    if not isinstance(runs, Sequence) or not runs or not all(isinstance(run, LofitRun) for run in runs):
+        raise InputError(f"runs is {shown(runs)}; give one or more, e.g. [LofitRun(task, 'v', heads)]")
     fits = [run.fit(model) for run in runs]
     adapters: list[Lofit] = [one.adapter for one in fits]
     attached = adapters[0].attached if len(runs) == 1 else (lambda model: side_by_side(model, adapters))

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lofit_lens.errors import InputError
+from lofit_lens.checks import check_is, check_whole, given
 from lofit_lens.models import (
     Borders,
     checkpointed,
@@ -57,8 +57,9 @@ class Passes:
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        if self.token_budget is not None and self.token_budget < 1:
-            raise InputError(f"a token budget of {self.token_budget} leaves nothing to run; give 1 or more, or None")
+        check_whole(1, **given(token_budget=self.token_budget))
+        for name in ("near_lengths", "fused", "scored_only", "share_prompts", "checkpointing"):
+            check_is(getattr(self, name), bool, name, "True or False")
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able form."""

@@ -15,7 +15,8 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lofit_lens.errors import DataError, InputError
+from lofit_lens.checks import check_whole
+from lofit_lens.errors import DataError
 from lofit_lens.heads import Head
 from lofit_lens.models import (
     Borders,
@@ -162,9 +163,7 @@ def few_shot_prompts(
         InputError: `n_prompts` or `n_shots` below 1.
         DataError: fewer than three examples, or a donor prompt that does not fit the context behind any one solved example.
     """
-    for name, n in (("n_prompts", n_prompts), ("n_shots", n_shots)):
-        if n < 1:
-            raise InputError(f"{name} is {n}; it must be 1 or above")
+    check_whole(1, n_prompts=n_prompts, n_shots=n_shots)
     if len(examples) < 3:
         raise DataError(
             f"{len(examples)} training examples are too few for patching: one is measured, one gives the prompt and one "

@@ -26,10 +26,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lofit_lens import io
+from lofit_lens.checks import check_is, check_number, check_seed, check_whole
 from lofit_lens.errors import InputError
-from lofit_lens.heads import HeadScores, HeadSet
+from lofit_lens.heads import Heads, HeadScores
 from lofit_lens.models import (
     attached_to,
+    backend_of,
     device_of,
     frozen,
     head_size,
@@ -42,9 +44,10 @@ from lofit_lens.models import (
 from lofit_lens.probing import probe_heads, probe_layers, record
 from lofit_lens.tasks.base import Task
 from lofit_lens.tasks.collate import encode_training
+from lofit_lens.tasks.registry import task_of
 from lofit_lens.training.config import TrainConfig
 from lofit_lens.training.lofit import learned_scores, select_heads, tune_offsets
-from lofit_lens.training.loop import OnStep
+from lofit_lens.training.loop import OnStep, check_gradients
 from lofit_lens.training.objective import task_loss
 from lofit_lens.training.patching import AnswerLogProbs, answer_rows, few_shot_prompts, patch_effects, replace_head
 
@@ -53,14 +56,14 @@ class Selector(Protocol):
     """Scores every head of a model for a task; larger = chosen earlier. The model is left as it was."""
 
     def __call__(
-        self, model: Any, task: Task, *, seed: int = 42, n_train: int | None = None, progress: bool = True
+        self, model: Any, task: Task | str, *, seed: int = 42, n_train: int | None = None, progress: bool = True
     ) -> HeadScores:
         """Scores `[n_layers, n_heads]`; `n_train` examples are drawn by `seed` (None = the task's own number)."""
         ...
 
 
 def random_scores(
-    model: Any, task: Task, *, seed: int = 42, n_train: int | None = None, progress: bool = True
+    model: Any, task: Task | str, *, seed: int = 42, n_train: int | None = None, progress: bool = True
 ) -> HeadScores:
     """Heads in a random order, so that `.top(k)` is an even draw of k heads without replacement.
 
@@ -68,7 +71,8 @@ def random_scores(
     for every task. (`HeadSet.random` draws in its own way.) No example is looked at and there is nothing to wait for:
     `n_train` and `progress` are there because every selector has them.
     """
-    info = model_info(model)
+    info, task = model_info(model), task_of(task)
+    check_seed(seed)
     order = list(range(info.n_layers * info.n_heads))
     random.Random(seed).shuffle(order)
     values = torch.zeros(len(order), dtype=torch.float64)
@@ -77,7 +81,7 @@ def random_scores(
 
 
 def bias_scores(
-    model: Any, task: Task, *, heads: HeadSet | None = None, seed: int = 42, config: TrainConfig | None = None,
+    model: Any, task: Task | str, *, heads: Heads | None = None, seed: int = 42, config: TrainConfig | None = None,
     n_train: int | None = None, checkpoint: str | Path | None = None, on_step: OnStep | None = None, progress: bool = True,
 ) -> HeadScores:  # fmt: skip
     """L2 norm of the offset v that each head learns when v is trained on every head (or on those given) at once.
@@ -92,14 +96,14 @@ def bias_scores(
 
 
 def probe_scores(
-    model: Any, task: Task, *, seed: int = 42, n_train: int | None = None, progress: bool = True
+    model: Any, task: Task | str, *, seed: int = 42, n_train: int | None = None, progress: bool = True
 ) -> HeadScores:
     """Validation accuracy of each head's probe of true and false statements; see `probing.probe_heads`."""
     return probe_heads(model, task, seed=seed, n_train=n_train, progress=progress)
 
 
 def probing_layers(
-    model: Any, task: Task, *, seed: int = 42, n_train: int | None = None, progress: bool = True
+    model: Any, task: Task | str, *, seed: int = 42, n_train: int | None = None, progress: bool = True
 ) -> HeadScores:
     """All heads of the best-probed layer first, then the next; see `probing.probe_layers`."""
     return probe_layers(model, task, seed=seed, n_train=n_train, progress=progress)
@@ -109,7 +113,7 @@ def probing_layers(
 
 
 def attribution_scores(
-    model: Any, task: Task, *, seed: int = 42, n_train: int | None = None, batch_size: int = 8, beta: float = 0.5,
+    model: Any, task: Task | str, *, seed: int = 42, n_train: int | None = None, batch_size: int = 8, beta: float = 0.5,
     progress: bool = True,
 ) -> HeadScores:  # fmt: skip
     """How much each head's output moves the task's loss, to first order (Michel et al. 2019, arXiv 1905.10650, section 4.1).
@@ -137,9 +141,12 @@ def attribution_scores(
         DataError: a training row longer than the model's context.
         ModelError: heads that cannot be reached, or gradients that are NaN or infinite.
     """
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}; it must be 1 or above")
-    if not 0 < beta < float("inf"):
+    backend_of(model)
+    check_gradients(*model.parameters())
+    task = task_of(task)
+    check_whole(1, batch_size=batch_size)
+    check_number(beta=beta)
+    if beta <= 0:
         raise InputError(f"beta is {beta}; it must be above 0 and finite")
     examples = task.training_examples("train", n=n_train, seed=seed)
     attached = attached_to(model, f"gradient attribution {task.name}")
@@ -187,7 +194,7 @@ def _gates(model: Any, batch: int) -> Any:
 
 
 def patching_scores(
-    model: Any, task: Task, *, seed: int = 42, n_train: int | None = None, n_prompts: int = 32, n_shots: int = 10,
+    model: Any, task: Task | str, *, seed: int = 42, n_train: int | None = None, n_prompts: int = 32, n_shots: int = 10,
     separator: str = "\n\n", batch_size: int = 32, progress: bool = True,
 ) -> HeadScores:  # fmt: skip
     """How much the right answer gains when a head's z comes from few-shot prompts (after Todd et al. 2024, arXiv 2310.15213).
@@ -215,8 +222,10 @@ def patching_scores(
         DataError: too few examples, or prompts that do not fit the context.
         ModelError: heads that cannot be reached, or activations that are NaN or infinite.
     """
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}; it must be 1 or above")
+    backend_of(model)
+    task = task_of(task)
+    check_whole(1, n_prompts=n_prompts, n_shots=n_shots, batch_size=batch_size)
+    check_is(separator, str, "separator", "a text")
     examples = task.training_examples("train", n=n_train, seed=seed)
     attached = attached_to(model, f"activation patching {task.name}")
     measured, donors, counts = few_shot_prompts(

@@ -1,28 +1,24 @@
-"""Attention heads as data: one head, an ordered set of heads, and a score for every head.
+"""One attention head, and an ordered set of heads with its algebra.
 
-`HeadScores [n_layers, n_heads] -> .top(k) -> HeadSet -> .mask()` is the path from step 1 of LoFiT
-(arXiv 2406.01563, section 3: keep the K heads with the largest norm) to step 2.
-
->>> scores = HeadScores([[0.1, 0.9], [0.7, 0.2]], kind="A-norm")
->>> str(scores.top(2))
-'L0H1 L1H0'
->>> scores.top(1) | HeadSet([(1, 1)], shape=(2, 2))
-HeadSet(2 of 2x2 heads: L0H1 L1H1)
+>>> HeadSet("L4H3 L2H1") & "L2H1"
+HeadSet(1 heads: L2H1)
 """
 
+import contextlib
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Union, overload
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from lofit_lens import io
+from lofit_lens.checks import check_number, check_seed, check_whole, shown
 from lofit_lens.errors import DataError, InputError
 from lofit_lens.html import first_of, grid_html
 
@@ -45,7 +41,7 @@ class Head(NamedTuple):
         Raises:
             InputError: anything else, or a negative index.
         """
-        if isinstance(text, np.ndarray):
+        if isinstance(text, np.ndarray | Tensor):
             text = text.tolist()
         if isinstance(text, str):
             found = re.fullmatch(r"L?(\d+)[H.,:](\d+)", text.strip())
@@ -53,23 +49,31 @@ class Head(NamedTuple):
                 raise InputError(f"{text!r} is not a head; write L12H7 (layer 12, head 7, both from 0)")
             return cls(int(found[1]), int(found[2]))
         pair = tuple(text) if isinstance(text, Sequence) else ()
-        if len(pair) != 2 or not all(isinstance(i, int | np.integer) and i >= 0 for i in pair):
-            raise InputError(f"{text!r} is not a head; give (layer, head), both whole numbers from 0")
+        whole = (isinstance(i, int | np.integer) and not isinstance(i, bool) and i >= 0 for i in pair)
+        if len(pair) != 2 or not all(whole):
+            raise InputError(f"{shown(text)} is not a head; give (layer, head), both whole numbers from 0")
         return cls(int(pair[0]), int(pair[1]))
+
+
+Heads = Union["HeadSet", str, Head, Iterable[Head | Sequence[int] | str]]  # whatever `HeadSet` takes
+_PRINTED = re.compile(r"HeadSet\(\d+(?: of (\d+)x(\d+))? heads:(?:.*:)? ?(.*)\)", re.DOTALL)  # what repr(heads) shows
 
 
 @dataclass(frozen=True)
 class HeadSet:
     """An ordered set of heads, best first, with optional scores.
 
+    Where heads are wanted, every function takes a `HeadSet` or what makes one.
+
     Args:
-        heads: heads as `Head`, `(layer, head)` or `"L12H7"`; no head twice.
+        heads: heads as `Head`, `(layer, head)` or `"L12H7"`, no head twice; or one text, as a head set prints itself:
+            `"L12H7 L3H1"`, with or without commas.
         scores: one number a head, same order, or None.
         shape: `(n_layers, n_heads)` of the model they belong to, or None if unknown.
         label: what they are, for tables and figures.
 
     Raises:
-        InputError: a head twice or outside `shape`; scores of another length.
+        InputError: no heads, a head twice or outside `shape`; scores of another length, or a score that is no finite number.
     """
 
     heads: tuple[Head, ...]
@@ -79,13 +83,16 @@ class HeadSet:
 
     def __init__(
         self,
-        heads: Iterable[Head | Sequence[int] | str],
+        heads: Heads,
         scores: Iterable[float] | None = None,
         shape: tuple[int, int] | None = None,
         label: str = "",
     ) -> None:
-        listed = tuple(Head.parse(h) for h in heads)
-        numbers = None if scores is None else tuple(float(s) for s in scores)
+        listed, printed = _read(heads)
+        shape = printed if shape is None else check_shape(shape)
+        if printed not in (None, shape):
+            raise InputError(f"these heads belong to a model of {printed} heads, not of {shape}; give one model's")
+        numbers = None if scores is None else _numbers(scores)
         if len(set(listed)) != len(listed):
             twice = next(h for i, h in enumerate(listed) if h in listed[:i])
             raise InputError(f"head {twice} is listed twice; a head set holds each head once")
@@ -93,14 +100,19 @@ class HeadSet:
             raise InputError(f"{len(numbers)} scores for {len(listed)} heads; give one score a head")
         object.__setattr__(self, "heads", listed)
         object.__setattr__(self, "scores", numbers)
-        object.__setattr__(self, "shape", None if shape is None else (int(shape[0]), int(shape[1])))
+        object.__setattr__(self, "shape", shape)
         object.__setattr__(self, "label", label)
         if shape is not None:
             self.check(shape)
 
+    @classmethod
+    def of(cls, heads: Heads) -> "HeadSet":
+        """A head set itself, or the one that heads written otherwise make."""
+        return heads if isinstance(heads, HeadSet) else cls(heads)
+
     def check(self, shape: tuple[int, int]) -> None:
         """Raise InputError if a head lies outside `(n_layers, n_heads)`."""
-        n_layers, n_heads = shape
+        n_layers, n_heads = check_shape(shape)
         for h in self.heads:
             if h.layer >= n_layers or h.head >= n_heads:
                 of = f"; this head set was made for {self.label}" if self.label else ""
@@ -114,10 +126,29 @@ class HeadSet:
     def __iter__(self) -> Iterator[Head]:
         return iter(self.heads)
 
-    def __contains__(self, head: object) -> bool:
-        return isinstance(head, tuple | str) and Head.parse(head) in self.heads
+    def __contains__(self, head: Any) -> bool:
+        return Head.parse(head) in self.heads
 
-    def __getitem__(self, index: int) -> Head:
+    def __eq__(self, other: object) -> bool:
+        """Whether heads and their order, scores, shape and label are equal; beside a text, heads and their order."""
+        if isinstance(other, str):
+            with contextlib.suppress(InputError):
+                return self.heads == HeadSet(other).heads
+            return False
+        return isinstance(other, HeadSet) and asdict(self) == asdict(other)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+    @overload
+    def __getitem__(self, index: int) -> Head: ...
+    @overload
+    def __getitem__(self, index: slice) -> "HeadSet": ...
+    def __getitem__(self, index: int | slice) -> "Head | HeadSet":
+        """The head at a place, from 0; or the set of a slice's heads."""
+        if isinstance(index, slice):
+            return self._pick(range(len(self))[index], self.label)
+        check_whole(-len(self), len(self) - 1, place=index)
         return self.heads[index]
 
     def _pick(self, keep: Iterable[int], label: str) -> "HeadSet":
@@ -130,20 +161,23 @@ class HeadSet:
             raise InputError(f"these head sets belong to different models: {self.shape} and {other.shape} heads")
         return self.shape or other.shape
 
-    def __and__(self, other: "HeadSet") -> "HeadSet":
+    def __and__(self, other: Heads) -> "HeadSet":
         """Heads in both, in this set's order and with its scores."""
+        other = HeadSet.of(other)
         shape = self._joint_shape(other)
         common = self._pick((i for i, h in enumerate(self.heads) if h in other.heads), "")
         return HeadSet(common.heads, common.scores, shape)
 
-    def __or__(self, other: "HeadSet") -> "HeadSet":
+    def __or__(self, other: Heads) -> "HeadSet":
         """Heads in either: this set's first, then the other's new ones; scores are dropped."""
+        other = HeadSet.of(other)
         return HeadSet(
             self.heads + tuple(h for h in other.heads if h not in self.heads), shape=self._joint_shape(other)
         )
 
-    def __sub__(self, other: "HeadSet") -> "HeadSet":
+    def __sub__(self, other: Heads) -> "HeadSet":
         """Heads of this set that are not in the other."""
+        other = HeadSet.of(other)
         shape = self._joint_shape(other)
         left = self._pick((i for i, h in enumerate(self.heads) if h not in other.heads), "")
         return HeadSet(left.heads, left.scores, shape)
@@ -158,13 +192,18 @@ class HeadSet:
         return self._pick(range(k), self.label)
 
     def restrict(self, layers: Iterable[int]) -> "HeadSet":
-        """Only the heads in these layers."""
-        wanted = set(layers)
+        """Only the heads in these layers.
+
+        Raises:
+            InputError: something else than layers, each a whole number from 0.
+        """
+        wanted = set(layers_of(layers))
         return self._pick((i for i, h in enumerate(self.heads) if h.layer in wanted), self.label)
 
     def layer_counts(self, n_layers: int | None = None) -> Int[np.ndarray, " n_layers"]:
         """Number of chosen heads in each layer."""
         n = n_layers if n_layers is not None else self._need_shape()[0]
+        check_whole(1, n_layers=n)
         return np.bincount([h.layer for h in self.heads], minlength=n).astype(np.int64)
 
     @property
@@ -181,7 +220,7 @@ class HeadSet:
 
     def mask(self, shape: tuple[int, int] | None = None) -> Bool[Tensor, "n_layers n_heads"]:
         """True at the chosen heads."""
-        shape = shape or self._need_shape()
+        shape = self._need_shape() if shape is None else check_shape(shape)
         self.check(shape)
         mask = torch.zeros(shape, dtype=torch.bool)
         for h in self.heads:
@@ -196,12 +235,14 @@ class HeadSet:
     @classmethod
     def all(cls, shape: tuple[int, int]) -> "HeadSet":
         """Every head of a model, layer by layer."""
-        return cls([(layer, head) for layer in range(shape[0]) for head in range(shape[1])], shape=shape, label="all")
+        n_layers, n_heads = check_shape(shape)
+        return cls([(layer, head) for layer in range(n_layers) for head in range(n_heads)], shape=shape, label="all")
 
     @classmethod
-    def random(cls, shape: tuple[int, int], k: int, *, seed: int, exclude: "HeadSet | None" = None) -> "HeadSet":
+    def random(cls, shape: tuple[int, int], k: int, *, seed: int, exclude: Heads | None = None) -> "HeadSet":
         """`k` heads drawn evenly without replacement, by `random.Random(seed)`."""
-        pool = [h for h in cls.all(shape) if exclude is None or h not in exclude.heads]
+        check_seed(seed)
+        pool = [h for h in cls.all(shape) if exclude is None or h not in HeadSet.of(exclude).heads]
         check_k(k, len(pool), "this model")
         return cls(random.Random(seed).sample(pool, k), shape=shape, label=f"random (seed {seed})")
 
@@ -280,118 +321,64 @@ class HeadSet:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class HeadScores:
-    """A score for every head of a model.
-
-    Args:
-        values: `[n_layers, n_heads]`, larger = chosen earlier; stored as float64 on the CPU.
-        kind: what the score is, e.g. `"A-norm"` (the L2 norm of each head's A) or `"probe accuracy"`.
-        model: name of the model.
-        task: name of the task.
-        meta: how it was made (config, seed, history, data hash, versions).
-
-    Raises:
-        InputError: not two-dimensional, empty, or a score that is not finite.
-    """
-
-    values: Float[Tensor, "n_layers n_heads"]
-    kind: str = "score"
-    model: str = ""
-    task: str = ""
-    meta: dict[str, Any] = field(default_factory=dict)
-
-    def __init__(
-        self, values: Any, kind: str = "score", model: str = "", task: str = "", meta: dict[str, Any] | None = None
-    ) -> None:
-        try:
-            numbers = values if isinstance(values, Tensor) else torch.from_numpy(np.array(values, dtype=np.float64))
-        except (TypeError, ValueError) as e:
-            raise InputError(f"head scores must be numbers [n_layers, n_heads]: {e}") from e
-        table = numbers.detach().to("cpu", torch.float64).clone()
-        if table.ndim != 2 or table.numel() == 0:
-            raise InputError(f"head scores must be [n_layers, n_heads], got shape {tuple(table.shape)}")
-        if not torch.isfinite(table).all():
-            bad = Head(*torch.nonzero(~torch.isfinite(table))[0].tolist())
-            raise InputError(f"the score of head {bad} is {table[bad].item()}; scores must be finite")
-        object.__setattr__(self, "values", table)
-        object.__setattr__(self, "kind", kind)
-        object.__setattr__(self, "model", model)
-        object.__setattr__(self, "task", task)
-        object.__setattr__(self, "meta", dict(meta or {}))
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """`(n_layers, n_heads)`."""
-        return (self.values.shape[0], self.values.shape[1])
-
-    def ranking(self) -> HeadSet:
-        """All heads, best first; equal scores keep layer-major order."""
-        order = torch.argsort(self.values.flatten(), descending=True, stable=True).tolist()
-        heads = [divmod(i, self.shape[1]) for i in order]
-        label = " ".join(filter(None, [self.model, self.task, self.kind]))
-        return HeadSet(heads, [self.values[h].item() for h in heads], self.shape, label)
-
-    def top(self, k: int) -> HeadSet:
-        """The `k` heads with the largest scores, best first.
-
-        Raises:
-            InputError: `k` below 1 or above the number of heads.
-        """
-        check_k(k, self.values.numel(), "this model")
-        return self.ranking().top(k)
-
-    def rank(self, head: Head | Sequence[int] | str) -> int:
-        """Place of a head in the ranking, from 1."""
-        found = Head.parse(head)
-        HeadSet([found]).check(self.shape)
-        return self.ranking().heads.index(found) + 1
-
-    def __getitem__(self, head: Head | Sequence[int] | str) -> float:
-        found = Head.parse(head)
-        HeadSet([found]).check(self.shape)
-        return self.values[found].item()
-
-    def save(self, path: str | Path) -> Path:
-        """Write as JSON, every score exact."""
-        return io.write_json(path, {
-            "kind": "lofit_lens.HeadScores", "schema": SCHEMA, "score": self.kind, "model": self.model,
-            "task": self.task, "values": self.values.tolist(), "meta": self.meta,
-        })  # fmt: skip
-
-    @classmethod
-    def load(cls, path: str | Path) -> "HeadScores":
-        """Read what `save` wrote.
-
-        Raises:
-            DataError: missing, not JSON, another kind of record, a newer schema or a missing field.
-        """
-        record = io.read_json(path)
-        io.check_record(record, "lofit_lens.HeadScores", SCHEMA, ("score", "values"), str(path))
-        return cls(
-            record["values"], record["score"], record.get("model", ""), record.get("task", ""), record.get("meta")
-        )
-
-    def __repr__(self) -> str:
-        of = ", ".join(filter(None, [self.kind, self.model, self.task]))
-        return f"HeadScores({of}: {self.shape[0]} layers x {self.shape[1]} heads, best {self.top(1)})"
-
-    def _repr_html_(self) -> str:
-        low, high = self.values.min().item(), self.values.max().item()
-        span = (high - low) or 1.0
-        heads = HeadSet.all(self.shape)
-        return grid_html(
-            self.shape,
-            {h: (self.values[h].item() - low) / span for h in heads},
-            {h: f"{h}: {self.kind} {self.values[h].item():.4g}" for h in heads},
-            f"{self.kind} {self.model} {self.task} ({low:.3g} to {high:.3g})",
-            f"best: {first_of(self.ranking().heads[:6])}",
-        )
-
-
 def check_k(k: int, available: int, of: str) -> None:
     """Raise InputError unless `1 <= k <= available`."""
     if not isinstance(k, int | np.integer) or isinstance(k, bool):
         raise InputError(f"K must be a whole number of heads, got {k!r}")
     if k < 1 or k > available:
         raise InputError(f"K = {k} heads asked for; {of} has {available}, so give K from 1 to {available}")
+
+
+def check_shape(shape: Any) -> tuple[int, int]:
+    """A pair (n_layers, n_heads) as integers.
+
+    Raises:
+        InputError: anything else.
+    """
+    pair = tuple(shape) if isinstance(shape, Sequence) and not isinstance(shape, str) else ()
+    if len(pair) != 2:
+        raise InputError(f"shape is {shown(shape)}; give (n_layers, n_heads)")
+    check_whole(1, n_layers=pair[0], n_heads=pair[1])
+    return (int(pair[0]), int(pair[1]))
+
+
+def layers_of(layers: Any) -> list[int]:
+    """Layers as a list of integers.
+
+    Raises:
+        InputError: anything but whole numbers from 0.
+    """
+    if not isinstance(layers, Iterable) or isinstance(layers, str | bytes | Mapping):
+        raise InputError(f"layers is {shown(layers)}; give a list of layers, e.g. [0, 1]")
+    listed = list(layers)
+    for layer in listed:
+        check_whole(0, layer=layer)
+    return listed
+
+
+def _read(heads: Any) -> tuple[tuple[Head, ...], tuple[int, int] | None]:
+    """The heads that were given, and the model's shape if what was given says it."""
+    if isinstance(heads, HeadSet):
+        return heads.heads, heads.shape
+    if isinstance(heads, Head):
+        return (heads,), None
+    if not isinstance(heads, str):
+        if (has := next((name for name in ("heads", "top") if hasattr(heads, name)), None)) is not None:
+            instead = "its .heads" if has == "heads" else "the best ones, .top(k)"
+            raise InputError(f"{shown(heads)} is not a set of heads; give {instead}")
+        if not isinstance(heads, Iterable) or isinstance(heads, bytes | Mapping):
+            raise InputError(f"{shown(heads)} is not a set of heads; give e.g. 'L12H7 L3H1'")
+        return tuple(Head.parse(h) for h in heads), None
+    printed = _PRINTED.fullmatch(heads.strip())
+    shape = None if printed is None or printed[1] is None else (int(printed[1]), int(printed[2]))
+    names = re.split(r"[\s,;]+", (heads if printed is None else printed[3]).strip())
+    if "..." in names:
+        raise InputError(f"{heads!r} leaves heads out; give all of them, as str(heads) does")
+    return tuple(Head.parse(name) for name in names if name), shape
+
+
+def _numbers(scores: Any) -> tuple[float, ...]:
+    listed = tuple(scores) if isinstance(scores, Iterable) and not isinstance(scores, str) else (scores,)
+    for score in listed:
+        check_number(score=score)
+    return tuple(map(float, listed))

@@ -1,0 +1,101 @@
+"""Checks of what a user gives, each of them one line in the function that takes it."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from lofit_lens.errors import DataError, InputError, unknown
+
+LARGEST_SEED = 2**32 - 1  # what numpy and scikit-learn take
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """The values that are not None, for a check of arguments that may be left out."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def check_whole(least: int, most: int | None = None, /, **values: Any) -> None:
+    """Raise InputError unless each value is a whole number of at least `least` and at most `most`."""
+    for name, value in values.items():
+        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        if not whole or value < least or (most is not None and value > most):
+            allowed = f"{least} or more" if most is None else f"{least} to {most}"
+            raise InputError(f"{name} is {value!r}; give a whole number, {allowed}")
+
+
+def check_seed(seed: Any) -> None:
+    """Raise InputError unless it is a seed that every generator takes. None would draw other numbers at each run."""
+    check_whole(0, LARGEST_SEED, seed=seed)
+    if isinstance(seed, np.integer):
+        raise InputError(
+            f"seed is {seed!r}, a number of numpy's, which not every generator and no file takes; give int(seed)"
+        )
+
+
+def check_number(**values: Any) -> None:
+    """Raise InputError unless each value is a finite number."""
+    for name, value in values.items():
+        if not isinstance(value, int | float | np.number) or isinstance(value, bool) or not math.isfinite(value):
+            raise InputError(f"{name} is {value!r}; give a finite number")
+
+
+def check_share(name: str, value: Any) -> None:
+    """Raise InputError unless 0 < value < 1."""
+    if not isinstance(value, int | float | np.number) or not 0 < value < 1:
+        raise InputError(f"{name} is {value!r}; allowed: between 0 and 1, both excluded")
+
+
+def check_is(value: Any, kind: type | tuple[type, ...], name: str, want: str) -> None:
+    """Raise InputError unless a value is of a class; `want` says what to give."""
+    if not isinstance(value, kind):
+        raise InputError(f"{name} is {shown(value)}; give {want}")
+
+
+def check_one_of(kind: str, value: Any, allowed: Iterable[str], *, hint: str = "") -> None:
+    """Raise InputError unless a value is one of the allowed names."""
+    names = tuple(allowed)
+    if not isinstance(value, str) or value not in names:
+        raise unknown(kind, value, names, hint=hint)
+
+
+def texts_of(name: str, texts: Any) -> list[str]:
+    """A list of texts; one text alone counts as a list of it.
+
+    Raises:
+        InputError: something else than texts.
+    """
+    if isinstance(texts, str):
+        return [texts]
+    if not isinstance(texts, Iterable) or isinstance(texts, bytes | Mapping):
+        raise InputError(f"{name} is {shown(texts)}; give a list of texts")
+    listed = list(texts)
+    for i, text in enumerate(listed):
+        if not isinstance(text, str):
+            raise InputError(f"{name} holds {shown(text)} at place {i}; give a list of texts")
+    return listed
+
+
+def records_of(where: str, rows: Any) -> list[Any]:
+    """Rows as a list; a table of pandas gives its rows.
+
+    Raises:
+        DataError: no list of rows.
+    """
+    if hasattr(rows, "to_dict"):  # a table's own iteration gives the names of its columns
+        rows = rows.to_dict("records")
+    if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Iterable):
+        raise DataError(
+            f"{where}: {shown(rows)} is not a list of records; give e.g. [{{'prompt': ..., 'answer': ...}}]"
+        )
+    return list(rows)
+
+
+def shown(value: Any) -> str:
+    """A value in an error: short ones as they are written, others by their class."""
+    simple = isinstance(value, str | bytes | int | float | complex | tuple | list | dict | set) or value is None
+    written = repr(value) if simple else ""
+    if 0 < len(written) <= 60:
+        return written
+    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"

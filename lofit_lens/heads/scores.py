@@ -1,0 +1,146 @@
+"""A score for every head of a model, and the ranking that follows from it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lofit_lens import io
+from lofit_lens.errors import InputError
+from lofit_lens.heads.sets import SCHEMA, Head, HeadSet, check_k
+from lofit_lens.html import first_of, grid_html
+
+
+@dataclass(frozen=True, eq=False)
+class HeadScores:
+    """A score for every head of a model.
+
+    Args:
+        values: `[n_layers, n_heads]`, larger = chosen earlier; stored as float64 on the CPU.
+        kind: what the score is, e.g. `"A-norm"` (the L2 norm of each head's A) or `"probe accuracy"`.
+        model: name of the model.
+        task: name of the task.
+        meta: how it was made (config, seed, history, data hash, versions).
+
+    Raises:
+        InputError: not two-dimensional, empty, or a score that is not finite.
+    """
+
+    values: Float[Tensor, "n_layers n_heads"]
+    kind: str = "score"
+    model: str = ""
+    task: str = ""
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def __init__(
+        self, values: Any, kind: str = "score", model: str = "", task: str = "", meta: dict[str, Any] | None = None
+    ) -> None:
+        try:
+            numbers = values if isinstance(values, Tensor) else torch.from_numpy(np.array(values, dtype=np.float64))
+        except (TypeError, ValueError) as e:
+            raise InputError(f"head scores must be numbers [n_layers, n_heads]: {e}") from e
+        table = numbers.detach().to("cpu", torch.float64).clone()
+        if table.ndim != 2 or table.numel() == 0:
+            raise InputError(f"head scores must be [n_layers, n_heads], got shape {tuple(table.shape)}")
+        if not torch.isfinite(table).all():
+            bad = Head(*torch.nonzero(~torch.isfinite(table))[0].tolist())
+            raise InputError(f"the score of head {bad} is {table[bad].item()}; scores must be finite")
+        object.__setattr__(self, "values", table)
+        object.__setattr__(self, "kind", kind)
+        object.__setattr__(self, "model", model)
+        object.__setattr__(self, "task", task)
+        object.__setattr__(self, "meta", dict(meta or {}))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(n_layers, n_heads)`."""
+        return (self.values.shape[0], self.values.shape[1])
+
+    def ranking(self) -> HeadSet:
+        """All heads, best first; equal scores keep layer-major order."""
+        order = torch.argsort(self.values.flatten(), descending=True, stable=True).tolist()
+        heads = [divmod(i, self.shape[1]) for i in order]
+        label = " ".join(filter(None, [self.model, self.task, self.kind]))
+        return HeadSet(heads, [self.values[h].item() for h in heads], self.shape, label)
+
+    def top(self, k: int) -> HeadSet:
+        """The `k` heads with the largest scores, best first.
+
+        Raises:
+            InputError: `k` below 1 or above the number of heads.
+        """
+        check_k(k, self.values.numel(), "this model")
+        return self.ranking().top(k)
+
+    def rank(self, head: Head | Sequence[int] | str) -> int:
+        """Place of a head in the ranking, from 1."""
+        found = Head.parse(head)
+        HeadSet([found]).check(self.shape)
+        return self.ranking().heads.index(found) + 1
+
+    def __getitem__(self, head: Head | Sequence[int] | str) -> float:
+        found = Head.parse(head)
+        HeadSet([found]).check(self.shape)
+        return self.values[found].item()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """The scores as numpy (and pandas) take them, `[n_layers, n_heads]`; `.values` is the tensor."""
+        return np.array(
+            self.values.numpy(), dtype=dtype, copy=copy is not False
+        )  # the scores themselves stay as they are
+
+    def __dlpack__(self, **how: Any) -> Any:
+        """The scores as torch takes them."""
+        return self.values.clone().__dlpack__(**how)
+
+    def __dlpack_device__(self) -> Any:
+        return self.values.__dlpack_device__()
+
+    def __len__(self) -> int:
+        """Number of layers, as of an array."""
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[Float[np.ndarray, " n_heads"]]:
+        """The layers' scores, as of an array; `.ranking()` gives the heads, best first."""
+        return iter(np.asarray(self))
+
+    def save(self, path: str | Path) -> Path:
+        """Write as JSON, every score exact."""
+        return io.write_json(path, {
+            "kind": "lofit_lens.HeadScores", "schema": SCHEMA, "score": self.kind, "model": self.model,
+            "task": self.task, "values": self.values.tolist(), "meta": self.meta,
+        })  # fmt: skip
+
+    @classmethod
+    def load(cls, path: str | Path) -> "HeadScores":
+        """Read what `save` wrote.
+
+        Raises:
+            DataError: missing, not JSON, another kind of record, a newer schema or a missing field.
+        """
+        record = io.read_json(path)
+        io.check_record(record, "lofit_lens.HeadScores", SCHEMA, ("score", "values"), str(path))
+        return cls(
+            record["values"], record["score"], record.get("model", ""), record.get("task", ""), record.get("meta")
+        )
+
+    def __repr__(self) -> str:
+        of = ", ".join(filter(None, [self.kind, self.model, self.task]))
+        return f"HeadScores({of}: {self.shape[0]} layers x {self.shape[1]} heads, best {self.top(1)})"
+
+    def _repr_html_(self) -> str:
+        low, high = self.values.min().item(), self.values.max().item()
+        span = (high - low) or 1.0
+        heads = HeadSet.all(self.shape)
+        return grid_html(
+            self.shape,
+            {h: (self.values[h].item() - low) / span for h in heads},
+            {h: f"{h}: {self.kind} {self.values[h].item():.4g}" for h in heads},
+            f"{self.kind} {self.model} {self.task} ({low:.3g} to {high:.3g})",
+            f"best: {first_of(self.ranking().heads[:6])}",
+        )
