@@ -18,6 +18,7 @@ import re
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -196,15 +197,22 @@ def in_memory(hf: Any, backend: str) -> str:
 
 
 def reached(model: Any) -> tuple[list[int], str]:
-    """Layers whose heads can be edited, and why the others' cannot."""
-    layers, reason = [], ""
+    """Layers whose heads can be edited together, and why the others' cannot."""
+    sizes: dict[int, int] = {}
+    reason = ""
     for layer in range(int(model.cfg.n_layers)):
         try:
-            Lofit.for_model(model, HeadSet([(layer, 0)]))
-            layers.append(layer)
+            sizes[layer] = Lofit.for_model(model, HeadSet([(layer, 0)])).d_head
         except InputError as e:
-            reason = reason or str(e)
-    return layers, reason
+            reason = reason or _plain(e)
+        except Exception as e:
+            reason = reason or f"**{type(e).__name__}**: {_plain(e)}"
+    size, _ = Counter(sizes.values()).most_common(1)[0] if sizes else (0, 0)
+    if len(set(sizes.values())) > 1:
+        reason = (
+            reason or f"layers differ in d_head ({sorted(set(sizes.values()))}): heads of one size are edited together"
+        )
+    return [layer for layer, d_head in sizes.items() if d_head == size], reason
 
 
 def adapter(model: Any, layers: Sequence[int]) -> Lofit:
@@ -321,13 +329,14 @@ def of_class(folder: Path, hf: Any, backend: str) -> dict[str, Any]:
         layers, reason = reached(model)
     found["layers with heads"] = f"{len(layers)} of {int(model.cfg.n_layers)}"
     if reason:
-        found["other layers"] = _plain(Exception(reason))
+        found["other layers"] = reason
     if layers:
         made = adapter(model, layers)
         with torch.no_grad():
             found["heads"] = told(lambda: heads(model, hf, made))
         found["training"] = told(lambda: training(model, made))
-        found["export"] = told(lambda: export(made))
+        if backend == "bridge":  # the checkpoint's, whatever class the adapter was made on
+            found["export"] = told(lambda: export(made))
     found["in memory"] = told(lambda: in_memory(hf, backend))
     found["seconds"] = round(time.perf_counter() - start, 2)
     return found

@@ -31,15 +31,15 @@ A tiny random checkpoint of every decoder that transformers has and TransformerL
 (`benchmarks/families.py`), is loaded by `load_model(folder, backend=...)` on each class and compared with plain Hugging Face:
 
 - logits of single rows of {lengths} tokens, on both sides of the sliding windows (16) and of the lengths at which rotary
-  scaling sets in (32), and of rows padded on the left and on the right; the same of a model handed over in memory, and in the pass
-  that training takes;
+  scaling sets in (32), and of rows padded on the left and on the right; the same of a model handed over in memory, and in the
+  pass that training takes;
 - {new} greedy tokens from a key-value cache, and log-probs of several answers to prompts with a shared front;
 - z against the input of Hugging Face's output projection, and logits under a random LoFiT edit of every head against the same
   edit made in Hugging Face; gradients of A against finite differences.
 
 **right**: all of it agrees (logits within {exact:g} of their standard deviation). **refused**: `load_model` raises an error that
-says why. **in part**: what works is right, and the rest raises such an error. **wrong**: a result that differs, or an error that is
-not meant for a user; each is listed with its reason. "Heads" says in how many layers they can be edited, "export" whether
+says why. **in part**: what works is right, and the rest raises such an error. **wrong**: a result that differs, or an error that
+is not meant for a user; each is listed with its reason. "Heads" says in how many layers they can be edited, "export" whether
 [`export_folded`](howto/share.md) has room for an edit with offsets.
 """
 

@@ -1,8 +1,8 @@
 """Tiny random checkpoints of every decoder family that TransformerLens says it takes, and of what makes families differ.
 
-`FAMILIES` holds one configuration for each class, `VARIANTS` the options of a class that change what it computes; both say only what
-differs from `SHARED`. Where a class can look back over a window, or scale its rotary positions beyond a length, it does so within the
-lengths that are compared.
+`FAMILIES` holds one configuration for each class, `VARIANTS` the options of a class that change what it computes; both say only
+what differs from `SHARED`. Where a class can look back over a window, or scale its rotary positions beyond a length, it does so
+within the lengths that are compared.
 """
 
 import inspect
@@ -29,6 +29,7 @@ TEXTS = (
 )
 
 SLIDING = {"sliding_window": WINDOW}
+CAPPED = {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 1.5}
 MIXED = {**SLIDING, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 MOE = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
 ROUTED = {
@@ -80,10 +81,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "FalconMambaForCausalLM": {"state_size": 8},
     "FlexOlmoForCausalLM": {"num_experts": 4, "num_experts_per_tok": 2},
     "GemmaForCausalLM": {"head_dim": 12},
-    "Gemma2ForCausalLM": {**MIXED, "head_dim": 12, "query_pre_attn_scalar": 20},
-    "Gemma3ForCausalLM": {**MIXED, "head_dim": 12, "query_pre_attn_scalar": 20},
+    "Gemma2ForCausalLM": {**MIXED, **CAPPED, "head_dim": 12, "query_pre_attn_scalar": 20},
+    "Gemma3ForCausalLM": {**MIXED, **CAPPED, "head_dim": 12, "query_pre_attn_scalar": 20},
     "Gemma4ForCausalLM": {
-        **MIXED, "head_dim": 12, "global_head_dim": 16, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB,
+        **MIXED, "final_logit_softcapping": 1.5, "head_dim": 12, "global_head_dim": 16, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB,
     },
     "GlmForCausalLM": {"head_dim": 12},
     "Glm4ForCausalLM": {"head_dim": 12},
@@ -137,7 +138,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "MixtralForCausalLM": {**SLIDING, "num_local_experts": 4},
     "ModernBertDecoderForCausalLM": {"local_attention": WINDOW, "global_attn_every_n_layers": 2},
     "MptForCausalLM": {"max_seq_len": CONTEXT},
-    "NanoChatForCausalLM": {},
+    "NanoChatForCausalLM": {"final_logit_softcapping": 1.5},
     "NemotronForCausalLM": {},
     "NemotronHForCausalLM": {
         "layers_block_type": ["mamba", "attention", "mlp"], "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1,
@@ -162,13 +163,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen3NextForCausalLM": {**MOE, **DELTA, "head_dim": 12, "shared_expert_intermediate_size": 24},
     "Qwen3_5ForCausalLM": {**DELTA, "head_dim": 12},
     "Qwen3_5MoeForCausalLM": {**MOE, **DELTA, "head_dim": 12, "shared_expert_intermediate_size": 24},
-    "RecurrentGemmaForCausalLM": {"lru_width": 32, "attention_window_size": WINDOW, "head_dim": 8},
+    "RecurrentGemmaForCausalLM": {"lru_width": 32, "attention_window_size": WINDOW, "head_dim": 8, "logits_soft_cap": 1.5},
     "RwkvForCausalLM": {"attention_hidden_size": 32, "context_length": CONTEXT},
     "SeedOssForCausalLM": {"head_dim": 12},
     "SmolLM3ForCausalLM": {"no_rope_layers": [1, 0, 1]},
     "StableLmForCausalLM": {},
     "Starcoder2ForCausalLM": {**SLIDING},
-    "VaultGemmaForCausalLM": {**MIXED, "head_dim": 12, "query_pre_attn_scalar": 20},
+    "VaultGemmaForCausalLM": {**MIXED, **CAPPED, "head_dim": 12, "query_pre_attn_scalar": 20},
     "XGLMForCausalLM": {},
     "YoutuForCausalLM": {**LATENT},
     "Zamba2ForCausalLM": {
