@@ -12,6 +12,7 @@ are compared with finite differences, and the edit is folded into a checkpoint.
 """
 
 import contextlib
+import gc
 import json
 import multiprocessing
 import re
@@ -41,7 +42,11 @@ from lofit_lens.sharing import export_folded
 from lofit_lens.tasks.collate import Encoded
 
 LENGTHS = (1, 2, 7, 12, 40, 70)
-ROWS, NEW = (5, 23, 40), 24  # lengths of rows that are padded together; tokens answered to each
+ROWS, NEW, END = (
+    (9, 23, 40),
+    10,
+    2,
+)  # lengths of rows that are padded together; tokens answered to each; the id that ends them
 FRONT = torch.arange(100, 112)[None]  # what several prompts begin with
 EXACT = 1e-3  # of the logits' standard deviation; float32 stays below 1e-4
 PROJECTION = re.compile(
@@ -72,11 +77,10 @@ def said_by(hf: Any, tokens: Tensor) -> Tensor:
     return hf(tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
 
 
-def answered_by(hf: Any, tokens: Tensor) -> list[int]:
-    """Hugging Face's own greedy answer to one row, the end token left out."""
-    mask = torch.ones_like(tokens)
-    ids = hf.generate(tokens, attention_mask=mask, do_sample=False, max_new_tokens=NEW, pad_token_id=0, eos_token_id=2)
-    return [i for i in ids[0, tokens.shape[1] :].tolist() if i != 2]
+def would_say(hf: Any, tokens: Tensor, new: list[int]) -> list[int]:
+    """Hugging Face's most likely id at each place of an answer, and behind it; one full pass, no cache."""
+    whole = torch.cat([tokens, torch.tensor([new], dtype=torch.long)], dim=1)
+    return said_by(hf, whole)[0, tokens.shape[1] - 1 :].argmax(-1).tolist()
 
 
 def projections(hf: Any) -> dict[int, Any]:
@@ -151,12 +155,13 @@ def answers(model: Any, hf: Any) -> str:
         ids = [row[0].tolist() for row in batch]
         front = shared_front(model, ids, longest=max(map(len, ids)) + NEW)
         for row, new in zip(batch, decode_ids(model, ids, NEW, front=front), strict=True):
-            wanted = answered_by(hf, row)
-            if new != wanted:
-                same = [a == b for a, b in zip(new, wanted, strict=False)]
-                at = same.index(False) if False in same else min(len(new), len(wanted))
+            wanted = would_say(
+                hf, row, new
+            )  # greedy, by induction: each id of the answer is the most likely one behind it
+            same = [a == b for a, b in zip([*new, END][:NEW], wanted, strict=False)]
+            if not all(same):
                 behind = f" (a shared front of {len(front)})" if len(front) else ""
-                return f"token {at + 1} of the answer to {row.shape[1]} tokens{behind} is another one"
+                return f"token {same.index(False) + 1} of the answer to {row.shape[1]} tokens{behind} is another one"
     return ""
 
 
@@ -360,37 +365,36 @@ def of_case(case: families.Case, backends: Sequence[str]) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------- all of them
 
 
-def all_cases(chosen: Sequence[families.Case], backends: Sequence[str]) -> dict[str, Any]:
+def all_cases(
+    chosen: Sequence[families.Case], backends: Sequence[str]
+) -> Iterator[tuple[families.Case, dict[str, Any]]]:
     """Every case, in a process beside this one; where that dies, the case under way is marked and a new one goes on."""
-    found: dict[str, Any] = {}
-    with tqdm(total=len(chosen), desc="architectures") as bar:
-        while len(found) < len(chosen):
-            rest = chosen[len(found) :]
-            context = multiprocessing.get_context("spawn")
-            mine, theirs = context.Pipe(duplex=False)
-            child = context.Process(target=_work, args=(theirs, rest, backends, torch.get_num_threads()))
-            child.start()
-            theirs.close()
-            with contextlib.suppress(EOFError):
-                for case in rest:
-                    found[case.name] = {"architecture": case.architecture, **mine.recv()}
-                    bar.update()
-            child.join()
-            if len(found) < len(chosen):
-                case = chosen[len(found)]
-                found[case.name] = {
-                    "architecture": case.architecture,
-                    "not made": f"the process died ({child.exitcode})",
-                }
-                bar.update()
-    return found
+    done = 0
+    while done < len(chosen):
+        context = multiprocessing.get_context("spawn")
+        mine, theirs = context.Pipe(duplex=False)
+        child = context.Process(target=_work, args=(theirs, chosen[done:], backends, torch.get_num_threads()))
+        child.start()
+        theirs.close()
+        with contextlib.suppress(EOFError):
+            while done < len(chosen):
+                yield chosen[done], mine.recv()
+                done += 1
+        child.join()
+        if done < len(chosen):
+            yield chosen[done], {"not made": f"the process died ({child.exitcode})"}
+            done += 1
 
 
 def _work(pipe: Any, chosen: Sequence[families.Case], backends: Sequence[str], threads: int) -> None:
     torch.set_num_threads(threads)
     measure.quiet()
+    gc.freeze()  # an export collects garbage; what was imported is none
     for case in chosen:
-        pipe.send(of_case(case, backends))
+        try:
+            pipe.send(of_case(case, backends))
+        except Exception as e:
+            pipe.send({"not made": f"{type(e).__name__}: {_plain(e)}"})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -405,17 +409,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         every = [case for case in every if case.name in QUICK]
     if args.only:
         every = [case for case in every if args.only.lower() in f"{case.name} {case.architecture}".lower()]
-    found = all_cases(every, args.backends)
     settings = {
-        "command": args.command,
-        "dtype": "float32",
-        "device": "cpu",
-        "lengths": LENGTHS,
-        "rows": ROWS,
-        "new": NEW,
+        "command": args.command, "dtype": "float32", "device": "cpu", "lengths": LENGTHS, "rows": ROWS, "new": NEW,
         "exact": EXACT,
-    }
-    record.write(args.out, "architectures", settings, {"cases": found, "claimed": families.claimed()})
+    }  # fmt: skip
+    found: dict[str, Any] = {}
+    for case, entry in tqdm(all_cases(every, args.backends), desc="architectures", total=len(every)):
+        found[case.name] = {"architecture": case.architecture, **entry}
+        record.write(args.out, "architectures", settings, {"cases": found, "claimed": families.claimed()})
     print(json.dumps(found, indent=1) if args.only else f"wrote {args.out}")
 
 

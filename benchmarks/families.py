@@ -84,7 +84,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Gemma2ForCausalLM": {**MIXED, **CAPPED, "head_dim": 12, "query_pre_attn_scalar": 20},
     "Gemma3ForCausalLM": {**MIXED, **CAPPED, "head_dim": 12, "query_pre_attn_scalar": 20},
     "Gemma4ForCausalLM": {
-        **MIXED, "final_logit_softcapping": 1.5, "head_dim": 12, "global_head_dim": 16, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB,
+        **MIXED, "final_logit_softcapping": 1.5, "head_dim": 12, "global_head_dim": 16, "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": VOCAB,
     },
     "GlmForCausalLM": {"head_dim": 12},
     "Glm4ForCausalLM": {"head_dim": 12},
@@ -265,6 +266,7 @@ def cases() -> list[Case]:
     return sorted(listed, key=lambda case: (case.architecture.lower(), case.name.lower()))
 
 
+@cache
 def claimed() -> dict[str, str]:
     """Class that this TransformerLens says it takes -> why no checkpoint of it is made here; "" where one is."""
     from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
