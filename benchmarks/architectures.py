@@ -15,8 +15,10 @@ import contextlib
 import gc
 import json
 import multiprocessing
+import queue
 import re
 import tempfile
+import threading
 import time
 import warnings
 from collections import Counter
@@ -47,6 +49,7 @@ ROWS, NEW, END = (
     10,
     2,
 )  # lengths of rows that are padded together; tokens answered to each; the id that ends them
+NAME = "the checkpoint"
 FRONT = torch.arange(100, 112)[None]  # what several prompts begin with
 EXACT = 1e-3  # of the logits' standard deviation; float32 stays below 1e-4
 PROJECTION = re.compile(
@@ -198,7 +201,7 @@ def in_memory(hf: Any, backend: str) -> str:
         hf.save_pretrained(folder)
         own = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
-        return logits(load_model(own, tokenizer=families.tokenizer(), backend=backend, device="cpu"), hf)
+        return logits(load_model(own, tokenizer=families.tokenizer(), backend=backend, device="cpu", name=NAME), hf)
 
 
 def reached(model: Any) -> tuple[list[int], str]:
@@ -312,14 +315,14 @@ def told(check: Callable[[], str]) -> dict[str, Any]:
 def _plain(e: Exception) -> str:
     """One line of an error, without the folders of the machine."""
     line = (str(e).strip().splitlines() or [""])[0]
-    return re.sub(r"(?:/[\w.+-]+)*/checkpoint\b", "the checkpoint", line)[:300]
+    return re.sub(r"(?:/[\w.+-]+)*/checkpoint\b", NAME, line)[:300]
 
 
 def of_class(folder: Path, hf: Any, backend: str) -> dict[str, Any]:
     """What one class makes of a checkpoint."""
     start = time.perf_counter()
     try:
-        model = load_model(folder, backend=backend, device="cpu")
+        model = load_model(folder, backend=backend, device="cpu", name=NAME)
     except InputError as e:
         return {"loads": {"refused": _plain(e)}}
     except Exception as e:
@@ -366,24 +369,32 @@ def of_case(case: families.Case, backends: Sequence[str]) -> dict[str, Any]:
 
 
 def all_cases(
-    chosen: Sequence[families.Case], backends: Sequence[str]
+    chosen: Sequence[families.Case], backends: Sequence[str], workers: int
 ) -> Iterator[tuple[families.Case, dict[str, Any]]]:
-    """Every case, in a process beside this one; where that dies, the case under way is marked and a new one goes on."""
-    done = 0
-    while done < len(chosen):
+    """Every case, dealt out to several processes, as they come."""
+    done: queue.Queue[tuple[families.Case, dict[str, Any]]] = queue.Queue()
+    for i in range(workers):
+        threading.Thread(target=_beside, args=(chosen[i::workers], backends, done), daemon=True).start()
+    for _ in chosen:
+        yield done.get()
+
+
+def _beside(cases: Sequence[families.Case], backends: Sequence[str], done: "queue.Queue[Any]") -> None:
+    """Cases in a process beside this one; where that dies, the case under way is marked and a new one goes on."""
+    rest = list(cases)
+    while rest:
         context = multiprocessing.get_context("spawn")
         mine, theirs = context.Pipe(duplex=False)
-        child = context.Process(target=_work, args=(theirs, chosen[done:], backends, torch.get_num_threads()))
+        child = context.Process(target=_work, args=(theirs, rest, backends, torch.get_num_threads()))
         child.start()
         theirs.close()
         with contextlib.suppress(EOFError):
-            while done < len(chosen):
-                yield chosen[done], mine.recv()
-                done += 1
+            while rest:
+                entry = mine.recv()
+                done.put((rest.pop(0), entry))
         child.join()
-        if done < len(chosen):
-            yield chosen[done], {"not made": f"the process died ({child.exitcode})"}
-            done += 1
+        if rest:
+            done.put((rest.pop(0), {"not made": f"the process died ({child.exitcode})"}))
 
 
 def _work(pipe: Any, chosen: Sequence[families.Case], backends: Sequence[str], threads: int) -> None:
@@ -402,6 +413,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     version = io.environment()["transformer-lens"].split(".")[0]
     parser = measure.options(__doc__, "architectures", rounds=1)
     parser.set_defaults(out=measure.RESULTS / f"architectures_tl{version}.json")
+    parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--only", help="cases whose name holds this")
     args = measure.parsed(parser, argv)
     every = families.cases()
@@ -414,9 +426,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "exact": EXACT,
     }  # fmt: skip
     found: dict[str, Any] = {}
-    for case, entry in tqdm(all_cases(every, args.backends), desc="architectures", total=len(every)):
+    for case, entry in tqdm(all_cases(every, args.backends, args.workers), desc="architectures", total=len(every)):
         found[case.name] = {"architecture": case.architecture, **entry}
-        record.write(args.out, "architectures", settings, {"cases": found, "claimed": families.claimed()})
+        ordered = {c.name: found[c.name] for c in every if c.name in found}
+        record.write(args.out, "architectures", settings, {"cases": ordered, "claimed": families.claimed()})
     print(json.dumps(found, indent=1) if args.only else f"wrote {args.out}")
 
 
