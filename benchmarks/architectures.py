@@ -5,10 +5,10 @@
     python benchmarks/architectures_page.py                              # docs/architectures.md from both files
 
 For every checkpoint of `families.py` and each class, `load_model` is tried, and what it gives is compared with the Hugging Face
-model of the same folder, by code of this script's own: logits at six lengths (within and beyond windows and the lengths at which
-rotary scaling sets in), rows padded on the left and on the right, greedy answers from a key-value cache, z against what goes into
-Hugging Face's output projection, and the logits under a LoFiT edit against those of the same edit made there. Then gradients of A
-are compared with finite differences, and the edit is folded into a checkpoint.
+model of the same folder (`architecture_checks.py`): logits at six lengths (within and beyond windows and the lengths at which rotary
+scaling sets in), rows padded on the left and on the right, greedy answers from a key-value cache, z against what goes into Hugging
+Face's output projection, and the logits under a LoFiT edit against those of the same edit made there. Then gradients of A are compared
+with finite differences, and the edit is folded into a checkpoint.
 """
 
 import contextlib
@@ -16,287 +16,24 @@ import gc
 import json
 import multiprocessing
 import queue
-import re
 import tempfile
 import threading
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import architecture_checks as checks
 import families
 import measure
 import record
 import torch
-import transformers as tf
-from torch import Tensor
 from tqdm.auto import tqdm
 
-from lofit_lens import HeadSet, Lofit, io
+from lofit_lens import io
 from lofit_lens.errors import InputError
-from lofit_lens.evaluation.generation import decode_ids
-from lofit_lens.evaluation.prefix import shared_front
-from lofit_lens.evaluation.scoring import score_encoded
-from lofit_lens.models import context_length, fused_attention, hook_z, hooked, load_model, logits_at, logits_of
-from lofit_lens.sharing import export_folded
-from lofit_lens.tasks.collate import Encoded
-
-LENGTHS = (1, 2, 7, 12, 40, 70)
-ROWS, NEW, END = (
-    (9, 23, 40),
-    10,
-    2,
-)  # lengths of rows that are padded together; tokens answered to each; the id that ends them
-NAME = "the checkpoint"
-FRONT = torch.arange(100, 112)[None]  # what several prompts begin with
-EXACT = 1e-3  # of the logits' standard deviation; float32 stays below 1e-4
-PROJECTION = re.compile(
-    r"(?:^|\.)(?:layers|h|blocks|layer)\.(\d+)\.(?:\w+\.)*?"
-    r"(?:self_attn|attn|attention|self_attention|mixer|temporal_block)\.(?:\w+\.)*?"
-    r"(?:o_proj|out_proj|c_proj|dense|wo|Wo|o_b_proj)"
-)
-
-
-# ------------------------------------------------------------------------------------------------- Hugging Face alone
-
-
-def plain(folder: Path) -> Any:
-    """The Hugging Face model of a folder."""
-    return tf.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, use_safetensors=True, attn_implementation="eager"
-    ).eval()
-
-
-def prompts(lengths: Sequence[int]) -> list[Tensor]:
-    """Random ids, special tokens left out; `[1, n]` each."""
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(3, families.VOCAB, (1, n), generator=generator) for n in lengths]
-
-
-def said_by(hf: Any, tokens: Tensor) -> Tensor:
-    """Hugging Face's logits of one row without padding."""
-    return hf(tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
-
-
-def would_say(hf: Any, tokens: Tensor, new: list[int]) -> list[int]:
-    """Hugging Face's most likely id at each place of an answer, and behind it; one full pass, no cache."""
-    whole = torch.cat([tokens, torch.tensor([new], dtype=torch.long)], dim=1)
-    return said_by(hf, whole)[0, tokens.shape[1] - 1 :].argmax(-1).tolist()
-
-
-def projections(hf: Any) -> dict[int, Any]:
-    """Layer -> Hugging Face's module whose input is all heads' outputs side by side."""
-    return {
-        int(hit[1]): m
-        for name, m in hf.named_modules()
-        if (hit := PROJECTION.search(name)) and not hit.string[hit.end() :]
-    }
-
-
-@contextlib.contextmanager
-def before(modules: dict[int, Any], change: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
-    """Call `change(layer, input)` before each module; what it returns goes in instead."""
-
-    def hook(layer: int) -> Any:
-        def run(module: Any, args: tuple[Tensor, ...]) -> Any:
-            new = change(layer, args[0])
-            return None if new is None else (new, *args[1:])
-
-        return run
-
-    handles = [m.register_forward_pre_hook(hook(layer)) for layer, m in modules.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-# ------------------------------------------------------------------------------------------------------------ checks
-
-
-def off(found: Tensor, wanted: Tensor) -> float:
-    """Largest difference of a logit, in standard deviations of all logits."""
-    if found.shape != wanted.shape:
-        found = found[..., : wanted.shape[-1]]
-    return float((found.float() - wanted).abs().max() / wanted.std())
-
-
-def logits(model: Any, hf: Any) -> str:
-    """Single rows of several lengths."""
-    for tokens in prompts([n for n in LENGTHS if n <= context_length(model)]):
-        far = off(logits_of(model, tokens, torch.ones_like(tokens)), said_by(hf, tokens))
-        if not far <= EXACT:
-            return f"off by {far:.2g} of their standard deviation at {tokens.shape[1]} tokens"
-    return ""
-
-
-def padding(model: Any, hf: Any, side: str) -> str:
-    """Rows of several lengths in one batch, each against the row alone in Hugging Face."""
-    rows = prompts([n for n in ROWS if n <= context_length(model)])
-    width = max(row.shape[1] for row in rows)
-    tokens, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
-    places = []
-    for i, row in enumerate(rows):
-        n = row.shape[1]
-        places.append(slice(0, n) if side == "right" else slice(width - n, width))
-        tokens[i, places[i]], mask[i, places[i]] = row[0], 1
-    found = logits_of(model, tokens, mask)
-    for i, row in enumerate(rows):
-        far = off(found[i : i + 1, places[i]], said_by(hf, row))
-        if not far <= EXACT:
-            return f"off by {far:.2g} of the logits' standard deviation, {width - row.shape[1]} padding tokens on the {side}"
-    return ""
-
-
-def answers(model: Any, hf: Any) -> str:
-    """Greedy ids from a cache, of batches padded on the left; in the second one all rows share a front, which runs once."""
-    rows = prompts([n for n in ROWS if n + NEW <= context_length(model)])
-    for batch in (rows, [torch.cat([FRONT, row], 1) for row in rows]):
-        ids = [row[0].tolist() for row in batch]
-        front = shared_front(model, ids, longest=max(map(len, ids)) + NEW)
-        for row, new in zip(batch, decode_ids(model, ids, NEW, front=front), strict=True):
-            wanted = would_say(
-                hf, row, new
-            )  # greedy, by induction: each id of the answer is the most likely one behind it
-            same = [a == b for a, b in zip([*new, END][:NEW], wanted, strict=False)]
-            if not all(same):
-                behind = f" (a shared front of {len(front)})" if len(front) else ""
-                return f"token {same.index(False) + 1} of the answer to {row.shape[1]} tokens{behind} is another one"
-    return ""
-
-
-def scores(model: Any, hf: Any) -> str:
-    """Log-probs of several answers to prompts that share a front, which runs once, as each prompt does."""
-    questions = []
-    for prompt in prompts((3, 9, 14)):
-        ids = torch.cat([FRONT, prompt], 1)[0].tolist()
-        questions.append([Encoded((*ids, *new[0].tolist()), len(ids)) for new in prompts((1, 4, 11))])
-    found = score_encoded(model, questions)
-    for given, mine in zip(questions, found, strict=True):
-        for one, score in zip(given, mine, strict=True):
-            tokens = torch.tensor([one.ids])
-            logp = said_by(hf, tokens)[0, :-1].log_softmax(-1).gather(1, tokens[0, 1:, None])[one.start - 1 :]
-            if not abs(score - float(logp.sum())) <= EXACT * one.n_labels:
-                return f"off by {abs(score - float(logp.sum())):.2g} nats for {one.n_labels} tokens behind {one.start}"
-    return ""
-
-
-def fused(model: Any, hf: Any) -> str:
-    """The pass that training takes: logits at the scored places only, by the fused kernel where it is proven."""
-    with fused_attention(model):
-        for tokens in prompts([n for n in LENGTHS if n <= context_length(model)]):
-            everywhere = torch.ones_like(tokens)
-            far = off(logits_at(model, tokens, everywhere, everywhere.bool()), said_by(hf, tokens)[0])
-            if not far <= EXACT:
-                return f"off by {far:.2g} of their standard deviation at {tokens.shape[1]} tokens"
-        return padding(model, hf, "right")
-
-
-def in_memory(hf: Any, backend: str) -> str:
-    """The same model handed over as an object, loaded as its user would load it."""
-    with tempfile.TemporaryDirectory() as folder:
-        hf.save_pretrained(folder)
-        own = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.no_grad():
-        return logits(load_model(own, tokenizer=families.tokenizer(), backend=backend, device="cpu", name=NAME), hf)
-
-
-def reached(model: Any) -> tuple[list[int], str]:
-    """Layers whose heads can be edited together, and why the others' cannot."""
-    sizes: dict[int, int] = {}
-    reason = ""
-    for layer in range(int(model.cfg.n_layers)):
-        try:
-            sizes[layer] = Lofit.for_model(model, HeadSet([(layer, 0)])).d_head
-        except InputError as e:
-            reason = reason or _plain(e)
-        except Exception as e:
-            reason = reason or f"**{type(e).__name__}**: {_plain(e)}"
-    size, _ = Counter(sizes.values()).most_common(1)[0] if sizes else (0, 0)
-    if len(set(sizes.values())) > 1:
-        reason = (
-            reason or f"layers differ in d_head ({sorted(set(sizes.values()))}): heads of one size are edited together"
-        )
-    return [layer for layer, d_head in sizes.items() if d_head == size], reason
-
-
-def adapter(model: Any, layers: Sequence[int]) -> Lofit:
-    """Normal numbers on every head of these layers."""
-    n_heads = int(model.cfg.n_heads)
-    made = Lofit.for_model(model, HeadSet([(layer, h) for layer in layers for h in range(n_heads)]))
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for head in made.heads:
-            made.A[head] = torch.randn(made.d_head, generator=generator) * 0.5
-            made.v[head] = torch.randn(made.d_head, generator=generator) * 0.5
-    return made
-
-
-def heads(model: Any, hf: Any, made: Lofit) -> str:
-    """z of each layer is what goes into Hugging Face's output projection, and an edit of it does there what it does here."""
-    modules = {layer: m for layer, m in projections(hf).items() if layer in made.heads.layers}
-    if sorted(modules) != sorted(made.heads.layers):
-        return f"Hugging Face's output projections were found in layers {sorted(modules)} only"
-    (tokens,) = prompts((9,))
-    theirs: dict[int, Tensor] = {}
-    ours: dict[int, Tensor] = {}
-    with before(modules, lambda layer, x: theirs.__setitem__(layer, x.clone())):
-        said_by(hf, tokens)
-    with contextlib.ExitStack() as stack:
-        for layer in modules:
-            keep = lambda z, hook, layer=layer: ours.__setitem__(layer, z.flatten(2).clone())  # noqa: E731
-            stack.enter_context(hooked(hook_z(model, layer), keep))
-        logits_of(model, tokens, torch.ones_like(tokens))
-    for layer, z in theirs.items():
-        if ours[layer].shape != z.shape or not off(ours[layer], z) <= EXACT:
-            return f"z of layer {layer} is not what goes into Hugging Face's output projection"
-    A, v = made.A.detach().flatten(1), made.v.detach().flatten(1)
-    with before(modules, lambda layer, x: x * (1 + A[layer]) + v[layer]):
-        wanted = said_by(hf, tokens)
-    with made.attached(model):
-        far = off(logits_of(model, tokens, torch.ones_like(tokens)), wanted)
-    return "" if far <= EXACT else f"the same edit gives other logits (off by {far:.2g} of their standard deviation)"
-
-
-def training(model: Any, made: Lofit) -> str:
-    """The gradient of A along one direction against a finite difference, and on every head."""
-    (tokens,) = prompts((9,))
-    mask, step = torch.ones_like(tokens), 1e-2
-
-    def loss() -> Tensor:
-        return logits_of(model, tokens, mask)[0, :-1].log_softmax(-1).gather(1, tokens[0, 1:, None]).mean()
-
-    with made.attached(model):
-        made.train_only("A")
-        loss().backward()
-        gradient = made.A.grad
-        made.train_only(None)
-        if gradient is None:
-            return "no gradient reaches A"
-        dead = [str(head) for head in made.heads if not bool(gradient[head].abs().max() > 0)]
-        if dead:
-            return f"no gradient reaches {dead[0]}" + (f" and {len(dead) - 1} other heads" if dead[1:] else "")
-        direction = gradient / gradient.norm()
-        ends = []
-        with torch.no_grad():
-            for sign in (1, -1):
-                made.A += sign * step * direction
-                ends.append(float(loss()))
-                made.A -= sign * step * direction
-    slope, wanted = (ends[0] - ends[1]) / (2 * step), float(gradient.norm())
-    made.A.grad = None
-    return "" if abs(slope - wanted) <= 0.02 * wanted else f"gradient {wanted:.3g}, finite difference {slope:.3g}"
-
-
-def export(made: Lofit) -> str:
-    """Folded into a checkpoint of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        export_folded(made, Path(folder) / "out", device="cpu", progress=False)
-    return ""
-
+from lofit_lens.models import load_model
 
 # --------------------------------------------------------------------------------------------------------- one model
 
@@ -307,45 +44,39 @@ def told(check: Callable[[], str]) -> dict[str, Any]:
         reason = check()
         return {"right": not reason, "reason": reason} if reason else {"right": True}
     except InputError as e:
-        return {"refused": _plain(e)}
+        return {"refused": checks.one_line(e)}
     except Exception as e:
-        return {"right": False, "reason": f"{type(e).__name__}: {_plain(e)}"}
-
-
-def _plain(e: Exception) -> str:
-    """One line of an error, without the folders of the machine."""
-    line = (str(e).strip().splitlines() or [""])[0]
-    return re.sub(r"(?:/[\w.+-]+)*/checkpoint\b", NAME, line)[:300]
+        return {"right": False, "reason": f"{type(e).__name__}: {checks.one_line(e)}"}
 
 
 def of_class(folder: Path, hf: Any, backend: str) -> dict[str, Any]:
     """What one class makes of a checkpoint."""
     start = time.perf_counter()
     try:
-        model = load_model(folder, backend=backend, device="cpu", name=NAME)
+        model = load_model(folder, backend=backend, device="cpu", name=checks.NAME)
     except InputError as e:
-        return {"loads": {"refused": _plain(e)}}
+        return {"loads": {"refused": checks.one_line(e)}}
     except Exception as e:
-        return {"loads": {"right": False, "reason": f"{type(e).__name__}: {_plain(e)}"}}
+        return {"loads": {"right": False, "reason": f"{type(e).__name__}: {checks.one_line(e)}"}}
     found: dict[str, Any] = {"loads": {"right": True}}
     with torch.no_grad():
-        found["logits"] = told(lambda: logits(model, hf))
+        found["logits"] = told(lambda: checks.logits(model, hf))
         for side in ("right", "left"):
-            found[f"padded on the {side}"] = told(lambda side=side: padding(model, hf, side))
-        for name, check in {"answers": answers, "scores": scores, "fused": fused}.items():
+            found[f"padded on the {side}"] = told(lambda side=side: checks.padding(model, hf, side))
+        for name, check in {"answers": checks.answers, "scores": checks.scores, "fused": checks.fused}.items():
             found[name] = told(lambda check=check: check(model, hf))
-        layers, reason = reached(model)
+        layers, reason = checks.reached(model)
     found["layers with heads"] = f"{len(layers)} of {int(model.cfg.n_layers)}"
     if reason:
         found["other layers"] = reason
     if layers:
-        made = adapter(model, layers)
+        made = checks.adapter(model, layers)
         with torch.no_grad():
-            found["heads"] = told(lambda: heads(model, hf, made))
-        found["training"] = told(lambda: training(model, made))
+            found["heads"] = told(lambda: checks.heads(model, hf, made))
+        found["training"] = told(lambda: checks.training(model, made))
         if backend == "bridge":  # the checkpoint's, whatever class the adapter was made on
-            found["export"] = told(lambda: export(made))
-    found["in memory"] = told(lambda: in_memory(hf, backend))
+            found["export"] = told(lambda: checks.export(made))
+    found["in memory"] = told(lambda: checks.in_memory(hf, backend))
     found["seconds"] = round(time.perf_counter() - start, 2)
     return found
 
@@ -357,11 +88,11 @@ def of_case(case: families.Case, backends: Sequence[str]) -> dict[str, Any]:
         folder = Path(parent) / "checkpoint"
         try:
             families.save(case, folder)
-            hf = plain(folder)
+            hf = checks.plain(folder)
             with torch.no_grad():
-                said_by(hf, prompts((40,))[0])
+                checks.said_by(hf, checks.prompts((40,))[0])
         except Exception as e:
-            return {"not made": f"{type(e).__name__}: {_plain(e)}"}
+            return {"not made": f"{type(e).__name__}: {checks.one_line(e)}"}
         return {backend: of_class(folder, hf, backend) for backend in backends}
 
 
@@ -405,7 +136,7 @@ def _work(pipe: Any, chosen: Sequence[families.Case], backends: Sequence[str], t
         try:
             pipe.send(of_case(case, backends))
         except Exception as e:
-            pipe.send({"not made": f"{type(e).__name__}: {_plain(e)}"})
+            pipe.send({"not made": f"{type(e).__name__}: {checks.one_line(e)}"})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -422,8 +153,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.only:
         every = [case for case in every if args.only.lower() in f"{case.name} {case.architecture}".lower()]
     settings = {
-        "command": args.command, "dtype": "float32", "device": "cpu", "lengths": LENGTHS, "rows": ROWS, "new": NEW,
-        "exact": EXACT,
+        "command": args.command, "dtype": "float32", "device": "cpu", "lengths": checks.LENGTHS, "rows": checks.ROWS,
+        "new": checks.NEW, "exact": checks.EXACT,
     }  # fmt: skip
     found: dict[str, Any] = {}
     for case, entry in tqdm(all_cases(every, args.backends, args.workers), desc="architectures", total=len(every)):

@@ -9,6 +9,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))  # they import each other by name, as scripts do
 
+import architecture_checks as checks  # noqa: E402
 import architectures  # noqa: E402
 import architectures_page  # noqa: E402
 import families  # noqa: E402
@@ -36,7 +37,7 @@ def llama(tmp_path_factory):
     """A tiny Llama on the bridge, and plain Hugging Face."""
     folder = tmp_path_factory.mktemp("llama") / "checkpoint"
     families.save(case("Llama"), folder)
-    return load_model(folder, backend="bridge", device="cpu"), architectures.plain(folder)
+    return load_model(folder, backend="bridge", device="cpu"), checks.plain(folder)
 
 
 # -------------------------------------------------------------------------------------------------------- the table
@@ -92,7 +93,7 @@ def test_a_word_for_each_outcome():
 )
 def test_a_family_says_the_same_again(name, backend, monkeypatch):
     """A window, soft caps, a hybrid cache and learned positions: as the committed file has it, reasons included."""
-    monkeypatch.setattr(architectures, "export", lambda made: "")  # tests of its own
+    monkeypatch.setattr(checks, "export", lambda made: "")  # tests of its own
     found = architectures.of_case(case(name), [backend])[backend]
     known = record()["results"]["cases"][name][backend]
     assert architectures_page.verdict(found) == architectures_page.verdict(known)
@@ -105,7 +106,7 @@ def test_a_family_says_the_same_again(name, backend, monkeypatch):
 def test_other_weights_are_found(check, llama):
     """Against a Hugging Face model with a changed layer, every check says what is off; against its own, nothing."""
     model, hf = llama
-    run = getattr(architectures, check)
+    run = getattr(checks, check)
     assert run(model, hf) == ""
     weight = hf.model.layers[1].self_attn.o_proj.weight
     weight.mul_(3)
@@ -119,25 +120,25 @@ def test_other_weights_are_found(check, llama):
 def test_heads_in_another_order_are_found(llama):
     """Two heads of one layer that change places, in the weights that come after them as well: same logits, other z."""
     model, hf = llama
-    made = architectures.adapter(model, [0, 1, 2])
-    assert architectures.heads(model, hf, made) == ""
+    made = checks.adapter(model, [0, 1, 2])
+    assert checks.heads(model, hf, made) == ""
     attn, d_head = hf.model.layers[1].self_attn, made.d_head
     order = torch.cat([torch.arange(d_head, 2 * d_head), torch.arange(d_head)])  # heads 0 and 1 share keys and values
     for weight, rows in ((attn.q_proj.weight, True), (attn.o_proj.weight, False)):
         part = weight[: 2 * d_head] if rows else weight[:, : 2 * d_head]
         part.copy_((part[order] if rows else part[:, order]).clone())
-    assert architectures.logits(model, hf) == ""
-    assert "z of layer 1" in architectures.heads(model, hf, made)
+    assert checks.logits(model, hf) == ""
+    assert "z of layer 1" in checks.heads(model, hf, made)
 
 
 def test_a_gradient_that_does_not_arrive_is_found(llama, monkeypatch):
     """Logits cut off from the graph."""
     model, _ = llama
-    made = architectures.adapter(model, [0, 1, 2])
-    assert architectures.training(model, made) == ""
-    own = architectures.logits_of
-    monkeypatch.setattr(architectures, "logits_of", lambda *a: own(*a).detach() + made.A.sum() * 0)
-    assert "no gradient reaches L0H0" in architectures.training(model, made)
+    made = checks.adapter(model, [0, 1, 2])
+    assert checks.training(model, made) == ""
+    own = checks.logits_of
+    monkeypatch.setattr(checks, "logits_of", lambda *a: own(*a).detach() + made.A.sum() * 0)
+    assert "no gradient reaches L0H0" in checks.training(model, made)
 
 
 def test_errors_are_told_apart():
