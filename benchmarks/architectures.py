@@ -5,10 +5,10 @@
     python benchmarks/architectures_page.py                              # docs/architectures.md from both files
 
 For every checkpoint of `families.py` and each class, `load_model` is tried, and what it gives is compared with the Hugging Face
-model of the same folder (`architecture_checks.py`): logits at six lengths (within and beyond windows and the lengths at which rotary
-scaling sets in), rows padded on the left and on the right, greedy answers from a key-value cache, z against what goes into Hugging
-Face's output projection, and the logits under a LoFiT edit against those of the same edit made there. Then gradients of A are compared
-with finite differences, and the edit is folded into a checkpoint.
+model of the same folder (`architecture_checks.py`): logits at six lengths (within and beyond windows and the lengths at which
+rotary scaling sets in), rows padded on the left and on the right, greedy answers from a key-value cache, z against what goes into
+Hugging Face's output projection, and the logits under a LoFiT edit against those of the same edit made there. Then gradients of A
+are compared with finite differences, and the edit is folded into a checkpoint.
 """
 
 import contextlib

@@ -7,6 +7,7 @@ Every word of the tables comes from the files, which `architectures.py` writes, 
 
 import argparse
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,12 +18,9 @@ from lofit_lens import io
 
 KIND = "architectures"
 OTHER = ("layers with heads", "other layers", "seconds", "export")  # of a class's entry: no check of what it computes
-CUT = (
-    "HookedTransformer cannot load the checkpoint: ",
-    "TransformerBridge cannot load the checkpoint: ",
-    "the checkpoint: ",
+CUT = re.compile(
+    r"^(?:(?:HookedTransformer|TransformerBridge) cannot load the checkpoint(?: correctly)?|the checkpoint): |\. Use backend=.*$"
 )
-ENDS = (". Use backend='bridge'",)
 INTRODUCTION = """# Architectures
 
 Made from `benchmarks/results/architectures_*.json` by `python benchmarks/architectures_page.py` (`make architectures`).
@@ -82,10 +80,7 @@ def reasons(entry: Record | None) -> list[str]:
 
 
 def _short(why: str) -> str:
-    for front in CUT:
-        why = why.removeprefix(front)
-    for end in ENDS:
-        why = why.removesuffix(end)
+    why = CUT.sub("", why)
     return why.replace("|", "\\|").replace("<", "&lt;")
 
 
