@@ -1,7 +1,7 @@
 """What is compared with plain Hugging Face of a checkpoint that TransformerLens loads (`architectures.py`).
 
-Each check gives "" where both agree, or says in a few words what is off. The other side is one full pass of the Hugging Face model
-for every row, without padding or cache, and plain torch hooks.
+Each check gives "" where both agree, or says in a few words what is off. The other side is one full pass of the Hugging Face
+model for every row, without padding or cache, and plain torch hooks.
 """
 
 import contextlib

@@ -17,9 +17,10 @@ from shown import CLASSES, Record, table
 from lofit_lens import io
 
 KIND = "architectures"
-OTHER = ("layers with heads", "other layers", "seconds", "export")  # of a class's entry: no check of what it computes
+WORDS = ("right", "in part", "no heads", "refused", "**wrong**")
 CUT = re.compile(
-    r"^(?:(?:HookedTransformer|TransformerBridge) cannot load the checkpoint(?: correctly)?|the checkpoint): |\. Use backend=.*$"
+    r"^(?:(?:HookedTransformer|TransformerBridge) cannot load the checkpoint(?: correctly)?|the checkpoint): "
+    r"|\. Use backend=.*$"
 )
 INTRODUCTION = """# Architectures
 
@@ -36,9 +37,10 @@ A tiny random checkpoint of every decoder that transformers has and TransformerL
   edit made in Hugging Face; gradients of A against finite differences.
 
 **right**: all of it agrees (logits within {exact:g} of their standard deviation). **refused**: `load_model` raises an error that
-says why. **in part**: what works is right, and the rest raises such an error. **wrong**: a result that differs, or an error that
-is not meant for a user; each is listed with its reason. "Heads" says in how many layers they can be edited, "export" whether
-[`export_folded`](howto/share.md) has room for an edit with offsets.
+says why. **in part**: what works is right, and the rest raises such an error. **no heads**: it runs right, and no layer's heads can
+be edited. **wrong**: a result that differs, or an error that is not meant for a user. "Heads" says in how many layers they can be
+edited, "export" whether [`export_folded`](howto/share.md) has room for an edit with offsets; the last column says what is behind a
+word and why some layers have no heads.
 """
 
 
@@ -58,24 +60,30 @@ def columns(records: Sequence[Record]) -> Iterator[tuple[str, Record, str]]:
 
 
 def verdict(entry: Record | None) -> str:
-    """One word on what a class makes of a checkpoint."""
+    """One of `WORDS` on what a class makes of a checkpoint."""
     if entry is None:
         return ""
-    checks = [found for name, found in entry.items() if name not in OTHER]
-    if any(found.get("right") is False for found in checks):
+    checks = {name: found for name, found in entry.items() if isinstance(found, dict)}
+    raw = entry.get("other layers", "").startswith("**")
+    if raw or any(found.get("right") is False for found in checks.values()):
         return "**wrong**"
     if "refused" in entry["loads"]:
         return "refused"
-    return "in part" if any("refused" in found for found in checks) else "right"
+    if entry["layers with heads"].startswith("0 "):
+        return "no heads"
+    return "in part" if any("refused" in found for name, found in checks.items() if name != "export") else "right"
 
 
 def reasons(entry: Record | None) -> list[str]:
-    """What stands behind a word that is not "right"."""
+    """What stands behind a word that is not "right", and why some layers' heads cannot be edited."""
     found = []
     for name, check in (entry or {}).items():
-        why = isinstance(check, dict) and name not in OTHER and (check.get("reason") or check.get("refused"))
-        if why:
-            found.append(_short(why) if name == "loads" else f"{name}: {_short(why)}")
+        if name == "other layers":
+            found.append(f"heads: {_short(check)}")
+        elif isinstance(check, dict):
+            why = check.get("reason") or ("" if name == "export" else check.get("refused"))
+            if why:
+                found.append(_short(why) if name == "loads" else f"{name}: {_short(why)}")
     return found
 
 
@@ -116,8 +124,7 @@ def page(folder: Path) -> str:
     titles = [title for title, _, _ in columns(records)]
     listed = list(rows(records))
     counted = [
-        (title, *(sum(row[1 + i] == word for row in listed) for word in ("right", "in part", "refused", "**wrong**")))
-        for i, title in enumerate(titles)
+        (title, *(sum(row[1 + i] == word for row in listed) for word in WORDS)) for i, title in enumerate(titles)
     ]
     left_out: dict[str, list[str]] = {}
     for name, reason in sorted(set().union(*(record["results"]["claimed"].items() for record in records))):
@@ -125,7 +132,7 @@ def page(folder: Path) -> str:
             left_out.setdefault(reason, []).append(f"`{name}`")
     return "\n".join([
         INTRODUCTION.format(lengths=lengths, new=settings["new"], exact=settings["exact"]),
-        table(("class", "right", "in part", "refused", "wrong"), counted),
+        table(("class", *WORDS), counted),
         "## Checkpoints\n",
         table(("architecture", *titles, "heads", "export", "why"), listed),
         "## Left out\n\nTransformerLens takes these as well; no checkpoint of them is made here.\n",

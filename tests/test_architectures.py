@@ -76,10 +76,13 @@ def test_nothing_that_loads_is_wrong():
 
 def test_a_word_for_each_outcome():
     """Wrong outweighs refused, which outweighs right; what is said of layers and export does not count."""
-    right = {"loads": {"right": True}, "logits": {"right": True}, "export": {"refused": "no room"}, "seconds": 1.0}
+    right = {"loads": {"right": True}, "logits": {"right": True}, "export": {"refused": "no room"},
+             "layers with heads": "3 of 3", "seconds": 1.0}  # fmt: skip
     assert architectures_page.verdict(right) == "right"
     assert architectures_page.verdict({"loads": {"refused": "x"}}) == "refused"
     assert architectures_page.verdict(right | {"answers": {"refused": "x"}}) == "in part"
+    assert architectures_page.verdict(right | {"layers with heads": "0 of 3"}) == "no heads"
+    assert architectures_page.verdict(right | {"export": {"right": False, "reason": "x"}}) == "**wrong**"
     assert architectures_page.verdict(right | {"a": {"refused": "x"}, "b": {"right": False}}) == "**wrong**"
     assert architectures_page.reasons(right | {"answers": {"refused": "the checkpoint: no"}}) == ["answers: no"]
 
