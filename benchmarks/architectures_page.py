@@ -37,10 +37,10 @@ A tiny random checkpoint of every decoder that transformers has and TransformerL
   edit made in Hugging Face; gradients of A against finite differences.
 
 **right**: all of it agrees (logits within {exact:g} of their standard deviation). **refused**: `load_model` raises an error that
-says why. **in part**: what works is right, and the rest raises such an error. **no heads**: it runs right, and no layer's heads can
-be edited. **wrong**: a result that differs, or an error that is not meant for a user. "Heads" says in how many layers they can be
-edited, "export" whether [`export_folded`](howto/share.md) has room for an edit with offsets; the last column says what is behind a
-word and why some layers have no heads.
+says why. **in part**: what works is right, and the rest raises such an error. **no heads**: it runs right, and no layer's heads
+can be edited. **wrong**: a result that differs, or an error that is not meant for a user. "Heads" says in how many layers they
+can be edited, "export" whether [`export_folded`](howto/share.md) has room for an edit with offsets; the last column says what is
+behind a word and why some layers have no heads.
 """
 
 
