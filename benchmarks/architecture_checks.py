@@ -63,6 +63,13 @@ def said_by(hf: Any, tokens: Tensor) -> Tensor:
     return hf(tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
 
 
+def itself(hf: Any) -> str:
+    """Whether Hugging Face's logits of a text stay the same when more tokens follow: else padding and caches compare with nothing."""
+    (tokens,) = prompts((40,))
+    far = off(said_by(hf, tokens)[:, :30], said_by(hf, tokens[:, :30]))
+    return "" if far <= EXACT else f"Hugging Face's own logits of 30 tokens change by {far:.2g} when 10 more follow"
+
+
 def would_say(hf: Any, tokens: Tensor, new: list[int]) -> list[int]:
     """Hugging Face's most likely id at each place of an answer, and behind it; one full pass, no cache."""
     whole = torch.cat([tokens, torch.tensor([new], dtype=torch.long)], dim=1)

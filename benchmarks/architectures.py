@@ -90,9 +90,11 @@ def of_case(case: families.Case, backends: Sequence[str]) -> dict[str, Any]:
             families.save(case, folder)
             hf = checks.plain(folder)
             with torch.no_grad():
-                checks.said_by(hf, checks.prompts((40,))[0])
+                reason = checks.itself(hf)
         except Exception as e:
-            return {"not made": f"{type(e).__name__}: {checks.one_line(e)}"}
+            reason = f"{type(e).__name__}: {checks.one_line(e)}"
+        if reason:
+            return {"not compared": reason}
         return {backend: of_class(folder, hf, backend) for backend in backends}
 
 
@@ -125,7 +127,7 @@ def _beside(cases: Sequence[families.Case], backends: Sequence[str], done: "queu
                 done.put((rest.pop(0), entry))
         child.join()
         if rest:
-            done.put((rest.pop(0), {"not made": f"the process died ({child.exitcode})"}))
+            done.put((rest.pop(0), {"not compared": f"the process died ({child.exitcode})"}))
 
 
 def _work(pipe: Any, chosen: Sequence[families.Case], backends: Sequence[str], threads: int) -> None:
@@ -136,7 +138,7 @@ def _work(pipe: Any, chosen: Sequence[families.Case], backends: Sequence[str], t
         try:
             pipe.send(of_case(case, backends))
         except Exception as e:
-            pipe.send({"not made": f"{type(e).__name__}: {checks.one_line(e)}"})
+            pipe.send({"not compared": f"{type(e).__name__}: {checks.one_line(e)}"})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

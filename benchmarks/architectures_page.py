@@ -101,7 +101,7 @@ def rows(records: Sequence[Record]) -> Iterator[list[str]]:
         kind = next(case["architecture"] for _, case, _ in entries if case)
         why: dict[str, list[str]] = {}
         for title, case, backend in entries:
-            for reason in [case["not made"]] if "not made" in case else reasons(case.get(backend)):
+            for reason in [case["not compared"]] if "not compared" in case else reasons(case.get(backend)):
                 why.setdefault(reason, []).append(title)
         loaded = [case[backend] for _, case, backend in entries if "layers with heads" in case.get(backend, {})]
         heads = Counter(entry["layers with heads"] for entry in loaded).most_common(1)

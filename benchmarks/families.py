@@ -82,7 +82,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "FlexOlmoForCausalLM": {"num_experts": 4, "num_experts_per_tok": 2},
     "GemmaForCausalLM": {"head_dim": 12},
     "Gemma2ForCausalLM": {**MIXED, **CAPPED, "head_dim": 12, "query_pre_attn_scalar": 20},
-    "Gemma3ForCausalLM": {**MIXED, **CAPPED, "head_dim": 12, "query_pre_attn_scalar": 20},
+    "Gemma3ForCausalLM": {**MIXED, "head_dim": 12, "query_pre_attn_scalar": 20},
     "Gemma4ForCausalLM": {
         **MIXED, "final_logit_softcapping": 1.5, "head_dim": 12, "global_head_dim": 16, "hidden_size_per_layer_input": 8,
         "vocab_size_per_layer_input": VOCAB,
@@ -233,6 +233,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "OPT: no bias, no norm weights": ("OPTForCausalLM", {"enable_bias": False, "layer_norm_elementwise_affine": False}),
     "BLOOM: residual after the norm": ("BloomForCausalLM", {"apply_residual_connection_post_layernorm": True}),
     "MPT: clip_qkv, softmax_scale": ("MptForCausalLM", {"attn_config": {"clip_qkv": 0.5, "softmax_scale": 0.5, "alibi": True}}),
+    "Gemma3: soft caps": ("Gemma3ForCausalLM", CAPPED),
     "Gemma: tied": ("GemmaForCausalLM", {"tie_word_embeddings": True}),
     "Cohere: query-key norm": ("CohereForCausalLM", {"use_qk_norm": True}),
     "StableLM: query-key norm, parallel": (
