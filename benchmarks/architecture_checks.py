@@ -64,7 +64,7 @@ def said_by(hf: Any, tokens: Tensor) -> Tensor:
 
 
 def itself(hf: Any) -> str:
-    """Whether Hugging Face's logits of a text stay the same when more tokens follow: else padding and caches compare with nothing."""
+    """Hugging Face's logits of a text stay the same when more tokens follow; else padding and caches compare with nothing."""
     (tokens,) = prompts((40,))
     far = off(said_by(hf, tokens)[:, :30], said_by(hf, tokens[:, :30]))
     return "" if far <= EXACT else f"Hugging Face's own logits of 30 tokens change by {far:.2g} when 10 more follow"
