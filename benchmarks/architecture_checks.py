@@ -281,10 +281,10 @@ def training(model: Any, made: Lofit) -> str:
     return "" if abs(slope - wanted) <= 0.02 * wanted else f"gradient {wanted:.3g}, finite difference {slope:.3g}"
 
 
-def export(made: Lofit) -> str:
+def export(made: Lofit, base: Path) -> str:
     """Folded into a checkpoint of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        export_folded(made, Path(folder) / "out", device="cpu", progress=False)
+        export_folded(made, Path(folder) / "out", base=base, device="cpu", progress=False)
     return ""
 
 

@@ -75,7 +75,7 @@ def of_class(folder: Path, hf: Any, backend: str) -> dict[str, Any]:
             found["heads"] = told(lambda: checks.heads(model, hf, made))
         found["training"] = told(lambda: checks.training(model, made))
         if backend == "bridge":  # the checkpoint's, whatever class the adapter was made on
-            found["export"] = told(lambda: checks.export(made))
+            found["export"] = told(lambda: checks.export(made, folder))
     found["in memory"] = told(lambda: checks.in_memory(hf, backend))
     found["seconds"] = round(time.perf_counter() - start, 2)
     return found

@@ -97,7 +97,7 @@ def test_a_word_for_each_outcome():
 )
 def test_a_family_says_the_same_again(name, backend, monkeypatch):
     """A window, soft caps, a hybrid cache and learned positions: as the committed file has it, reasons included."""
-    monkeypatch.setattr(checks, "export", lambda made: "")  # tests of its own
+    monkeypatch.setattr(checks, "export", lambda made, base: "")  # tests of its own
     found = architectures.of_case(case(name), [backend])[backend]
     known = record()["results"]["cases"][name][backend]
     assert architectures_page.verdict(found) == architectures_page.verdict(known)
