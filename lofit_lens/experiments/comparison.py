@@ -243,6 +243,7 @@ def _job(
 
 def bench_of(model: Any, task: Task, n_train: int | None) -> Workbench:
     """The workbench of a model and a task in this process, made once; it goes with the model."""
+    task = task.asked_of(model)
     if (kept := getattr(model, KEPT, None)) is None:
         kept = {}
         object.__setattr__(model, KEPT, kept)

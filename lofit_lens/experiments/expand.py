@@ -11,7 +11,7 @@ Nothing is loaded but the data: a model is known by its configuration (`models.p
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -110,7 +110,7 @@ def task_key(task: Task) -> dict[str, Any]:
     return {
         "name": task.name, "form": task.form, "objective": task.objective, "metric": task.metric,
         "max_new_tokens": task.max_new_tokens, "data": io.digest([rows, sorted(task.leaked), task.n_train]),
-        "grade": _grader(task),
+        "grade": _grader(task), **({} if task.chat is None else {"chat": asdict(task.chat)}),
     }  # fmt: skip
 
 

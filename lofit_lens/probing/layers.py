@@ -35,6 +35,7 @@ def probe_layers(
         Scores `[n_layers, n_heads]`: (n_layers - place of the head's layer, from 0) + half the score of its own probe. Equal
         accuracies are told apart by AUC, of layers as of heads. `.meta["layer_accuracy"]` holds each layer's accuracy.
     """
+    task = task.asked_of(model)
     listed, right, fitting, held_out = labelled(task, n_train, seed)
     info, n, n_fitting = model_info(model), len(listed), int(fitting.sum())
     with record(model, statement_ids(model, listed), what="z", progress=progress, label="record z") as z:

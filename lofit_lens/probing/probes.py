@@ -223,6 +223,7 @@ def fit_probes(
     for name, value in (("max_iter", max_iter), ("n_jobs", 1 if n_jobs is None else n_jobs)):
         if value < 1:
             raise InputError(f"{name} is {value}; give 1 or more")
+    task = task.asked_of(model)
     listed, right, fitting, held_out = labelled(task, n_train, seed)
     info, n_fitting = model_info(model), int(fitting.sum())
     with record(

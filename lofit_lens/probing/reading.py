@@ -173,6 +173,7 @@ def reading_vectors(
     if method not in METHODS:
         raise unknown("method", method, METHODS)
     if isinstance(source, Task):
+        source = source.asked_of(model)
         train, val = _task_pairs(model, source, n_train, seed)
         name, data_hash = source.name, source.data_hash
     else:

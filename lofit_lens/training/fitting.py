@@ -4,7 +4,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,7 @@ def fit_together(
         InputError, AdapterError, DataError, KeyboardInterrupt: as `fit`.
     """
     info = model_info(model)
+    fits = [replace(one, task=one.task.asked_of(model)) for one in fits]
     for one in fits:
         _check_positions(one.adapter)
         one.adapter.attach_check(model)

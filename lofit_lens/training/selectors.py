@@ -237,7 +237,7 @@ def _scored(
     values: Float64[Tensor, "n_layers n_heads"], kind: str, model: Any, task: Task, *, seed: int, n_train: int,
     config: dict[str, Any],
 ) -> HeadScores:  # fmt: skip
-    info = model_info(model)
+    info, task = model_info(model), task.asked_of(model)
     return HeadScores(values, kind, info.name, task.name, {
         "step": "head selection", "model": info.to_dict(), "task": task.name, "data_hash": task.data_hash,
         "n_train": n_train, "seed": seed, "config": config, "versions": io.environment(),
