@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 import json
 import logging
 import os
@@ -9,7 +10,8 @@ import shlex
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -49,6 +51,16 @@ Backend = Annotated[
 Dtype = Annotated[str, typer.Option("--dtype", help="Of the frozen weights: float32, bfloat16, float16.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1; left out: CUDA where there is one.")]
 Revision = Annotated[str | None, typer.Option("--revision", help="Hub commit, tag or branch of the model.")]
+PrependBos = Annotated[bool | None, typer.Option(
+    "--prepend-bos/--no-prepend-bos", help="BOS in front of every text, or not; left out: as the model's tokenizer does it."
+)]  # fmt: skip
+ModelName = Annotated[
+    str | None, typer.Option("--name", help="What the model is called in results; left out: its hub id or its folder's name.")
+]  # fmt: skip
+IsChat = Annotated[
+    bool, typer.Option("--chat", help="Put prompts through the model's chat template; answers are the assistant's turn.")
+]
+System = Annotated[str | None, typer.Option("--system", help="Text of the system's turn of a chat; means --chat.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of the init, the row order and the draw of training examples.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="New folder for the result.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
@@ -72,6 +84,41 @@ Track = Annotated[
 ]  # fmt: skip
 
 
+@dataclass(frozen=True)
+class ModelOptions:
+    """The options of every verb that loads a model: `load_model`'s arguments (see `guarded`)."""
+
+    model: Model = "organism"
+    name: ModelName = None
+    revision: Revision = None
+    backend: Backend = "auto"
+    dtype: Dtype = "float32"
+    device: Device = None
+    prepend_bos: PrependBos = None
+
+    def load(self) -> dict[str, Any]:
+        """Arguments of `load_model` beside the model itself."""
+        return {k: v for k, v in vars(self).items() if k != "model"}
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """The options of every verb that takes one task."""
+
+    task: TaskName
+    fold: Fold = None
+    data_dir: DataDir = None
+    source: Source = None
+    chat: IsChat = False
+    system: System = None
+
+    def opened(self, form: str | None = None) -> Any:
+        """The task, as a chat where that is asked for."""
+        return open_task(
+            self.task, fold=self.fold, data_dir=self.data_dir, source=self.source, form=form, chat=self.chat, system=self.system
+        )
+
+
 def passes_of(token_budget: int | None, checkpointing: bool) -> "Passes":
     """How training goes through the model, as asked."""
     from dataclasses import replace
@@ -83,15 +130,30 @@ def passes_of(token_budget: int | None, checkpointing: bool) -> "Passes":
 
 
 def guarded(verb: Callable[..., None]) -> Callable[..., None]:
-    """A verb whose errors that a user can act on become one line on stderr and an exit code."""
+    """A verb whose errors that a user can act on become one line on stderr and an exit code.
+
+    A parameter that is one of the dataclasses of options stands for the options in its fields.
+    """
+    bundles, options = {}, []
+    for name, parameter in inspect.signature(verb).parameters.items():
+        if is_dataclass(parameter.annotation):
+            bundles[name] = kind = parameter.annotation
+            options += [
+                parameter.replace(name=f.name, annotation=f.type, default=parameter.empty if f.default is MISSING else f.default)
+                for f in fields(kind)
+            ]
+        else:
+            options.append(parameter)
 
     @functools.wraps(verb)
-    def run(*args: Any, **kwargs: Any) -> None:
+    def run(**given: Any) -> None:
         from lofit_lens.errors import InputError, TrainingDiverged
 
+        for name, kind in bundles.items():
+            given[name] = kind(**{f.name: given.pop(f.name) for f in fields(kind) if f.name in given})
         try:
             with _warnings_as_before():
-                verb(*args, **kwargs)
+                verb(**given)
         except (InputError, TrainingDiverged) as e:
             print(f"error: {e}", file=sys.stderr)
             raise SystemExit(2 if isinstance(e, InputError) else 1) from e
@@ -99,6 +161,9 @@ def guarded(verb: Callable[..., None]) -> Callable[..., None]:
             print(f"\n{e if str(e) else 'stopped'}", file=sys.stderr)
             raise SystemExit(130) from e
 
+    keyword = [p.replace(kind=p.KEYWORD_ONLY) for p in options]
+    run.__signature__ = inspect.Signature(keyword)  # pyright: ignore[reportAttributeAccessIssue]
+    run.__annotations__ = {p.name: p.annotation for p in options}
     return run
 
 
@@ -115,12 +180,12 @@ def _warnings_as_before() -> Iterator[None]:
             os.environ["PYTHONWARNINGS"] = before
 
 
-def open_model(name: str, *, backend: str, dtype: str, device: str | None, revision: str | None = None) -> Any:
+def open_model(how: ModelOptions) -> Any:
     """Load a model and say which class it became."""
     quiet_libraries()
     from lofit_lens.models import load_model, model_info
 
-    model = load_model(name, backend=backend, dtype=dtype, device=device, revision=revision)
+    model = load_model(how.model, **how.load())
     info = model_info(model)
     console.print(
         f"[bold]model[/bold]  {info.name}: {info.class_name}, {info.n_layers} layers x {info.n_heads} heads, {info.dtype}"
@@ -128,26 +193,17 @@ def open_model(name: str, *, backend: str, dtype: str, device: str | None, revis
     return model
 
 
-def open_with(
-    adapter: str | None,
-    name: str,
-    *,
-    backend: str,
-    dtype: str,
-    device: str | None,
-    revision: str | None = None,
-    other_model: bool = False,
-) -> tuple[Any, Any]:
+def open_with(adapter: str | None, how: ModelOptions, *, other_model: bool = False) -> tuple[Any, Any]:
     """Load a model and the adapter of a folder or of the hub (None: no adapter); for LoRA `auto` means the bridge."""
     if adapter is None:
-        return open_model(name, backend=backend, dtype=dtype, device=device, revision=revision), None
+        return open_model(how), None
     from lofit_lens.interventions.base import located_adapter
     from lofit_lens.interventions.folders import load_adapter, method_in
 
     folder, _ = located_adapter(*_at_revision(adapter))
-    if method_in(folder) == "lora" and backend == "auto":
-        backend = "bridge"
-    model = open_model(name, backend=backend, dtype=dtype, device=device, revision=revision)
+    if method_in(folder) == "lora" and how.backend == "auto":
+        how = replace(how, backend="bridge")
+    model = open_model(how)
     return model, load_adapter(folder, model=model, strict=not other_model)
 
 
@@ -166,13 +222,16 @@ def _at_revision(adapter: str) -> tuple[str, str | None]:
 
 
 def open_task(
-    name: str, *, fold: int | None, data_dir: Path | None, source: str | None = None, form: str | None = None
-) -> Any:
+    name: str, *, fold: int | None, data_dir: Path | None, source: str | None = None, form: str | None = None,
+    chat: bool = False, system: str | None = None,
+) -> Any:  # fmt: skip
     """Load a task and say what it holds."""
     quiet_libraries()
     from lofit_lens.tasks import load_task
 
     task = load_task(name, fold=fold, data_dir=data_dir, source=source, form=form)
+    if chat or system is not None:
+        task = task.as_chat(system=system)
     counts = " / ".join(f"{len(rows)} {split}" for split, rows in task.test.items())
     trained = f", {task.objective.upper()}" if task.training else ", evaluation only"
     asked = f", form {task.form}" if task.form else ""
@@ -180,6 +239,21 @@ def open_task(
     for kind, n in task.counted.items():
         console.print(f"       {kind}: {n}", style="dim")
     return task
+
+
+def asked_of(task: Any, model: Any) -> Any:
+    """The task as this model is asked, or an error now; where there is a chat template that is not used, say so."""
+    say_template(model, used=task.chat is not None)
+    return task.asked_of(model)
+
+
+def say_template(model: Any, *, used: bool) -> None:
+    """Say that a model has a chat template, where it is not used."""
+    from lofit_lens.models import tokenizer_of
+    from lofit_lens.tasks.chat import has_template
+
+    if not used and has_template(tokenizer_of(model)):
+        console.print("       this model has a chat template; --chat puts prompts through it", style="dim")
 
 
 def write_heads(out: Path, scores: Any, k: int, *, overwrite: bool) -> Any:
@@ -198,11 +272,16 @@ def print_json(record: Any) -> None:
     print(json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False))
 
 
-def again(**options: Any) -> str:
+def again(*bundles: Any, leave: Collection[str] = ()) -> str:
     """Options of this command that differ from their defaults, to repeat them in the command that is suggested next."""
-    defaults = {"backend": "auto", "dtype": "float32"}
-    given = {k: v for k, v in options.items() if v is not None and v != defaults.get(k)}
-    return "".join(f" --{k.replace('_', '-')} {shlex.quote(str(v))}" for k, v in given.items())
+    words = []
+    for bundle in bundles:
+        for f in fields(bundle):
+            value = getattr(bundle, f.name)
+            if f.name not in leave and (f.default is MISSING or value != f.default or f.name == "model"):
+                option = f.name.replace("_", "-")
+                words.append(f"--{option}" if value is True else f"--no-{option}" if value is False else f"--{option} {shlex.quote(str(value))}")
+    return "".join(f" {word}" for word in words)
 
 
 def check_options(form: str, given: Mapping[str, Any], takes: Sequence[str]) -> None:

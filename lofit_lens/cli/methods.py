@@ -18,7 +18,7 @@ class Request:
     """What the verb was asked for; see its options."""
 
     tasks: Sequence[str]
-    model: str
+    how: c.ModelOptions
     methods: Sequence[str] | None
     selectors: bool
     seeds: int
@@ -30,10 +30,8 @@ class Request:
     data_dir: Path | None
     source: str | None
     form: str | None
-    backend: str
-    dtype: str
-    device: str | None
-    revision: str | None
+    chat: bool
+    system: str | None
     workers: int
     out: Path
     quiet: bool
@@ -51,11 +49,11 @@ def compare_on_tasks(asked: Request) -> "dict[str, MethodTable]":
     texts = [] if asked.selectors else list(islice(_texts(asked), asked.n_texts))
     c.check_new(asked.out, overwrite=True)
     tables = compare_tasks(
-        asked.model, tasks, methods=names, settings={n: {} for n in names} if asked.selectors else None,
+        asked.how.model, tasks, methods=names, settings={n: {} for n in names} if asked.selectors else None,
         seeds=range(asked.seeds), limit=asked.limit, n_train=asked.n_train, texts=texts,
         reference=names[0] if asked.selectors else LEARNED,
-        workers=workers_for(asked.workers, asked.model, asked.device), out=asked.out, backend=asked.backend, dtype=asked.dtype,
-        device=asked.device, revision=asked.revision, progress=not asked.quiet,
+        workers=workers_for(asked.workers, asked.how.model, asked.how.device), out=asked.out, **asked.how.load(),
+        progress=not asked.quiet,
     )  # fmt: skip
     for table in tables.values():
         _print(table)
@@ -97,7 +95,7 @@ def task_names(given: Sequence[str]) -> list[str]:
 
 
 def _task(asked: Request, name: str) -> Any:
-    return c.open_task(name, fold=asked.fold, data_dir=asked.data_dir, source=asked.source, form=asked.form)
+    return c.TaskOptions(name, asked.fold, asked.data_dir, asked.source, asked.chat, asked.system).opened(asked.form)
 
 
 def _texts(asked: Request) -> Iterable[str]:
@@ -105,7 +103,7 @@ def _texts(asked: Request) -> Iterable[str]:
 
     if asked.texts == "none":
         return ()
-    return load_texts(asked.texts or ("organism" if asked.model == "organism" else "wikitext"))
+    return load_texts(asked.texts or ("organism" if asked.how.model == "organism" else "wikitext"))
 
 
 def _stem(table: "MethodTable", selectors: bool) -> str:

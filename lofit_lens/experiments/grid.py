@@ -99,7 +99,10 @@ def plan_grid(
         by_key |= {io.digest(setting.task_keys[name]): task for name, task in (*named.items(), *others.items())}
         if spec is not None:
             commit = info.revision if info.revision and not info.revision.startswith("sha256:") else spec.revision
-            load[key] = {"name": spec.name, "backend": info.backend, "dtype": spec.dtype, "revision": commit}
+            load[key] = {
+                "name_or_path": spec.name, "backend": info.backend, "dtype": spec.dtype, "revision": commit,
+                "prepend_bos": spec.prepend_bos, "name": spec.called,
+            }  # fmt: skip
         elif any("LoRA" in run.method for run in grid.runs):
             METHODS["LoRA"].model(
                 Workbench(model, next(iter(named.values())))
@@ -193,7 +196,8 @@ def _placed(spec: ModelSpec) -> ModelSpec:
 
 
 def _load(spec: TaskSpec) -> Task:
-    return load_task(spec.name, fold=spec.fold, source=spec.source, form=spec.form, data_dir=spec.data_dir)
+    task = load_task(spec.name, fold=spec.fold, source=spec.source, form=spec.form, data_dir=spec.data_dir)
+    return task.as_chat(system=spec.system) if spec.chat or spec.system is not None else task
 
 
 def _by_name(tasks: Sequence[Task]) -> dict[str, Task]:
@@ -208,7 +212,9 @@ def _info(grid: Grid, spec: ModelSpec) -> ModelInfo:
     backend = spec.backend
     if backend == "auto" and any("LoRA" in run.method for run in grid.runs):
         backend = "bridge"
-    return planned_info(spec.name, backend=backend, dtype=spec.dtype, revision=spec.revision)
+    return planned_info(
+        spec.name, backend=backend, dtype=spec.dtype, revision=spec.revision, prepend_bos=spec.prepend_bos, name=spec.called
+    )
 
 
 def _record(setting: Setting, cells: Sequence[Cell], texts: str) -> dict[str, Any]:
