@@ -48,7 +48,9 @@ ADDS_BOS = ("llama-2", "zephyr", "gemma")
 def tokenizer(style, *, template=None):
     """The tiny tokenizer with a style's template and tokens."""
     made = copy.deepcopy(tiny.tokenizer())
-    made.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>"]})
+    made.add_special_tokens(
+        {"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>"]}
+    )
     if style in ADDS_BOS:
         made.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     made.chat_template = TEMPLATES[style] if template is None else template

@@ -98,7 +98,9 @@ def test_text_in_front_goes_into_the_users_turn():
     tok = chats.tokenizer("llama-2")
     made = "Ann is Bob.\n\n" + as_conversation(SAID, SYSTEM)
     assert encode(tok, made) == theirs(tok, user("Ann is Bob.\n\n" + SAID, SYSTEM), add_generation_prompt=True)
-    assert encode(tok, made + " so") == theirs(tok, user(f"Ann is Bob.\n\n{SAID} so", SYSTEM), add_generation_prompt=True)
+    assert encode(tok, made + " so") == theirs(
+        tok, user(f"Ann is Bob.\n\n{SAID} so", SYSTEM), add_generation_prompt=True
+    )
 
 
 def test_a_conversation_travels():
@@ -117,7 +119,9 @@ def test_a_system_that_the_template_refuses_is_an_error():
     conversation = as_conversation(SAID, SYSTEM)
     with pytest.raises(InputError, match=r"takes no system's text \(System role not supported\); leave system out"):
         encode(chats.tokenizer("gemma"), conversation)
-    silent = chats.tokenizer("chatml", template="{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}")
+    silent = chats.tokenizer(
+        "chatml", template="{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    )
     with pytest.raises(InputError, match="leaves out the system's text 'Answer with one word.'; leave system out"):
         encode(silent, conversation)
 
@@ -166,7 +170,13 @@ def test_one_systems_text(model):
 def test_the_task_says_what_was_used(model):
     """Name and hash: other with a chat, another system or another template; rows and metrics as they were."""
     plain, tok = own(), tokenizer_of(model)
-    tasks = [plain, plain.as_chat(), plain.as_chat(model), plain.as_chat(model, system=SYSTEM), plain.as_chat(system="Hi.")]
+    tasks = [
+        plain,
+        plain.as_chat(),
+        plain.as_chat(model),
+        plain.as_chat(model, system=SYSTEM),
+        plain.as_chat(system="Hi."),
+    ]
     assert len({t.data_hash for t in tasks}) == len(tasks)
     assert [t.name for t in tasks[:3]] == ["caps", "caps:chat", "caps:chat"]
     assert len({t.name for t in tasks}) == 4
@@ -185,7 +195,7 @@ def test_forms_are_asked_in_the_chat_too(data_dir):
     task = ll.load_task("truthfulqa", data_dir=data_dir).as_chat()
     assert (task.name, task.family) == ("truthfulqa:0:chat", "truthfulqa")
     for asked in (task, task.in_form("generation")):
-        (_, said), = asked.examples("test")[0].prompt.messages
+        ((_, said),) = asked.examples("test")[0].prompt.messages
         assert said.startswith("Interpret each question literally")
         assert said.endswith("A:")
 
@@ -285,7 +295,9 @@ CHATS = [{"messages": [*user("Italy?", SYSTEM), {"role": "assistant", "content":
 
 def test_rows_of_messages_are_a_task(model):
     """With the answer as the assistant's last message, or beside the messages."""
-    task = Task.from_records("m", train=CHATS * 3, test=[{"messages": user("Ann?"), "answer": "Bob", "aliases": ["Bo"]}])
+    task = Task.from_records(
+        "m", train=CHATS * 3, test=[{"messages": user("Ann?"), "answer": "Bob", "aliases": ["Bo"]}]
+    )
     (first, *_), (asked,) = task.training["train"], task.test["test"]
     assert (first.prompt.messages, first.answer) == ((("system", SYSTEM), ("user", "Italy?")), "Rome")
     assert asked.references == ("Bob", "Bo")
@@ -312,7 +324,10 @@ def test_messages_with_options_and_pairs():
     [
         ({"messages": []}, "m train row 2: messages must be a list like"),
         ({"messages": user("a")}, "m train row 2: no field 'answer'"),
-        ({"prompt": "a", "answer": "b"}, "m train row 2 has prompt, answer; a task's rows all have a prompt, or all have messages"),
+        (
+            {"prompt": "a", "answer": "b"},
+            "m train row 2 has prompt, answer; a task's rows all have a prompt, or all have messages",
+        ),
         ({"messages": user("a"), "prompt": "a", "answer": "b"}, "m train row 2 has messages, prompt, answer"),
         ({**CHATS[0], "answer": "Rome"}, "m train row 2: the assistant's last message and 'answer' are both an answer"),
         ({"messages": [{"role": "assistant", "content": "b"}]}, "m train row 2: messages must be a list like"),

@@ -58,7 +58,8 @@ ModelName = Annotated[
     str | None, typer.Option("--name", help="What the model is called in results; left out: its hub id or its folder's name.")
 ]  # fmt: skip
 IsChat = Annotated[
-    bool, typer.Option("--chat", help="Put prompts through the model's chat template; answers are the assistant's turn.")
+    bool,
+    typer.Option("--chat", help="Put prompts through the model's chat template; answers are the assistant's turn."),
 ]
 System = Annotated[str | None, typer.Option("--system", help="Text of the system's turn of a chat; means --chat.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of the init, the row order and the draw of training examples.")]
@@ -115,7 +116,13 @@ class TaskOptions:
     def opened(self, form: str | None = None) -> Any:
         """The task, as a chat where that is asked for."""
         return open_task(
-            self.task, fold=self.fold, data_dir=self.data_dir, source=self.source, form=form, chat=self.chat, system=self.system
+            self.task,
+            fold=self.fold,
+            data_dir=self.data_dir,
+            source=self.source,
+            form=form,
+            chat=self.chat,
+            system=self.system,
         )
 
 
@@ -139,7 +146,9 @@ def guarded(verb: Callable[..., None]) -> Callable[..., None]:
         if is_dataclass(parameter.annotation):
             bundles[name] = kind = parameter.annotation
             options += [
-                parameter.replace(name=f.name, annotation=f.type, default=parameter.empty if f.default is MISSING else f.default)
+                parameter.replace(
+                    name=f.name, annotation=f.type, default=parameter.empty if f.default is MISSING else f.default
+                )
                 for f in fields(kind)
             ]
         else:
@@ -280,7 +289,13 @@ def again(*bundles: Any, leave: Collection[str] = ()) -> str:
             value = getattr(bundle, f.name)
             if f.name not in leave and (f.default is MISSING or value != f.default or f.name == "model"):
                 option = f.name.replace("_", "-")
-                words.append(f"--{option}" if value is True else f"--no-{option}" if value is False else f"--{option} {shlex.quote(str(value))}")
+                words.append(
+                    f"--{option}"
+                    if value is True
+                    else f"--no-{option}"
+                    if value is False
+                    else f"--{option} {shlex.quote(str(value))}"
+                )
     return "".join(f" {word}" for word in words)
 
 

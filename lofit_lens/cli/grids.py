@@ -149,9 +149,15 @@ def _changed(
         ):
             asked["other_tasks"], asked["texts"] = [{"name": f"{n}-cued"} for n in embedded], "organism"
     if called is not None and len(asked["model"]) > 1:
-        raise InputError(f"--name {called} for {len(asked['model'])} models; name one model, or write `called` into the grid")
+        raise InputError(
+            f"--name {called} for {len(asked['model'])} models; name one model, or write `called` into the grid"
+        )
     asked["model"] = [
-        {**m, "called": called or m.get("called"), "prepend_bos": m.get("prepend_bos") if prepend_bos is None else prepend_bos}
+        {
+            **m,
+            "called": called or m.get("called"),
+            "prepend_bos": m.get("prepend_bos") if prepend_bos is None else prepend_bos,
+        }
         for m in asked["model"]
     ]
     if chat or system is not None:

@@ -83,5 +83,6 @@ def select(
     state.unlink(missing_ok=True)
     c.console.print(f"[bold]heads[/bold]  top {len(heads)} by {scores.kind}: {heads}")
     c.console.print(
-        f"wrote {out}; next: lofit-lens tune{c.again(how, what)} --heads {shlex.quote(str(out))} --out ADAPTER", soft_wrap=True
+        f"wrote {out}; next: lofit-lens tune{c.again(how, what)} --heads {shlex.quote(str(out))} --out ADAPTER",
+        soft_wrap=True,
     )

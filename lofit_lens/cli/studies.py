@@ -67,7 +67,11 @@ def run(asked: Request, name: str) -> None:
     tasks, rest = (
         [
             c.open_task(
-                n, fold=None, data_dir=asked.data_dir if n not in embedded else None, chat=asked.chat, system=asked.system
+                n,
+                fold=None,
+                data_dir=asked.data_dir if n not in embedded else None,
+                chat=asked.chat,
+                system=asked.system,
             )
             for n in listed
         ]
@@ -77,7 +81,12 @@ def run(asked: Request, name: str) -> None:
     # LoRA needs the bridge: all parts run on that class, so that they share their runs.
     how = asked.how if asked.how.backend != "auto" else replace(asked.how, backend="bridge")
     model = ModelSpec(
-        name=how.model, called=how.name, revision=how.revision, backend=how.backend, dtype=how.dtype, prepend_bos=how.prepend_bos
+        name=how.model,
+        called=how.name,
+        revision=how.revision,
+        backend=how.backend,
+        dtype=how.dtype,
+        prepend_bos=how.prepend_bos,
     )
     grid = paper_grid(
         parts, name=" ".join([name, *(asked.parts or ())]), model=model, tasks=[_spec(t) for t in tasks], other_tasks=[_spec(t) for t in rest], texts=None if source == "none" else source, seeds=range(asked.seeds),

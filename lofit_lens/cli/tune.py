@@ -64,7 +64,9 @@ def tune(
     lofit.save_pretrained(out, overwrite=overwrite)
     state.unlink(missing_ok=True)
     c.console.print(f"[bold]adapter[/bold] {lofit!r}")
-    c.console.print(f"wrote {out}; next: lofit-lens eval{c.again(how, what)} --adapter {shlex.quote(str(out))}", soft_wrap=True)
+    c.console.print(
+        f"wrote {out}; next: lofit-lens eval{c.again(how, what)} --adapter {shlex.quote(str(out))}", soft_wrap=True
+    )
 
 
 def is_scores(record: object) -> bool:

@@ -213,7 +213,12 @@ def _info(grid: Grid, spec: ModelSpec) -> ModelInfo:
     if backend == "auto" and any("LoRA" in run.method for run in grid.runs):
         backend = "bridge"
     return planned_info(
-        spec.name, backend=backend, dtype=spec.dtype, revision=spec.revision, prepend_bos=spec.prepend_bos, name=spec.called
+        spec.name,
+        backend=backend,
+        dtype=spec.dtype,
+        revision=spec.revision,
+        prepend_bos=spec.prepend_bos,
+        name=spec.called,
     )
 
 
