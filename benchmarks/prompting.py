@@ -2,8 +2,8 @@
 
     python benchmarks/prompting.py --model FOLDER --data-dir DATA
 
-SmolLM2-135M-Instruct on test rows of MQuAKE and CLUTRR: exact match, and whether the answer is contained. Few-shot: solved rows of
-the training split in front of each question. `table` renders what stands in docs/howto/chat.md.
+SmolLM2-135M-Instruct on test rows of MQuAKE and CLUTRR: exact match, and whether the answer is contained. Few-shot: solved rows
+of the training split in front of each question. `table` renders what stands in docs/howto/chat.md.
 """
 
 import time
@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="smollm2", help="as in load_model")
     parser.add_argument("--data-dir", type=Path, help="folder of the tasks' folders; left out: fetched")
     parser.add_argument("--limit", type=int, default=200, help="test rows of each task")
+    parser.add_argument("--batch-size", type=int, default=100, help="prompts generated together")
     args = measure.parsed(parser, argv)
     if args.quick:
         args.limit = 2
@@ -59,14 +60,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         results[name] = {}
         for way, asked in WAYS.items():
             start = time.perf_counter()
-            found = evaluate(model, asked(task), limit=args.limit, label=way)
+            found = evaluate(model, asked(task), limit=args.limit, batch_size=args.batch_size, label=way)
             results[name][way] = {
                 "task": found.task, "data_hash": found.data_hash,
                 "metrics": {m: {"mean": v.mean, "interval": v.interval, "n": v.n} for m, v in found.metrics.items()},
                 "answers": found.items["generated"].head(5).tolist(), "seconds": time.perf_counter() - start,
             }  # fmt: skip
             print(f"{name}, {way}: {found}")
-    settings = {"command": args.command, "model": model_info(model).to_dict(), "limit": args.limit, "shots": SHOTS}
+    settings = {
+        "command": args.command,
+        "model": model_info(model).to_dict(),
+        "limit": args.limit,
+        "batch_size": args.batch_size,
+        "shots": SHOTS,
+    }
     record.write(args.out, "prompting", settings, results)
     print(table(results))
 

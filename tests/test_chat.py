@@ -122,7 +122,7 @@ def test_a_system_that_the_template_refuses_is_an_error():
     silent = chats.tokenizer(
         "chatml", template="{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
     )
-    with pytest.raises(InputError, match="leaves out the system's text 'Answer with one word.'; leave system out"):
+    with pytest.raises(InputError, match=r"leaves out the system's text 'Answer with one word\.'; leave system out"):
         encode(silent, conversation)
 
 

@@ -14,6 +14,7 @@ TESTS = ("bootstrap", "permutation")
 
 
 def compare(
+    how: c.ModelOptions,
     first: Annotated[str | None, typer.Argument(help="Folder that eval --out wrote; several seeds: FOLDER,FOLDER.")] = None,
     second: Annotated[str | None, typer.Argument(help="The one to compare with, of the same task and rows.")] = None,
     metric: Annotated[list[str] | None, typer.Option("--metric", help="Folders: only this metric; may be repeated.")] = None,
@@ -25,7 +26,6 @@ def compare(
     task: Annotated[list[str] | None, typer.Option(
         "--task", "-t", help="Compare methods on this task instead; may be repeated. organism/all: the embedded model's three."
     )] = None,
-    how: c.ModelOptions,
     method: Annotated[list[str] | None, typer.Option(
         "--method", help="Methods: only this one (and LoFiT 3 %), or with --selectors this selector; may be repeated."
     )] = None,

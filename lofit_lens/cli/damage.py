@@ -9,12 +9,12 @@ from lofit_lens.cli import common as c
 
 
 def damage(
+    how: c.ModelOptions,
     adapter: c.AdapterName,
     text: Annotated[
         str,
         typer.Option("--text", help="wikitext, organism, or a file: .txt (paragraphs), or rows with a field 'text'."),
     ] = "wikitext",
-    how: c.ModelOptions,
     limit: Annotated[int | None, typer.Option("--limit", help="Only the first texts.")] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", help="Tokens of each text that are read.")] = 128,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON file for the result.")] = None,

@@ -11,6 +11,7 @@ from lofit_lens.cli import studies as s
 
 
 def figures(
+    how: c.ModelOptions,
     results: Annotated[Path | None, typer.Argument(help="Folder of a study (--run makes it).")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for figures and tables.")] = Path("figures"),
     run: Annotated[bool, typer.Option("--run", help="First run whatever of the study is not in RESULTS yet.")] = False,
@@ -19,7 +20,6 @@ def figures(
         str, typer.Option("--formats", help="Of the figures, with commas: html, png, svg, pdf. The fewer, the faster.")
     ] = "html,png",
     task: s.Tasks = None,
-    how: c.ModelOptions,
     seeds: s.Seeds = 2,
     draws: s.Draws = 5,
     limit: s.Limit = None,

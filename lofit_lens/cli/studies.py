@@ -66,13 +66,9 @@ def run(asked: Request, name: str) -> None:
     others = (asked.others or [f"{n}-cued" for n in embedded]) if {"table5", "all"} & set(parts) else []
     tasks, rest = (
         [
-            c.open_task(
-                n,
-                fold=None,
-                data_dir=asked.data_dir if n not in embedded else None,
-                chat=asked.chat,
-                system=asked.system,
-            )
+            c.TaskOptions(
+                n, data_dir=asked.data_dir if n not in embedded else None, chat=asked.chat, system=asked.system
+            ).opened()
             for n in listed
         ]
         for listed in (names, others)
@@ -89,7 +85,8 @@ def run(asked: Request, name: str) -> None:
         prepend_bos=how.prepend_bos,
     )
     grid = paper_grid(
-        parts, name=" ".join([name, *(asked.parts or ())]), model=model, tasks=[_spec(t) for t in tasks], other_tasks=[_spec(t) for t in rest], texts=None if source == "none" else source, seeds=range(asked.seeds),
+        parts, name=" ".join([name, *(asked.parts or ())]), model=model, tasks=[_spec(t) for t in tasks],
+        other_tasks=[_spec(t) for t in rest], texts=None if source == "none" else source, seeds=range(asked.seeds),
         draws=asked.draws, limit=asked.limit, batch_size=64 if embedded else 16, tune=asked.tune,
     )  # fmt: skip
     workers = workers_for(asked.workers, how.model, how.device)

@@ -10,11 +10,11 @@ from lofit_lens.cli import studies as s
 
 
 def transfer(
+    how: c.ModelOptions,
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder of the study; what is in it is not run again.")
     ] = Path("runs/transfer"),
     task: s.Tasks = None,
-    how: c.ModelOptions,
     seeds: s.Seeds = 2,
     draws: s.Draws = 5,
     limit: s.Limit = None,
