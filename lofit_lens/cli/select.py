@@ -47,8 +47,8 @@ def select(
     if by not in SELECTORS:
         raise unknown("score", by, SELECTORS)
     ours = {"lr": lr, "l1": l1, "epochs": epochs, "batch_size": batch_size, "max_steps": max_steps}
-    how = {"token_budget": token_budget, "checkpointing": checkpointing or None, "track": track}
-    if by != A_NORM and (given := [n for n, value in {**ours, **how}.items() if value is not None]):
+    passes = {"token_budget": token_budget, "checkpointing": checkpointing or None, "track": track}
+    if by != A_NORM and (given := [n for n, value in {**ours, **passes}.items() if value is not None]):
         raise InputError(f"--{given[0].replace('_', '-')} is a setting of {A_NORM}; leave it out with --by {by!r}")
     reader = c.open_tracker(track, out)
     loaded = c.open_model(how)

@@ -84,7 +84,7 @@ class Setting:
 
 
 def model_key(info: ModelInfo, files: str = "") -> dict[str, Any]:
-    """What of a model can change a result: weights, configuration and tokenizer, class, dtype; not where they lie.
+    """What of a model can change a result: weights, configuration and tokenizer, class, dtype, BOS; not where they lie.
 
     Args:
         info: of the model.
@@ -93,7 +93,7 @@ def model_key(info: ModelInfo, files: str = "") -> dict[str, Any]:
     weights = info.revision if (info.revision or "").startswith("sha256:") else f"{info.name}@{info.revision}"
     return {
         "weights": weights, "files": files, "backend": info.backend, "processed": info.processed, "dtype": info.dtype,
-        "heads": [info.n_layers, info.n_heads],
+        "heads": [info.n_layers, info.n_heads], "prepend_bos": info.prepend_bos,
     }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ A store may hold several grids; what they share is computed once. `load_results(
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,7 +25,7 @@ from lofit_lens.experiments.paper import grid_named, known_grids
 from lofit_lens.experiments.runner import Executor, Report, Work, run_cells
 from lofit_lens.experiments.specs import Grid, ModelSpec, TaskSpec, read_grid
 from lofit_lens.experiments.store import Store
-from lofit_lens.models import ModelInfo, fingerprint, folder_digest, model_info, planned_info
+from lofit_lens.models import ModelInfo, fingerprint, folder_digest, model_info, planned_info, planned_tokenizer
 from lofit_lens.tasks import Task, load_task
 from lofit_lens.training.trackers import tracker
 
@@ -93,10 +93,11 @@ def plan_grid(
     for spec in map(_placed, grid.model) if model is None else (None,):
         info = _info(grid, spec) if spec is not None else model_info(model)
         files = folder_digest(spec.name) if spec is not None else fingerprint(model)
-        setting = Setting(grid, info, named, others, digest, files)
+        asked, asked_too = (_asked_of(listed, spec, model) for listed in (named, others))
+        setting = Setting(grid, info, asked, asked_too, digest, files)
         key = io.digest(setting.model_key)
         infos[key] = info
-        by_key |= {io.digest(setting.task_keys[name]): task for name, task in (*named.items(), *others.items())}
+        by_key |= {io.digest(setting.task_keys[name]): task for name, task in (*asked.items(), *asked_too.items())}
         if spec is not None:
             commit = info.revision if info.revision and not info.revision.startswith("sha256:") else spec.revision
             load[key] = {
@@ -198,6 +199,13 @@ def _placed(spec: ModelSpec) -> ModelSpec:
 def _load(spec: TaskSpec) -> Task:
     task = load_task(spec.name, fold=spec.fold, source=spec.source, form=spec.form, data_dir=spec.data_dir)
     return task.as_chat(system=spec.system) if spec.chat or spec.system is not None else task
+
+
+def _asked_of(tasks: Mapping[str, Task], spec: ModelSpec | None, model: Any) -> dict[str, Task]:
+    """Tasks as a model is asked: its chat template is part of what names a run."""
+    if spec is not None and any(t.chat is not None for t in tasks.values()):
+        model = planned_tokenizer(spec.name, revision=spec.revision)
+    return {name: task.asked_of(model) for name, task in tasks.items()}
 
 
 def _by_name(tasks: Sequence[Task]) -> dict[str, Task]:

@@ -42,7 +42,7 @@ from lofit_lens.models.info import (
     value_biases_folded,
 )
 from lofit_lens.models.loading import BACKENDS, load_model, parse_device
-from lofit_lens.models.planned import planned_info
+from lofit_lens.models.planned import planned_info, planned_tokenizer
 from lofit_lens.models.positions import (
     ALL,
     Borders,
@@ -126,6 +126,7 @@ __all__ = [
     "pattern_point",
     "peek",
     "planned_info",
+    "planned_tokenizer",
     "positions_of",
     "prefill",
     "projection",
