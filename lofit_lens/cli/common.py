@@ -250,18 +250,17 @@ def open_task(
     return task
 
 
-def asked_of(task: Any, model: Any) -> Any:
-    """The task as this model is asked, or an error now; where there is a chat template that is not used, say so."""
-    say_template(model, used=task.chat is not None)
-    return task.asked_of(model)
+def asked_of(model: Any, *tasks: Any) -> list[Any]:
+    """Tasks as this model (or its tokenizer) is asked, or an error now; where a chat template is not used, say so once."""
+    say_template(model, used=any(task.chat is not None for task in tasks))
+    return [task.asked_of(model) for task in tasks]
 
 
 def say_template(model: Any, *, used: bool) -> None:
-    """Say that a model has a chat template, where it is not used."""
-    from lofit_lens.models import tokenizer_of
+    """Say that a model (or its tokenizer) has a chat template, where it is not used."""
     from lofit_lens.tasks.chat import has_template
 
-    if not used and has_template(tokenizer_of(model)):
+    if not used and has_template(getattr(model, "tokenizer", model)):
         console.print("       this model has a chat template; --chat puts prompts through it", style="dim")
 
 

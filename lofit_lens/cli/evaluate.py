@@ -40,7 +40,7 @@ def evaluate(
     data = what.opened(form)
     data.examples(split, limit=limit)
     loaded, change = c.open_with(adapter, how, other_model=other_model)
-    data = c.asked_of(data, loaded)
+    (data,) = c.asked_of(loaded, data)
     if change is not None and (made_on := change.meta.task) != data.name and made_on.split(":")[0] == data.family:
         c.console.print(f"       the adapter was made on {made_on}, and is evaluated on {data.name}", style="yellow")
     import contextlib

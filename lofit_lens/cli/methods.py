@@ -42,9 +42,11 @@ def compare_on_tasks(asked: Request) -> "dict[str, MethodTable]":
     c.quiet_libraries()
     from lofit_lens.experiments.comparison import compare_tasks, selector_names
     from lofit_lens.experiments.methods import LEARNED
+    from lofit_lens.models import planned_tokenizer
 
     start = time.perf_counter()
-    tasks = [_task(asked, name) for name in task_names(asked.tasks)]
+    tokenizer = planned_tokenizer(asked.how.model, revision=asked.how.revision)
+    tasks = c.asked_of(tokenizer, *(_task(asked, name) for name in task_names(asked.tasks)))
     names = selector_names(asked.methods) if asked.selectors else _methods(asked.methods)
     texts = [] if asked.selectors else list(islice(_texts(asked), asked.n_texts))
     c.check_new(asked.out, overwrite=True)

@@ -24,7 +24,7 @@ def probe(
     """
     c.check_new(out, overwrite=overwrite)
     loaded = c.open_model(how)
-    data = c.asked_of(what.opened(), loaded)
+    (data,) = c.asked_of(loaded, what.opened())
     from lofit_lens.heads import check_k
     from lofit_lens.models import model_info
     from lofit_lens.probing import probe_heads

@@ -52,7 +52,7 @@ def select(
         raise InputError(f"--{given[0].replace('_', '-')} is a setting of {A_NORM}; leave it out with --by {by!r}")
     reader = c.open_tracker(track, out)
     loaded = c.open_model(how)
-    data = c.asked_of(what.opened(), loaded)
+    (data,) = c.asked_of(loaded, what.opened())
     from lofit_lens.heads import check_k
     from lofit_lens.models import model_info
     from lofit_lens.training import preset, select_heads

@@ -40,7 +40,7 @@ def tune(
     chosen = read_heads(heads, k)
     reader = c.open_tracker(track, out)
     loaded = c.open_model(how)
-    data = c.asked_of(what.opened(), loaded)
+    (data,) = c.asked_of(loaded, what.opened())
     from lofit_lens.heads import HeadSet, check_k
     from lofit_lens.models import model_info
     from lofit_lens.training import preset, tune_offsets

@@ -360,9 +360,9 @@ class Explorer:
             "head": None if head is None else str(head), "table": None if head is None else panel.head_table(state, head),
             "tokens": [] if head is None else self._readings(head),
             "attention": panel.maps(state, self._run, can_run=self._model is not None),
-            "answers": panel.answers(self._run, head, self._adapter, self._chat), "prompt": self._prompt, "prompts": self._prompts,
-            "adapters": list(self.adapters), "adapter": self._adapter, "chat": self._chat,
-            "has_chat": self._model is not None and has_template(tokenizer_of(self._model)),
+            "answers": panel.answers(self._run, head, self._adapter, self._chat),
+            "prompt": self._prompt, "prompts": self._prompts, "adapters": list(self.adapters), "adapter": self._adapter,
+            "chat": self._chat, "has_chat": self._model is not None and has_template(tokenizer_of(self._model)),
             "no_model": panel.NO_MODEL if self._model is None else "", "busy": self._busy, "error": self._error,
         }  # fmt: skip
 
