@@ -141,11 +141,14 @@ class Task:
         """
         if self.chat is None or model is None:
             return self
+        if isinstance(model, str):
+            raise InputError(f"{model!r} is no model; give a loaded one or its tokenizer, and a system's text as system=...")
         tokenizer = getattr(model, "tokenizer", model)
+        digest = template_digest(tokenizer)
         first = next((e for listed in (*self.test.values(), *self.training.values()) for e in listed), None)
         if first is not None:
             turn_of(tokenizer, first.prompt)
-        return replace(self, chat=replace(self.chat, template=template_digest(tokenizer)))
+        return replace(self, chat=replace(self.chat, template=digest))
 
     def few_shot(self, n: int, *, seed: int = 42, separator: str = "\n\n") -> "Task":
         """This task with n solved training examples in front of each prompt of its test form, the same ones for all.
