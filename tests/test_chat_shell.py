@@ -139,9 +139,10 @@ def test_the_command_is_repeated_as_it_was_given():
 # -------------------------------------------------------------------------------------------------------------- grids
 
 
-def grid_of(model, task, **more):
+def grid_of(folder, task, *, loaded=None, **asked):
+    """A grid of one run; `loaded`: more fields of its model, the others of its task."""
     return Grid(
-        name="g", model={"name": str(model), "backend": "bridge"} | more.pop("model", {}), tasks=[{"name": str(task)} | more],
+        name="g", model={"name": str(folder), "backend": "bridge", **(loaded or {})}, tasks=[{"name": str(task), **asked}],
         runs=[{"method": "zero-shot"}], seeds=[0], limit=2,
     )  # fmt: skip
 
@@ -149,12 +150,12 @@ def grid_of(model, task, **more):
 def test_runs_are_named_by_chat_system_bos_and_template(chatty, own_task, tmp_path):
     """Each changes the name of every cell; the model's display name does not, since its weights are known."""
     grids = [
-        {}, {"chat": True}, {"system": "Hi."}, {"system": "Hello."}, {"model": {"prepend_bos": True}},
-        {"chat": True, "model": {"prepend_bos": True}},
+        {}, {"chat": True}, {"system": "Hi."}, {"system": "Hello."}, {"loaded": {"prepend_bos": True}},
+        {"chat": True, "loaded": {"prepend_bos": True}},
     ]  # fmt: skip
     names = [plan_grid(grid_of(chatty, own_task, **g)).cells[0].name for g in grids]
     assert len(set(names)) == len(names)
-    assert plan_grid(grid_of(chatty, own_task, model={"called": "mine"})).cells[0].name == names[0]
+    assert plan_grid(grid_of(chatty, own_task, loaded={"called": "mine"})).cells[0].name == names[0]
     other = tmp_path / "other"
     other.mkdir()
     for file in chatty.iterdir():
@@ -166,7 +167,7 @@ def test_runs_are_named_by_chat_system_bos_and_template(chatty, own_task, tmp_pa
 
 def test_a_grid_runs_as_it_was_planned(chatty, own_task, tmp_path):
     """Hash, task and model of its results are those of `evaluate`."""
-    grid = grid_of(chatty, own_task, system="Hi.", model={"called": "mine", "prepend_bos": True})
+    grid = grid_of(chatty, own_task, system="Hi.", loaded={"called": "mine", "prepend_bos": True})
     report = run_grid(grid, tmp_path / "s", device="cpu", progress=False)
     assert not report.failed
     (result,) = ll.load_results(tmp_path / "s").evaluations
