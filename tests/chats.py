@@ -51,8 +51,8 @@ def tokenizer(style, *, template=None):
     made.add_special_tokens(
         {"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>"]}
     )
-    if style in ADDS_BOS:
-        made.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    front = "<s> " if style in ADDS_BOS else ""
+    made.backend_tokenizer.post_processor = TemplateProcessing(single=f"{front}$A", special_tokens=[("<s>", 1)])
     made.chat_template = TEMPLATES[style] if template is None else template
     return made
 
