@@ -162,7 +162,9 @@ def test_one_systems_text(model):
         own().as_chat(system=" ")
     with pytest.raises(InputError, match="has a system's text already"):
         own().as_chat(system=SYSTEM).as_chat(system="Be brief.")
-    with pytest.raises(InputError, match=r"'Be brief\.' is no model; give a loaded one or its tokenizer, and a system's text as"):
+    with pytest.raises(
+        InputError, match=r"'Be brief\.' is no model; give a loaded one or its tokenizer, and a system's text as"
+    ):
         own().as_chat("Be brief.")
 
 

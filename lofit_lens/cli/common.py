@@ -10,7 +10,7 @@ import shlex
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -262,6 +262,19 @@ def say_template(model: Any, *, used: bool) -> None:
 
     if not used and has_template(getattr(model, "tokenizer", model)):
         console.print("       this model has a chat template; --chat puts prompts through it", style="dim")
+
+
+def say_template_of(models: Iterable[tuple[str, str | None]], *, used: bool) -> None:
+    """The same of models by name and revision that other processes load; of one that cannot be read here nothing is said."""
+    from lofit_lens.errors import InputError
+    from lofit_lens.models import planned_tokenizer
+    from lofit_lens.tasks.chat import has_template
+
+    for name, revision in () if used else models:
+        with contextlib.suppress(InputError):
+            if has_template(found := planned_tokenizer(name, revision=revision)):
+                say_template(found, used=used)
+                return
 
 
 def write_heads(out: Path, scores: Any, k: int, *, overwrite: bool) -> Any:

@@ -73,13 +73,9 @@ def grid(
     c.quiet_libraries()
     from lofit_lens.cli.methods import workers_for
     from lofit_lens.experiments.grid import open_grid, plan_grid, run_grid
-    from lofit_lens.models import planned_tokenizer
-    from lofit_lens.tasks.chat import has_template
 
     asked = _changed(open_grid(name), model, called, prepend_bos, task, chat, system, seeds, limit, data_dir)
-    tokenizers = (planned_tokenizer(m.name, revision=m.revision) for m in asked.model)
-    if not any(t.chat or t.system for t in asked.tasks) and (found := next(filter(has_template, tokenizers), None)):
-        c.say_template(found, used=False)
+    c.say_template_of([(m.name, m.revision) for m in asked.model], used=any(t.chat or t.system for t in asked.tasks))
     if dry_run:
         _print_plan(plan_grid(asked).cells, store, as_json)
         return

@@ -45,8 +45,12 @@ def compare_on_tasks(asked: Request) -> "dict[str, MethodTable]":
     from lofit_lens.models import planned_tokenizer
 
     start = time.perf_counter()
-    tokenizer = planned_tokenizer(asked.how.model, revision=asked.how.revision)
-    tasks = c.asked_of(tokenizer, *(_task(asked, name) for name in task_names(asked.tasks)))
+    tasks = [_task(asked, name) for name in task_names(asked.tasks)]
+    chat = any(task.chat is not None for task in tasks)
+    c.say_template_of([(asked.how.model, asked.how.revision)], used=chat)
+    if chat:
+        tokenizer = planned_tokenizer(asked.how.model, revision=asked.how.revision)
+        tasks = [task.asked_of(tokenizer) for task in tasks]
     names = selector_names(asked.methods) if asked.selectors else _methods(asked.methods)
     texts = [] if asked.selectors else list(islice(_texts(asked), asked.n_texts))
     c.check_new(asked.out, overwrite=True)

@@ -58,7 +58,6 @@ def run(asked: Request, name: str) -> None:
     from lofit_lens.experiments.grid import run_grid
     from lofit_lens.experiments.paper import paper_grid
     from lofit_lens.experiments.specs import ModelSpec
-    from lofit_lens.models import planned_tokenizer
     from lofit_lens.organism.words import TASKS
 
     names = task_names(asked.tasks)
@@ -74,8 +73,7 @@ def run(asked: Request, name: str) -> None:
         ]
         for listed in (names, others)
     )
-    tokenizer = planned_tokenizer(asked.how.model, revision=asked.how.revision)
-    c.say_template(tokenizer, used=any(task.chat is not None for task in tasks))
+    c.say_template_of([(asked.how.model, asked.how.revision)], used=any(task.chat is not None for task in tasks))
     source = asked.texts or ("organism" if embedded else "none")
     # LoRA needs the bridge: all parts run on that class, so that they share their runs.
     how = asked.how if asked.how.backend != "auto" else replace(asked.how, backend="bridge")

@@ -142,7 +142,9 @@ class Task:
         if self.chat is None or model is None:
             return self
         if isinstance(model, str):
-            raise InputError(f"{model!r} is no model; give a loaded one or its tokenizer, and a system's text as system=...")
+            raise InputError(
+                f"{model!r} is no model; give a loaded one or its tokenizer, and a system's text as system=..."
+            )
         tokenizer = getattr(model, "tokenizer", model)
         digest = template_digest(tokenizer)
         first = next((e for listed in (*self.test.values(), *self.training.values()) for e in listed), None)
