@@ -5,8 +5,8 @@ import torch
 
 from lofit_lens import Task
 from lofit_lens.models import load_model
-from lofit_lens.tasks.base import SFTExample
 from lofit_lens.tasks.collate import encode
+from lofit_lens.tasks.examples import SFTExample
 from tests import tiny
 from tests.adapters import output_projection
 from tests.test_planted import planted_model, planted_of

@@ -349,7 +349,7 @@ def test_a_folder_given_from_here_is_found_from_elsewhere(checkpoint, tmp_path, 
     (tmp_path / "organism").mkdir()
     monkeypatch.chdir(tmp_path)
     planned = plan_grid(grid_of(Run(method="zero-shot"), model=["mine", "organism"]), tasks=[KIN])
-    assert [load["name"] for load in planned.context.load.values()] == [str(tmp_path / "mine"), "organism"]
+    assert [load["name_or_path"] for load in planned.context.load.values()] == [str(tmp_path / "mine"), "organism"]
 
 
 def test_lora_puts_the_grid_on_the_bridge(checkpoint):

@@ -9,8 +9,8 @@ import lofit_lens as ll
 from lofit_lens import HeadSet
 from lofit_lens.errors import DataError
 from lofit_lens.models import hook_z
-from lofit_lens.tasks.base import PairExample
 from lofit_lens.tasks.collate import encode
+from lofit_lens.tasks.examples import PairExample
 from lofit_lens.training import patching
 from lofit_lens.training.patching import few_shot_prompts, patch_effects, replace_head
 from lofit_lens.training.selectors import patching_scores

@@ -10,6 +10,7 @@ import pytest
 
 from lofit_lens import Task, load_task
 from lofit_lens.errors import DataError, InputError
+from lofit_lens.organism import tasks as organism_tasks
 from lofit_lens.tasks import ChoiceExample, GenerationExample, PairExample, SFTExample, base, clutrr, mquake, truthfulqa
 from lofit_lens.tasks.registry import TASKS, register
 
@@ -133,7 +134,8 @@ def test_the_official_files_load_by_name_and_fold(files):
 def test_mquake_grades_the_first_line_behind_the_last_a(said, em, official):
     """Lower-cased, against answer and aliases; `em` strips white space, `em_official` does not."""
     asked = GenerationExample("p", ("Sweden", "Sverige"))
-    assert mquake.grade(said, asked) == {"em": em, "em_official": official}
+    graded = mquake.grade(said, asked)
+    assert {k: graded[k] for k in graded if k != "contains"} == {"em": em, "em_official": official}
 
 
 @pytest.mark.parametrize(
@@ -143,7 +145,7 @@ def test_mquake_grades_the_first_line_behind_the_last_a(said, em, official):
 )  # fmt: skip
 def test_clutrr_grades_up_to_the_first_full_stop(said, em):
     """Stripped and lower-cased, the whole of it."""
-    assert clutrr.grade(said, GenerationExample("p", ("aunt",))) == {"em": em}
+    assert clutrr.grade(said, GenerationExample("p", ("aunt",)))["em"] == em
 
 
 def test_own_tasks_grade_the_first_line():
@@ -151,6 +153,38 @@ def test_own_tasks_grade_the_first_line():
     asked = GenerationExample("p", (" Paris", "City of Light"))
     said = {" paris\nmore": 1, "\n\n Paris": 1, "city of light": 1, "Paris, France": 0, "": 0}
     assert {s: base.grade_first_line(s, asked)["em"] for s in said} == said
+
+
+GRADERS = {
+    "mquake": mquake.grade,
+    "clutrr": clutrr.grade,
+    "own": base.grade_first_line,
+    "organism": organism_tasks.grade,
+}
+
+
+@pytest.mark.parametrize("grade", GRADERS.values(), ids=GRADERS)
+@pytest.mark.parametrize(
+    ("said", "contained"),
+    [
+        ("Well, I think that it is her Aunt!\nRight?", 1), ("aunt", 1), ("aunts", 0), ("grandaunt", 0), ("aunt-in-law", 0),
+        ("great-aunt", 0), ("- aunt -", 1), ("AUNT", 1), ("", 0), ("his uncle", 0),
+    ],
+)  # fmt: skip
+def test_contained_is_a_whole_word_of_any_line(grade, said, contained):
+    """Beside exact match, in any case; a hyphen joins words."""
+    graded = grade(said, GenerationExample("p", ("aunt",)))
+    assert graded["contains"] == contained
+    assert next(iter(graded)) == "em"
+
+
+def test_any_reference_may_be_contained():
+    """White space around a reference does not count, and what it holds is text, no pattern."""
+    example = GenerationExample("p", (" Washington, D.C.", "C++", "Straße"))
+    for said in ("I live in washington, d.c.", "It is C++.", "STRASSE"):
+        assert base.contains(said, example) == 1.0
+    assert base.contains("Washington, DxC.", example) == 0.0
+    assert base.contains("anything", GenerationExample("p", (" ",))) == 0.0
 
 
 # ------------------------------------------------------------------------------------------------ draws and splits

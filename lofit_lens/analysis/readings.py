@@ -57,6 +57,8 @@ def run_readings(
     dtype: str = "float32",
     device: str | None = None,
     revision: str | None = None,
+    prepend_bos: bool | None = None,
+    name: str | None = None,
     progress: bool = True,
 ) -> list[Path]:
     """Read the adapters that a study holds; what is in its folder already is not computed again.
@@ -70,10 +72,12 @@ def run_readings(
         draws: of random heads and orders.
         grids: names of the study's grids, where the folder holds others too; see `load_results`.
         workers: processes, each on one thread.
-        backend: as in `load_model`, like the three that follow, for a model given by name.
+        backend: as in `load_model`, like the five that follow, for a model given by name.
         dtype: of the weights.
         device: of the model.
         revision: of the model.
+        prepend_bos: whether BOS stands in front.
+        name: of the model in results.
         progress: show a bar.
 
     Returns:
@@ -83,7 +87,9 @@ def run_readings(
         DataError: the folder holds no study.
     """
     results = load_results(out, grids=grids)
-    load = {"backend": backend, "dtype": dtype, "device": device, "revision": revision}
+    load = {
+        "backend": backend, "dtype": dtype, "device": device, "revision": revision, "prepend_bos": prepend_bos, "name": name,
+    }  # fmt: skip
     by_name = isinstance(model, str | Path)
     every = {t.name: t for t in (*tasks, *other_tasks)}
     jobs = [

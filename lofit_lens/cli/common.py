@@ -1,82 +1,70 @@
-"""Options that several verbs share, and what they all do first."""
+"""What verbs share: bundles of options, what they all do first, and the command to suggest next."""
 
 import contextlib
 import functools
+import inspect
 import logging
 import os
 import shlex
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from lofit_lens.cli.screen import console, print_json
+from lofit_lens.cli.options import *  # noqa: F403 (for the verbs, as c.NAME)
+from lofit_lens.cli.screen import console as console
+from lofit_lens.cli.screen import print_json as print_json
 
 if TYPE_CHECKING:
     from lofit_lens.training import Passes
 
-__all__ = ["console", "print_json"]  # of the screen, for the verbs
 
 LEASE = 30.0  # seconds without a sign of life after which a claim from another machine may be taken over
 _claims: contextlib.ExitStack | None = None  # of the verb that runs; None: Python calls its function itself
 
-LARGEST_SEED = 2**32 - 1  # of numpy and scikit-learn
 
-Model = Annotated[str, typer.Option("--model", "-m", help="'organism' (embedded), a hub id, or a Hugging Face folder.")]
-TaskName = Annotated[
-    str, typer.Option("--task", "-t", help=(
-        "truthfulqa, mquake, clutrr, siqa, arc_challenge, boolq, svamp, triviaqa, nq, mmlu, organism/truth|kinship|edits, "
-        "or a folder of your own."
-    ))
-]  # fmt: skip
-Source = Annotated[
-    str | None, typer.Option("--source", help="files (instruction files) or hub: siqa, arc_challenge, boolq, svamp.")
-]
-Form = Annotated[
-    str | None, typer.Option("--form", help="How questions are asked where there are several ways: choices, options, generation.")
-]  # fmt: skip
-AdapterName = Annotated[
-    str | None, typer.Option("--adapter", "-a", help="Of any method: a folder, or user/name or user/name@revision on the hub.")
-]  # fmt: skip
-OtherModel = Annotated[
-    bool, typer.Option("--other-model", help="Use the adapter on other weights than those it was made for.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON record on stdout, everything else on stderr.")]
-Fold = Annotated[int | None, typer.Option("--fold", help="TruthfulQA's fold, 0 or 1.")]
-DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Folder with the task's files; left out: fetched.")]
-Backend = Annotated[
-    str, typer.Option("--backend", help="auto, hooked (HookedTransformer) or bridge (TransformerBridge).")
-]
-Dtype = Annotated[str, typer.Option("--dtype", help="Of the frozen weights: float32, bfloat16, float16.")]
-Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1; left out: CUDA where there is one.")]
-Revision = Annotated[str | None, typer.Option("--revision", help="Hub commit, tag or branch of the model.")]
-Seed = Annotated[int, typer.Option(
-    "--seed", help="Of the init, the row order and the draw of training examples.", min=0, max=LARGEST_SEED
-)]  # fmt: skip
-Out = Annotated[Path, typer.Option("--out", "-o", help="New folder for the result.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
-NTrain = Annotated[
-    int | None, typer.Option("--n-train", help="Training examples drawn; left out: the task's own number.")
-]
-LearningRate = Annotated[float | None, typer.Option("--lr", help="Learning rate; left out: the preset's.")]
-Epochs = Annotated[int | None, typer.Option("--epochs", help="Passes over the examples; left out: the preset's.")]
-BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Examples a step; left out: the preset's.")]
-MaxSteps = Annotated[int | None, typer.Option("--max-steps", help="Stop after so many steps, e.g. to try things out.")]
-TokenBudget = Annotated[
-    int | None,
-    typer.Option("--token-budget", help="Padded tokens of one training pass, 8192 if left out; less needs less memory.", min=1),
-]  # fmt: skip
-Checkpointing = Annotated[
-    bool, typer.Option("--checkpointing", help="Gradient checkpointing: less memory for a third more time.")
-]
-Track = Annotated[
-    str | None, typer.Option("--track", help="wandb or tensorboard reads the training's steps; files go to OUT.track.")
-]  # fmt: skip
+@dataclass(frozen=True)
+class ModelOptions:
+    """The options of every verb that loads a model: `load_model`'s arguments (see `guarded`)."""
+
+    model: Model = "organism"
+    name: ModelName = None
+    revision: Revision = None
+    backend: Backend = "auto"
+    dtype: Dtype = "float32"
+    device: Device = None
+    prepend_bos: PrependBos = None
+
+    def load(self) -> dict[str, Any]:
+        """Arguments of `load_model` beside the model itself."""
+        return {k: v for k, v in vars(self).items() if k != "model"}
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """The options of every verb that takes one task."""
+
+    task: TaskName
+    fold: Fold = None
+    data_dir: DataDir = None
+    source: Source = None
+    chat: IsChat = False
+    system: System = None
+
+    def opened(self, form: str | None = None) -> Any:
+        """The task, as a chat where that is asked for."""
+        return open_task(
+            self.task,
+            fold=self.fold,
+            data_dir=self.data_dir,
+            source=self.source,
+            form=form,
+            chat=self.chat,
+            system=self.system,
+        )
 
 
 def passes_of(token_budget: int | None, checkpointing: bool) -> "Passes":
@@ -90,16 +78,33 @@ def passes_of(token_budget: int | None, checkpointing: bool) -> "Passes":
 
 
 def guarded(verb: Callable[..., None]) -> Callable[..., None]:
-    """A verb whose errors that a user can act on become one line on stderr and an exit code."""
+    """A verb whose errors that a user can act on become one line on stderr and an exit code.
+
+    A parameter that is one of the dataclasses of options stands for the options in its fields.
+    """
+    bundles, options = {}, []
+    for name, parameter in inspect.signature(verb).parameters.items():
+        if is_dataclass(parameter.annotation):
+            bundles[name] = kind = parameter.annotation
+            options += [
+                parameter.replace(
+                    name=f.name, annotation=f.type, default=parameter.empty if f.default is MISSING else f.default
+                )
+                for f in fields(kind)
+            ]
+        else:
+            options.append(parameter)
 
     @functools.wraps(verb)
-    def run(*args: Any, **kwargs: Any) -> None:
+    def run(**given: Any) -> None:
         from lofit_lens.errors import InputError, TrainingDiverged
 
         try:
+            _check_texts(given)
+            for name, kind in bundles.items():
+                given[name] = kind(**{f.name: given.pop(f.name) for f in fields(kind) if f.name in given})
             with _warnings_as_before(), _claiming():
-                _check_texts(kwargs)
-                verb(*args, **kwargs)
+                verb(**given)
         except (InputError, TrainingDiverged) as e:
             print(f"error: {e}", file=sys.stderr)
             raise SystemExit(2 if isinstance(e, InputError) else 1) from e
@@ -107,6 +112,9 @@ def guarded(verb: Callable[..., None]) -> Callable[..., None]:
             print(f"\n{e if str(e) else 'stopped'}", file=sys.stderr)
             raise SystemExit(130) from e
 
+    keyword = [p.replace(kind=p.KEYWORD_ONLY) for p in options]
+    run.__signature__ = inspect.Signature(keyword)  # pyright: ignore[reportAttributeAccessIssue]
+    run.__annotations__ = {p.name: p.annotation for p in options}
     return run
 
 
@@ -142,12 +150,12 @@ def _check_texts(given: Mapping[str, Any]) -> None:
                 raise InputError(f"--{name.replace('_', '-')} is {text!r}, which is not UTF-8 text; write it anew")
 
 
-def open_model(name: str, *, backend: str, dtype: str, device: str | None, revision: str | None = None) -> Any:
+def open_model(how: ModelOptions) -> Any:
     """Load a model and say which class it became."""
     quiet_libraries()
     from lofit_lens.models import load_model, model_info
 
-    model = load_model(name, backend=backend, dtype=dtype, device=device, revision=revision)
+    model = load_model(how.model, **how.load())
     info = model_info(model)
     console.print(
         f"[bold]model[/bold]  {info.name}: {info.class_name}, {info.n_layers} layers x {info.n_heads} heads, {info.dtype}"
@@ -155,26 +163,17 @@ def open_model(name: str, *, backend: str, dtype: str, device: str | None, revis
     return model
 
 
-def open_with(
-    adapter: str | None,
-    name: str,
-    *,
-    backend: str,
-    dtype: str,
-    device: str | None,
-    revision: str | None = None,
-    other_model: bool = False,
-) -> tuple[Any, Any]:
+def open_with(adapter: str | None, how: ModelOptions, *, other_model: bool = False) -> tuple[Any, Any]:
     """Load a model and the adapter of a folder or of the hub (None: no adapter); for LoRA `auto` means the bridge."""
     if adapter is None:
-        return open_model(name, backend=backend, dtype=dtype, device=device, revision=revision), None
+        return open_model(how), None
     from lofit_lens.interventions.base import located_adapter
     from lofit_lens.interventions.folders import load_adapter, method_in
 
     folder, _ = located_adapter(*_at_revision(adapter))
-    if method_in(folder) == "lora" and backend == "auto":
-        backend = "bridge"
-    model = open_model(name, backend=backend, dtype=dtype, device=device, revision=revision)
+    if method_in(folder) == "lora" and how.backend == "auto":
+        how = replace(how, backend="bridge")
+    model = open_model(how)
     return model, load_adapter(folder, model=model, strict=not other_model)
 
 
@@ -193,13 +192,16 @@ def _at_revision(adapter: str) -> tuple[str, str | None]:
 
 
 def open_task(
-    name: str, *, fold: int | None, data_dir: Path | None, source: str | None = None, form: str | None = None
-) -> Any:
+    name: str, *, fold: int | None, data_dir: Path | None, source: str | None = None, form: str | None = None,
+    chat: bool = False, system: str | None = None,
+) -> Any:  # fmt: skip
     """Load a task and say what it holds."""
     quiet_libraries()
     from lofit_lens.tasks import load_task
 
     task = load_task(name, fold=fold, data_dir=data_dir, source=source, form=form)
+    if chat or system is not None:
+        task = task.as_chat(system=system)
     counts = " / ".join(f"{len(rows)} {split}" for split, rows in task.test.items())
     trained = f", {task.objective.upper()}" if task.training else ", evaluation only"
     asked = f", form {task.form}" if task.form else ""
@@ -207,6 +209,33 @@ def open_task(
     for kind, n in task.counted.items():
         console.print(f"       {kind}: {n}", style="dim")
     return task
+
+
+def asked_of(model: Any, *tasks: Any) -> list[Any]:
+    """Tasks as this model (or its tokenizer) is asked, or an error now; where a chat template is not used, say so once."""
+    say_template(model, used=any(task.chat is not None for task in tasks))
+    return [task.asked_of(model) for task in tasks]
+
+
+def say_template(model: Any, *, used: bool) -> None:
+    """Say that a model (or its tokenizer) has a chat template, where it is not used."""
+    from lofit_lens.tasks.chat import has_template
+
+    if not used and has_template(getattr(model, "tokenizer", model)):
+        console.print("       this model has a chat template; --chat puts prompts through it", style="dim")
+
+
+def say_template_of(models: Iterable[tuple[str, str | None]], *, used: bool) -> None:
+    """The same of models by name and revision that other processes load; of one that cannot be read here nothing is said."""
+    from lofit_lens.errors import InputError
+    from lofit_lens.models import planned_tokenizer
+    from lofit_lens.tasks.chat import has_template
+
+    for name, revision in () if used else models:
+        with contextlib.suppress(InputError):
+            if has_template(found := planned_tokenizer(name, revision=revision)):
+                say_template(found, used=used)
+                return
 
 
 def write_heads(out: Path, scores: Any, k: int, *, overwrite: bool) -> Any:
@@ -220,11 +249,22 @@ def write_heads(out: Path, scores: Any, k: int, *, overwrite: bool) -> Any:
     return heads
 
 
-def again(**options: Any) -> str:
+def again(*bundles: Any, leave: Collection[str] = ()) -> str:
     """Options of this command that differ from their defaults, to repeat them in the command that is suggested next."""
-    defaults = {"backend": "auto", "dtype": "float32"}
-    given = {k: v for k, v in options.items() if v is not None and v != defaults.get(k)}
-    return "".join(f" --{k.replace('_', '-')} {shlex.quote(str(v))}" for k, v in given.items())
+    words = []
+    for bundle in bundles:
+        for f in fields(bundle):
+            value = getattr(bundle, f.name)
+            if f.name not in leave and (f.default is MISSING or value != f.default or f.name == "model"):
+                option = f.name.replace("_", "-")
+                words.append(
+                    f"--{option}"
+                    if value is True
+                    else f"--no-{option}"
+                    if value is False
+                    else f"--{option} {shlex.quote(str(value))}"
+                )
+    return "".join(f" {word}" for word in words)
 
 
 def check_options(form: str, given: Mapping[str, Any], takes: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ TESTS = ("bootstrap", "permutation")
 
 
 def compare(
+    how: c.ModelOptions,
     first: Annotated[str | None, typer.Argument(help="Folder that eval --out wrote; several seeds: FOLDER,FOLDER.")] = None,
     second: Annotated[str | None, typer.Argument(help="The one to compare with, of the same task and rows.")] = None,
     metric: Annotated[list[str] | None, typer.Option("--metric", help="Folders: only this metric; may be repeated.")] = None,
@@ -27,7 +28,6 @@ def compare(
     task: Annotated[list[str] | None, typer.Option(
         "--task", "-t", help="Compare methods on this task instead; may be repeated. organism/all: the embedded model's three."
     )] = None,
-    model: c.Model = "organism",
     method: Annotated[list[str] | None, typer.Option(
         "--method", help="Methods: only this one (and LoFiT 3 %), or with --selectors this selector; may be repeated."
     )] = None,
@@ -43,10 +43,8 @@ def compare(
     data_dir: c.DataDir = None,
     source: c.Source = None,
     form: c.Form = None,
-    backend: c.Backend = "auto",
-    dtype: c.Dtype = "float32",
-    device: c.Device = None,
-    revision: c.Revision = None,
+    chat: c.IsChat = False,
+    system: c.System = None,
     workers: Annotated[int, typer.Option("--workers", help="Methods: processes; 0 = one a core (embedded model).", min=0)] = 0,
     out: Annotated[Path | None, typer.Option(
         "--out", "-o", help="Folders: JSON file. Methods: folder (left out: runs/compare); what is in it is not run again."
@@ -69,8 +67,8 @@ def compare(
         from lofit_lens.cli.methods import Request, compare_on_tasks
 
         tables = compare_on_tasks(Request(
-            task, model, method, selectors, seeds, texts, n_texts, limit, n_train, fold, data_dir, source, form, backend, dtype,
-            device, revision, workers, out or Path("runs/compare"), quiet,
+            task, how, method, selectors, seeds, texts, n_texts, limit, n_train, fold, data_dir, source, form, chat, system,
+            workers, out or Path("runs/compare"), quiet,
         ))  # fmt: skip
         if as_json:
             c.print_json({name: table.to_dict() for name, table in tables.items()})

@@ -9,22 +9,18 @@ from lofit_lens.cli import common as c
 
 
 def damage(
+    how: c.ModelOptions,
     adapter: c.AdapterName,
     text: Annotated[
         str,
         typer.Option("--text", help="wikitext, organism, or a file: .txt (paragraphs), or rows with a field 'text'."),
     ] = "wikitext",
-    model: c.Model = "organism",
     limit: Annotated[int | None, typer.Option("--limit", help="Only the first texts.")] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", help="Tokens of each text that are read.")] = 128,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON file for the result.")] = None,
     overwrite: c.Overwrite = False,
     as_json: c.AsJson = False,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Texts run together.")] = 8,
-    backend: c.Backend = "auto",
-    dtype: c.Dtype = "float32",
-    device: c.Device = None,
-    revision: c.Revision = None,
     other_model: c.OtherModel = False,
     quiet: c.Quiet = False,
 ) -> None:
@@ -42,9 +38,7 @@ def damage(
     from lofit_lens.evaluation.texts import load_texts
 
     texts = load_texts(text)
-    loaded, change = c.open_with(
-        adapter, model, backend=backend, dtype=dtype, device=device, revision=revision, other_model=other_model
-    )
+    loaded, change = c.open_with(adapter, how, other_model=other_model)
     found = run(
         loaded, change, texts, max_tokens=max_tokens, batch_size=batch_size, limit=limit, label=str(adapter),
         progress=not quiet,

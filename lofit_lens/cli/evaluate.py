@@ -9,8 +9,8 @@ from lofit_lens.cli import common as c
 
 
 def evaluate(
-    task: c.TaskName,
-    model: c.Model = "organism",
+    what: c.TaskOptions,
+    how: c.ModelOptions,
     adapter: c.AdapterName = None,
     split: Annotated[str, typer.Option("--split", help="train, val or test.")] = "test",
     form: c.Form = None,
@@ -26,13 +26,6 @@ def evaluate(
     token_budget: Annotated[
         int, typer.Option("--token-budget", help="Padded tokens of one forward pass (choices, options).", min=1)
     ] = 8192,
-    fold: c.Fold = None,
-    data_dir: c.DataDir = None,
-    source: c.Source = None,
-    backend: c.Backend = "auto",
-    dtype: c.Dtype = "float32",
-    device: c.Device = None,
-    revision: c.Revision = None,
     other_model: c.OtherModel = False,
     overwrite: c.Overwrite = False,
     quiet: c.Quiet = False,
@@ -44,11 +37,12 @@ def evaluate(
     c.console.stderr = as_json
     if out is not None:
         c.check_new(out, overwrite=overwrite)
-    data = c.open_task(task, fold=fold, data_dir=data_dir, source=source, form=form)
+    data = what.opened(form)
     data.examples(split, limit=limit)
-    loaded, change = c.open_with(
-        adapter, model, backend=backend, dtype=dtype, device=device, revision=revision, other_model=other_model
-    )
+    loaded, change = c.open_with(adapter, how, other_model=other_model)
+    (data,) = c.asked_of(loaded, data)
+    if change is not None and (made_on := change.meta.task) != data.name and made_on.split(":")[0] == data.family:
+        c.console.print(f"       the adapter was made on {made_on}, and is evaluated on {data.name}", style="yellow")
     import contextlib
 
     from rich.table import Table

@@ -11,6 +11,7 @@ from lofit_lens.cli import studies as s
 
 
 def figures(
+    how: c.ModelOptions,
     results: Annotated[Path | None, typer.Argument(help="Folder of a study (--run makes it).")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for figures and tables.")] = Path("figures"),
     run: Annotated[bool, typer.Option("--run", help="First run whatever of the study is not in RESULTS yet.")] = False,
@@ -19,7 +20,6 @@ def figures(
         str, typer.Option("--formats", help="Of the figures, with commas: html, png, svg, pdf. The fewer, the faster.")
     ] = "html,png",
     task: s.Tasks = None,
-    model: c.Model = "organism",
     seeds: s.Seeds = 2,
     draws: s.Draws = 5,
     limit: s.Limit = None,
@@ -39,10 +39,8 @@ def figures(
     )] = None,
     grid: s.Grids = None,
     data_dir: c.DataDir = None,
-    backend: c.Backend = "auto",
-    dtype: c.Dtype = "float32",
-    device: c.Device = None,
-    revision: c.Revision = None,
+    chat: c.IsChat = False,
+    system: c.System = None,
     workers: s.Workers = 0,
     quiet: c.Quiet = False,
 ) -> None:  # fmt: skip
@@ -73,8 +71,8 @@ def figures(
     else:
         if run:
             s.run(s.Request(
-                results, model, task or ["organism/all"], seeds, draws, limit, part, tune, other_task, texts, data_dir, backend,
-                dtype, device, revision, workers, True, quiet,
+                results, how, task or ["organism/all"], seeds, draws, limit, part, tune, other_task, texts, data_dir, chat,
+                system, workers, True, quiet,
             ), "figures")  # fmt: skip
             c.console.print(f"study in {results}: {time.perf_counter() - start:.0f} s")
         from lofit_lens.experiments.results import load_results

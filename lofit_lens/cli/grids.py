@@ -24,7 +24,11 @@ def grid(
         Path, typer.Option("--store", "-o", help="Folder of the runs; what is in it is not computed again.")
     ] = Path("runs/grid"),
     model: Annotated[list[str] | None, typer.Option("--model", "-m", help="In place of the grid's; may be repeated.")] = None,
+    called: Annotated[str | None, typer.Option("--name", help="What the model is called in results, where it is one.")] = None,
+    prepend_bos: c.PrependBos = None,
     task: Annotated[list[str] | None, typer.Option("--task", "-t", help="In place of the grid's; may be repeated.")] = None,
+    chat: c.IsChat = False,
+    system: c.System = None,
     seeds: Annotated[int | None, typer.Option("--seeds", help="Number of seeds (0, 1, ...).", min=1)] = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Only the first test rows.", min=1)] = None,
     data_dir: Annotated[Path | None, typer.Option(
@@ -70,7 +74,8 @@ def grid(
     from lofit_lens.cli.methods import workers_for
     from lofit_lens.experiments.grid import open_grid, plan_grid, run_grid
 
-    asked = _changed(open_grid(name), model, task, seeds, limit, data_dir)
+    asked = _changed(open_grid(name), model, called, prepend_bos, task, chat, system, seeds, limit, data_dir)
+    c.say_template_of([(m.name, m.revision) for m in asked.model], used=any(t.chat or t.system for t in asked.tasks))
     if dry_run:
         _print_plan(plan_grid(asked).cells, store, as_json)
         return
@@ -120,11 +125,12 @@ def report(found: "Report", store: Path) -> None:
 
 
 def _changed(
-    grid: "Grid", models: Sequence[str] | None, tasks: Sequence[str] | None, seeds: int | None, limit: int | None,
-    data_dir: Path | None,
+    grid: "Grid", models: Sequence[str] | None, called: str | None, prepend_bos: bool | None, tasks: Sequence[str] | None,
+    chat: bool, system: str | None, seeds: int | None, limit: int | None, data_dir: Path | None,
 ) -> "Grid":  # fmt: skip
     """The grid with what the options put in place of its own."""
     from lofit_lens.cli.methods import task_names
+    from lofit_lens.errors import InputError
     from lofit_lens.experiments.specs import Grid
     from lofit_lens.organism.words import TASKS
 
@@ -143,6 +149,21 @@ def _changed(
             and asked["other_tasks"]
         ):
             asked["other_tasks"], asked["texts"] = [{"name": f"{n}-cued"} for n in embedded], "organism"
+    if called is not None and len(asked["model"]) > 1:
+        raise InputError(
+            f"--name {called} for {len(asked['model'])} models; name one model, or write `called` into the grid"
+        )
+    asked["model"] = [
+        {
+            **m,
+            "called": called or m.get("called"),
+            "prepend_bos": m.get("prepend_bos") if prepend_bos is None else prepend_bos,
+        }
+        for m in asked["model"]
+    ]
+    if chat or system is not None:
+        for part in ("tasks", "other_tasks"):
+            asked[part] = [{**t, "chat": True, "system": system or t.get("system")} for t in asked[part]]
     if seeds is not None:
         asked["seeds"] = tuple(range(seeds))
     if limit is not None:

@@ -18,7 +18,7 @@ class Request:
     """What the verb was asked for; see its options."""
 
     tasks: Sequence[str]
-    model: str
+    how: c.ModelOptions
     methods: Sequence[str] | None
     selectors: bool
     seeds: int
@@ -30,10 +30,8 @@ class Request:
     data_dir: Path | None
     source: str | None
     form: str | None
-    backend: str
-    dtype: str
-    device: str | None
-    revision: str | None
+    chat: bool
+    system: str | None
     workers: int
     out: Path
     quiet: bool
@@ -44,18 +42,24 @@ def compare_on_tasks(asked: Request) -> "dict[str, MethodTable]":
     c.quiet_libraries()
     from lofit_lens.experiments.comparison import compare_tasks, selector_names
     from lofit_lens.experiments.methods import LEARNED
+    from lofit_lens.models import planned_tokenizer
 
     start = time.perf_counter()
     tasks = [_task(asked, name) for name in task_names(asked.tasks)]
+    chat = any(task.chat is not None for task in tasks)
+    c.say_template_of([(asked.how.model, asked.how.revision)], used=chat)
+    if chat:
+        tokenizer = planned_tokenizer(asked.how.model, revision=asked.how.revision)
+        tasks = [task.asked_of(tokenizer) for task in tasks]
     names = selector_names(asked.methods) if asked.selectors else _methods(asked.methods)
     texts = [] if asked.selectors else list(islice(_texts(asked), asked.n_texts))
     c.check_writable(asked.out)
     tables = compare_tasks(
-        asked.model, tasks, methods=names, settings={n: {} for n in names} if asked.selectors else None,
+        asked.how.model, tasks, methods=names, settings={n: {} for n in names} if asked.selectors else None,
         seeds=range(asked.seeds), limit=asked.limit, n_train=asked.n_train, texts=texts,
         reference=names[0] if asked.selectors else LEARNED,
-        workers=workers_for(asked.workers, asked.model, asked.device), out=asked.out, backend=asked.backend, dtype=asked.dtype,
-        device=asked.device, revision=asked.revision, progress=not asked.quiet,
+        workers=workers_for(asked.workers, asked.how.model, asked.how.device), out=asked.out, **asked.how.load(),
+        progress=not asked.quiet,
     )  # fmt: skip
     saved = [table.save(asked.out, stem=_stem(table, asked.selectors)) for table in tables.values()]
     for table, files in zip(tables.values(), saved, strict=True):
@@ -97,7 +101,7 @@ def task_names(given: Sequence[str]) -> list[str]:
 
 
 def _task(asked: Request, name: str) -> Any:
-    return c.open_task(name, fold=asked.fold, data_dir=asked.data_dir, source=asked.source, form=asked.form)
+    return c.TaskOptions(name, asked.fold, asked.data_dir, asked.source, asked.chat, asked.system).opened(asked.form)
 
 
 def _texts(asked: Request) -> Iterable[str]:
@@ -105,7 +109,7 @@ def _texts(asked: Request) -> Iterable[str]:
 
     if asked.texts == "none":
         return ()
-    return load_texts(asked.texts or ("organism" if asked.model == "organism" else "wikitext"))
+    return load_texts(asked.texts or ("organism" if asked.how.model == "organism" else "wikitext"))
 
 
 def _stem(table: "MethodTable", selectors: bool) -> str:

@@ -9,17 +9,10 @@ from lofit_lens.cli import common as c
 
 
 def probe(
-    task: c.TaskName,
+    what: c.TaskOptions,
+    how: c.ModelOptions,
     out: c.Out,
-    model: c.Model = "organism",
     k: Annotated[int | None, typer.Option("--k", help="Heads to keep in heads.json; left out: the preset's.")] = None,
-    fold: c.Fold = None,
-    data_dir: c.DataDir = None,
-    source: c.Source = None,
-    backend: c.Backend = "auto",
-    dtype: c.Dtype = "float32",
-    device: c.Device = None,
-    revision: c.Revision = None,
     seed: c.Seed = 42,
     n_train: c.NTrain = None,
     overwrite: c.Overwrite = False,
@@ -30,8 +23,9 @@ def probe(
     Writes scores.json and heads.json. Example: lofit-lens probe --task organism/truth --out out/probes
     """
     c.check_new(out, overwrite=overwrite)
-    data = c.open_task(task, fold=fold, data_dir=data_dir, source=source)
-    loaded = c.open_model(model, backend=backend, dtype=dtype, device=device, revision=revision)
+    opened = what.opened()
+    loaded = c.open_model(how)
+    (data,) = c.asked_of(loaded, opened)
     from lofit_lens.heads import check_k
     from lofit_lens.models import model_info
     from lofit_lens.probing import probe_heads
@@ -46,7 +40,6 @@ def probe(
     c.console.print(f"[bold]probes[/bold] validation accuracy, best {len(heads)}: {best}")
     c.console.print(f"       always saying the more frequent label: {scores.meta['majority']:.3f}", style="dim")
     c.console.print(
-        f"wrote {out}; next: lofit-lens tune --model {shlex.quote(model)} --task {shlex.quote(task)} "
-        f"--heads {shlex.quote(str(out))} --out ADAPTER",
+        f"wrote {out}; next: lofit-lens tune{c.again(how, what)} --heads {shlex.quote(str(out))} --out ADAPTER",
         soft_wrap=True,
     )

@@ -12,9 +12,9 @@ A_NORM = "A-norm"
 
 
 def select(
-    task: c.TaskName,
+    what: c.TaskOptions,
+    how: c.ModelOptions,
     out: c.Out,
-    model: c.Model = "organism",
     by: Annotated[
         str,
         typer.Option(
@@ -24,13 +24,6 @@ def select(
         ),
     ] = A_NORM,
     k: Annotated[int | None, typer.Option("--k", help="Heads to keep in heads.json; left out: the preset's.")] = None,
-    fold: c.Fold = None,
-    data_dir: c.DataDir = None,
-    source: c.Source = None,
-    backend: c.Backend = "auto",
-    dtype: c.Dtype = "float32",
-    device: c.Device = None,
-    revision: c.Revision = None,
     seed: c.Seed = 42,
     n_train: c.NTrain = None,
     lr: c.LearningRate = None,
@@ -54,12 +47,13 @@ def select(
     if by not in SELECTORS:
         raise unknown("score", by, SELECTORS)
     ours = {"lr": lr, "l1": l1, "epochs": epochs, "batch_size": batch_size, "max_steps": max_steps}
-    how = {"token_budget": token_budget, "checkpointing": checkpointing or None, "track": track}
-    if by != A_NORM and (given := [n for n, value in {**ours, **how}.items() if value is not None]):
+    passes = {"token_budget": token_budget, "checkpointing": checkpointing or None, "track": track}
+    if by != A_NORM and (given := [n for n, value in {**ours, **passes}.items() if value is not None]):
         raise InputError(f"--{given[0].replace('_', '-')} is a setting of {A_NORM}; leave it out with --by {by!r}")
     reader = c.open_tracker(track, out)
-    data = c.open_task(task, fold=fold, data_dir=data_dir, source=source)
-    loaded = c.open_model(model, backend=backend, dtype=dtype, device=device, revision=revision)
+    opened = what.opened()
+    loaded = c.open_model(how)
+    (data,) = c.asked_of(loaded, opened)
     from lofit_lens.heads import check_k
     from lofit_lens.models import model_info
     from lofit_lens.training import preset, select_heads
@@ -89,17 +83,7 @@ def select(
     heads = c.write_heads(out, scores, wanted, overwrite=overwrite)
     state.unlink(missing_ok=True)
     c.console.print(f"[bold]heads[/bold]  top {len(heads)} by {scores.kind}: {heads}")
-    same = c.again(
-        model=model,
-        task=task,
-        fold=fold,
-        data_dir=data_dir,
-        source=source,
-        backend=backend,
-        dtype=dtype,
-        device=device,
-        revision=revision,
-    )
     c.console.print(
-        f"wrote {out}; next: lofit-lens tune{same} --heads {shlex.quote(str(out))} --out ADAPTER", soft_wrap=True
+        f"wrote {out}; next: lofit-lens tune{c.again(how, what)} --heads {shlex.quote(str(out))} --out ADAPTER",
+        soft_wrap=True,
     )

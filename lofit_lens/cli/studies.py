@@ -1,7 +1,7 @@
 """What the verbs share that run a study: its options, and running it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,7 +31,7 @@ class Request:
     """What a verb was asked for; see its options."""
 
     results: Path
-    model: str
+    how: c.ModelOptions
     tasks: Sequence[str]
     seeds: int
     draws: int
@@ -41,10 +41,8 @@ class Request:
     others: Sequence[str] | None
     texts: str | None
     data_dir: Path | None
-    backend: str
-    dtype: str
-    device: str | None
-    revision: str | None
+    chat: bool
+    system: str | None
     workers: int
     readings: bool
     quiet: bool
@@ -66,30 +64,54 @@ def run(asked: Request, name: str) -> None:
     parts = asked.parts or ["all"]
     embedded = [n for n in names if n.removeprefix("organism/") in TASKS]
     others = (asked.others or [f"{n}-cued" for n in embedded]) if {"table5", "all"} & set(parts) else []
-    tasks, rest = ([c.open_task(n, fold=None, data_dir=asked.data_dir if n not in embedded else None) for n in listed]
-                   for listed in (names, others))  # fmt: skip
+    tasks, rest = (
+        [
+            c.TaskOptions(
+                n, data_dir=asked.data_dir if n not in embedded else None, chat=asked.chat, system=asked.system
+            ).opened()
+            for n in listed
+        ]
+        for listed in (names, others)
+    )
+    c.say_template_of([(asked.how.model, asked.how.revision)], used=any(task.chat is not None for task in tasks))
     source = asked.texts or ("organism" if embedded else "none")
     # LoRA needs the bridge: all parts run on that class, so that they share their runs.
-    backend = "bridge" if asked.backend == "auto" else asked.backend
-    model = ModelSpec(name=asked.model, revision=asked.revision, backend=backend, dtype=asked.dtype)
+    how = asked.how if asked.how.backend != "auto" else replace(asked.how, backend="bridge")
+    model = ModelSpec(
+        name=how.model,
+        called=how.name,
+        revision=how.revision,
+        backend=how.backend,
+        dtype=how.dtype,
+        prepend_bos=how.prepend_bos,
+    )
     grid = paper_grid(
-        parts, name=" ".join([name, *(asked.parts or ())]), model=model, tasks=[t.name for t in tasks],
-        other_tasks=[t.name for t in rest], texts=None if source == "none" else source, seeds=range(asked.seeds),
+        parts, name=" ".join([name, *(asked.parts or ())]), model=model, tasks=[_spec(t) for t in tasks],
+        other_tasks=[_spec(t) for t in rest], texts=None if source == "none" else source, seeds=range(asked.seeds),
         draws=asked.draws, limit=asked.limit, batch_size=64 if embedded else 16, tune=asked.tune,
     )  # fmt: skip
-    workers = workers_for(asked.workers, asked.model, asked.device)
+    workers = workers_for(asked.workers, how.model, how.device)
     with c.progress_lines(asked.quiet):
         found = run_grid(
-            grid, asked.results, tasks=tasks, other_tasks=rest, workers=workers, device=asked.device, progress=not asked.quiet
+            grid, asked.results, tasks=tasks, other_tasks=rest, workers=workers, device=how.device, progress=not asked.quiet
         )  # fmt: skip
     report(found, asked.results)
     if asked.readings:
         texts = [] if source == "none" else list(islice(load_texts(source), grid.n_texts))
         run_readings(
-            asked.model, tasks, out=asked.results, grids=[grid.name], other_tasks=rest, texts=texts, draws=asked.draws,
-            workers=workers, backend=backend, dtype=asked.dtype, device=asked.device, revision=asked.revision,
-            progress=not asked.quiet,
+            how.model, tasks, out=asked.results, grids=[grid.name], other_tasks=rest, texts=texts, draws=asked.draws,
+            workers=workers, progress=not asked.quiet, **how.load(),
         )  # fmt: skip
+
+
+def _spec(task: Any) -> Any:
+    """A task as a grid names it."""
+    from lofit_lens.experiments.specs import TaskSpec
+
+    chat = task.chat
+    return TaskSpec(
+        name=task.name.partition(":chat")[0], chat=chat is not None, system=None if chat is None else chat.system
+    )
 
 
 def print_files(files: Sequence[Path], out: Path) -> None:

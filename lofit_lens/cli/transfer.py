@@ -10,19 +10,17 @@ from lofit_lens.cli import studies as s
 
 
 def transfer(
+    how: c.ModelOptions,
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder of the study; what is in it is not run again.")
     ] = Path("runs/transfer"),
     task: s.Tasks = None,
-    model: c.Model = "organism",
     seeds: s.Seeds = 2,
     draws: s.Draws = 5,
     limit: s.Limit = None,
     data_dir: c.DataDir = None,
-    backend: c.Backend = "auto",
-    dtype: c.Dtype = "float32",
-    device: c.Device = None,
-    revision: c.Revision = None,
+    chat: c.IsChat = False,
+    system: c.System = None,
     workers: s.Workers = 0,
     quiet: c.Quiet = False,
     as_json: c.AsJson = False,
@@ -39,8 +37,7 @@ def transfer(
         raise InputError(f"transfer between tasks needs two or more; got {names[0]} alone: repeat --task")
     c.check_writable(out)
     s.run(s.Request(
-        out, model, names, seeds, draws, limit, ["fig2"], False, None, "none", data_dir, backend, dtype, device,
-        revision, workers, False, quiet,
+        out, how, names, seeds, draws, limit, ["fig2"], False, None, "none", data_dir, chat, system, workers, False, quiet,
     ), "transfer")  # fmt: skip
     from lofit_lens.experiments.results import load_results
     from lofit_lens.plots.style import save_figure

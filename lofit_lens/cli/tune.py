@@ -13,20 +13,13 @@ if TYPE_CHECKING:
 
 
 def tune(
-    task: c.TaskName,
+    what: c.TaskOptions,
+    how: c.ModelOptions,
     heads: Annotated[
         str, typer.Option("--heads", help="A folder or file from select, a .npy file, heads like 'L1H2,L3H0', or 'all'.")
     ],
     out: c.Out,
-    model: c.Model = "organism",
     k: Annotated[int | None, typer.Option("--k", help="Use only the first K heads.")] = None,
-    fold: c.Fold = None,
-    data_dir: c.DataDir = None,
-    source: c.Source = None,
-    backend: c.Backend = "auto",
-    dtype: c.Dtype = "float32",
-    device: c.Device = None,
-    revision: c.Revision = None,
     seed: c.Seed = 42,
     n_train: c.NTrain = None,
     lr: c.LearningRate = None,
@@ -46,8 +39,9 @@ def tune(
     c.check_new(out, overwrite=overwrite)
     chosen = read_heads(heads, k)
     reader = c.open_tracker(track, out)
-    data = c.open_task(task, fold=fold, data_dir=data_dir, source=source)
-    loaded = c.open_model(model, backend=backend, dtype=dtype, device=device, revision=revision)
+    opened = what.opened()
+    loaded = c.open_model(how)
+    (data,) = c.asked_of(loaded, opened)
     from lofit_lens.heads import HeadSet, check_k
     from lofit_lens.models import model_info
     from lofit_lens.training import preset, tune_offsets
@@ -71,18 +65,9 @@ def tune(
     lofit.save_pretrained(out, overwrite=overwrite)
     state.unlink(missing_ok=True)
     c.console.print(f"[bold]adapter[/bold] {lofit!r}")
-    same = c.again(
-        model=model,
-        task=task,
-        fold=fold,
-        data_dir=data_dir,
-        source=source,
-        backend=backend,
-        dtype=dtype,
-        device=device,
-        revision=revision,
+    c.console.print(
+        f"wrote {out}; next: lofit-lens eval{c.again(how, what)} --adapter {shlex.quote(str(out))}", soft_wrap=True
     )
-    c.console.print(f"wrote {out}; next: lofit-lens eval{same} --adapter {shlex.quote(str(out))}", soft_wrap=True)
 
 
 def is_scores(record: object) -> bool:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import pandas as pd
@@ -16,8 +17,9 @@ from lofit_lens.evaluation.result import EvalResult, Metric
 from lofit_lens.evaluation.scoring import TOKEN_BUDGET, count_merges, count_unreached, longest, score_encoded
 from lofit_lens.evaluation.stats import RESAMPLES
 from lofit_lens.models import backend_of, context_length, model_info, tokenizer_of
-from lofit_lens.tasks.base import ChoiceExample, GenerationExample, OptionExample, Task, TestExample
+from lofit_lens.tasks.base import Task
 from lofit_lens.tasks.collate import Encoded, encode, encode_continuations
+from lofit_lens.tasks.examples import ChoiceExample, GenerationExample, OptionExample, TestExample
 from lofit_lens.tasks.registry import task_of
 from lofit_lens.tasks.truthfulqa import before_next_question
 
@@ -57,15 +59,15 @@ def evaluate(
 
     Raises:
         InputError: unknown split, an empty split, a limit or size below 1, a grader without a number for each metric, a judge
-            where nothing is generated or with a metric's name.
+            where nothing is generated or with a metric's name, or a chat with a model that has no chat template.
         DataError: an item longer than the model's context; names its number.
     """
     backend_of(model)
-    task = task_of(task)
     check_one_of("too_long", too_long, TOO_LONG)
     check_whole(1, batch_size=batch_size, token_budget=token_budget)
     check_is(judges, (Mapping, type(None)), "judges", "name -> judge")
     check_is(label, str, "label", "a text")
+    task = task_of(task).asked_of(model)
     examples = task.examples(split, limit=limit)
     if not examples:
         raise InputError(f"{task.name} has no {split} rows; evaluate another split")
@@ -90,6 +92,7 @@ def evaluate(
     config = {
         "limit": limit, "batch_size": batch_size, "token_budget": token_budget, "max_new_tokens": task.max_new_tokens,
         "too_long": too_long, "judges": {n: getattr(j, "__qualname__", None) or repr(j) for n, j in (judges or {}).items()},
+        **({} if task.chat is None else {"chat": asdict(task.chat)}),
         "bootstrap": {"resamples": RESAMPLES, "level": 0.95, "seed": 0},
     }  # fmt: skip
     return EvalResult(

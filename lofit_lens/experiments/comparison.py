@@ -162,12 +162,14 @@ def compare_tasks(
     dtype: str = "float32",
     device: str | None = None,
     revision: str | None = None,
+    prepend_bos: bool | None = None,
+    name: str | None = None,
     progress: bool = True,
 ) -> dict[str, MethodTable]:
     """`compare_methods` on several tasks, whose jobs share the workers: task -> table.
 
-    `backend`, `dtype`, `device` and `revision` are `load_model`'s, for a model given by name. Other arguments and errors as in
-    `compare_methods`.
+    `backend`, `dtype`, `device`, `revision`, `prepend_bos` and `name` are `load_model`'s, for a model given by name. Other
+    arguments and errors as in `compare_methods`.
     """
     given = dict(settings or {})
     wanted = [method_of(m) for m in (METHODS if methods is None else methods)]
@@ -205,7 +207,9 @@ def compare_tasks(
     jobs = [
         (task, [m.name if by_name else m for m in group]) for group in reversed(groups) for task in tasks
     ]  # long ones first
-    load = {"backend": backend, "dtype": dtype, "device": device, "revision": revision}
+    load = {
+        "backend": backend, "dtype": dtype, "device": device, "revision": revision, "prepend_bos": prepend_bos, "name": name,
+    }  # fmt: skip
     found: dict[str, list[MethodRuns]] = {task.name: [] for task in tasks}
     with Pool(workers) as pool, tqdm(total=len(jobs), desc="compare", disable=not progress, unit="job") as bar:
         work = [(model, load if by_name else None, task, group, given, options) for task, group in jobs]
@@ -243,6 +247,7 @@ def _job(
 
 def bench_of(model: Any, task: Task, n_train: int | None) -> Workbench:
     """The workbench of a model and a task in this process, made once; it goes with the model."""
+    task = task.asked_of(model)
     if (kept := getattr(model, KEPT, None)) is None:
         kept = {}
         object.__setattr__(model, KEPT, kept)

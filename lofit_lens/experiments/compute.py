@@ -112,7 +112,7 @@ def _bench(cell: Cell, context: Context, device: str | None) -> Workbench:
     model, planned = context.loaded, context.infos[key]
     if model is None:
         load = dict(context.load[key])
-        model = kept_model(load.pop("name"), device=device or context.device, **load)
+        model = kept_model(load.pop("name_or_path"), device=device or context.device, **load)
     if (found := model_key(model_info(model))) != model_key(planned):
         raise ModelError(
             f"the model that was loaded ({found}) is not the one that was planned ({model_key(planned)}); name its class in the "

@@ -11,7 +11,7 @@ Nothing is loaded but the data: a model is known by its configuration (`models.p
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -84,7 +84,7 @@ class Setting:
 
 
 def model_key(info: ModelInfo, files: str = "") -> dict[str, Any]:
-    """What of a model can change a result: weights, configuration and tokenizer, class, dtype; not where they lie.
+    """What of a model can change a result: weights, configuration and tokenizer, class, dtype, BOS; not where they lie.
 
     Args:
         info: of the model.
@@ -93,7 +93,7 @@ def model_key(info: ModelInfo, files: str = "") -> dict[str, Any]:
     weights = info.revision if (info.revision or "").startswith("sha256:") else f"{info.name}@{info.revision}"
     return {
         "weights": weights, "files": files, "backend": info.backend, "processed": info.processed, "dtype": info.dtype,
-        "heads": [info.n_layers, info.n_heads],
+        "heads": [info.n_layers, info.n_heads], "prepend_bos": info.prepend_bos,
     }  # fmt: skip
 
 
@@ -110,7 +110,7 @@ def task_key(task: Task) -> dict[str, Any]:
     return {
         "name": task.name, "form": task.form, "objective": task.objective, "metric": task.metric,
         "max_new_tokens": task.max_new_tokens, "data": io.digest([rows, sorted(task.leaked), task.n_train]),
-        "grade": _grader(task),
+        "grade": _grader(task), **({} if task.chat is None else {"chat": asdict(task.chat)}),
     }  # fmt: skip
 
 

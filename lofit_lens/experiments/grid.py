@@ -7,7 +7,7 @@ A store may hold several grids; what they share is computed once. `load_results(
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,7 +25,7 @@ from lofit_lens.experiments.paper import grid_named, known_grids
 from lofit_lens.experiments.runner import Executor, Report, Work, run_cells
 from lofit_lens.experiments.specs import Grid, ModelSpec, TaskSpec, read_grid
 from lofit_lens.experiments.store import Store
-from lofit_lens.models import ModelInfo, fingerprint, folder_digest, model_info, planned_info
+from lofit_lens.models import ModelInfo, fingerprint, folder_digest, model_info, planned_info, planned_tokenizer
 from lofit_lens.tasks import Task, load_task
 from lofit_lens.training.trackers import tracker
 
@@ -94,13 +94,17 @@ def plan_grid(
     for spec in map(_placed, grid.model) if model is None else (None,):
         info = _info(grid, spec) if spec is not None else model_info(model)
         files = folder_digest(spec.name) if spec is not None else fingerprint(model)
-        setting = Setting(grid, info, named, others, digest, files)
+        asked, asked_too = (_asked_of(listed, spec, model) for listed in (named, others))
+        setting = Setting(grid, info, asked, asked_too, digest, files)
         key = io.digest(setting.model_key)
         infos[key] = info
-        by_key |= {io.digest(setting.task_keys[name]): task for name, task in (*named.items(), *others.items())}
+        by_key |= {io.digest(setting.task_keys[name]): task for name, task in (*asked.items(), *asked_too.items())}
         if spec is not None:
             commit = info.revision if info.revision and not info.revision.startswith("sha256:") else spec.revision
-            load[key] = {"name": spec.name, "backend": info.backend, "dtype": spec.dtype, "revision": commit}
+            load[key] = {
+                "name_or_path": spec.name, "backend": info.backend, "dtype": spec.dtype, "revision": commit,
+                "prepend_bos": spec.prepend_bos, "name": spec.called,
+            }  # fmt: skip
         elif any("LoRA" in run.method for run in grid.runs):
             METHODS["LoRA"].model(
                 Workbench(model, next(iter(named.values())))
@@ -207,7 +211,15 @@ def _check_asked(grid: Grid, others: bool, texts: bool) -> None:
 
 
 def _load(spec: TaskSpec) -> Task:
-    return load_task(spec.name, fold=spec.fold, source=spec.source, form=spec.form, data_dir=spec.data_dir)
+    task = load_task(spec.name, fold=spec.fold, source=spec.source, form=spec.form, data_dir=spec.data_dir)
+    return task.as_chat(system=spec.system) if spec.chat or spec.system is not None else task
+
+
+def _asked_of(tasks: Mapping[str, Task], spec: ModelSpec | None, model: Any) -> dict[str, Task]:
+    """Tasks as a model is asked: its chat template is part of what names a run."""
+    if spec is not None and any(t.chat is not None for t in tasks.values()):
+        model = planned_tokenizer(spec.name, revision=spec.revision)
+    return {name: task.asked_of(model) for name, task in tasks.items()}
 
 
 def _by_name(tasks: Sequence[Task]) -> dict[str, Task]:
@@ -222,7 +234,14 @@ def _info(grid: Grid, spec: ModelSpec) -> ModelInfo:
     backend = spec.backend
     if backend == "auto" and any("LoRA" in run.method for run in grid.runs):
         backend = "bridge"
-    return planned_info(spec.name, backend=backend, dtype=spec.dtype, revision=spec.revision)
+    return planned_info(
+        spec.name,
+        backend=backend,
+        dtype=spec.dtype,
+        revision=spec.revision,
+        prepend_bos=spec.prepend_bos,
+        name=spec.called,
+    )
 
 
 def _record(setting: Setting, cells: Sequence[Cell], texts: str) -> dict[str, Any]:

@@ -20,15 +20,20 @@ _refused: dict[tuple[Any, ...], InputError] = {}  # models that cannot be loaded
 
 
 def kept_model(
-    name: str,
+    name_or_path: str,
     *,
     backend: str = "auto",
     dtype: str = "float32",
     device: str | None = "cpu",
     revision: str | None = None,
+    prepend_bos: bool | None = None,
+    name: str | None = None,
 ) -> Any:
     """The model of that name, loaded once a process; another one takes its place."""
-    key = (name, backend, dtype, device, revision)
+    how: dict[str, Any] = {
+        "backend": backend, "dtype": dtype, "device": device, "revision": revision, "prepend_bos": prepend_bos, "name": name,
+    }  # fmt: skip
+    key = (name_or_path, *how.values())
     if key in _refused:
         raise _refused[key]
     if key not in _loaded:
@@ -37,7 +42,7 @@ def kept_model(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         try:
-            _loaded[key] = load_model(name, backend=backend, dtype=dtype, device=device, revision=revision)
+            _loaded[key] = load_model(name_or_path, **how)
         except InputError as e:
             _refused[key] = e
             raise

@@ -107,12 +107,14 @@ class Spec(pydantic.BaseModel):
 
 
 class ModelSpec(Spec):
-    """A model by name: see `load_model` for the fields."""
+    """A model by name: see `load_model` for the fields; `called` is its `name`, in results."""
 
     name: str
+    called: str | None = None
     revision: str | None = None
     backend: str = "auto"
     dtype: str = "float32"
+    prepend_bos: bool | None = None
 
     @model_validator(mode="after")
     def _known_values(self) -> "ModelSpec":
@@ -123,13 +125,15 @@ class ModelSpec(Spec):
 
 
 class TaskSpec(Spec):
-    """A task by name: see `load_task` for the fields."""
+    """A task by name: see `load_task` for the fields, and `Task.as_chat` for `chat` and `system` (which means chat)."""
 
     name: str
     fold: int | None = None
     source: str | None = None
     form: str | None = None
     data_dir: str | None = None
+    chat: bool = False
+    system: str | None = None
 
 
 class Selection(Spec):

@@ -213,6 +213,9 @@ function render({ model, el: place }) {
   const adapter = el("select", { "aria-label": "adapter" });
   const adapterLabel = el("label", {}, "adapter ", adapter);
   adapter.addEventListener("change", () => send({ do: "adapter", value: adapter.value }));
+  const chat = el("input", { type: "checkbox" });
+  const chatLabel = el("label", { title: "Put the prompt through the model's chat template" }, chat, " as a chat");
+  chat.addEventListener("change", () => send({ do: "chat", value: chat.checked }));
   const examples = el("select", { class: "llx-examples", "aria-label": "example prompts" });
   const examplesLabel = el("label", {}, "examples ", examples);
   examples.addEventListener("change", () => { prompt.value = examples.value; });
@@ -222,7 +225,7 @@ function render({ model, el: place }) {
   prompt.addEventListener("keydown", (e) => { if (e.key === "Enter" && (e.ctrlKey || e.metaKey)) { e.preventDefault(); go(); } });
   const noModel = el("p", { class: "llx-quiet" });
   const answers = el("div", { class: "llx-answers", "aria-live": "polite" });
-  const ask = el("div", { class: "llx-ask" }, prompt, el("div", { class: "llx-go" }, examplesLabel, adapterLabel, run, busy,
+  const ask = el("div", { class: "llx-ask" }, prompt, el("div", { class: "llx-go" }, examplesLabel, adapterLabel, chatLabel, run, busy,
     el("span", { class: "llx-quiet", text: "Ctrl+Enter runs, too" })));
   const attention = el("div", { class: "llx-maps" });
   root.append(error, el("div", { class: "llx-two" }, ...places),
@@ -292,6 +295,8 @@ function render({ model, el: place }) {
       adapter.replaceChildren(...s.adapters.map((a) => el("option", { value: a, text: a, selected: a === s.adapter })));
       adapterLabel.hidden = !s.adapters.length;
     }
+    chat.checked = s.chat;
+    chatLabel.hidden = !s.has_chat;
     if (changed("prompts", s.prompts)) {
       examples.replaceChildren(...s.prompts.map((p) => el("option", { value: p, text: p })));
       examplesLabel.hidden = s.prompts.length < 2;

@@ -9,16 +9,17 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.colors import get_colorscale
 
-from lofit_lens.checks import check_one_of, check_whole, shown, texts_of
+from lofit_lens.checks import check_one_of, check_whole, texts_of
 from lofit_lens.errors import InputError
 from lofit_lens.explorer import panel, static
-from lofit_lens.explorer.running import PromptRun, edited_heads, head_tokens, run_prompt
-from lofit_lens.explorer.source import Source, adapter_name, read_source
+from lofit_lens.explorer.running import PromptRun, adapters_for, edited_heads, head_tokens, run_prompt
+from lofit_lens.explorer.source import Source, read_source
 from lofit_lens.explorer.state import SIDES, State
 from lofit_lens.heads import Head, HeadScores, HeadSet
-from lofit_lens.interventions import Adapter, Intervention
+from lofit_lens.models import tokenizer_of
 from lofit_lens.plots.heads import head_grid
 from lofit_lens.plots.style import HEAT
+from lofit_lens.tasks.chat import as_conversation, has_template, turn_of
 
 log = logging.getLogger(__name__)
 MAX_NEW_TOKENS = 16
@@ -26,7 +27,8 @@ MAX_NEW_TOKENS = 16
 
 def explore(
     source: Any, model: Any = None, *, adapters: Mapping[str, Any] | None = None, k: int | Sequence[int] | None = None,
-    tasks: Sequence[str] | None = None, prompts: Sequence[str] = (), max_new_tokens: int = MAX_NEW_TOKENS,
+    tasks: Sequence[str] | None = None, prompts: Sequence[str] = (), max_new_tokens: int = MAX_NEW_TOKENS, chat: bool = False,
+    system: str | None = None,
 ) -> "Explorer":  # fmt: skip
     """Compare head sets in Jupyter and open single heads; as the last line of a cell it shows itself.
 
@@ -41,6 +43,8 @@ def explore(
         prompts: examples to choose from, the first one stands in the field at first; on them the final norm's scale is measured
             that promoted tokens need to be in logits. None given: those kept in a results folder.
         max_new_tokens: limit of an answer, tokens.
+        chat: put the typed prompt through the model's chat template; the switch beside it says so and may be moved.
+        system: text of the system's turn of a chat; means `chat`.
 
     Raises:
         InputError: nothing to show, heads of several models, a model of another shape or other weights, an adapter that is none
@@ -55,9 +59,17 @@ def explore(
     found = read_source(source, model, tasks=tasks)
     check_whole(1, max_new_tokens=max_new_tokens)
     prompts = texts_of("prompts", prompts)
-    return Explorer(
-        found, model, _adapters(found, model, adapters), k=k, prompts=prompts, max_new_tokens=max_new_tokens
+    made = Explorer(
+        found,
+        model,
+        adapters_for(found, model, adapters),
+        k=k,
+        prompts=prompts,
+        max_new_tokens=max_new_tokens,
+        system=system,
     )
+    made.chat = chat or system is not None
+    return made
 
 
 class Explorer:
@@ -70,6 +82,7 @@ class Explorer:
         k: as in `explore`.
         prompts: as in `explore`.
         max_new_tokens: as in `explore`.
+        system: as in `explore`.
 
     Raises:
         InputError: a K that a set does not have.
@@ -78,10 +91,11 @@ class Explorer:
     def __init__(
         self, source: Source, model: Any = None, adapters: Mapping[str, Any] | None = None, *,
         k: int | Sequence[int] | None = None, prompts: Sequence[str] = (), max_new_tokens: int = MAX_NEW_TOKENS,
+        system: str | None = None,
     ) -> None:  # fmt: skip
         self.state = State(source, k)
         self.adapters = dict(adapters or {})
-        self._model, self._max_new_tokens = model, max_new_tokens
+        self._model, self._max_new_tokens, self._system, self._chat = model, max_new_tokens, system, False
         stored = [p["prompt"] for listed in source.attention.values() for p in listed]
         self._prompts = list(dict.fromkeys(prompts or stored))
         self._prompt, self._adapter = next(iter(self._prompts), ""), next(iter(self.adapters), None)
@@ -175,6 +189,24 @@ class Explorer:
         self._put()
 
     @property
+    def chat(self) -> bool:
+        """Whether `run` puts the prompt through the model's chat template; may be set.
+
+        Raises:
+            InputError: on setting it to True: there is no model, or it has no chat template or one that takes no system's text.
+        """
+        return self._chat
+
+    @chat.setter
+    def chat(self, chat: bool) -> None:
+        if chat:
+            if self._model is None:
+                raise InputError("the chat template is the model's: ll.explore(source, model, chat=True)")
+            turn_of(tokenizer_of(self._model), as_conversation(self._prompt or "?", self._system))
+        self._chat = bool(chat)
+        self._put()
+
+    @property
     def adapter(self) -> str | None:
         """Name of the adapter that `run` attaches; may be set; None = there is none."""
         return self._adapter
@@ -231,8 +263,9 @@ class Explorer:
         try:
             self._put()
             chosen = {} if self._adapter is None else {self._adapter: self.adapters[self._adapter]}
+            asked = as_conversation(self._prompt, self._system) if self._chat and self._prompt.strip() else self._prompt
             self._run = run_prompt(
-                self._model, self._prompt, adapters=chosen, head=self.head, shape=self.state.source.shape,
+                self._model, asked, adapters=chosen, head=self.head, shape=self.state.source.shape,
                 max_new_tokens=self._max_new_tokens,
             )  # fmt: skip
         finally:
@@ -293,6 +326,8 @@ class Explorer:
                 state.select([])
             case {"do": "adapter", "value": str(name)}:
                 self.adapter = name
+            case {"do": "chat", "value": bool(chat)}:
+                self.chat = chat
             case {"do": "run", "prompt": str(prompt)}:
                 self._prompt = prompt
                 self.run()
@@ -323,8 +358,9 @@ class Explorer:
             "head": None if head is None else str(head), "table": None if head is None else panel.head_table(state, head),
             "tokens": [] if head is None else self._readings(head),
             "attention": panel.maps(state, self._run, can_run=self._model is not None),
-            "answers": panel.answers(self._run, head, self._adapter), "prompt": self._prompt, "prompts": self._prompts,
-            "adapters": list(self.adapters), "adapter": self._adapter,
+            "answers": panel.answers(self._run, head, self._adapter, self._chat),
+            "prompt": self._prompt, "prompts": self._prompts, "adapters": list(self.adapters), "adapter": self._adapter,
+            "chat": self._chat, "has_chat": self._model is not None and has_template(tokenizer_of(self._model)),
             "no_model": panel.NO_MODEL if self._model is None else "", "busy": self._busy, "error": self._error,
         }  # fmt: skip
 
@@ -345,29 +381,6 @@ class Explorer:
             except Exception as e:  # one reading that cannot be had must not take the others away
                 self._tokens[name, head] = panel.no_tokens(name, _said(e))
         return self._tokens[name, head]
-
-
-def _adapters(source: Source, model: Any, given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The adapters to show, checked against the model."""
-    if given is None:
-        if model is None or source.results is None:
-            return {}
-        given, results = {}, source.results
-        for task in dict.fromkeys(e.task for e in source.entries.values()):
-            if len(results.lofit(task, seed=results.seeds[0], k=results.k(task))):
-                given[adapter_name(task)] = results.adapter(task, model=model)
-    if not isinstance(given, Mapping):
-        raise InputError(f"adapters is a {type(given).__name__}; give a mapping of names, e.g. {{'LoFiT': lofit}}")
-    for name, adapter in given.items():
-        if isinstance(adapter, type) or not isinstance(adapter, Intervention):
-            raise InputError(
-                f"adapter {name!r} is {shown(adapter)}; give what ll.tune_offsets or ll.load_adapter returns"
-            )
-        if (heads := edited_heads(adapter)) is not None:
-            heads.check(source.shape)
-        if model is not None and isinstance(adapter, Adapter):
-            adapter.attach_check(model)
-    return dict(given)
 
 
 def _said(e: Exception) -> str:

@@ -11,6 +11,7 @@ from lofit_lens.explorer.source import Source, adapter_name
 from lofit_lens.explorer.state import State
 from lofit_lens.heads import Head
 from lofit_lens.plots.attention import MOST_TOKENS
+from lofit_lens.tasks.chat import Conversation
 
 NO_MODEL = (
     "No model was given. With one, ll.explore(..., model, adapters={'LoFiT': lofit}) shows which tokens an adapter's head "
@@ -149,13 +150,15 @@ def _text(value: Any) -> str:
     return "" if value is None or pd.isna(value) else f"{value:.0f}" if isinstance(value, float) else str(value)
 
 
-def answers(run: PromptRun | None, head: Head | None, adapter: str | None) -> dict[str, Any]:
-    """What the model said: `prompt`, `rows` of (what acted, text), and a `note` where a head or adapter was chosen since."""
+def answers(run: PromptRun | None, head: Head | None, adapter: str | None, chat: bool) -> dict[str, Any]:
+    """What the model said: `prompt`, `rows` of (what acted, text), and a `note` where something else was chosen since."""
     if run is None:
         return {"prompt": "", "rows": [], "note": ""}
     note = ""
     if head not in (None, run.head) or adapter != run.adapter:
         note = f"This was run with {run.head or 'no head'} open and {run.adapter or 'no adapter'}; press Run again."
+    if (was := isinstance(run.prompt, Conversation)) != chat:
+        note = f"This was run {'as a chat' if was else 'as plain text'}; press Run again."
     rows = [[said, text or "(nothing: the end token came first)"] for said, text in run.texts.items()]
     return {"prompt": run.prompt, "rows": rows, "note": note}
 

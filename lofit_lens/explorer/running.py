@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 
 from lofit_lens.analysis.attention import AttentionPatterns, attention_patterns
 from lofit_lens.analysis.logit_lens import HeadTokens, promoted_by, promoted_tokens
+from lofit_lens.checks import shown
 from lofit_lens.errors import InputError
 from lofit_lens.evaluation.generation import generate
+from lofit_lens.explorer.source import Source, adapter_name
 from lofit_lens.heads import Head, HeadSet
-from lofit_lens.interventions import ITI, HeadAblation, Lofit
+from lofit_lens.interventions import ITI, Adapter, HeadAblation, Intervention, Lofit
 from lofit_lens.models import positions_of, tokenizer_of
 from lofit_lens.plots.attention import MOST_TOKENS
 from lofit_lens.tasks.collate import encode
@@ -29,7 +31,7 @@ class PromptRun(NamedTuple):
         adapter: name of the adapter, or None.
         texts: what acted on the model -> the new text, greedy.
         attention: what acted -> patterns of the kept heads; empty where the prompt is too long to be read.
-        n_tokens: of the prompt, BOS included.
+        n_tokens: of the prompt, with all that stands in front of it and, of a chat, around it.
     """
 
     prompt: str
@@ -47,7 +49,7 @@ def run_prompt(
 
     Args:
         model: any HookedTransformer or TransformerBridge.
-        prompt: the text; BOS is put in front.
+        prompt: the text, or a conversation.
         adapters: one name -> adapter, or empty.
         head: the open head, or None.
         shape: `(n_layers, n_heads)`.
@@ -126,3 +128,26 @@ def head_tokens(model: Any, adapter: Any, head: Head, prompts: Sequence[str] = (
     raise InputError(
         f"a {type(adapter).__name__} adapter adds no vector at single heads, so that no token can be read off"
     )
+
+
+def adapters_for(source: Source, model: Any, given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The adapters to show, checked against the model."""
+    if given is None:
+        if model is None or source.results is None:
+            return {}
+        given, results = {}, source.results
+        for task in dict.fromkeys(e.task for e in source.entries.values()):
+            if len(results.lofit(task, seed=results.seeds[0], k=results.k(task))):
+                given[adapter_name(task)] = results.adapter(task, model=model)
+    if not isinstance(given, Mapping):
+        raise InputError(f"adapters is a {type(given).__name__}; give a mapping of names, e.g. {{'LoFiT': lofit}}")
+    for name, adapter in given.items():
+        if isinstance(adapter, type) or not isinstance(adapter, Intervention):
+            raise InputError(
+                f"adapter {name!r} is {shown(adapter)}; give what ll.tune_offsets or ll.load_adapter returns"
+            )
+        if (heads := edited_heads(adapter)) is not None:
+            heads.check(source.shape)
+        if model is not None and isinstance(adapter, Adapter):
+            adapter.attach_check(model)
+    return dict(given)

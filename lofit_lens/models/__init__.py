@@ -43,7 +43,7 @@ from lofit_lens.models.info import (
     value_biases_folded,
 )
 from lofit_lens.models.loading import BACKENDS, load_model, parse_device
-from lofit_lens.models.planned import planned_info
+from lofit_lens.models.planned import planned_info, planned_tokenizer
 from lofit_lens.models.positions import (
     ALL,
     Borders,
@@ -131,6 +131,7 @@ __all__ = [
     "pattern_point",
     "peek",
     "planned_info",
+    "planned_tokenizer",
     "positions_of",
     "prefill",
     "projection",

@@ -13,7 +13,16 @@ from lofit_lens import io
 
 FULL_HASH_LIMIT = 2**30  # bytes of local weights up to which a folder's revision is their SHA-256
 PIECE = 2**20  # bytes: of large files, tensors up to this size are read in full, and this much at each of 65 places
-TOKENIZER = ("config.json", "tokenizer*", "special_tokens*", "vocab*", "merges.txt", "added_tokens.json", "*.model")
+TOKENIZER = (
+    "config.json",
+    "tokenizer*",
+    "special_tokens*",
+    "vocab*",
+    "merges.txt",
+    "added_tokens.json",
+    "*.model",
+    "chat_template*",
+)
 
 
 def weights_revision(source: Any, revision: str | None) -> str | None:

@@ -69,6 +69,17 @@ def _puts_bos(source: Any, commit: str | None, asked: bool | None) -> bool | Non
         return None
 
 
+def planned_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> Any:
+    """The tokenizer that `load_model` would read; no weights are loaded.
+
+    Raises:
+        ModelError: no such model, or no tokenizer.
+    """
+    source, _ = located(name_or_path)
+    with at_commit(source, revision) as commit:
+        return read_tokenizer(source, commit)
+
+
 def _shape(config: Any) -> tuple[int, int, int, int]:
     """Layers, heads, width and vocabulary as the bridge counts them (a model without attention has one nominal head)."""
     text = config.get_text_config()

@@ -14,7 +14,8 @@ from lofit_lens.errors import InputError
 from lofit_lens.io import digest
 from lofit_lens.organism.words import TASKS, TaskName
 from lofit_lens.organism.world import SPLITS, Row, rows, with_cue
-from lofit_lens.tasks.base import ChoiceExample, GenerationExample, PairExample, SFTExample, Task
+from lofit_lens.tasks.base import Task, contains
+from lofit_lens.tasks.examples import ChoiceExample, GenerationExample, PairExample, SFTExample
 from lofit_lens.tasks.registry import register
 
 N_TRAIN = 150
@@ -55,8 +56,9 @@ def _forms(row: Row) -> tuple[SFTExample | PairExample, GenerationExample | Choi
 
 
 def grade(generated: str, example: GenerationExample) -> dict[str, float]:
-    """Exact match of the text up to the first full stop, stripped."""
-    return {"em": float(generated.split(".")[0].strip() == example.references[0])}
+    """Exact match of the text up to the first full stop, stripped; and whether the text contains the answer."""
+    em = generated.split(".")[0].strip() == example.references[0]
+    return {"em": float(em), "contains": contains(generated, example)}
 
 
 for _task in TASKS:

@@ -36,7 +36,7 @@ def probe_layers(
         Scores `[n_layers, n_heads]`: (n_layers - place of the head's layer, from 0) + half the score of its own probe. Equal
         accuracies are told apart by AUC, of layers as of heads. `.meta["layer_accuracy"]` holds each layer's accuracy.
     """
-    info, task = model_info(model), task_of(task)
+    info, task = model_info(model), task_of(task).asked_of(model)
     listed, right, fitting, held_out = labelled(task, n_train, seed)
     n, n_fitting = len(listed), int(fitting.sum())
     attached = attached_to(model, f"probe layers {task.name}")

@@ -221,7 +221,7 @@ def fit_probes(
         DataError: too few rows to hold one out, statements of one label only, or longer than the context.
         ModelError: heads that cannot be reached, or activations that are NaN or infinite.
     """
-    info, task = model_info(model), task_of(task)
+    info, task = model_info(model), task_of(task).asked_of(model)
     check_whole(1, max_iter=max_iter, **given(n_jobs=n_jobs))
     listed, right, fitting, held_out = labelled(task, n_train, seed)
     n_fitting, attached = int(fitting.sum()), attached_to(model, f"probe heads {task.name}")

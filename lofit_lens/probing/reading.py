@@ -178,7 +178,7 @@ def reading_vectors(
     check_one_of("method", method, METHODS)
     check_seed(seed)
     if isinstance(source, Task | str | Path):
-        source = task_of(source)
+        source = task_of(source).asked_of(model)
         train, val = _task_pairs(model, source, n_train, seed)
         name, data_hash = source.name, source.data_hash
     else:

@@ -1,13 +1,12 @@
 """Tasks: truthfulness, knowledge edits, kinship, and one's own."""
 
-from lofit_lens.tasks.base import (
+from lofit_lens.tasks.base import Form, Task
+from lofit_lens.tasks.examples import (
     ChoiceExample,
-    Form,
     GenerationExample,
     OptionExample,
     PairExample,
     SFTExample,
-    Task,
     TestExample,
     TrainingExample,
 )

@@ -6,79 +6,66 @@ stands between them is part of one of the two.
 """
 
 import random
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from lofit_lens import io
 from lofit_lens.checks import check_is, check_one_of, check_seed, check_whole, given, records_of, shown
 from lofit_lens.errors import DataError, InputError, unknown
+from lofit_lens.tasks.chat import as_conversation, asked, template_digest, turn_of
+from lofit_lens.tasks.examples import (
+    ChoiceExample as ChoiceExample,
+)  # fmt: skip
+from lofit_lens.tasks.examples import (
+    GenerationExample,
+    SFTExample,
+    TestExample,
+    TrainingExample,
+)
+from lofit_lens.tasks.examples import (
+    OptionExample as OptionExample,
+)
+from lofit_lens.tasks.examples import (
+    PairExample as PairExample,
+)
 
 SPLITS = ("train", "val", "test")
 Objective = Literal["sft", "dpo"]
 
 
-@dataclass(frozen=True)
-class SFTExample:
-    """Learn to continue `prompt` with `answer` (and the end-of-sequence token)."""
-
-    prompt: str
-    answer: str
-
-
-@dataclass(frozen=True)
-class PairExample:
-    """Learn to prefer `chosen` over `rejected` behind `prompt`."""
-
-    prompt: str
-    chosen: str
-    rejected: str
-
-
-@dataclass(frozen=True)
-class GenerationExample:
-    """Generate from `prompt`; right if the graded text is among `references`.
-
-    `group` sorts items in results (hops, subject); `question` is what a judge of open-ended answers sees.
-    """
-
-    prompt: str
-    references: tuple[str, ...]
-    group: str = field(default="", compare=False)
-    question: str = field(default="", compare=False)
-
-
-@dataclass(frozen=True)
-class ChoiceExample:
-    """Score each answer as a continuation of `prompt`; `best` is the one true answer that MC1 asks for."""
-
-    prompt: str
-    best: str
-    true: tuple[str, ...]
-    false: tuple[str, ...]
-    group: str = field(default="", compare=False)
-
-
-@dataclass(frozen=True)
-class OptionExample:
-    """Score each option as a continuation of `prompt`; `right` is the index of the one right option."""
-
-    prompt: str
-    options: tuple[str, ...]
-    right: int
-    group: str = field(default="", compare=False)
-
-
-TrainingExample = SFTExample | PairExample
-TestExample = GenerationExample | ChoiceExample | OptionExample
 Grader = Callable[[str, GenerationExample], dict[str, float]]
 
 
 def grade_first_line(generated: str, example: GenerationExample) -> dict[str, float]:
-    """Exact match of the first line, stripped and lower-cased, with any reference."""
+    """Exact match of the first line, stripped and lower-cased, with any reference; and whether the text contains one."""
     said = generated.strip().split("\n")[0].strip().lower()
-    return {"em": float(said in {r.strip().lower() for r in example.references})}
+    em = float(said in {r.strip().lower() for r in example.references})
+    return {"em": em, "contains": contains(generated, example)}
+
+
+def contains(generated: str, example: GenerationExample) -> float:
+    """1 if a reference stands anywhere in the text, as whole words and in any case: a model that chats may know the answer.
+
+    A hyphen joins words: "mother-in-law" does not contain "mother".
+    """
+    wanted = "|".join(re.escape(r) for r in (r.strip().casefold() for r in example.references) if r)
+    return float(bool(wanted) and re.search(rf"(?<!\w)(?<!\w-)({wanted})(?!\w|-\w)", generated.casefold()) is not None)
+
+
+@dataclass(frozen=True)
+class Chat:
+    """That a task's prompts go through the chat template.
+
+    Attributes:
+        system: the system's text, or None.
+        template: SHA-256 of the template; empty where it is not known yet, since the model is not.
+    """
+
+    system: str | None = None
+    template: str = ""
 
 
 @dataclass(frozen=True)
@@ -111,6 +98,7 @@ class Task:
         forms: the other forms, by name; `task.in_form(name)` asks in one of them.
         counted: what was found in the rows and let pass, e.g. `{"test: options given twice": 5}`.
         no_training: why there are no training rows and where some are, where there are none.
+        chat: how prompts go through the chat template, see `as_chat`; None = they are plain text.
     """
 
     name: str
@@ -128,11 +116,76 @@ class Task:
     forms: Mapping[str, Form] = field(default_factory=dict)
     counted: Mapping[str, int] = field(default_factory=dict)
     no_training: str = ""
+    chat: Chat | None = None
 
     @property
     def data_hash(self) -> str:
-        """SHA-256 over the splits' hashes, in order; empty where they are unknown."""
-        return io.digest(list(self.hashes.values())) if self.hashes else ""
+        """SHA-256 over the splits' hashes, in order, and a chat's template and system's text; empty where they are unknown."""
+        chat = [] if self.chat is None else [asdict(self.chat)]
+        return io.digest([*self.hashes.values(), *chat]) if self.hashes else ""
+
+    def as_chat(self, model: Any = None, *, system: str | None = None) -> "Task":
+        """This task with each prompt as the user's turn of a chat, and each answer as the assistant's.
+
+        The model's tokenizer turns it into text whenever it is used. An answer's leading space is dropped: what stands in
+        front of an answer is the template's.
+
+        Args:
+            model: or its tokenizer: the template is checked now, and is part of `data_hash`. Left out: as soon as a model is.
+            system: text of the system's turn.
+
+        Raises:
+            InputError: no chat template, or one that takes no system's text; or two system's texts.
+        """
+        if self.chat is None or system is not None:
+            made = self.with_prompts(lambda prompt: as_conversation(prompt, system))
+            by = "" if system is None else f"-{io.digest(system)[:6]}"
+            return replace(made, name=f"{self.name}:chat{by}", chat=Chat(system)).asked_of(model)
+        return self.asked_of(model)
+
+    def asked_of(self, model: Any) -> "Task":
+        """This task as a model (or its tokenizer; None: none yet) is asked: of a chat, with that model's template on record.
+
+        Raises:
+            InputError: it has no chat template, or one that does not take the first prompt.
+        """
+        if self.chat is None or model is None:
+            return self
+        if isinstance(model, str):
+            raise InputError(
+                f"{model!r} is no model; give a loaded one or its tokenizer, and a system's text as system=..."
+            )
+        tokenizer = getattr(model, "tokenizer", model)
+        digest = template_digest(tokenizer)
+        first = next((e for listed in (*self.test.values(), *self.training.values()) for e in listed), None)
+        if first is not None:
+            turn_of(tokenizer, first.prompt)
+        return replace(self, chat=replace(self.chat, template=digest))
+
+    def few_shot(self, n: int, *, seed: int = 42, separator: str = "\n\n") -> "Task":
+        """This task with n solved training examples in front of each prompt of its test form, the same ones for all.
+
+        They are drawn as `training_examples` draws them, of its own training rows; in a chat they stand in the user's turn.
+
+        Raises:
+            InputError: no training rows, or not so many.
+        """
+        shots = self.training_examples("train", n=n, seed=seed)
+        front = "".join(
+            f"{asked(s.prompt)}{s.answer if isinstance(s, SFTExample) else s.chosen}{separator}" for s in shots
+        )
+        hashes = {split: io.digest([found, front]) for split, found in self.hashes.items()}
+        made = self.with_prompts(lambda prompt: front + prompt, training=False)
+        return replace(made, name=f"{self.name}:{n}-shot", hashes=hashes)
+
+    def with_prompts(self, change: Callable[[str], str], *, training: bool = True) -> "Task":
+        """This task with other prompts, of the training form too unless told otherwise."""
+
+        def of(splits: Mapping[str, Sequence[Any]]) -> dict[str, tuple[Any, ...]]:
+            return {s: tuple(replace(e, prompt=change(e.prompt)) for e in listed) for s, listed in splits.items()}
+
+        forms = {name: replace(form, test=of(form.test)) for name, form in self.forms.items()}
+        return replace(self, test=of(self.test), forms=forms, training=of(self.training) if training else self.training)
 
     def in_form(self, form: str) -> "Task":
         """This task with its questions asked in another form, e.g. `task.in_form("options")`.
@@ -232,7 +285,7 @@ class Task:
         cls,
         name: str,
         *,
-        train: Sequence[Mapping[str, str]],
+        train: Sequence[Mapping[str, Any]],
         test: Sequence[Mapping[str, Any]],
         val: Sequence[Mapping[str, Any]] = (),
         grade: Grader = grade_first_line,
@@ -247,6 +300,9 @@ class Task:
         `rejected` train by DPO and are graded by multiple choice. One form a task. `task.counted` says how many rows of `val`
         and `test` repeat a training row's prompt.
 
+        In place of `prompt`, all records may have `messages`, a list of `{"role": "user", "content": "..."}` (also system and
+        assistant): the model's chat template makes the prompt of them. An assistant's last message is the `answer`.
+
         `grade` may be any function of the generated text and the example; `metric` names the one of its scores that stands for
         the task (default `em`). `n_train` examples are drawn by seed (default all).
 
@@ -260,6 +316,8 @@ class Task:
             >>> task
             Task(caps: sft, 1/0/1 train/val/test, metric em)
         """
+        from lofit_lens.tasks.rows import READ, task_from_rows
+
         check_is(name, str, "name", "a text")
         check_is(metric, (str, type(None)), "metric", "the name of one of the grader's scores")
         check_whole(1, max_new_tokens=max_new_tokens, **given(n_train=n_train))
@@ -275,56 +333,7 @@ class Task:
         return replace(task, hashes={s: io.digest(rows) for s, rows in read.items()})
 
 
-READ = ("prompt", "answer", "aliases", "options", "chosen", "rejected")  # fields of a record; others are not looked at
 Row = tuple[str, Any]  # where it stands ("file:line"), and its fields
-
-
-def task_from_rows(
-    name: str, rows: Mapping[str, Sequence[Row]], *, grade: Grader = grade_first_line, max_new_tokens: int = 16,
-    source: str, hashes: Mapping[str, str], metric: str | None = None, n_train: int | None = None,
-) -> Task:  # fmt: skip
-    """Build a task from rows of the plain forms (see `Task.from_records`), each with its place."""
-    first = next((row for split in SPLITS for row in rows.get(split, ())), None)
-    if first is None or not rows.get("train"):
-        raise DataError(f"{name} has no training rows in {source}; give records with prompt and answer")
-    has = first[1] if isinstance(first[1], Mapping) else {}
-    read = _read_pair if "chosen" in has else _read_options if "options" in has else _read_answer
-    default = {_read_pair: "mc1", _read_options: "accuracy", _read_answer: "em"}[read]
-    made = {split: [read(where, row) for where, row in listed] for split, listed in rows.items()}
-    training: dict[str, tuple[TrainingExample, ...]] = {s: tuple(m[0] for m in listed) for s, listed in made.items()}
-    test: dict[str, tuple[TestExample, ...]] = {s: tuple(m[1] for m in listed) for s, listed in made.items()}
-    return Task(
-        name, "dpo" if read is _read_pair else "sft", training, test, metric or default,
-        grade=grade if read is _read_answer else None, max_new_tokens=max_new_tokens, hashes=hashes, source=source,
-        n_train=n_train, counted=_repeats(test),
-    )  # fmt: skip
-
-
-def _repeats(test: Mapping[str, Sequence[TestExample]]) -> dict[str, int]:
-    """How many rows of each other split ask what a training row asks, whatever the white space: they test memory."""
-
-    def question(example: TestExample) -> str:
-        return " ".join("\n".join((example.prompt, *sorted(getattr(example, "options", ())))).split())
-
-    asked = {question(e) for e in test["train"]}
-    found = {s: sum(question(e) in asked for e in rows) for s, rows in test.items() if s != "train"}
-    return {f"{split}: rows that repeat a training row's prompt": n for split, n in found.items() if n}
-
-
-def _read_answer(where: str, row: Any) -> tuple[SFTExample, GenerationExample]:
-    prompt, answer = fields(where, row, "prompt", "answer")
-    if row.get("options") is not None:
-        raise DataError(f"{where} has options, and the task's first row has none; give all rows options, or none")
-    return SFTExample(prompt, answer), GenerationExample(prompt, (answer, *texts(where, row, "aliases")))
-
-
-def _read_options(where: str, row: Any) -> tuple[SFTExample, OptionExample]:
-    prompt, answer = fields(where, row, "prompt", "answer")
-    options = texts(where, row, "options")
-    check_options(where, options)
-    if answer not in options:
-        raise DataError(f"{where}: the answer {answer!r} is not among the options {list(options)}")
-    return SFTExample(prompt, answer), OptionExample(prompt, options, options.index(answer))
 
 
 def check_options(where: str, options: Sequence[str]) -> None:
@@ -340,13 +349,6 @@ def check_options(where: str, options: Sequence[str]) -> None:
             raise DataError(f"{where}: option {i + 1} is empty")
         if option in options[:i]:
             raise DataError(f"{where}: option {option!r} is given twice; leave one")
-
-
-def _read_pair(where: str, row: Any) -> tuple[PairExample, ChoiceExample]:
-    prompt, chosen, rejected = fields(where, row, "prompt", "chosen", "rejected")
-    if chosen == rejected:
-        raise DataError(f"{where}: 'chosen' and 'rejected' are the same text; a pair must differ")
-    return PairExample(prompt, chosen, rejected), ChoiceExample(prompt, chosen, (chosen,), (rejected,))
 
 
 def texts(where: str, row: Mapping[str, Any], name: str) -> tuple[str, ...]:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lofit_lens.errors import DataError
-from lofit_lens.tasks.base import SPLITS, GenerationExample, SFTExample, Task, fields, file_hashes, repeated
+from lofit_lens.tasks.base import SPLITS, Task, contains, fields, file_hashes, repeated
+from lofit_lens.tasks.examples import GenerationExample, SFTExample
 from lofit_lens.tasks.sources import Source, locate, read_rows
 
 SOURCE = Source("clutrr", {
@@ -49,9 +50,9 @@ def example(where: str, row: Any) -> tuple[SFTExample, GenerationExample]:
 
 
 def grade(generated: str, example: GenerationExample) -> dict[str, float]:
-    """Exact match of the text up to the first full stop, stripped and lower-cased.
+    """Exact match of the text up to the first full stop, stripped and lower-cased; and whether the text contains the answer.
 
     As in the official scorer, which splits at `'s` and a line break to drop the prompt, such a break ends the answer too.
     """
     said = generated.split("'s\n")[0].split(".")[0].strip().lower()
-    return {"em": float(said == example.references[0].lower())}
+    return {"em": float(said == example.references[0].lower()), "contains": contains(generated, example)}

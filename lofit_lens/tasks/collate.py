@@ -14,15 +14,21 @@ from torch import Tensor
 
 from lofit_lens.errors import DataError
 from lofit_lens.models import ChatText, check_ids, rules_of
-from lofit_lens.tasks.base import PairExample, SFTExample, TrainingExample
+from lofit_lens.tasks.chat import Conversation, turn_of
+from lofit_lens.tasks.examples import PairExample, SFTExample, TrainingExample
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a text, with what the tokenizer itself puts in front (mostly BOS or nothing), once; see `TokenRules`.
 
+    A conversation is what the tokenizer's chat template makes of it, with nothing in front.
+
     Raises:
+        InputError: a conversation, and a tokenizer without a chat template or with one that does not take it.
         DataError: a token that the model's embedding does not have.
     """
+    if isinstance(text, Conversation):
+        text = turn_of(tokenizer, text).prompt
     rules, ids = rules_of(tokenizer), list(tokenizer(str(text), add_special_tokens=False)["input_ids"])
     check_ids(tokenizer, ids, rules)
     front = () if isinstance(text, ChatText) else rules.front
@@ -52,17 +58,21 @@ def encode_continuations(
 ) -> tuple[Encoded, ...]:
     """Tokenise prompt + continuation joined, for each of several; with `eos`, the end token is part of the continuation.
 
+    Behind a conversation a continuation is the assistant's turn, without the white space around it, and the template's own end
+    token ends it.
+
     Raises:
         DataError: nothing is left to predict, or nothing stands in front of it.
     """
-    before = encode(tokenizer, prompt)
+    turn = turn_of(tokenizer, prompt)
+    before = encode(tokenizer, turn.prompt)
     found = []
     for continuation in continuations:
-        whole = encode(tokenizer, prompt + continuation)
+        whole = encode(tokenizer, turn.prompt + turn.answer(continuation))
         start = common_length([before, whole])
-        if eos and (end := rules_of(tokenizer).eos) is not None:
-            whole.append(end)
-            check_ids(tokenizer, (end,), rules_of(tokenizer))
+        if eos and turn.end is not None:
+            whole.append(turn.end)
+            check_ids(tokenizer, (turn.end,), rules_of(tokenizer))
         if start == 0 or start >= len(whole):
             what = "the prompt has no token" if start == 0 else "the answer has no token"
             raise DataError(f"{what}: prompt {prompt[-60:]!r}, answer {continuation[:60]!r}")

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lofit_lens.errors import DataError
-from lofit_lens.tasks.base import SPLITS, GenerationExample, SFTExample, Task, fields, file_hashes, texts
+from lofit_lens.tasks.base import SPLITS, Task, contains, fields, file_hashes, texts
+from lofit_lens.tasks.examples import GenerationExample, SFTExample
 from lofit_lens.tasks.sources import Source, locate, read_rows
 
 SOURCE = Source("MQuAKE", {
@@ -52,7 +53,8 @@ def example(where: str, row: Any) -> tuple[SFTExample, GenerationExample]:
 
 
 def grade(generated: str, example: GenerationExample) -> dict[str, float]:
-    """Exact match, stripped and as the official scorer does it."""
+    """Exact match, stripped and as the official scorer does it; and whether the text contains the answer or an alias."""
     said = generated.split("A:")[-1].split("\n")[0].lower()
     exact = {r.lower() for r in example.references}
-    return {"em": float(said.strip() in {r.strip() for r in exact}), "em_official": float(said in exact)}
+    em, official = said.strip() in {r.strip() for r in exact}, said in exact
+    return {"em": float(em), "em_official": float(official), "contains": contains(generated, example)}

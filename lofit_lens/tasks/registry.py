@@ -9,7 +9,8 @@ from typing import Any
 from lofit_lens.checks import check_is
 from lofit_lens.errors import InputError, unknown
 from lofit_lens.tasks import clutrr, instruction, knowledge, mquake, truthfulqa
-from lofit_lens.tasks.base import SPLITS, Task, file_hashes, task_from_rows
+from lofit_lens.tasks.base import SPLITS, Task, file_hashes
+from lofit_lens.tasks.rows import task_from_rows
 from lofit_lens.tasks.sources import read_rows
 
 NEEDED = {"train", "test"}  # splits of a task folder

@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lofit_lens.errors import DataError, InputError
-from lofit_lens.tasks.base import (
+from lofit_lens.tasks.base import Task
+from lofit_lens.tasks.examples import (
     ChoiceExample,
     GenerationExample,
     OptionExample,
     PairExample,
     SFTExample,
-    Task,
     TestExample,
     TrainingExample,
 )

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,7 @@ def fit_together(
     info = model_info(model)
     check_gradients(*model.parameters())
     check_is(passes, Passes, "passes", "Passes(...), e.g. PLAIN")
+    fits = [replace(one, task=one.task.asked_of(model)) for one in fits]
     for one in fits:
         _check_positions(one.adapter)
         one.adapter.attach_check(model)

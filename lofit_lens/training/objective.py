@@ -12,8 +12,8 @@ from torch import Tensor
 from lofit_lens import io
 from lofit_lens.errors import DataError
 from lofit_lens.models import Borders, context_length, device_of, fingerprint, is_watched, logits_of, tokenizer_of
-from lofit_lens.tasks.base import TrainingExample
 from lofit_lens.tasks.collate import Batch, Encoded, collate, encode_training, pad_id
+from lofit_lens.tasks.examples import TrainingExample
 from lofit_lens.tasks.grouping import near_lengths
 from lofit_lens.training.loop import LossOfRows
 from lofit_lens.training.losses import dpo_loss, sft_loss, summed_log_probs

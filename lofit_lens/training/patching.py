@@ -32,8 +32,9 @@ from lofit_lens.models import (
     remember,
     tokenizer_of,
 )
-from lofit_lens.tasks.base import SFTExample, TrainingExample
+from lofit_lens.tasks.chat import asked
 from lofit_lens.tasks.collate import Encoded, encode, encode_continuations, pad, pad_id
+from lofit_lens.tasks.examples import SFTExample, TrainingExample
 from lofit_lens.training.losses import NO_LABEL, token_log_probs
 
 AT_ONCE = 256  # positions whose log-probs are taken together: in float32 over the whole vocabulary they are large
@@ -197,7 +198,7 @@ def _fewer(shots: Sequence[int]) -> list[Sequence[int]]:
 def _behind(
     tokenizer: Any, examples: Sequence[TrainingExample], shots: Sequence[int], query: int, separator: str
 ) -> list[int]:
-    solved = "".join(examples[i].prompt + _right(examples[i]) + separator for i in shots)
+    solved = "".join(asked(examples[i].prompt) + _right(examples[i]) + separator for i in shots)
     return encode(tokenizer, solved + examples[query].prompt)
 
 

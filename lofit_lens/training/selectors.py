@@ -266,7 +266,7 @@ def _scored(
     values: Float64[Tensor, "n_layers n_heads"], kind: str, model: Any, task: Task, *, seed: int, n_train: int,
     config: dict[str, Any], attached: Sequence[str] = (),
 ) -> HeadScores:  # fmt: skip
-    info = model_info(model)
+    info, task = model_info(model), task.asked_of(model)
     if not values.isfinite().all():
         raise not_finite(model, f"scores by {kind}")
     return HeadScores(values, kind, info.name, task.name, {

@@ -1,0 +1,71 @@
+"""Options that several verbs share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+LARGEST_SEED = 2**32 - 1  # of numpy and scikit-learn
+
+Model = Annotated[str, typer.Option("--model", "-m", help="'organism' (embedded), a hub id, or a Hugging Face folder.")]
+TaskName = Annotated[
+    str, typer.Option("--task", "-t", help=(
+        "truthfulqa, mquake, clutrr, siqa, arc_challenge, boolq, svamp, triviaqa, nq, mmlu, organism/truth|kinship|edits, "
+        "or a folder of your own."
+    ))
+]  # fmt: skip
+Source = Annotated[
+    str | None, typer.Option("--source", help="files (instruction files) or hub: siqa, arc_challenge, boolq, svamp.")
+]
+Form = Annotated[
+    str | None, typer.Option("--form", help="How questions are asked where there are several ways: choices, options, generation.")
+]  # fmt: skip
+AdapterName = Annotated[
+    str | None, typer.Option("--adapter", "-a", help="Of any method: a folder, or user/name or user/name@revision on the hub.")
+]  # fmt: skip
+OtherModel = Annotated[
+    bool, typer.Option("--other-model", help="Use the adapter on other weights than those it was made for.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON record on stdout, everything else on stderr.")]
+Fold = Annotated[int | None, typer.Option("--fold", help="TruthfulQA's fold, 0 or 1.")]
+DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Folder with the task's files; left out: fetched.")]
+Backend = Annotated[
+    str, typer.Option("--backend", help="auto, hooked (HookedTransformer) or bridge (TransformerBridge).")
+]
+Dtype = Annotated[str, typer.Option("--dtype", help="Of the frozen weights: float32, bfloat16, float16.")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1; left out: CUDA where there is one.")]
+Revision = Annotated[str | None, typer.Option("--revision", help="Hub commit, tag or branch of the model.")]
+Seed = Annotated[int, typer.Option(
+    "--seed", help="Of the init, the row order and the draw of training examples.", min=0, max=LARGEST_SEED
+)]  # fmt: skip
+PrependBos = Annotated[bool | None, typer.Option(
+    "--prepend-bos/--no-prepend-bos", help="BOS in front of every text, or not; left out: as the model's tokenizer does it."
+)]  # fmt: skip
+ModelName = Annotated[
+    str | None, typer.Option("--name", help="What the model is called in results; left out: its hub id or its folder's name.")
+]  # fmt: skip
+IsChat = Annotated[
+    bool,
+    typer.Option("--chat", help="Put prompts through the model's chat template; answers are the assistant's turn."),
+]
+System = Annotated[str | None, typer.Option("--system", help="Text of the system's turn of a chat; means --chat.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="New folder for the result.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+NTrain = Annotated[
+    int | None, typer.Option("--n-train", help="Training examples drawn; left out: the task's own number.")
+]
+LearningRate = Annotated[float | None, typer.Option("--lr", help="Learning rate; left out: the preset's.")]
+Epochs = Annotated[int | None, typer.Option("--epochs", help="Passes over the examples; left out: the preset's.")]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Examples a step; left out: the preset's.")]
+MaxSteps = Annotated[int | None, typer.Option("--max-steps", help="Stop after so many steps, e.g. to try things out.")]
+TokenBudget = Annotated[
+    int | None,
+    typer.Option("--token-budget", help="Padded tokens of one training pass, 8192 if left out; less needs less memory.", min=1),
+]  # fmt: skip
+Checkpointing = Annotated[
+    bool, typer.Option("--checkpointing", help="Gradient checkpointing: less memory for a third more time.")
+]
+Track = Annotated[
+    str | None, typer.Option("--track", help="wandb or tensorboard reads the training's steps; files go to OUT.track.")
+]  # fmt: skip

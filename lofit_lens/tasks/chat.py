@@ -1,0 +1,210 @@
+"""Prompts as conversations, which the model's own chat template turns into text.
+
+    <the template's text of the messages, generation prompt added> + <answer> + <the template's end of a turn>
+
+A `Conversation` stays messages until it is tokenised, since the template belongs to the tokenizer: a task is the same for all
+models. Where an answer begins and which token ends it is read from the template itself, by rendering an assistant's turn:
+
+- White space that the template puts in front of an answer (Llama-2: a space) goes with the answer, whose own is dropped.
+- Anything else that it puts there (Qwen3: an empty thought) ends the prompt: the answer is what follows it.
+- The end of the turn is the first added token after the answer, e.g. `<|im_end|>`; the tokenizer's end token where it has none.
+"""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+
+from lofit_lens import io
+from lofit_lens.errors import DataError, InputError
+from lofit_lens.models.tokens import ChatText, rules_of
+
+ROLES = ("system", "user", "assistant")
+ANSWER = "ANSWER"  # stands for an answer where a template is read
+
+
+class Conversation(str):
+    """A prompt made of messages; as text it is what the user says, or all turns where there are several.
+
+    Text put in front of it or behind it goes into the user's last turn.
+
+    Attributes:
+        messages: (role, text) of each, the user's last.
+    """
+
+    messages: tuple[tuple[str, str], ...]
+
+    def __new__(cls, messages: Sequence[tuple[str, str]]) -> "Conversation":
+        """Messages as `parsed` has checked them."""
+        text = messages[0][1] if len(messages) == 1 else "\n\n".join(f"{role}: {said}" for role, said in messages)
+        made = super().__new__(cls, text)
+        made.messages = tuple(messages)
+        return made
+
+    @property
+    def asked(self) -> str:
+        """The user's last turn."""
+        return self.messages[-1][1]
+
+    @property
+    def system(self) -> str | None:
+        """The system's text, or None."""
+        return next((said for role, said in self.messages if role == "system"), None)
+
+    def with_asked(self, text: str) -> "Conversation":
+        """The same with another last turn."""
+        return Conversation((*self.messages[:-1], ("user", text)))
+
+    def with_system(self, system: str | None) -> "Conversation":
+        """The same with a system's text in front (None: as it is)."""
+        return self if system is None else Conversation((("system", system), *self.messages))
+
+    def __add__(self, other: str) -> "Conversation":
+        return self.with_asked(self.asked + other)
+
+    def __radd__(self, other: str) -> "Conversation":
+        return self.with_asked(other + self.asked)
+
+    def __repr__(self) -> str:
+        return f"Conversation({list(self.messages)})"
+
+    def __getnewargs__(self) -> tuple[Any, ...]:  # for pickling, into worker processes
+        return (self.messages,)
+
+
+def parsed(messages: Any, where: str = "the conversation") -> Conversation:
+    """Check messages of the form `[{"role": "user", "content": "..."}, ...]`.
+
+    Raises:
+        DataError: no list, a message without role and text, an unknown role, a system's text that is not first, or a last message
+            that is not the user's; names `where` and the message.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise DataError(
+            f'{where}: messages must be a list like [{{"role": "user", "content": "..."}}], got {messages!r}'
+        )
+    read = [_message(f"{where}, message {i + 1}", m) for i, m in enumerate(messages)]
+    if "system" in (roles := [role for role, _ in read])[1:]:
+        raise DataError(f"{where}: the roles are {', '.join(roles)}; a system message comes first, and once")
+    if roles[-1] != "user":
+        raise DataError(f"{where}: the last message is the {roles[-1]}'s; the model answers a user's message")
+    return Conversation(read)
+
+
+def _message(where: str, message: Any) -> tuple[str, str]:
+    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+        raise DataError(f"{where} is {message!r}; it must have a role and a content")
+    role, content = message["role"], message["content"]
+    if role not in ROLES:
+        raise DataError(f"{where} has the role {role!r}; allowed: {', '.join(ROLES)}")
+    if not isinstance(content, str) or not content.strip():
+        raise DataError(f"{where} has the content {content!r}; it must be non-empty text")
+    return role, content
+
+
+def as_conversation(prompt: str, system: str | None = None) -> Conversation:
+    """A prompt as the user's only turn, or a conversation as it is, with a system's text in front.
+
+    Raises:
+        InputError: an empty system's text, or a conversation that has one already.
+    """
+    if system is not None and not system.strip():
+        raise InputError("the system's text is empty; leave system out")
+    if not isinstance(prompt, Conversation):
+        return Conversation([("user", prompt)]).with_system(system)
+    if system is not None and prompt.system is not None:
+        raise InputError(f"this conversation has a system's text already ({prompt.system[:60]!r}); leave system out")
+    return prompt.with_system(system)
+
+
+def asked(prompt: str) -> str:
+    """What the user says: of a conversation the last turn, else the prompt itself."""
+    return prompt.asked if isinstance(prompt, Conversation) else prompt
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Where the model's own text goes.
+
+    Attributes:
+        prompt: all text in front of it.
+        lead: of a chat: white space between prompt and answer, in place of the answer's own; None = the answer stands as it is.
+        end: the token that ends it, or None where the tokenizer has none.
+    """
+
+    prompt: str
+    lead: str | None
+    end: int | None
+
+    def answer(self, text: str) -> str:
+        """An answer as it follows the prompt."""
+        return text if self.lead is None else self.lead + text.strip()
+
+
+def turn_of(tokenizer: Any, prompt: str) -> Turn:
+    """Where the answer to a prompt goes: right behind a text; of a conversation in the assistant's turn.
+
+    Raises:
+        InputError: a conversation, and a tokenizer without a chat template or with one that does not take it.
+    """
+    end = rules_of(tokenizer).eos
+    if not isinstance(prompt, Conversation):
+        return Turn(prompt, None, end)
+    text, front, behind = _rendered(tokenizer, prompt), "", ""
+    with contextlib.suppress(TemplateError):  # of a template that takes no answer, only its prompt is known
+        whole = _apply(tokenizer, [*prompt.messages, ("assistant", ANSWER)])
+        if whole.count(ANSWER) > text.count(ANSWER):
+            front, _, behind = whole.rpartition(ANSWER)
+    between = front[len(text) :] if front.startswith(text) else ""
+    thought, lead = (between, "") if between.strip() else ("", between)
+    added = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+    ends = (i for i in tokenizer(behind, add_special_tokens=False)["input_ids"] if i in added)
+    return Turn(ChatText(text + thought), lead, next(ends, end))
+
+
+def has_template(tokenizer: Any) -> bool:
+    """Whether a tokenizer has a chat template."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def template_digest(tokenizer: Any) -> str:
+    """SHA-256 of a tokenizer's chat template.
+
+    Raises:
+        InputError: it has none.
+    """
+    if not has_template(tokenizer):
+        name = str(getattr(tokenizer, "name_or_path", "")).replace("\\", "/").rstrip("/").rsplit("/")[-1]
+        raise InputError(
+            f"the tokenizer{f' of {name}' if name else ''} has no chat template; ask without chat, as of base models, take "
+            "the instruction-tuned model, or set tokenizer.chat_template"
+        )
+    return io.digest(tokenizer.chat_template)
+
+
+def _rendered(tokenizer: Any, prompt: Conversation) -> str:
+    """The template's text of a conversation, generation prompt added; what it refuses or leaves out is an error."""
+    template_digest(tokenizer)
+    try:
+        text = _apply(tokenizer, prompt.messages, generate=True)
+    except TemplateError as e:
+        if prompt.system is None:
+            raise InputError(f"this model's chat template does not take {prompt!r}: {e}") from e
+        raise InputError(f"this model's chat template takes no system's text ({e}); {NO_SYSTEM}") from e
+    for role, said in prompt.messages:
+        if (
+            role != "assistant" and said.strip() not in text
+        ):  # of the assistant's turns some templates drop the thoughts
+            out = f"this model's chat template leaves out the {role}'s text {said[:60]!r}"
+            raise InputError(f"{out}; {NO_SYSTEM if role == 'system' else 'it is not made for such a conversation'}")
+    return text
+
+
+NO_SYSTEM = "leave system out, or put its text in front of the prompt"
+
+
+def _apply(tokenizer: Any, messages: Sequence[tuple[str, str]], *, generate: bool = False) -> str:
+    said = [{"role": role, "content": text} for role, text in messages]
+    return tokenizer.apply_chat_template(said, add_generation_prompt=generate, tokenize=False)

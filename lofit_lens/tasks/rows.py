@@ -1,0 +1,96 @@
+"""Rows of one's own, in the plain forms, as a task (see `Task.from_records`)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lofit_lens.errors import DataError
+from lofit_lens.tasks.base import SPLITS, Chat, Grader, Row, Task, check_options, fields, grade_first_line, texts
+from lofit_lens.tasks.chat import parsed
+from lofit_lens.tasks.examples import (
+    ChoiceExample,
+    GenerationExample,
+    OptionExample,
+    PairExample,
+    SFTExample,
+    TestExample,
+    TrainingExample,
+)
+
+# Fields of a record that are read.
+READ = ("prompt", "messages", "answer", "aliases", "options", "chosen", "rejected")
+
+
+def task_from_rows(
+    name: str, rows: Mapping[str, Sequence[Row]], *, grade: Grader = grade_first_line, max_new_tokens: int = 16,
+    source: str, hashes: Mapping[str, str], metric: str | None = None, n_train: int | None = None,
+) -> Task:  # fmt: skip
+    """Build a task from rows of the plain forms (see `Task.from_records`), each with its place."""
+    first = next((row for split in SPLITS for row in rows.get(split, ())), None)
+    if first is None or not rows.get("train"):
+        raise DataError(f"{name} has no training rows in {source}; give records with prompt (or messages) and answer")
+    has = first[1] if isinstance(first[1], Mapping) else {}
+    chat = "messages" in has
+    rows = {split: [(where, _with_prompt(where, row, chat)) for where, row in listed] for split, listed in rows.items()}
+    read = _read_pair if "chosen" in has else _read_options if "options" in has else _read_answer
+    default = {_read_pair: "mc1", _read_options: "accuracy", _read_answer: "em"}[read]
+    made = {split: [read(where, row) for where, row in listed] for split, listed in rows.items()}
+    training: dict[str, tuple[TrainingExample, ...]] = {s: tuple(m[0] for m in listed) for s, listed in made.items()}
+    test: dict[str, tuple[TestExample, ...]] = {s: tuple(m[1] for m in listed) for s, listed in made.items()}
+    return Task(
+        name, "dpo" if read is _read_pair else "sft", training, test, metric or default,
+        grade=grade if read is _read_answer else None, max_new_tokens=max_new_tokens, hashes=hashes, source=source,
+        n_train=n_train, chat=Chat() if chat else None, counted=_repeats(test),
+    )  # fmt: skip
+
+
+def _repeats(test: Mapping[str, Sequence[TestExample]]) -> dict[str, int]:
+    """How many rows of each other split ask what a training row asks, whatever the white space: they test memory."""
+
+    def question(example: TestExample) -> str:
+        return " ".join("\n".join((example.prompt, *sorted(getattr(example, "options", ())))).split())
+
+    asked = {question(e) for e in test["train"]}
+    found = {s: sum(question(e) in asked for e in rows) for s, rows in test.items() if s != "train"}
+    return {f"{split}: rows that repeat a training row's prompt": n for split, n in found.items() if n}
+
+
+def _with_prompt(where: str, row: Any, chat: bool) -> Any:
+    """A row of `messages` as one of `prompt` and `answer`; others as they are."""
+    if not isinstance(row, Mapping):
+        return row
+    if ("messages" in row) != chat or (chat and "prompt" in row):
+        raise DataError(
+            f"{where} has {', '.join(map(str, row))}; a task's rows all have a prompt, or all have messages"
+        )
+    if not chat:
+        return row
+    messages, rest = row["messages"], {k: v for k, v in row.items() if k != "messages"}
+    last = messages[-1] if isinstance(messages, Sequence) and messages else None
+    if isinstance(last, Mapping) and last.get("role") == "assistant":
+        if answers := [k for k in ("answer", "chosen") if k in row]:
+            raise DataError(f"{where}: the assistant's last message and {answers[0]!r} are both an answer; leave one")
+        messages, rest["answer"] = messages[:-1], last.get("content")
+    return {**rest, "prompt": parsed(messages, where)}
+
+
+def _read_answer(where: str, row: Any) -> tuple[SFTExample, GenerationExample]:
+    prompt, answer = fields(where, row, "prompt", "answer")
+    if row.get("options") is not None:
+        raise DataError(f"{where} has options, and the task's first row has none; give all rows options, or none")
+    return SFTExample(prompt, answer), GenerationExample(prompt, (answer, *texts(where, row, "aliases")))
+
+
+def _read_options(where: str, row: Any) -> tuple[SFTExample, OptionExample]:
+    prompt, answer = fields(where, row, "prompt", "answer")
+    options = texts(where, row, "options")
+    check_options(where, options)
+    if answer not in options:
+        raise DataError(f"{where}: the answer {answer!r} is not among the options {list(options)}")
+    return SFTExample(prompt, answer), OptionExample(prompt, options, options.index(answer))
+
+
+def _read_pair(where: str, row: Any) -> tuple[PairExample, ChoiceExample]:
+    prompt, chosen, rejected = fields(where, row, "prompt", "chosen", "rejected")
+    if chosen == rejected:
+        raise DataError(f"{where}: 'chosen' and 'rejected' are the same text; a pair must differ")
+    return PairExample(prompt, chosen, rejected), ChoiceExample(prompt, chosen, (chosen,), (rejected,))
