@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from lofit_lens import io
-from lofit_lens.checks import check_is, check_one_of, check_whole
+from lofit_lens.checks import check_is, check_one_of, check_whole, shown
 from lofit_lens.errors import DataError, InputError
 from lofit_lens.evaluation.generation import generate
 from lofit_lens.evaluation.judges import Judge, judged
@@ -31,7 +31,7 @@ Row = tuple[dict[str, Any], dict[str, float] | None]  # what is kept of an item;
 def evaluate(
     model: Any,
     task: Task | str,
-    *,
+    *misplaced: Any,
     split: str = "test",
     limit: int | None = None,
     batch_size: int = 16,
@@ -62,6 +62,11 @@ def evaluate(
             where nothing is generated or with a metric's name, or a chat with a model that has no chat template.
         DataError: an item longer than the model's context; names its number.
     """
+    if misplaced:
+        raise InputError(
+            f"evaluate takes a model and a task, and was given {shown(misplaced[0])} as well; evaluate an adapter inside "
+            "`with adapter.attached(model):`, and name all settings (split=..., limit=...)"
+        )
     backend_of(model)
     check_one_of("too_long", too_long, TOO_LONG)
     check_whole(1, batch_size=batch_size, token_budget=token_budget)

@@ -16,26 +16,18 @@ from lofit_lens import io
 from lofit_lens.checks import check_is, check_one_of, check_seed, check_whole, given, records_of, shown
 from lofit_lens.errors import DataError, InputError, unknown
 from lofit_lens.tasks.chat import as_conversation, asked, template_digest, turn_of
-from lofit_lens.tasks.examples import (
-    ChoiceExample as ChoiceExample,
-)  # fmt: skip
-from lofit_lens.tasks.examples import (
+from lofit_lens.tasks.examples import (  # noqa: F401 (some under this module's name only)
+    ChoiceExample,
     GenerationExample,
+    OptionExample,
+    PairExample,
     SFTExample,
     TestExample,
     TrainingExample,
 )
-from lofit_lens.tasks.examples import (
-    OptionExample as OptionExample,
-)
-from lofit_lens.tasks.examples import (
-    PairExample as PairExample,
-)
 
 SPLITS = ("train", "val", "test")
 Objective = Literal["sft", "dpo"]
-
-
 Grader = Callable[[str, GenerationExample], dict[str, float]]
 
 
