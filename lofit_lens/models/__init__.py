@@ -70,7 +70,7 @@ from lofit_lens.models.running import (
     why_not_finite,
 )
 from lofit_lens.models.scored import logits_at
-from lofit_lens.models.sources import ORGANISM, cache_folder, located
+from lofit_lens.models.sources import ORGANISM, cache_folder, located, source_of
 from lofit_lens.models.tokens import ChatText, TokenRules, check_ids, rules_of
 from lofit_lens.models.unembedding import FinalNorm, final_norm, head_output_matrix, to_logits
 
@@ -142,6 +142,7 @@ __all__ = [
     "rules_of",
     "run_through",
     "same_weights",
+    "source_of",
     "step",
     "to_logits",
     "tokenizer_of",

@@ -14,7 +14,7 @@ from lofit_lens.models.as_hooked import architecture_of, in_memory_tokenizer, lo
 from lofit_lens.models.compared import Probe, is_quantised
 from lofit_lens.models.identity import fingerprint, weights_revision
 from lofit_lens.models.info import Origin, backend_of, bridge_class, hooked_class, keep_origin, model_info
-from lofit_lens.models.sources import at_commit, check_weights, located, read_config, refuse_missing
+from lofit_lens.models.sources import at_commit, check_weights, located, read_config, refuse_missing, remember_source
 from lofit_lens.models.tokens import chosen_rules, ends_in, keep_rules
 
 logger = logging.getLogger(__name__)
@@ -89,6 +89,7 @@ def _on_its_class(
         tokenizer = read_tokenizer(source if tokenizer is None else tokenizer, revision if tokenizer is None else None)
         hf = _load_hf(source, revision, dtype, config, name)
         identity = weights_revision(source, revision)
+        remember_source(identity, source)
     else:
         config = copy.deepcopy(hf.config)
         config.architectures = config.architectures or [type(hf).__name__]  # never saved

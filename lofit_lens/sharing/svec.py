@@ -26,7 +26,7 @@ from lofit_lens.interventions import ITI, Adapter, Lofit, load_adapter
 from lofit_lens.interventions.base import AdapterMeta, check_adapter
 from lofit_lens.interventions.files import CONFIG_FILE, SCHEMA, WEIGHTS_FILE, public, write_files
 from lofit_lens.interventions.iti import ALPHA
-from lofit_lens.models import Positions, located
+from lofit_lens.models import Positions, located, source_of
 from lofit_lens.models.sources import read_config
 from lofit_lens.sharing.foreign import numbers, read_object, whole, write_object
 
@@ -216,9 +216,9 @@ def _model_type(adapter: Adapter) -> str:
     advice = "give model_type, as in the base model's config.json (e.g. 'llama')"
     if base is None:
         raise InputError(f"this adapter does not say its base model, and a .svec file names its type; {advice}")
-    source, _ = located(base.name)
     commit = base.revision if base.revision and ":" not in base.revision else None
     try:
+        source, _ = located(source_of(base.name, base.revision))
         return str(read_config(source, commit).model_type)
     except ModelError as e:
         raise InputError(f"the type of the base model is not known ({e}); {advice}") from e
