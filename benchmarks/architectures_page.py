@@ -105,12 +105,12 @@ def rows(records: Sequence[Record]) -> Iterator[list[str]]:
                 why.setdefault(reason, []).append(title)
         loaded = [case[backend] for _, case, backend in entries if "layers with heads" in case.get(backend, {})]
         heads = Counter(entry["layers with heads"] for entry in loaded).most_common(1)
-        exported = any(entry.get("export", {}).get("right") for entry in loaded)
+        exports = [entry["export"].get("right", False) for entry in loaded if "export" in entry]
         yield [
             name if name == kind.removesuffix("ForCausalLM") else f"{name} (`{kind}`)",
             *(verdict(case.get(backend)) for _, case, backend in entries),
             heads[0][0] if heads else "",
-            ("yes" if exported else "no") if loaded else "",
+            ("yes" if any(exports) else "no") if exports else "",
             "; ".join(f"{' and '.join(titles)}: {reason}" for reason, titles in why.items()),
         ]  # fmt: skip
 
