@@ -9,10 +9,12 @@ from torch import Tensor
 from lofit_lens.errors import ModelError
 from lofit_lens.hub import first_line
 from lofit_lens.models.hooks import frozen
-from lofit_lens.models.info import WINDOWS
+from lofit_lens.models.info import WINDOWS, device_of
+from lofit_lens.models.running import logits_of
 
 PROBE = 12  # random tokens on which a class is compared with Hugging Face; more where a sliding window is short
 LONGEST_PROBE = 128
+GAP = 3  # padded places
 
 
 def is_quantised(hf: Any) -> bool:
@@ -54,10 +56,21 @@ class Probe:
         return cls(tokens, expected, 1e-3 if exact else 5e-2)
 
     def check(self, model: Any) -> None:
-        """Raise ModelError where a class gives other logits; a conversion that went wrong is refused, not returned."""
+        """Raise ModelError where a class gives other logits; a conversion that went wrong is refused, not returned.
+
+        It runs as everything here does, with a mask: the tokens twice in one batch, padded on the right and on the left.
+        """
+        n, device = self.tokens.shape[1], device_of(model)
+        rows, mask = torch.zeros(2, n + GAP, dtype=torch.long), torch.zeros(2, n + GAP, dtype=torch.long)
+        sides = {"right": slice(0, n), "left": slice(GAP, n + GAP)}
+        for row, at in enumerate(sides.values()):
+            rows[row, at], mask[row, at] = self.tokens[0], 1
         with torch.no_grad():
-            got = model(self.tokens.to(next(model.parameters()).device)).float().cpu()[..., : self.expected.shape[-1]]
+            got = logits_of(model, rows.to(device), mask.to(device)).float().cpu()[..., : self.expected.shape[-1]]
         scale = self.expected.abs().max().clamp(min=1.0)
-        error = ((got - self.expected).abs().max() / scale).item()
-        if not error <= self.bound:
-            raise ModelError(f"its logits differ from the Hugging Face model's by {error:.2g} of their size on a probe")
+        for row, (side, at) in enumerate(sides.items()):
+            error = ((got[row, at] - self.expected[0]).abs().max() / scale).item()
+            if not error <= self.bound:
+                raise ModelError(
+                    f"its logits differ from the Hugging Face model's by {error:.2g} of their size on a probe padded on the {side}"
+                )

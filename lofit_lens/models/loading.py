@@ -14,6 +14,7 @@ from lofit_lens.models.as_hooked import architecture_of, in_memory_tokenizer, lo
 from lofit_lens.models.compared import Probe, is_quantised
 from lofit_lens.models.identity import fingerprint, weights_revision
 from lofit_lens.models.info import Origin, backend_of, bridge_class, hooked_class, keep_origin, model_info
+from lofit_lens.models.rotary import changing_angles
 from lofit_lens.models.sources import at_commit, check_weights, located, read_config, refuse_missing, remember_source
 from lofit_lens.models.tokens import chosen_rules, ends_in, keep_rules
 
@@ -264,6 +265,13 @@ def _load_bridge(hf: Any, name: str, tokenizer: Any, dtype: torch.dtype, device:
             )  # fmt: skip
         except Exception as e:
             raise ModelError(f"TransformerBridge cannot load {name}: {first_line(e)}") from e
+    if changing := changing_angles(hf.config):
+        logger.warning(
+            "%s: rotary angles change with the longest text of a batch (rope_type %r), as in Hugging Face: beyond the length that "
+            "it was trained on, logits depend on what a text is batched with",
+            name,
+            changing,
+        )
     try:
         if len(model.blocks) != int(model.cfg.n_layers):
             raise ModelError(f"it has {len(model.blocks)} layers, and its configuration says {model.cfg.n_layers}")

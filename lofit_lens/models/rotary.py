@@ -15,10 +15,10 @@ NEAR = 1e-2  # of a cosine; float32 angles at that position are off by 1e-4
 def positions_refusal(cfg: Any, config: Any) -> str | None:
     """Why HookedTransformer's configuration would treat distant tokens otherwise than Hugging Face's, or None."""
     text = config.get_text_config()
-    rope = getattr(text, "rope_parameters", None) or {}
-    kinds = {str(r.get("rope_type")) for r in (rope, *rope.values()) if isinstance(r, dict)}
-    if changing := sorted(kinds.intersection(CHANGING)):
-        return f"its rotary angles change with the length of the text (rope_type {changing[0]!r}), which it does not follow"
+    if changing := changing_angles(config):
+        return (
+            f"its rotary angles change with the length of the text (rope_type {changing!r}), which it does not follow"
+        )
     window, n_ctx, n_layers = getattr(text, "sliding_window", None), int(cfg.n_ctx), int(cfg.n_layers)
     if not isinstance(window, int) or getattr(text, "use_sliding_window", True) is False or window >= n_ctx:
         window = None
@@ -30,6 +30,13 @@ def positions_refusal(cfg: Any, config: Any) -> str | None:
         if want != got:
             return f"layer {layer} has a sliding window of {want or 'no'} tokens, and would get {got or 'none'}"
     return None
+
+
+def changing_angles(config: Any) -> str | None:
+    """The kind of rotary scaling whose angles depend on the length of the text, or None."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    kinds = {str(r.get("rope_type")) for r in (rope, *rope.values()) if isinstance(r, dict)}
+    return next(iter(sorted(kinds.intersection(CHANGING))), None)
 
 
 @torch.no_grad()
