@@ -71,6 +71,5 @@ class Probe:
         for row, (side, at) in enumerate(sides.items()):
             error = ((got[row, at] - self.expected[0]).abs().max() / scale).item()
             if not error <= self.bound:
-                raise ModelError(
-                    f"its logits differ from the Hugging Face model's by {error:.2g} of their size on a probe padded on the {side}"
-                )
+                said = f"by {error:.2g} of their size on a probe padded on the {side}"
+                raise ModelError(f"its logits differ from the Hugging Face model's {said}")

@@ -11,6 +11,7 @@ import torch
 from lofit_lens.checks import shown
 from lofit_lens.errors import ModelError
 from lofit_lens.models.identity import fingerprint
+from lofit_lens.models.rotary import changing_angles
 from lofit_lens.models.tokens import ends_in, has_rules, keep_rules, rules_before_lens, rules_of
 
 Backend = Literal["hooked", "bridge"]
@@ -235,8 +236,17 @@ def tokenizer_of(model: Any) -> Any:
 
 
 def context_length(model: Any) -> int:
-    """Longest sequence the model takes, in tokens; without a stated limit, no practical one."""
-    return int(getattr(model.cfg, "n_ctx", None) or 2**31)
+    """Longest sequence the model takes, in tokens; without a stated limit, no practical one.
+
+    Where rotary angles change with the longest row of a batch, it is the length up to which they do not.
+    """
+    limit = int(getattr(model.cfg, "n_ctx", None) or 2**31)
+    if backend_of(model) == "bridge" and changing_angles(model.original_model.config) is not None:
+        text = model.original_model.config.get_text_config()
+        rope = text.rope_parameters
+        found = rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
+        limit = min(limit, int(found or limit))
+    return limit
 
 
 def attention_window(model: Any) -> int | None:

@@ -13,7 +13,15 @@ from lofit_lens.hub import first_line
 from lofit_lens.models.as_hooked import architecture_of, in_memory_tokenizer, load_hooked, on_hooked, quiet
 from lofit_lens.models.compared import Probe, is_quantised
 from lofit_lens.models.identity import fingerprint, weights_revision
-from lofit_lens.models.info import Origin, backend_of, bridge_class, hooked_class, keep_origin, model_info
+from lofit_lens.models.info import (
+    Origin,
+    backend_of,
+    bridge_class,
+    context_length,
+    hooked_class,
+    keep_origin,
+    model_info,
+)
 from lofit_lens.models.rotary import changing_angles
 from lofit_lens.models.sources import at_commit, check_weights, located, read_config, refuse_missing, remember_source
 from lofit_lens.models.tokens import chosen_rules, ends_in, keep_rules
@@ -267,9 +275,9 @@ def _load_bridge(hf: Any, name: str, tokenizer: Any, dtype: torch.dtype, device:
             raise ModelError(f"TransformerBridge cannot load {name}: {first_line(e)}") from e
     if changing := changing_angles(hf.config):
         logger.warning(
-            "%s: rotary angles change with the longest text of a batch (rope_type %r), as in Hugging Face: beyond the length that "
-            "it was trained on, logits depend on what a text is batched with",
+            "%s: texts are limited to %d tokens, since its rotary angles change beyond (rope_type %r), for all texts of a batch",
             name,
+            context_length(model),
             changing,
         )
     try:
