@@ -41,7 +41,7 @@ def embedded_grid(
         runs.append(Run(heads=(OWN,), of=(OTHERS,)))
     tasks = tuple(TaskSpec(name=f"organism/{t}") for t in TASKS)
     spec = ModelSpec(name=model, backend=backend)
-    return Grid(name="demo", model=spec, tasks=tasks, seeds=tuple(seeds), batch_size=64, runs=tuple(runs))
+    return Grid(name="demo", model=(spec,), tasks=tasks, seeds=tuple(seeds), batch_size=64, runs=tuple(runs))
 
 
 def real_grid(
@@ -60,7 +60,7 @@ def real_grid(
     """
     k = (REAL_HEADS,)
     return Grid(
-        name="demo real", model=ModelSpec(name=model, backend=backend), tasks=TaskSpec(name=REAL_TASK, data_dir=data_dir),
+        name="demo real", model=(ModelSpec(name=model, backend=backend),), tasks=(TaskSpec(name=REAL_TASK, data_dir=data_dir),),
         seeds=tuple(seeds), limit=limit, tuning_limit=VALIDATION_ROWS, scores=(OWN, PROBES),
         runs=(Run(method=(ZERO,)), Run(heads=(OWN,), k=k), Run(heads=(CHANCE,), k=k, draws=draws), Run(method=("ITI",), k=k)),
     )  # fmt: skip

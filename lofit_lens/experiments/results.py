@@ -63,7 +63,7 @@ class Results:
         return f"Results({self.folder}: {len(self.runs)} runs of {self.model.name} on {', '.join(self.tasks)})"
 
     def _repr_html_(self) -> str:
-        counts = (
+        counts: Any = (
             self.runs.assign(heads_from=self.runs["heads_from"].fillna(""))
             .groupby(["method", "heads_from", "task"])
             .size()

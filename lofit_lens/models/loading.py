@@ -227,7 +227,8 @@ def read_tokenizer(source: Any, revision: str | None) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     if isinstance(source, PreTrainedTokenizerBase):
-        tokenizer, where = source, "this tokenizer"
+        tokenizer: Any = source
+        where = "this tokenizer"
     elif isinstance(source, str | Path):
         where = f"the tokenizer of {source}"
         try:

@@ -80,10 +80,10 @@ def source_of(name: str, revision: str | None) -> str | Path:
     """
     if revision in _read:
         return _read[revision]
-    local = revision is not None and ":" in revision  # a checksum, not a commit
-    if local and name not in OURS and not Path(name).exists():
+    checksum = revision if revision is not None and ":" in revision else ""  # not a commit
+    if checksum and name not in OURS and not Path(name).exists():
         raise ModelError(
-            f"it was made for the local model {name!r} ({revision[:20]}...), and records hold no paths; give its folder "
+            f"it was made for the local model {name!r} ({checksum[:20]}...), and records hold no paths; give its folder "
             "(base=, --model)"
         )
     return name
@@ -134,9 +134,10 @@ def _dequantise(file: Path, folder: Path) -> None:
 
     where = {"gguf_file": file.name, "local_files_only": True}
     try:
-        model, told = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             file.parent, dtype=torch.float32, output_loading_info=True, **where
         )
+        model, told = loaded
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
     except Exception as e:  # of many classes: another architecture, another quantisation, a file that is cut off
         raise ModelError(

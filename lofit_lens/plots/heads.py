@@ -1,6 +1,7 @@
 """Layer x head grids."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -49,9 +50,10 @@ def head_grid(
     room = len(scores) * panel + (len(scores) - 1) * gap
     spacing = gap / room if own_bars else 0.03
     fig = make_subplots(cols=len(scores), shared_yaxes=True, subplot_titles=list(scores), horizontal_spacing=spacing)
+    layout: Any = fig.layout
     for i, (name, s) in enumerate(scores.items(), start=1):
         alike = [other.values for other in scores.values() if other.kind == s.kind]
-        bar = {"x": fig.layout[f"xaxis{i}"].domain[1], "xanchor": "left"} if own_bars else {}
+        bar = {"x": layout[f"xaxis{i}"].domain[1], "xanchor": "left"} if own_bars else {}
         fig.add_trace(
             go.Heatmap(
                 z=s.values.tolist(), zmin=min(v.min().item() for v in alike), zmax=max(v.max().item() for v in alike),
