@@ -22,7 +22,7 @@ def check_whole(least: int, most: int | None = None, /, **values: Any) -> None:
         whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
         if not whole or value < least or (most is not None and value > most):
             allowed = f"{least} or more" if most is None else f"{least} to {most}"
-            raise InputError(f"{name} is {value!r}; give a whole number, {allowed}")
+            raise InputError(f"{name} is {value!r}; give {'' if whole else 'a whole number, '}{allowed}")
 
 
 def check_seed(seed: Any) -> None:
