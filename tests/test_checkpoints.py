@@ -67,7 +67,7 @@ def test_many_files_are_read_like_one(sharded, checkpoint):
     for name in one.where:
         assert torch.equal(one.read(name), many.read(name))
         assert one.shape(name) == tuple(one.read(name).shape)
-    assert (many.name, many.revision) == (str(sharded), weights_revision(sharded, None))
+    assert (many.name, many.revision) == (sharded.name, weights_revision(sharded, None))
     assert (many.architecture, many.config["num_hidden_layers"]) == ("LlamaForCausalLM", 3)
     organism = open_checkpoint("organism")
     assert (organism.name, outputs_of(organism).shape) == ("organism", (6, 16, 8))
