@@ -416,7 +416,7 @@ def test_fields_of_the_wrong_kind_are_refused_whoever_signed(damaged, method):
     """Each field of the record in turn, and each of its base model: no exception of another kind gets out."""
     whole = json.loads((damaged(method) / CONFIG_FILE).read_text())
     fine = [("config", {"x": 1}), ("versions", {"x": 1}), ("history", [[]]), ("task", "%"), ("data_hash", "%"),
-            ("positive", "%"), ("negative", "%")]  # fmt: skip
+            ("positive", "%"), ("negative", "%"), ("attached", ...)]  # fmt: skip
     for field in set(whole) - {"digest", "weights_sha256"}:
         for value in (..., {"x": 1}, [[]], "%"):
             folder = damaged(method)
