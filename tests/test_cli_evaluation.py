@@ -254,7 +254,7 @@ def test_a_number_out_of_range_is_a_usage_error(shell, args, option):
     code, out, err = shell(*args)
     assert (code, out) == (2, "")
     assert f"Invalid value for '{option}'" in err
-    assert f"{args[-1]} is not in the range" in " ".join(err.replace("│", "").split())
+    assert f"greater than or equal to {args[-1] + 1}" in " ".join(err.replace("│", "").split())
 
 
 @pytest.mark.parametrize(
