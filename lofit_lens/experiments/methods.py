@@ -20,11 +20,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lofit_lens.errors import InputError, ModelError, unknown
 from lofit_lens.heads import HeadScores, HeadSet, check_k
 from lofit_lens.hub import commit_of
 from lofit_lens.interventions import Intervention, Lofit, Lora, LoReft, Red
-from lofit_lens.models import ModelInfo, load_model, model_info, origin_of
+from lofit_lens.models import ModelInfo, device_of, load_model, logits_of, model_info, origin_of
 from lofit_lens.probing import Probes, ReadingVectors, fit_probes, reading_vectors
 from lofit_lens.tasks.base import Task
 from lofit_lens.training import Preset, TrainConfig, preset, select_heads, tune_offsets
@@ -137,7 +139,7 @@ class Workbench:
             revision = commit_of(self.info.revision)
             device = next(self.model.parameters()).device
             try:
-                _bridges[self.model] = load_model(
+                bridge = load_model(
                     origin_of(self.model).source or self.info.name, backend="bridge", dtype=self.info.dtype, device=device,
                     revision=revision, prepend_bos=self.info.prepend_bos, name=self.info.name,
                 )  # fmt: skip
@@ -146,7 +148,22 @@ class Workbench:
                     f"LoRA changes the projections of a TransformerBridge; {self.info.name} is a HookedTransformer, and its "
                     f"checkpoint cannot be read as a bridge: {e}. Leave LoRA out (methods=...), or load the model as a bridge"
                 ) from e
+            _check_same(self.model, bridge, self.info.name)
+            _bridges[self.model] = bridge
         return _bridges[self.model]
+
+
+@torch.no_grad()
+def _check_same(model: Any, bridge: Any, name: str) -> None:
+    """Raise ModelError unless a checkpoint read once more says what the model in memory says: it may have been edited since."""
+    tokens = torch.arange(3, 11, device=device_of(model))[None] % model_info(model).d_vocab
+    ours, theirs = (logits_of(m, tokens, torch.ones_like(tokens)).float().cpu() for m in (model, bridge))
+    off = (ours - theirs[..., : ours.shape[-1]]).abs().max() / ours.abs().max().clamp(min=1.0)
+    if not off <= (1e-3 if ours.dtype == next(model.parameters()).dtype else 5e-2):
+        raise ModelError(
+            f"LoRA needs {name} as a TransformerBridge, and its checkpoint has other weights than the model in memory; leave LoRA "
+            "out (methods=...), or load the model as a bridge"
+        )
 
 
 _bridges: "weakref.WeakKeyDictionary[Any, Any]" = weakref.WeakKeyDictionary()
