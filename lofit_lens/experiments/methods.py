@@ -161,8 +161,8 @@ def _check_same(model: Any, bridge: Any, name: str) -> None:
     off = (ours - theirs[..., : ours.shape[-1]]).abs().max() / ours.abs().max().clamp(min=1.0)
     if not off <= (1e-3 if ours.dtype == next(model.parameters()).dtype else 5e-2):
         raise ModelError(
-            f"LoRA needs {name} as a TransformerBridge, and its checkpoint has other weights than the model in memory; leave LoRA "
-            "out (methods=...), or load the model as a bridge"
+            f"LoRA needs {name} as a TransformerBridge, and its checkpoint has other weights than the model in memory; leave "
+            "LoRA out (methods=...), or load the model as a bridge"
         )
 
 
