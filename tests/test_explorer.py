@@ -428,8 +428,8 @@ def test_one_model_at_a_time():
         ll.explore({("a, b", "c"): HeadScores(values), ("a", "b, c"): HeadScores(values)})
 
 
-def test_a_text_is_no_list_of_prompts(pair):
-    """It is one prompt: its letters are not offered as examples."""
+def test_one_text_is_one_prompt(pair, unchecked):
+    """Its letters are not offered as examples; what is no text is refused."""
     assert shown(ll.explore(pair, prompts="abc"))["prompts"] == ["abc"]
     with pytest.raises(InputError, match="prompts holds 1 at place 0; give a list of texts"):
         ll.explore(pair, prompts=[1])
