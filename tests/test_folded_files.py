@@ -219,8 +219,8 @@ def test_of_two_folders_with_the_same_weights_the_one_by_its_name(checkpoint, tm
     drawn(other)  # read last
     found = fold(adapter, tmp_path / "out").folder
     assert config(found)["rope_parameters"] == config(one)["rope_parameters"]
-    adapter.meta.model = replace(adapter.meta.model, name="elsewhere")
-    with pytest.raises(ModelError, match="local model 'elsewhere' .* records hold no paths; give its folder"):
+    adapter.meta.model = replace(adapter.meta.model, name="never read")
+    with pytest.raises(ModelError, match=r"local model 'never read' .* records hold no paths; give its folder"):
         fold(adapter, tmp_path / "none")
 
 

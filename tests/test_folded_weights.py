@@ -123,7 +123,7 @@ def test_iti_and_ablation(checkpoint, loaded, tmp_path):
 def test_double_precision(tmp_path):
     """No weight goes through float32 on its way; logits are compared in it, and a PEFT carrier is float32 all the same.
 
-    Hugging Face's own attention takes the softmax in float32, where the mask of float64 is minus infinity: rows of padding are NaN.
+    Hugging Face takes the softmax in float32, where the mask of float64 is minus infinity: rows of padding are NaN.
     """
     base = tmp_path / "base"
     tiny.hf_model("llama").double().save_pretrained(base)
