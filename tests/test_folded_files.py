@@ -54,7 +54,7 @@ def test_the_record(checkpoint, tmp_path):
     assert {key: record["adapter"][key] for key in same} == {key: saved[key] for key in same}
     assert (record["adapter"]["task"], record["adapter"]["source"]) == ("truthfulqa", "user/repo@1")
     assert record["base"] == {
-        "name": str(checkpoint("llama")), "revision": adapter.meta.model.revision, "architecture": "LlamaForCausalLM"
+        "name": checkpoint("llama").name, "revision": adapter.meta.model.revision, "architecture": "LlamaForCausalLM"
     }  # fmt: skip
     assert record["verified"] == found.verified.to_dict()
     assert (tuple(record["changed"]), tuple(record["added"])) == (found.changed, found.added)
@@ -145,17 +145,15 @@ def test_only_what_a_model_needs_is_copied(checkpoint, tmp_path):
     assert {p.name for p in made.iterdir()} == {*beside, "config.json", "model.safetensors", RECORD}
 
 
-def test_biases_that_only_some_layers_have_are_filled_up(checkpoint, tmp_path):
-    """A base folded by hand, whose configuration has biases that its file lacks."""
+def test_biases_that_only_some_layers_have_are_not_made_up(checkpoint, tmp_path):
+    """A base folded by hand, whose configuration has biases that its file lacks: no model is loaded from such a folder."""
     base = shutil.copytree(checkpoint("llama"), tmp_path / "base")
     change_config(base, attention_bias=True)
-    held = tensors(base)
-    save_file(
-        held | {"model.layers.1.self_attn.o_proj.bias": torch.ones(32)}, base / "model.safetensors", {"format": "pt"}
-    )
-    found = fold(drawn(base), tmp_path / "out")
-    assert found.verified.passed
-    assert len(tensors(found.folder)) == len(held) + 12
+    held = tensors(base) | {"model.layers.1.self_attn.o_proj.bias": torch.ones(32)}
+    save_file(held, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"lack 11 tensor\(s\) that its configuration asks for"):
+        fold(drawn(base), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -213,6 +211,19 @@ def test_a_base_of_the_hub_at_the_adapters_commit(checkpoint, tmp_path, hub):
         fold(adapter, tmp_path / "main", revision="main")
 
 
+def test_of_two_folders_with_the_same_weights_the_one_by_its_name(checkpoint, tmp_path):
+    """Their configurations can differ; and one that this process has not read is asked for, as records hold no paths."""
+    one, other = (shutil.copytree(checkpoint("llama"), tmp_path / name) for name in ("one", "other"))
+    change_config(other, rope_parameters={"rope_type": "default", "rope_theta": 500.0})
+    adapter = drawn(one)
+    drawn(other)  # read last
+    found = fold(adapter, tmp_path / "out").folder
+    assert config(found)["rope_parameters"] == config(one)["rope_parameters"]
+    adapter.meta.model = replace(adapter.meta.model, name="never read")
+    with pytest.raises(ModelError, match=r"local model 'never read' .* records hold no paths; give its folder"):
+        fold(adapter, tmp_path / "none")
+
+
 def test_adapters_that_cannot_be_folded(checkpoint, tmp_path):
     adapter = drawn(checkpoint("llama"))
     with pytest.raises(AdapterError, match="changes nothing"):
@@ -232,7 +243,7 @@ def test_adapters_that_cannot_be_folded(checkpoint, tmp_path):
 def test_an_architecture_that_is_not_known(copied, tmp_path):
     adapter = drawn(copied)
     change_config(copied, architectures=["StableLmForCausalLM"])
-    with pytest.raises(ModelError, match="unknown architecture"):
+    with pytest.raises(ModelError, match="cannot be exported into a StableLmForCausalLM: it is not built yet"):
         fold(adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

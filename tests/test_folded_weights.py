@@ -11,7 +11,7 @@ from lofit_lens import ITI
 from lofit_lens.errors import ModelError
 from lofit_lens.interventions import HeadAblation
 from lofit_lens.interventions.base import AdapterMeta
-from lofit_lens.models import logits_of, planned_info
+from lofit_lens.models import load_model, logits_of, planned_info
 from lofit_lens.sharing import export_peft
 from tests import tiny
 from tests.adapters import CHOSEN, edited
@@ -121,7 +121,10 @@ def test_iti_and_ablation(checkpoint, loaded, tmp_path):
 
 
 def test_double_precision(tmp_path):
-    """Nothing goes through float32 on its way; a PEFT carrier is float32 all the same."""
+    """No weight goes through float32 on its way; logits are compared in it, and a PEFT carrier is float32 all the same.
+
+    Hugging Face takes the softmax in float32, where the mask of float64 is minus infinity: rows of padding are NaN.
+    """
     base = tmp_path / "base"
     tiny.hf_model("llama").double().save_pretrained(base)
     tiny.tokenizer().save_pretrained(base)
@@ -131,7 +134,9 @@ def test_double_precision(tmp_path):
     scale, shift = (1 + adapter.A[2].detach()).flatten().double(), adapter.v[2].detach().flatten().double()
     assert torch.equal(new[f"{name}.weight"], W * scale)
     assert torch.equal(new[f"{name}.bias"], W @ shift)
-    assert found.verified.dtype == "float64"
+    assert found.verified.dtype == "float32"
+    with pytest.raises(ModelError, match=r"overflows in padded places of float64\); load it with dtype='float32'"):
+        load_model(base, backend="bridge", dtype="float64", device="cpu")
     offsets = drawn(base, A=0.0)
     carried = tensors(export_peft(offsets, tmp_path / "peft", device="cpu"))
     assert {t.dtype for t in carried.values()} == {torch.float32}

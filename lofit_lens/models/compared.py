@@ -66,10 +66,12 @@ class Probe:
         for row, at in enumerate(sides.values()):
             rows[row, at], mask[row, at] = self.tokens[0], 1
         with torch.no_grad():
-            got = logits_of(model, rows.to(device), mask.to(device)).float().cpu()[..., : self.expected.shape[-1]]
+            got = logits_of(model, rows.to(device), mask.to(device)).cpu()[..., : self.expected.shape[-1]]
         scale = self.expected.abs().max().clamp(min=1.0)
         for row, (side, at) in enumerate(sides.items()):
-            error = ((got[row, at] - self.expected[0]).abs().max() / scale).item()
+            error = ((got[row, at].float() - self.expected[0]).abs().max() / scale).item()
             if not error <= self.bound:
                 said = f"by {error:.2g} of their size on a probe padded on the {side}"
+                if got.dtype == torch.float64 and not torch.isfinite(got).all():
+                    said += " (attention overflows in padded places of float64); load it with dtype='float32'"
                 raise ModelError(f"its logits differ from the Hugging Face model's {said}")

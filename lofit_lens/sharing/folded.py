@@ -113,7 +113,7 @@ def export_folded(
         folder: to write, with `lofit_lens_export.json` beside the weights: what was folded into what, and the comparison.
         base: folder or hub id of the base model; None = the one that the adapter was made for.
         revision: hub commit, tag or branch of the base; None = the adapter's, or main.
-        dtype: of the written weights; None = as they are. The comparison runs in it too.
+        dtype: of the written weights; None = as they are. The comparison runs in it too, that of float64 in float32.
         device: of the comparison; None = CUDA where available, else the CPU.
         strict: refuse a base with other weights than those the adapter was made for.
         overwrite: replace an earlier export.
@@ -136,15 +136,16 @@ def export_folded(
         logger.warning("%s: %s", folder, deaf)
     edits = _edits(outputs, scale, shift)
     kind = _written_type(outputs, dtype)
+    runs_in = torch.float32 if kind == torch.float64 else kind  # attention overflows in padded places of float64
     with io.new_folder(folder, overwrite=overwrite) as made:
         commit = commit_of(checkpoint.revision)
-        reference = hooked_reference(adapter, checkpoint.source, revision=commit, dtype=kind, device=device)
+        reference = hooked_reference(adapter, checkpoint.source, revision=commit, dtype=runs_in, device=device)
         try:
             _write(made, checkpoint, slot, edits, kind if dtype is not None else None, progress)
         except (OSError, SafetensorError) as e:
             raise io.cannot_write(folder, _system_error(e), "choose another folder") from e
         keep_tokenizer(checkpoint.folder, made)
-        verified = check(compared(reference, plain_model(made, kind, device)), f"the checkpoint for {folder}")
+        verified = check(compared(reference, plain_model(made, runs_in, device)), f"the checkpoint for {folder}")
         _check_written(made, outputs, scale, shift, kind)
         architecture = str(slot.config["architectures"][0])
         found = FoldedExport(
