@@ -29,6 +29,7 @@ OPTIONS = [
     {"prompt": "the capital of France is Ro", "options": ["me", " son"], "answer": "me"},
     {"prompt": "how is Eve related to Ann?", "options": [" wife", " book"], "answer": " wife"},
 ]
+REPEATED = "test: rows that repeat a training row's prompt"
 LONG = "story " * 10_000  # far beyond the 2,048 tokens of these models
 
 
@@ -87,7 +88,7 @@ def test_options_are_scored_and_graded_item_by_item(llama, hf, adapted):
         assert item.probability == pytest.approx(math.exp(scores[right]) / sum(map(math.exp, scores)), abs=1e-4)
         assert item.correct == (item.accuracy == 1.0)
     assert found["accuracy"] == sum(found.items["accuracy"]) / 3
-    assert found.counted == {"answers sharing a token with their prompt": 1}
+    assert found.counted == {REPEATED: 1, "answers sharing a token with their prompt": 1}
     assert list(found.items["item"]) == [1, 2, 3]
 
 
@@ -203,7 +204,7 @@ def test_too_long_counts_as_wrong_in_choices(bridge_llama, kind):
             for rows in [[{"prompt": q, "chosen": " wife", "rejected": " book"} for q in ("aunt", p, "who?")]]
         )
     found, whole = run(bridge_llama, task, too_long="wrong"), run(bridge_llama, short)
-    assert found.counted == {"too long, counted as wrong": 1}
+    assert found.counted == {REPEATED: 1, "too long, counted as wrong": 1}
     for name, metric in found.metrics.items():
         values = whole.items[name].tolist()
         assert found.items[name].tolist() == pytest.approx([values[0], 0.0, values[2]], abs=1e-5)
@@ -217,7 +218,7 @@ def test_nothing_but_long_items_is_refused(bridge_llama):
     """Then there is no metric at all; a choice of a third way is refused too."""
     with pytest.raises(DataError, match="every item of words is longer than the context"):
         run(bridge_llama, words_task([LONG]), too_long="wrong")
-    with pytest.raises(InputError, match="too_long is 'skip'; allowed: error, wrong"):
+    with pytest.raises(InputError, match="unknown too_long 'skip'; allowed: error, wrong"):
         run(bridge_llama, words_task(), too_long="skip")
 
 

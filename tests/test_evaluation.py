@@ -182,9 +182,9 @@ def test_what_cannot_be_generated_is_refused(bridge_llama):
     """No prompt, no new token, and no room in the context."""
     with pytest.raises(InputError, match="no prompt"):
         generate(bridge_llama, [])
-    for options in ({"max_new_tokens": 0}, {"batch_size": 0}):
-        with pytest.raises(InputError, match="1 or above"):
-            generate(bridge_llama, "a", **options)
+    for name in ("max_new_tokens", "batch_size"):
+        with pytest.raises(InputError, match=f"{name} is 0; give 1 or more"):
+            generate(bridge_llama, "a", **{name: 0})
     with pytest.raises(DataError, match=r"2\d\d\d prompt tokens and 5 new ones exceed .*2048"):
         generate(bridge_llama, "?!" * 1100, max_new_tokens=5)
 
@@ -279,7 +279,11 @@ def test_a_result_prints_itself(bridge_llama):
 
 def test_splits_without_rows_and_unknown_ones_are_refused(bridge_llama):
     """An empty validation split, a misspelt one, a limit of 0."""
-    refused = {"no val rows": {"split": "val"}, "Did you mean 'test'": {"split": "tset"}, "limit of 0": {"limit": 0}}
+    refused = {
+        "no val rows": {"split": "val"},
+        "Did you mean 'test'": {"split": "tset"},
+        "limit is 0; give 1 or more": {"limit": 0},
+    }
     for message, options in refused.items():
         with pytest.raises(InputError, match=message):
             evaluate(bridge_llama, words_task(), progress=False, **options)

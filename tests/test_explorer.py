@@ -234,7 +234,7 @@ def test_a_head_everywhere(four):
         ({("t", "a"): HeadSet(["L0H0"], shape=(3, 4))}, {"tasks": ["x"]}, "unknown task 'x'; allowed: t"),
         ({("t", "a"): HeadSet(["L0H0"], shape=(3, 4))}, {"tasks": []}, "tasks is empty"),
         ({"a": HeadSet(["L0H0"], shape=(3, 4))}, {"max_new_tokens": 0}, "max_new_tokens is 0"),
-        ({"a": HeadSet(["L0H0"], shape=(3, 4))}, {"adapters": {"x": "LoFiT"}}, "adapter 'x' is a str"),
+        ({"a": HeadSet(["L0H0"], shape=(3, 4))}, {"adapters": {"x": "LoFiT"}}, "adapter 'x' is 'LoFiT'; give what"),
     ],
 )  # fmt: skip
 def test_bad_input(source, options, message):
@@ -429,9 +429,10 @@ def test_one_model_at_a_time():
 
 
 def test_a_text_is_no_list_of_prompts(pair):
-    """Its letters would be offered as examples."""
-    with pytest.raises(InputError, match="give a list of texts"):
-        ll.explore(pair, prompts="abc")
+    """It is one prompt: its letters are not offered as examples."""
+    assert shown(ll.explore(pair, prompts="abc"))["prompts"] == ["abc"]
+    with pytest.raises(InputError, match="prompts holds 1 at place 0; give a list of texts"):
+        ll.explore(pair, prompts=[1])
 
 
 def test_both_views_shade_alike(pair):

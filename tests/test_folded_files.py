@@ -54,7 +54,7 @@ def test_the_record(checkpoint, tmp_path):
     assert {key: record["adapter"][key] for key in same} == {key: saved[key] for key in same}
     assert (record["adapter"]["task"], record["adapter"]["source"]) == ("truthfulqa", "user/repo@1")
     assert record["base"] == {
-        "name": str(checkpoint("llama")), "revision": adapter.meta.model.revision, "architecture": "LlamaForCausalLM"
+        "name": checkpoint("llama").name, "revision": adapter.meta.model.revision, "architecture": "LlamaForCausalLM"
     }  # fmt: skip
     assert record["verified"] == found.verified.to_dict()
     assert (tuple(record["changed"]), tuple(record["added"])) == (found.changed, found.added)

@@ -177,8 +177,12 @@ def test_bad_requests_say_what_to_give(model, tasks):
         learned_in_turn(model, {"a": true}, {})
     with pytest.raises(InputError, match="no heads for false"):
         learned_in_turn(model, tasks, {"true": HeadSet([KEY])})
-    for fillers, lengths in (([], [5]), (FILLERS, []), (FILLERS, [-1])):
-        with pytest.raises(InputError, match="give one or more documents"):
+    for fillers, lengths, message in (
+        ([], [5], r"0 fillers and lengths \[5\]; give one or more of both"),
+        (FILLERS, [], r"lengths \[\]; give one or more of both"),
+        (FILLERS, [-1], "length is -1; give 0 or more"),
+    ):
+        with pytest.raises(InputError, match=message):
             long_context(model, true, adapter, fillers, lengths)
     with pytest.raises(DataError, match="no room"):
         long_context(model, true, adapter, FILLERS, [2048])

@@ -75,7 +75,7 @@ def test_an_unknown_label_is_refused(classifier):
 def test_yes_against_no_as_the_next_word(checkpoint, hf, words):
     """Softmax over the two words' first tokens at the last position of `Q: ...\\nA: ...\\nTrue:`."""
     judge, tokenizer = YesNoJudge(str(checkpoint("llama")), words=words), tiny.tokenizer()
-    yes, no = (tokenizer(w)["input_ids"][0] for w in words)
+    yes, no = (tokenizer(w, add_special_tokens=False)["input_ids"][0] for w in words)
     expected = []
     for q, a in zip(QUESTIONS, ANSWERS, strict=True):
         ids = tokenizer(f"Q: {q}\nA: {a}\nTrue:")["input_ids"]

@@ -96,7 +96,7 @@ def test_the_checks_above_see_what_they_look_for(tmp_path):
     """Imports at the top, inside a function, relative, and calls are all found by these helpers."""
     assert len(FILES) > 20
     assert "transformer_lens.HookedTransformer" in set(imports(ROOT / "models" / "info.py"))
-    assert "lofit_lens.io" in set(imports(ROOT / "heads.py"))
+    assert "lofit_lens.io" in set(imports(ROOT / "heads" / "sets.py"))
     assert "lofit_lens.evaluation.scoring.score_encoded" in set(imports(ROOT / "evaluation" / "evaluate.py"))
     (tmp_path / "x.py").write_text("def f():\n    print(torch.load('x'))\n")
     assert {called(n) for n in nodes(tmp_path / "x.py")} >= {"print", "torch.load"}

@@ -203,7 +203,7 @@ def test_bad_requests_say_what_to_give(llama, hf):
     for top in (0, 201):
         with pytest.raises(InputError, match="give 1 to 200"):
             promoted_tokens(llama, lofit, top=top)
-    with pytest.raises(InputError, match="1 directions for 2 heads"):
+    with pytest.raises(InputError, match=r"directions of shape \(1, 8\) for 2 heads; give a tensor \[2, 8\]"):
         promoted_by(llama, torch.ones(1, 8), lofit.heads)
     with pytest.raises(InputError, match="prompts is an empty list"):
         promoted_tokens(llama, lofit, prompts=[])

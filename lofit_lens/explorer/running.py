@@ -12,7 +12,8 @@ from lofit_lens.errors import InputError
 from lofit_lens.evaluation.generation import generate
 from lofit_lens.explorer.source import Source, adapter_name
 from lofit_lens.heads import Head, HeadSet
-from lofit_lens.interventions import ITI, Adapter, HeadAblation, Intervention, Lofit
+from lofit_lens.interventions import ITI, Adapter, HeadAblation, Lofit
+from lofit_lens.interventions.base import attachable
 from lofit_lens.models import positions_of, tokenizer_of
 from lofit_lens.plots.attention import MOST_TOKENS
 from lofit_lens.tasks.collate import encode
@@ -142,7 +143,7 @@ def adapters_for(source: Source, model: Any, given: Mapping[str, Any] | None) ->
     if not isinstance(given, Mapping):
         raise InputError(f"adapters is a {type(given).__name__}; give a mapping of names, e.g. {{'LoFiT': lofit}}")
     for name, adapter in given.items():
-        if isinstance(adapter, type) or not isinstance(adapter, Intervention):
+        if not attachable(adapter):
             raise InputError(
                 f"adapter {name!r} is {shown(adapter)}; give what ll.tune_offsets or ll.load_adapter returns"
             )

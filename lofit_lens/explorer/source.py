@@ -163,7 +163,8 @@ def _of_results(results: Results) -> Source:
 
 
 def _of_mapping(source: Any, info: ModelInfo | None) -> Source:
-    if isinstance(source, HeadScores | HeadSet | list):
+    listed = source if isinstance(source, list | tuple) else [source]
+    if all(isinstance(one, HeadScores | HeadSet) for one in listed):
         source = named_rankings(source)
     if not isinstance(source, Mapping):
         raise InputError(

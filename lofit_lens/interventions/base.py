@@ -81,9 +81,14 @@ def attached(model: Any, *interventions: Intervention) -> Iterator[None]:
         yield
 
 
+def attachable(adapter: Any) -> bool:
+    """Whether it can be attached; one's own method needs no more than that."""
+    return not isinstance(adapter, type) and callable(getattr(adapter, "attached", None))
+
+
 def check_adapter(adapter: Any) -> None:
     """Raise InputError unless it can be attached."""
-    if isinstance(adapter, type) or not isinstance(adapter, Intervention):
+    if not attachable(adapter):
         path = isinstance(adapter, str | Path)
         instead = f"load it first: load_adapter({str(adapter)!r})" if path else "give e.g. what tune_offsets returns"
         raise InputError(f"{shown(adapter)} is not an adapter; {instead}")

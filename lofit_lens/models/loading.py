@@ -98,7 +98,7 @@ def _on_its_class(
         tokenizer = read_tokenizer(source if tokenizer is None else tokenizer, revision if tokenizer is None else None)
         hf = _load_hf(source, revision, dtype, config, name)
         identity = weights_revision(source, revision)
-        remember_source(identity, source)
+        remember_source(name, identity, source)
     else:
         config = copy.deepcopy(hf.config)
         config.architectures = config.architectures or [type(hf).__name__]  # never saved

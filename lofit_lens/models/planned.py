@@ -11,7 +11,7 @@ from lofit_lens.models.as_hooked import hooked_config, on_hooked
 from lofit_lens.models.identity import weights_revision
 from lofit_lens.models.info import ModelInfo
 from lofit_lens.models.loading import BACKENDS, read_tokenizer
-from lofit_lens.models.sources import at_commit, located, read_config
+from lofit_lens.models.sources import at_commit, located, read_config, remember_source
 from lofit_lens.models.tokens import chosen_rules
 
 
@@ -52,6 +52,7 @@ def planned_info(
         on, _ = on_hooked(lambda: hooked_config(config, source, wanted), config, source, name=called, backend=backend)
         bos = _puts_bos(source, commit, prepend_bos)
         identity = weights_revision(source, commit)
+        remember_source(called, identity, source)
     shape = _shape(config) if on is None else (on.n_layers, on.n_heads, on.d_model, on.d_vocab)
     n_layers, n_heads, d_model, d_vocab = map(int, shape)
     return ModelInfo(

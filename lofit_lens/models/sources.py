@@ -63,13 +63,13 @@ def located(name_or_path: str | Path) -> tuple[str | Path, str]:
     return path, name
 
 
-_read: dict[str, str | Path] = {}  # revision of local weights -> where this process has read them
+_read: dict[tuple[str, str], str | Path] = {}  # name and revision of local weights -> where this process has read them
 
 
-def remember_source(revision: str | None, source: str | Path) -> None:
+def remember_source(name: str, revision: str | None, source: str | Path) -> None:
     """Keep in mind where weights lie, for this process alone: records hold names, and no paths."""
     if revision is not None and Path(source).is_dir():
-        _read[revision] = source
+        _read[name, revision] = source
 
 
 def source_of(name: str, revision: str | None) -> str | Path:
@@ -78,8 +78,8 @@ def source_of(name: str, revision: str | None) -> str | Path:
     Raises:
         ModelError: it was a local folder, and this process does not know where that is.
     """
-    if revision in _read:
-        return _read[revision]
+    if revision is not None and (name, revision) in _read:  # by both: a copy may have another configuration
+        return _read[name, revision]
     checksum = revision if revision is not None and ":" in revision else ""  # not a commit
     if checksum and name not in OURS and not Path(name).exists():
         raise ModelError(

@@ -48,22 +48,22 @@ class TokenRules:
 
 
 def rules_of(tokenizer: Any) -> TokenRules:
-    """The rules kept on a tokenizer, or what it does by itself."""
-    kept = getattr(tokenizer, _KEPT, None)
-    if isinstance(kept, TokenRules):
-        return kept
+    """The rules kept on a tokenizer, or what it does by itself. An end token that was set since then counts."""
+    if has_rules(tokenizer):
+        rules, eos_then = getattr(tokenizer, _KEPT)
+        return rules if tokenizer.eos_token_id == eos_then else replace(rules, eos=tokenizer.eos_token_id)
     own = _own_front(tokenizer)
     return TokenRules(own, own, tokenizer.eos_token_id)
 
 
 def keep_rules(tokenizer: Any, rules: TokenRules) -> None:
     """Keep rules on a tokenizer, for all who encode with it."""
-    setattr(tokenizer, _KEPT, rules)
+    setattr(tokenizer, _KEPT, (rules, tokenizer.eos_token_id))
 
 
 def has_rules(tokenizer: Any) -> bool:
     """Whether rules are kept on a tokenizer."""
-    return isinstance(getattr(tokenizer, _KEPT, None), TokenRules)
+    return getattr(tokenizer, _KEPT, None) is not None
 
 
 def chosen_rules(tokenizer: Any, prepend_bos: bool | None, n_vocab: int | None = None) -> TokenRules:
@@ -99,7 +99,9 @@ def rules_before_lens(tokenizer: Any, n_vocab: int) -> TokenRules:
             "the files of this model's tokenizer cannot be read again, so that it is not known whether it puts BOS in front by "
             "itself; BOS is put there, as TransformerLens does. load_model(hf_model, tokenizer=...) knows"
         )
-    return replace(rules_of(tokenizer if original is None else original), n_vocab=n_vocab)
+    rules = replace(rules_of(tokenizer if original is None else original), n_vocab=n_vocab)
+    # TransformerLens sets an end token where there is none; another one than the files' was set by the user.
+    return rules if rules.eos is None else replace(rules, eos=tokenizer.eos_token_id)
 
 
 def _own_front(tokenizer: Any) -> tuple[int, ...]:

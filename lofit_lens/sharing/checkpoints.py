@@ -28,7 +28,7 @@ class Checkpoint:
 
     Attributes:
         folder: that holds its files.
-        name: as given: a folder, a hub id, or `"organism"`.
+        name: a hub id, a folder's own name, or `"organism"`.
         revision: the hub's commit, or a checksum of a local folder's weights.
         config: `config.json` as it stands, but for `architectures`: where it names none, the class of its `model_type`.
         where: tensor -> name of its file.
