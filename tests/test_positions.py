@@ -15,6 +15,7 @@ from lofit_lens.models import (
     logits_of,
     positions_of,
 )
+from lofit_lens.models.positions import names_of
 
 NAMES = ("all", "answer", "predicting", "last", "f3+l2", "f0+l2", "f3+l0")
 # Rows of masks: "." padding, "0" left alone, "1" edited.
