@@ -255,7 +255,7 @@ def test_the_state_of_other_runs_is_refused(bridge_llama, tmp_path):
 
 def test_no_run_is_refused(bridge_llama):
     """By name."""
-    with pytest.raises(InputError, match="no run"):
+    with pytest.raises(InputError, match=r"runs is \[\]; give one or more"):
         tune_many(bridge_llama, [], progress=False)
 
 

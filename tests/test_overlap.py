@@ -265,7 +265,7 @@ def test_agreement_of_short_rankings_and_of_all_pairs():
     assert stacked[stacked.pair == "full & short"].shared.tolist() == [1, 2]
     with pytest.raises(InputError, match="from 1 to 3"):
         agreement_by_k(full, short, [4])
-    with pytest.raises(InputError, match="ks is empty"):
+    with pytest.raises(InputError, match=r"ks is \[\]; give numbers of heads from 1 to 3"):
         agreement_by_k(full, short, [])
     with pytest.raises(InputError, match="give shape="):
         agreement_by_k(short, short)

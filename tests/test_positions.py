@@ -15,6 +15,7 @@ from lofit_lens.models import (
     logits_of,
     positions_of,
 )
+from lofit_lens.models.positions import names_of
 
 NAMES = ("all", "answer", "predicting", "last", "f3+l2", "f0+l2", "f3+l0")
 # Rows of masks: "." padding, "0" left alone, "1" edited.
@@ -251,9 +252,10 @@ def test_what_is_told_sees_the_layout_and_comes_and_goes(llama):
 def test_what_is_declared_is_listed_while_it_holds(llama):
     """Two of the same name count as two."""
     answer = Positions.parse("answer")
-    with declared(llama, answer), declared(llama, ALL):
-        with pytest.raises(_Fails) as e, declared(llama, answer):
-            raise _Fails(positions_of(llama))
-        assert e.value.args == ((answer, ALL, answer),)
+    with declared(llama, answer, "one"), declared(llama, ALL, "other"):
+        with pytest.raises(_Fails) as e, declared(llama, answer, "one"):
+            raise _Fails(positions_of(llama), names_of(llama))
+        assert e.value.args == ((answer, ALL, answer), ("one", "other", "one"))
         assert sorted(map(str, positions_of(llama))) == ["all", "answer"]
-    assert positions_of(llama) == ()
+        assert sorted(names_of(llama)) == ["one", "other"]
+    assert positions_of(llama) == names_of(llama) == ()

@@ -364,7 +364,7 @@ def test_the_best_layers_come_first():
     found = vectors([0.5, 0.9, 0.9, 1.0])
     assert found.top_layers(3) == (7, 2, 4)
     for k in (0, 5):
-        with pytest.raises(InputError, match=f"{k} layers asked for; there are vectors of 4"):
+        with pytest.raises(InputError, match=f"k is {k}; give 1 to 4"):
             found.top_layers(k)
 
 

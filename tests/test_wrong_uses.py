@@ -1,6 +1,7 @@
 """Wrong uses of the Python API: each gets one clear error, or does what was plainly meant."""
 
 import copy
+import re
 
 import numpy as np
 import pandas as pd
@@ -145,8 +146,8 @@ def test_what_is_no_adapter_is_refused(call, model):
 
 
 def test_an_adapter_in_a_later_place_is_a_clear_error(model, lofit):
-    """evaluate(model, task, lofit): Python itself says that there are two places."""
-    with pytest.raises(TypeError, match="takes 2 positional arguments"):
+    """evaluate(model, task, lofit): the error says how an adapter is evaluated."""
+    with pytest.raises(InputError, match=r"given a Lofit as well; .*with adapter.attached\(model\)"):
         ll.evaluate(model, TASK, lofit)
     with pytest.raises(InputError, match="lofit is a HeadScores; give a LoFiT adapter"):
         ll.analysis.leave_one_out(model, TASK, SCORES, **QUIET)
@@ -299,7 +300,8 @@ def test_a_count_is_a_whole_number_of_one_or_more(name, call, model):
     """Each wrong number is refused with its value."""
     for wrong in WRONG_NUMBERS:
         if not (wrong is None and name.split()[-1] in MAY_BE_NONE):
-            with pytest.raises(InputError, match=r"whole number|K = "):
+            said = "give [12] (or more|to )" if type(wrong) is int else "give a whole number"
+            with pytest.raises(InputError, match=rf"{re.escape(repr(wrong))}; {said}|K (= 0|= -1|must be)"):
                 call(model, wrong)
 
 

@@ -69,9 +69,13 @@ def generate(
     """
     backend_of(model)
     check_whole(1, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    wanted = "give a text, a list of texts, or messages of a conversation"
     if isinstance(prompts, bytes | Mapping) or not isinstance(prompts, Iterable):
-        raise InputError(f"prompts is {shown(prompts)}; give a text, a list of texts, or messages of a conversation")
+        raise InputError(f"prompts is {shown(prompts)}; {wanted}")
     given = [prompts] if isinstance(prompts, str) else list(prompts)
+    for i, prompt in enumerate(given):
+        if isinstance(prompt, bytes) or not isinstance(prompt, str | Sequence | Mapping):
+            raise InputError(f"prompts holds {shown(prompt)} at place {i}; {wanted}")
     messages = any(isinstance(p, Mapping) for p in given)  # of one conversation
     single = isinstance(prompts, str) or messages
     listed = [_prompt(p, chat, system) for p in ([given] if messages else given)]
