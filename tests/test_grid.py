@@ -408,4 +408,4 @@ def test_trackers_read_what_trains(bridge_llama, tmp_path, monkeypatch, broken, 
     assert len(Reader.started) == (1 if broken and together == 1 else 3)
     assert all("LoFiT" in name for name in Reader.started)
     if not broken:
-        assert all(reader.steps > 0 and set(reader.metrics) == {"em"} for reader in made)
+        assert all(reader.steps > 0 and set(reader.metrics) == {"em", "contains"} for reader in made)
