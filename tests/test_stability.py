@@ -65,9 +65,9 @@ def test_mean_spearman_by_hand():
 
 def test_bad_input():
     """One run, other models, no K, a K above the model, no runs."""
-    with pytest.raises(InputError, match="[01] runs given; give 2 or more"):
+    with pytest.raises(InputError, match=r"[01] runs given; give 2 or more"):
         stability([A])
-    with pytest.raises(InputError, match="[01] runs given; give 2 or more"):
+    with pytest.raises(InputError, match=r"[01] runs given; give 2 or more"):
         mean_spearman([])
     with pytest.raises(InputError, match="different models"):
         stability([A, HeadScores([[1, 2]])])

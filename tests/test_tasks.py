@@ -267,7 +267,10 @@ def test_splits_and_limits():
         task.examples("tests")
     with pytest.raises(InputError, match="limit is 0; give 1 or more"):
         task.examples("test", limit=0)
-    for n, said in ((0, "n_train is 0; give 1 or more"), (41, "41 training examples asked for; t has 40, so give 1 to 40")):
+    for n, said in (
+        (0, "n_train is 0; give 1 or more"),
+        (41, "41 training examples asked for; t has 40, so give 1 to 40"),
+    ):
         with pytest.raises(InputError, match=said):
             task.training_examples(n=n)
 
