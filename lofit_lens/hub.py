@@ -88,11 +88,16 @@ def read_at(name: str, revision: str | None) -> Iterator[str | None]:
     says so: Hugging Face would ask for every file, which takes minutes.
 
     Raises:
-        InputError: no such repository or revision, no access, or no connection and nothing in the cache.
+        InputError: no id of a repository, no such repository or revision, no access, or no connection and nothing in the cache.
     """
     from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+    try:
+        validate_repo_id(name)
+    except HFValidationError as e:
+        raise InputError("it is neither a folder nor the id of a repository on the hub (user/repo)") from e
     file = try_to_load_from_cache(name, "config.json", revision=revision)
     kept = Path(file).parent.name if isinstance(file, str) else None
     if constants.HF_HUB_OFFLINE or (kept and kept == revision):

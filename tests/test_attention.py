@@ -125,7 +125,7 @@ def test_bad_requests_say_what_to_give(bridge_llama, patterns):
         attention_patterns(bridge_llama, ["x", "x " * 2100], HEADS)
     with pytest.raises(InputError, match="no pattern of head L1H1"):
         attention_figure(patterns, "L1H1")
-    with pytest.raises(InputError, match="no prompt 1"):
+    with pytest.raises(InputError, match="prompt is 1; give 0 to 0"):
         attention_html(patterns, 1)
     with pytest.raises(InputError, match="no head to show"):
         attention_html(patterns, 0, [])

@@ -194,7 +194,7 @@ def test_the_files(checkpoint, exported, tmp_path):
     assert {key: config[key] for key in wanted} == wanted
     record = json.loads((folder / RECORD).read_text())
     assert record["base"] == {
-        "name": str(checkpoint("llama")), "revision": lofit.meta.model.revision, "architecture": "LlamaForCausalLM"
+        "name": checkpoint("llama").name, "revision": lofit.meta.model.revision, "architecture": "LlamaForCausalLM"
     }  # fmt: skip
     assert record["adapter"]["method"] == "lofit"
     assert record["verified"]["error"] < 1e-5 < record["verified"]["effect"]

@@ -273,7 +273,7 @@ def test_generate_takes_chats_and_conversations(model):
     assert by_text != generate(model, SAID, max_new_tokens=6)
     with_system = generate(model, SAID, system=SYSTEM, max_new_tokens=6)
     assert with_system == generate(model, user(SAID, SYSTEM), max_new_tokens=6) != by_text
-    with pytest.raises(DataError, match="must be a list like"):
+    with pytest.raises(InputError, match="give a text, a list of texts, or messages of a conversation"):
         generate(model, user(SAID)[0])
 
 

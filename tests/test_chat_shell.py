@@ -189,7 +189,7 @@ def test_a_grid_whose_model_has_no_template_is_not_begun(checkpoint, own_task):
 def test_the_verb_puts_a_grid_into_a_chat(capsys, monkeypatch, chatty, own_task, tmp_path):
     """All its tasks; a name only for one model."""
     file = tmp_path / "g.yaml"
-    file.write_text(json.dumps(json.loads(grid_of(chatty, own_task).model_dump_json())))
+    file.write_text(grid_of(chatty, own_task).model_dump_json(exclude_unset=True))
     asked = ("grid", file, "--dry-run", "--json", "--store", tmp_path / "s")
     plain = json.loads(run(capsys, monkeypatch, *asked)[1])
     code, out, err = run(capsys, monkeypatch, *asked, "--chat", "--prepend-bos", "--name", "mine")

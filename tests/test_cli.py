@@ -105,7 +105,7 @@ def test_switches_for_memory_reach_training_and_change_nothing(capsys, monkeypat
         (("tune", "-t", "TASK", "--heads", "L1"), "'L1' is not a head"),
         (("tune", "-t", "TASK", "--heads", "none.json"), "no head file none.json"),
         (("eval", "-t", "TASK", "--split", "dev"), "unknown split 'dev'"),
-        (("eval", "-t", "TASK", "--limit", "0"), "a limit of 0 rows"),
+        (("eval", "-t", "TASK", "--limit", "0"), "limit is 0; give 1 or more"),
         (("eval", "-t", "TASK", "--adapter", "nowhere"), "nowhere is not an adapter folder"),
         (("select", "-t", "mquake", "--data-dir", "nowhere"), "no data folder nowhere"),
     ],
@@ -120,7 +120,7 @@ def test_bad_input_is_one_line_and_exit_2(capsys, monkeypatch, llama, own_task, 
         args += ["--device", "cpu"]
     code, _, err = run(capsys, monkeypatch, *args)
     assert code == 2, err
-    assert f"error: {message.replace('MODEL', str(llama))}" in err
+    assert f"error: {message.replace('MODEL', llama.name)}" in err
     assert len(err.strip().splitlines()) == 1
     assert not out.exists()
 

@@ -119,7 +119,8 @@ def test_eval_counts_items_that_are_too_long_as_wrong(shell):
     assert "--too-long wrong" in err
     code, out, err = shell("eval", "--task", "LONG", "--too-long", "wrong", "--json")
     record = document(out)
-    assert (code, record["counted"]) == (0, {"too long, counted as wrong": 1})
+    repeats = {"test: rows that repeat a training row's prompt": 3}
+    assert (code, record["counted"]) == (0, repeats | {"too long, counted as wrong": 1})
     assert (record["metrics"]["mc1"]["n"], record["config"]["too_long"]) == (3, "wrong")
     assert "too long, counted as wrong: 1" in err
 
@@ -226,8 +227,8 @@ def test_damage_prints_a_table(shell, tmp_path):
     ("args", "message"),
     [
         (("eval", "-t", "TASK", "--form", "options"), "task has one form; leave form out (got 'options')"),
-        (("eval", "-t", "TASK", "--too-long", "skip"), "too_long is 'skip'; allowed: error, wrong"),
-        (("eval", "-t", "TASK", "--batch-size", 0), "batch_size (0) must be 1 or above"),
+        (("eval", "-t", "TASK", "--too-long", "skip"), "unknown too_long 'skip'; allowed: error, wrong"),
+        (("eval", "-t", "TASK", "--batch-size", 0), "batch_size is 0; give 1 or more"),
         (("eval", "-t", "TASK", "--source", "hub"), "it takes no fold, no data_dir and no source"),
         (("damage", "-a", "ADAPTER", "--text", "nowhere.txt"), "unknown text 'nowhere.txt'; allowed: wikitext, organism"),
         (("damage", "-a", "ADAPTER", "--text", "organism", "--limit", 0), "limit is 0; give 1 or more"),
@@ -244,11 +245,16 @@ def test_bad_values_are_one_line_and_exit_2(shell, args, message):
     assert message in last
 
 
-def test_a_token_budget_of_zero_is_a_usage_error(shell):
-    """The shell's own check: exit 2, and the option is named."""
-    code, out, err = shell("eval", "-t", "TASK", "--token-budget", 0)
+@pytest.mark.parametrize(
+    ("args", "option"),
+    [(("eval", "-t", "TASK", "--token-budget", 0), "--token-budget"), (("compare", "x", "y", "--seed", -1), "--seed")],
+)
+def test_a_number_out_of_range_is_a_usage_error(shell, args, option):
+    """The shell's own check: exit 2, and the option is named with its range."""
+    code, out, err = shell(*args)
     assert (code, out) == (2, "")
-    assert "--token-budget" in err
+    assert f"Invalid value for '{option}'" in err
+    assert f"greater than or equal to {args[-1] + 1}" in " ".join(err.replace("│", "").split())
 
 
 @pytest.mark.parametrize(
@@ -260,7 +266,6 @@ def test_a_token_budget_of_zero_is_a_usage_error(shell):
         ("bare", ("--metric", "em"), "metric 'em' is not in all results; they share mc1, mc2, mc3"),
         ("bare", ("--test", "t"), "unknown test 't'; allowed: bootstrap, permutation"),
         ("bare", ("--alternative", "more"), "unknown alternative 'more'"),
-        ("bare", ("--seed", -1), "seed is -1"),
         (",", (), "no result given"),
     ],
 )

@@ -55,7 +55,7 @@ def test_there_and_back(capsys, monkeypatch, adapter, bridge_llama, tmp_path):
     assert back.heads.heads == lofit.heads.heads
 
 
-def test_every_other_form(capsys, monkeypatch, adapter, bridge_llama, tmp_path):
+def test_every_other_form(capsys, monkeypatch, adapter, bridge_llama, checkpoint, tmp_path):
     """PEFT's folder; AISteer360's file and back, to the bit; ITI's dictionary of an ITI adapter and back."""
     for form, name in (("--peft", "peft"), ("--svec", "a.svec")):
         code, out, err = run(capsys, monkeypatch, "export", adapter, form, "--out", tmp_path / name)
@@ -72,14 +72,14 @@ def test_every_other_form(capsys, monkeypatch, adapter, bridge_llama, tmp_path):
     iti.save_pretrained(tmp_path / "iti")
     code, _, err = run(capsys, monkeypatch, "export", tmp_path / "iti", "--iti", "--out", tmp_path / "a.json")
     assert code == 0, err
-    args = ("import", tmp_path / "a.json", "--model", iti.meta.model.name, "--alpha", 3, "--out", tmp_path / "again")
+    args = ("import", tmp_path / "a.json", "--model", checkpoint("llama"), "--alpha", 3, "--out", tmp_path / "again")
     code, _, err = run(capsys, monkeypatch, *args)
     assert code == 0, err
     back = ll.load_adapter(tmp_path / "again")
     assert all(torch.equal(back.shift(layer), iti.shift(layer)) for layer in range(3))
 
 
-def test_another_tools_file(capsys, monkeypatch, bridge_llama, tmp_path):
+def test_another_tools_file(capsys, monkeypatch, checkpoint, tmp_path):
     """A .svec without our record: the model gives the shape, --k how many heads of the best accuracies."""
     rows = torch.randn(2, 4, 8).tolist()
     accuracies = {f"{layer}:{head}": 0.5 + (layer + head) / 10 for layer in (0, 2) for head in range(4)}
@@ -88,15 +88,14 @@ def test_another_tools_file(capsys, monkeypatch, bridge_llama, tmp_path):
     args = ("import", tmp_path / "their.svec", "--k", 2, "--alpha", 3, "--out", tmp_path / "a")
     code, _, err = run(capsys, monkeypatch, *args)
     assert (code, "shape" in err) == (2, True), err
-    code, _, err = run(capsys, monkeypatch, *args, "--model", ll.model_info(bridge_llama).name)
+    code, _, err = run(capsys, monkeypatch, *args, "--model", checkpoint("llama"))
     assert code == 0, err
     assert [str(h) for h in ll.load_adapter(tmp_path / "a").heads] == ["L2H3", "L2H2"]
 
 
-def test_the_hub(capsys, monkeypatch, remote, adapter, own_task, bridge_llama, tmp_path):
+def test_the_hub(capsys, monkeypatch, remote, adapter, own_task, checkpoint, tmp_path):
     """Pushed with what an evaluation found, used from there by name and revision; other weights are refused unless asked for."""
-    name = ll.model_info(bridge_llama).name
-    common = ("--task", own_task, "--model", name, "--device", "cpu")
+    common = ("--task", own_task, "--model", checkpoint("llama"), "--device", "cpu")
     code, _, err = run(capsys, monkeypatch, "eval", *common, "--adapter", adapter, "--out", tmp_path / "e")
     assert code == 0, err
     push = ("export", adapter, "--hub", "ann/caps", "--result", tmp_path / "e", "--licence", "mit")

@@ -159,8 +159,8 @@ def test_nothing_stays_attached(llama, unchecked, fails):
         ({"batch_size": 0}, "batch_size is 0; give 1 or more"),
         ({"limit": 0}, "limit is 0; give 1 or more"),
         ({"limit": -3}, "limit is -3; give 1 or more"),
-        ({"interventions": []}, "no intervention given"),
-        ({"texts": "Ann asked her son"}, "texts is one text, 'Ann asked her son'; give a list"),
+        ({"interventions": []}, "no adapter given"),
+        ({"texts": "Ann asked her son"}, "texts is 'Ann asked her son'; give a list of texts"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(bridge_llama, options, message):

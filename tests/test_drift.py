@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from lofit_lens import HeadSet, Lofit, RepE
 from lofit_lens.analysis.drift import MEASURES, Running, compare, drift
 from lofit_lens.errors import DataError, InputError
 from lofit_lens.models import hook_z, hooked
+from lofit_lens.models.tokens import keep_rules, rules_of
 from tests import planted_truth, tiny
 from tests.adapters import edited, output_projection, random_adapter
 from tests.blocks import streams
@@ -164,9 +166,10 @@ def test_nothing_stays_behind_and_bad_requests_are_refused(llama):
         drift(llama, lofit, TEXTS, limit=0)
     with pytest.raises(InputError, match="ends is 0"):
         drift(llama, lofit, TEXTS, ends=0)
-    llama.tokenizer.bos_token, kept = None, llama.tokenizer.bos_token
+    kept = rules_of(llama.tokenizer)
+    keep_rules(llama.tokenizer, replace(kept, front=()))
     try:
         with pytest.raises(DataError, match="text 1 has no token"):
             drift(llama, lofit, ["x", ""], progress=False)
     finally:
-        llama.tokenizer.bos_token = kept
+        keep_rules(llama.tokenizer, kept)

@@ -22,7 +22,7 @@ SCHEMA = 2
 # What a record holds about an adapter's origin, and of which kind it is.
 _PROVENANCE = {
     "task": str, "data_hash": str, "n_train": int | None, "seed": int | None, "config": dict, "versions": dict,
-    "history": list,
+    "history": list, "attached": list,
 }  # fmt: skip
 _BASE_MODEL = {
     "name": str, "revision": str | None, "backend": str, "processed": bool, "dtype": str, "n_layers": int, "n_heads": int,
@@ -134,7 +134,10 @@ def read_base_model(record: Mapping[str, Any]) -> ModelInfo | None:
 
 def check_provenance(record: Mapping[str, Any]) -> None:
     """KeyError or ValueError unless what a record says about an adapter's origin is of the kinds that are written."""
+    record = {"attached": [], **record}  # older files do not say
     _check_types(record, _PROVENANCE, "the record")
+    if not all(isinstance(name, str) for name in record["attached"]):
+        raise ValueError(f"attached of the record is {record['attached']!r}")
     for metric in record.get("metrics", []):
         _check_types(metric, _METRIC, "metrics")
         between = metric["interval"]

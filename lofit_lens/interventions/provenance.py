@@ -54,7 +54,7 @@ def meta_of(record: Mapping[str, Any], source: str = "") -> AdapterMeta:
     return AdapterMeta(
         read_base_model(record), record["task"], record["data_hash"], record["seed"], record["config"], record["versions"],
         record["history"], record["n_train"], record["metrics"] if record.get("lofit_lens_schema") != 1 else [], source,
-        list(map(str, record.get("attached", []))),
+        record.get("attached", []),
     )  # fmt: skip
 
 
