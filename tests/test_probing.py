@@ -229,7 +229,8 @@ def test_a_full_disk_is_told_before_it_is_full(temporary, monkeypatch):
     [([], {}, InputError, r"sequences is \[\]; give one or more"), ([(1,), ()], {}, DataError, "sequence 1 is empty"),
      ([(1,), (5,) * 2049], {}, DataError, "sequence 1 has 2049 tokens.* is 2048"),
      ([(1,)], {"layers": []}, InputError, "no layer.*0 to 2"), ([(1,)], {"layers": [3]}, InputError, "layers 0 to 2"),
-     ([(1,)], {"layers": [-1]}, InputError, "layer is -1; give 0 or more"), ([(1,)], {"token_budget": 0}, InputError, "token_budget is 0; give 1 or more"),
+     ([(1,)], {"layers": [-1]}, InputError, "layer is -1; give 0 or more"),
+     ([(1,)], {"token_budget": 0}, InputError, "token_budget is 0; give 1 or more"),
      ([(1,)], {"what": "logits"}, InputError, "allowed: z, resid")],
 )  # fmt: skip
 def test_a_bad_request_is_named(bridge_llama, unchecked, sequences, changes, error, message):

@@ -262,9 +262,11 @@ def test_a_bar_can_be_seen_or_not(bridge_llama, capsys, name):
 
 def test_wrong_numbers_are_named(bridge_llama):
     """Each names what was given and what is allowed."""
-    for settings in ({"batch_size": 0}, {"beta": 0.0}, {"beta": float("nan")}):
-        with pytest.raises(InputError, match=rf"{next(iter(settings))} is .*; it must be"):
+    for settings, allowed in (
+        ({"batch_size": 0}, "give 1"), ({"beta": 0.0}, "it must be"), ({"beta": float("nan")}, "give a finite number")
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=rf"{next(iter(settings))} is .*; {allowed}"):
             attribution_scores(bridge_llama, SFT, progress=False, **settings)
     for settings in ({"batch_size": 0}, {"n_prompts": 0}, {"n_shots": 0}):
-        with pytest.raises(InputError, match=rf"{next(iter(settings))} is 0; it must be 1 or above"):
+        with pytest.raises(InputError, match=rf"{next(iter(settings))} is 0; give 1 or more"):
             patching_scores(bridge_llama, SFT, progress=False, **settings)

@@ -215,7 +215,7 @@ def test_other_methods_learn_what_the_plain_path_teaches_them(bridge_llama, meth
 
 def test_a_budget_below_one_is_refused():
     """By its value."""
-    with pytest.raises(InputError, match="token budget of 0"):
+    with pytest.raises(InputError, match="token_budget is 0; give 1 or more"):
         Passes(0)
 
 

@@ -1,6 +1,5 @@
 """AISteer360's steering vectors: bit-equal round trips, what its own rules make of a file, other tools' files, and refusals."""
 
-import dataclasses
 import json
 import logging
 import pickle
@@ -13,7 +12,7 @@ from lofit_lens import HeadScores, HeadSet, Lofit
 from lofit_lens.errors import AdapterError, DataError, InputError
 from lofit_lens.interventions import HeadAblation
 from lofit_lens.interventions.base import AdapterMeta
-from lofit_lens.models import ModelInfo, logits_of, model_info
+from lofit_lens.models import ModelInfo, logits_of, model_info, source_of
 from lofit_lens.sharing.svec import export_svec, import_svec
 from tests.adapters import CHOSEN, output_projection, random_adapter
 from tests.test_iti import random_iti, small
@@ -74,14 +73,15 @@ def test_a_round_trip_is_bit_equal(tmp_path, make, heads):
 
 
 def test_the_base_model_stays_in_it(bridge_llama, tmp_path):
-    """The adapter that is read knows the model it was made for, a folder by its last name; its type was read there."""
+    """The adapter that is read knows the model it was made for, a folder by its last name alone; its type was read there."""
     adapter = random_iti(bridge_llama)
     file = export_svec(adapter, tmp_path / "x.svec")
     assert json.loads(file.read_text())["model_type"] == "llama"
     made_for = model_info(bridge_llama)
-    assert Path(made_for.name).is_absolute()
-    assert import_svec(file).meta.model == dataclasses.replace(made_for, name=Path(made_for.name).name)
-    assert str(Path(made_for.name).parent) not in file.read_text()
+    assert import_svec(file).meta.model == made_for
+    folder = Path(source_of(made_for.name, made_for.revision))
+    assert (folder.is_absolute(), folder.name) == (True, made_for.name)
+    assert str(folder.parent) not in file.read_text()
     assert "platform" not in json.loads(file.read_text())["meta"]["lofit_lens"]["record"]["versions"]
 
 

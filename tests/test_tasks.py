@@ -265,10 +265,13 @@ def test_splits_and_limits():
     assert len(task.examples("test", limit=99)) == 3
     with pytest.raises(InputError, match=r"unknown split 'tests'; allowed: train, val, test. Did you mean 'test'"):
         task.examples("tests")
-    with pytest.raises(InputError, match="limit of 0"):
+    with pytest.raises(InputError, match="limit is 0; give 1 or more"):
         task.examples("test", limit=0)
-    for n in (0, 41):
-        with pytest.raises(InputError, match=f"{n} training examples"):
+    for n, said in (
+        (0, "n_train is 0; give 1 or more"),
+        (41, "41 training examples asked for; t has 40, so give 1 to 40"),
+    ):
+        with pytest.raises(InputError, match=said):
             task.training_examples(n=n)
 
 
