@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lofit_lens import io
 from lofit_lens.errors import InputError, ModelError, unknown
@@ -252,6 +253,11 @@ TOKENIZER_WANTED = (
 )
 
 
+def _within_float32(scores: Tensor) -> Tensor:
+    """Masked scores of float64 are -inf in the bridge's softmax, which is float32's; a row of nothing else would be NaN."""
+    return scores.clamp(min=torch.finfo(torch.float32).min)
+
+
 def _load_bridge(hf: Any, name: str, tokenizer: Any, dtype: torch.dtype, device: torch.device, probe: Probe) -> Any:
     """Let TransformerBridge take a Hugging Face model over, and check that it says the same as before.
 
@@ -274,6 +280,10 @@ def _load_bridge(hf: Any, name: str, tokenizer: Any, dtype: torch.dtype, device:
             )  # fmt: skip
         except Exception as e:
             raise ModelError(f"TransformerBridge cannot load {name}: {first_line(e)}") from e
+    if dtype == torch.float64:
+        for block in model.blocks:
+            if point := getattr(block.attn, "hook_attn_scores", None):
+                point.forward = _within_float32
     if changing := changing_angles(hf.config):
         logger.warning(
             "%s: texts are limited to %d tokens, since its rotary angles change beyond (rope_type %r), for all texts of a batch",

@@ -24,7 +24,7 @@ def layer_distribution(sets: Sets, *, n_layers: int | None = None, title: str = 
         InputError: no head set, an empty one, or none that knows its model.
 
     Examples:
-        >>> from lofit_lens.heads import HeadSet
+        >>> from lofit_lens import HeadSet
         >>> figure = layer_distribution({"a": HeadSet(["L0H0", "L1H2"], shape=(2, 4))})
         >>> figure.layout.xaxis.title.text
         'layer'
