@@ -99,6 +99,7 @@ def guarded(verb: Callable[..., None]) -> Callable[..., None]:
     def run(**given: Any) -> None:
         from lofit_lens.errors import InputError, TrainingDiverged
 
+        console.stderr = False  # as a verb before in this process may have left it
         try:
             _check_texts(given)
             for name, kind in bundles.items():
