@@ -183,7 +183,7 @@ def test_the_count():
 @pytest.mark.parametrize("rank", [0, 17])
 def test_ranks_that_cannot_be_are_refused(rank):
     """Below 1, above the width."""
-    with pytest.raises(InputError, match=f"rank is {rank}; it must be 1 to 16"):
+    with pytest.raises(InputError, match=f"rank is {rank}; give 1 to 16"):
         LoReft(2, 16, rank=rank)
 
 

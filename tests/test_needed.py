@@ -171,7 +171,7 @@ def test_bad_requests_say_what_to_give(model, task, lofit, unchecked):
         keep_only(model, task, lofit, draws=0)
     with pytest.raises(InputError, match="seed is -1"):
         removal(model, task, key, seed=-1)
-    with pytest.raises(InputError, match="how is 'men'"):
+    with pytest.raises(InputError, match="unknown how 'men'"):
         removal(model, task, key, how="men")
     with pytest.raises(InputError, match="L0H3 not in this adapter"):
         drop_edits(model, task, lofit, HeadSet(["L0H3"]))
