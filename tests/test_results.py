@@ -33,7 +33,7 @@ def results(study_folder):
 def test_earlier_seeds_and_draws_do_not_mix_in(study_folder, model, tmp_path):
     """A later call with fewer of both reads only those."""
     copy = shutil.copytree(study_folder, tmp_path / "study")
-    fewer = tuple(r.model_copy(update={"draws": 1}) for r in GRID.runs)
+    fewer = tuple(r.model_copy(update={"draws": 1}) if "random" in r.heads else r for r in GRID.runs)
     assert studies.run(model, copy, grid=studies.with_changes(seeds=0, runs=fewer)).computed == ()
     found = load_results(copy)
     assert list(found.lofit(KIN)["seed"]) == [0]
@@ -179,8 +179,10 @@ def test_paper_tables_repeat_the_runs(results):
     assert last.columns[-1] == "text: KL, nats a token"
     kl = last.frame[last.frame["metric"] == "kl"].set_index("tuned_on").loc[KIN, "mean"]
     assert kl == pytest.approx(results.damage(KIN).mean())
-    few = [t.name for t in paper_tables(replace_methods(results, ("LoFiT", "zero-shot")))]
-    assert few == ["table2", "table5"], "no table of methods that were not run"
+    few = paper_tables(replace_methods(results, ("LoFiT", "zero-shot")))
+    assert [t.name for t in few] == ["table1", "table2", "table5"], "no table of methods that were not run"
+    assert "random heads" in few[0].title
+    assert "ITI" not in few[0].title, "it names what ran"
     text = tables["table1"].to_latex()
     assert text.count("\\\\") == 1 + len(tables["table1"].cells)
     assert "| method | parameters |" in tables["table1"].to_markdown()
