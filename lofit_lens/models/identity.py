@@ -68,6 +68,12 @@ def fingerprint(model: Any, kind: str = "memory") -> str:
     return f"{kind}:{found.hexdigest()}"
 
 
+def file_digest(file: Path) -> str:
+    """SHA-256 of a large file, computed once a process while its size and time of change stay."""
+    stat = file.stat()
+    return _digest(file, stat.st_size, stat.st_mtime_ns)
+
+
 @functools.cache  # a grid asks for the same folder again and again
 def _digest(path: Path, size: int, changed: int) -> str:
     return io.file_digest(path)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from lofit_lens import io
 from lofit_lens.errors import InputError, ModelError
 from lofit_lens.hub import first_line, read_at
+from lofit_lens.models.identity import file_digest
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ def _dequantised(file: Path) -> Path:
     import transformers
 
     _refuse_pointer(file)
-    folder = cache_folder() / "gguf" / f"{file.stem}-{io.file_digest(file)[:16]}-{transformers.__version__}"
+    folder = cache_folder() / "gguf" / f"{file.stem}-{file_digest(file)[:16]}-{transformers.__version__}"
     if not folder.is_dir():
         with file.open("rb") as f:
             if f.read(4) != b"GGUF":
