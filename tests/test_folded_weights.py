@@ -140,8 +140,11 @@ def test_double_precision(tmp_path):
     mask = torch.ones_like(TOKENS)
     mask[0, :2] = 0
     got = logits_of(model, TOKENS, mask)
-    assert got.dtype == torch.float64 and torch.isfinite(got).all()
-    torch.testing.assert_close(got[0, 2:].float(), said(plain(base), TOKENS[:1, 2:])[0][0].float(), atol=1e-4, rtol=1e-4)
+    assert got.dtype == torch.float64
+    assert torch.isfinite(got).all()
+    torch.testing.assert_close(
+        got[0, 2:].float(), said(plain(base), TOKENS[:1, 2:])[0][0].float(), atol=1e-4, rtol=1e-4
+    )
     offsets = drawn(base, A=0.0)
     carried = tensors(export_peft(offsets, tmp_path / "peft", device="cpu"))
     assert {t.dtype for t in carried.values()} == {torch.float32}
