@@ -8,75 +8,112 @@
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lofit_lens.evaluation import Damage, EvalResult, compare, damage, evaluate, generate, over_seeds
-from lofit_lens.heads import Head, HeadScores, HeadSet
-from lofit_lens.interventions import (
-    ITI,
-    ContrastVectors,
-    Intervention,
-    Lofit,
-    Lora,
-    LoReft,
-    Red,
-    RepE,
-    attached,
-    edit_z,
-    load_adapter,
-    load_lora,
-)
-from lofit_lens.models import Positions, load_model, model_info
-from lofit_lens.organism import tasks as _organism_tasks  # registers organism/...
-from lofit_lens.tasks import Task, load_task
-from lofit_lens.training import (
-    PLAIN,
-    LofitRun,
-    Passes,
-    Preset,
-    TrainConfig,
-    fit,
-    learned_scores,
-    preset,
-    select_heads,
-    tune_many,
-    tune_offsets,
-    tune_scalings,
-)
+if TYPE_CHECKING:
+    from lofit_lens.evaluation import Damage, EvalResult, compare, damage, evaluate, generate, over_seeds
+    from lofit_lens.experiments.comparison import compare_methods, compare_selectors
+    from lofit_lens.experiments.grid import run_grid
+    from lofit_lens.experiments.paper import paper_grid
+    from lofit_lens.experiments.results import load_results
+    from lofit_lens.experiments.specs import Grid, read_grid
+    from lofit_lens.experiments.tuning import tune_method
+    from lofit_lens.explorer import explore
+    from lofit_lens.heads import Head, HeadScores, HeadSet
+    from lofit_lens.interventions import (
+        ITI,
+        ContrastVectors,
+        Intervention,
+        Lofit,
+        Lora,
+        LoReft,
+        Red,
+        RepE,
+        attached,
+        edit_z,
+        load_adapter,
+        load_lora,
+    )
+    from lofit_lens.models import Positions, load_model, model_info
+    from lofit_lens.probing import fit_probes, probe_heads, reading_vectors
+    from lofit_lens.sharing import (
+        export_folded,
+        export_iti,
+        export_peft,
+        export_svec,
+        import_folded,
+        import_iti,
+        import_lofit,
+        import_svec,
+    )
+    from lofit_lens.tasks import Task, load_task
+    from lofit_lens.training import (
+        PLAIN,
+        LofitRun,
+        Passes,
+        Preset,
+        TrainConfig,
+        fit,
+        learned_scores,
+        preset,
+        select_heads,
+        tune_many,
+        tune_offsets,
+        tune_scalings,
+    )
+    from lofit_lens.training.counts import parameter_counts
 
-del _organism_tasks
-
-
-_PARTS = ("analysis", "experiments", "plots", "probing", "report", "sharing")
-_LATER = {
-    "Grid": "experiments.specs", "compare_methods": "experiments.comparison", "compare_selectors": "experiments.comparison",
-    "explore": "explorer",
-    "export_folded": "sharing", "export_iti": "sharing", "export_peft": "sharing", "export_svec": "sharing",
-    "fit_probes": "probing", "import_folded": "sharing", "import_iti": "sharing", "import_lofit": "sharing",
-    "import_svec": "sharing", "load_results": "experiments.results", "paper_grid": "experiments.paper",
-    "parameter_counts": "training.counts", "probe_heads": "probing", "read_grid": "experiments.specs",
-    "reading_vectors": "probing", "run_grid": "experiments.grid", "tune_method": "experiments.tuning",
-}  # fmt: skip
+_PARTS = (
+    "analysis", "evaluation", "experiments", "explorer", "heads", "interventions", "models", "organism", "plots", "probing",
+    "report", "sharing", "tasks", "training",
+)  # fmt: skip
+_HOMES = {
+    "evaluation": "Damage EvalResult compare damage evaluate generate over_seeds",
+    "experiments.comparison": "compare_methods compare_selectors",
+    "experiments.grid": "run_grid",
+    "experiments.paper": "paper_grid",
+    "experiments.results": "load_results",
+    "experiments.specs": "Grid read_grid",
+    "experiments.tuning": "tune_method",
+    "explorer": "explore",
+    "heads": "Head HeadScores HeadSet",
+    "interventions": (
+        "ITI ContrastVectors Intervention LoReft Lofit Lora Red RepE attached edit_z load_adapter load_lora"
+    ),
+    "models": "Positions load_model model_info",
+    "probing": "fit_probes probe_heads reading_vectors",
+    "sharing": "export_folded export_iti export_peft export_svec import_folded import_iti import_lofit import_svec",
+    "tasks": "Task load_task",
+    "training": (
+        "PLAIN LofitRun Passes Preset TrainConfig fit learned_scores preset select_heads tune_many tune_offsets tune_scalings"
+    ),
+    "training.counts": "parameter_counts",
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> Any:
-    """Parts that need scikit-learn, plotly or peft are read when they are first asked for."""
+    """Everything is read when it is first asked for: torch, transformers and the like are slow to import."""
+    if name in _HOME:
+        globals()[name] = found = getattr(importlib.import_module(f"lofit_lens.{_HOME[name]}"), name)
+        return found
     if name in _PARTS:
         return importlib.import_module(f"lofit_lens.{name}")
-    if name in _LATER:
-        return getattr(importlib.import_module(f"lofit_lens.{_LATER[name]}"), name)
     raise AttributeError(f"module 'lofit_lens' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_LATER, *_PARTS})
+    return sorted({*globals(), *_HOME, *_PARTS})
 
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "ITI", "PLAIN", "ContrastVectors", "Damage", "EvalResult", "Head", "HeadScores", "HeadSet", "Intervention", "LoReft", "Lofit",
-    "LofitRun", "Lora", "Passes", "Positions", "Preset", "Red", "RepE", "Task", "TrainConfig", "attached", "compare", "damage",
-    "edit_z", "evaluate", "fit", "generate", "learned_scores", "load_adapter", "load_lora", "load_model", "load_task",
-    "model_info", "over_seeds", "preset", "select_heads", "tune_many", "tune_offsets", "tune_scalings",
+    "ITI", "PLAIN", "ContrastVectors", "Damage", "EvalResult", "Grid", "Head", "HeadScores", "HeadSet", "Intervention", "LoReft",
+    "Lofit", "LofitRun", "Lora", "Passes", "Positions", "Preset", "Red", "RepE", "Task", "TrainConfig", "attached", "compare",
+    "compare_methods", "compare_selectors", "damage", "edit_z", "evaluate", "explore", "export_folded", "export_iti",
+    "export_peft", "export_svec", "fit", "fit_probes", "generate", "import_folded", "import_iti", "import_lofit", "import_svec",
+    "learned_scores", "load_adapter", "load_lora", "load_model", "load_results", "load_task", "model_info", "over_seeds",
+    "paper_grid", "parameter_counts", "preset", "probe_heads", "read_grid", "reading_vectors", "run_grid", "select_heads",
+    "tune_many", "tune_method", "tune_offsets", "tune_scalings",
 ]  # fmt: skip

@@ -21,7 +21,7 @@ from lofit_lens.models import (
     running,
     tokenizer_of,
 )
-from lofit_lens.models.gathered import HookedEntry, joined
+from lofit_lens.models.gathered import HookedEntry, Kept
 from lofit_lens.tasks import load_task
 from lofit_lens.tasks.collate import encode_continuations
 from tests import slow, tiny
@@ -361,19 +361,42 @@ def test_joined_is_index_then_cat(rows, learns):
     """Chosen rows followed by the new ones, whichever way they are copied, and with gradients where they are wanted."""
     source = torch.randn(3 if rows != [0, 0, 0] else 1, 2, 4, 5, generator=torch.Generator().manual_seed(0))
     new = torch.randn(3, 2, 1, 5, generator=torch.Generator().manual_seed(1)).requires_grad_(learns)
-    found = joined(source, None if rows is None else torch.tensor(rows), new)
+    found = Kept(source, 4, None if rows is None else torch.tensor(rows)).join(new, keep=learns)
     assert torch.equal(found, torch.cat([source if rows is None else source[rows], new], dim=2))
     assert found.requires_grad == learns
+
+
+def test_rows_grow_in_place_and_leave_what_they_came_from():
+    """Chosen rows are copied once, with room; later tokens are written there, and neither source nor a sister sees them."""
+    parts = [torch.randn(2, 3, n, 5, generator=torch.Generator().manual_seed(n)) for n in (4, 1, 2, 100)]
+    source = Kept.of(parts[0].clone())
+    kept, sister, whole = source.select(torch.tensor([1, 0])), source.select(torch.tensor([0, 0])), parts[0][[1, 0]]
+    places = []
+    with torch.no_grad():
+        for new in parts[1:]:
+            whole = torch.cat([whole, new], dim=2)
+            assert torch.equal(kept.join(new, keep=True), whole)
+            assert torch.equal(kept.seen, whole)
+            places.append(kept.held.data_ptr())
+        branch = kept.select(torch.tensor([1]))
+        branch.join(parts[1][:1], keep=True)
+        kept.join(parts[2], keep=True)
+        assert torch.equal(branch.seen, torch.cat([whole[1:], parts[1][:1]], dim=2))
+        assert torch.equal(sister.join(parts[1], keep=False), torch.cat([parts[0][[0, 0]], parts[1]], dim=2))
+    assert places[0] == places[1] != places[2]  # the last one had no room
+    assert torch.equal(source.seen, parts[0])
 
 
 @pytest.mark.parametrize("keep", [False, True])
 def test_an_entry_grows_only_if_it_is_kept(keep):
     """A pass that only looks holds no grown copy of a layer beyond that layer; either way attention gets the whole."""
     keys, values, new = (torch.randn(2, 3, n, 5, generator=torch.Generator().manual_seed(n)) for n in (4, 4, 1))
-    entry = HookedEntry(keys, values, torch.tensor([1, 0]), rotated=False, keep=keep)
+    entry = HookedEntry(Kept.of(keys), Kept.of(values), rotated=False).select(torch.tensor([1, 0]), keep=keep)
     assert entry.past_keys.shape == (2, 4, 3, 5)
-    found = entry.append(new.transpose(1, 2), 2 * new.transpose(1, 2))
+    with torch.no_grad():
+        found = entry.append(new.transpose(1, 2), 2 * new.transpose(1, 2))
     for one, old, more in zip(found, (keys, values), (new, 2 * new), strict=True):
         assert torch.equal(one.transpose(1, 2), torch.cat([old[[1, 0]], more], dim=2))
-    assert (entry.keys.shape[2], entry.values.shape[2]) == ((5, 5) if keep else (4, 4))
-    assert (entry.rows is None) == keep
+    for kept in (entry.keys, entry.values):
+        assert kept.n == (5 if keep else 4)
+        assert (kept.rows is None) == keep

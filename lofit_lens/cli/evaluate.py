@@ -22,9 +22,12 @@ def evaluate(
         str,
         typer.Option("--too-long", help="Items longer than the model's context: error, or wrong (counted as failed)."),
     ] = "error",
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Prompts generated together.")] = 16,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", help="At most so many prompts generated together.", min=1)
+    ] = None,
     token_budget: Annotated[
-        int, typer.Option("--token-budget", help="Padded tokens of one forward pass (choices, options).", min=1)
+        int,
+        typer.Option("--token-budget", help="Padded tokens that are run together; lower it if memory runs out.", min=1),
     ] = 8192,
     other_model: c.OtherModel = False,
     overwrite: c.Overwrite = False,

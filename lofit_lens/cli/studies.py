@@ -88,7 +88,7 @@ def run(asked: Request, name: str) -> None:
     grid = paper_grid(
         parts, name=" ".join([name, *(asked.parts or ())]), model=model, tasks=[_spec(t) for t in tasks],
         other_tasks=[_spec(t) for t in rest], texts=None if source == "none" else source, seeds=range(asked.seeds),
-        draws=asked.draws, limit=asked.limit, batch_size=64 if embedded else 16, tune=asked.tune,
+        draws=asked.draws, limit=asked.limit, tune=asked.tune,
     )  # fmt: skip
     workers = workers_for(asked.workers, how.model, how.device)
     with c.progress_lines(asked.quiet):

@@ -8,13 +8,14 @@ from typing import Any
 import pandas as pd
 
 from lofit_lens import io
-from lofit_lens.checks import check_is, check_one_of, check_whole, shown
+from lofit_lens.checks import check_is, check_one_of, check_whole, given, shown
 from lofit_lens.errors import DataError, InputError
+from lofit_lens.evaluation.batches import TOKEN_BUDGET
 from lofit_lens.evaluation.generation import generate
 from lofit_lens.evaluation.judges import Judge, judged
 from lofit_lens.evaluation.multiple_choice import mc_metrics, option_metrics
 from lofit_lens.evaluation.result import EvalResult, Metric
-from lofit_lens.evaluation.scoring import TOKEN_BUDGET, count_merges, count_unreached, longest, score_encoded
+from lofit_lens.evaluation.scoring import count_merges, count_unreached, longest, score_encoded
 from lofit_lens.evaluation.stats import RESAMPLES
 from lofit_lens.models import backend_of, context_length, model_info, tokenizer_of
 from lofit_lens.tasks.base import Task
@@ -34,7 +35,7 @@ def evaluate(
     *misplaced: Any,
     split: str = "test",
     limit: int | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     token_budget: int = TOKEN_BUDGET,
     too_long: str = "error",
     judges: Mapping[str, Judge] | None = None,
@@ -49,8 +50,8 @@ def evaluate(
             em, accuracy or whatever the task's grader scores. `task.in_form(...)` asks in another form.
         split: `"train"`, `"val"` or `"test"`.
         limit: only the first rows.
-        batch_size: prompts generated together (generation tasks).
-        token_budget: padded tokens of one forward pass (multiple choice, options); lower it if memory runs out.
+        batch_size: at most so many prompts generated together (generation tasks); None = as many as the budget takes.
+        token_budget: padded tokens of one forward pass, cached ones included; lower it if memory runs out.
         too_long: what to do with an item that exceeds the model's context: `"error"`, or `"wrong"`, which counts it as failed
             (0 in every metric) without running it and says how many there were.
         judges: name -> judge of the generated answers (generation tasks); each becomes a metric.
@@ -69,7 +70,7 @@ def evaluate(
         )
     backend_of(model)
     check_one_of("too_long", too_long, TOO_LONG)
-    check_whole(1, batch_size=batch_size, token_budget=token_budget)
+    check_whole(1, token_budget=token_budget, **given(batch_size=batch_size))
     check_is(judges, (Mapping, type(None)), "judges", "name -> judge")
     check_is(label, str, "label", "a text")
     task = task_of(task).asked_of(model)
@@ -78,7 +79,7 @@ def evaluate(
         raise InputError(f"{task.name} has no {split} rows; evaluate another split")
     counted = {k: n for k, n in task.counted.items() if k.startswith(f"{split}:")}
     if isinstance(examples[0], GenerationExample):
-        rows = _generations(model, task, examples, batch_size, too_long, progress)
+        rows = _generations(model, task, examples, batch_size, token_budget, too_long, progress)
         _judge(rows, examples, judges or {})
     elif judges:
         raise InputError(
@@ -175,8 +176,9 @@ def _row(example: TestExample, scores: list[float] | None) -> Row:
 
 
 def _generations(
-    model: Any, task: Task, examples: Sequence[TestExample], batch_size: int, too_long: str, progress: bool
-) -> list[Row]:
+    model: Any, task: Task, examples: Sequence[TestExample], batch_size: int | None, token_budget: int, too_long: str,
+    progress: bool,
+) -> list[Row]:  # fmt: skip
     asked = [e for e in examples if isinstance(e, GenerationExample)]
     assert task.grade is not None
     room = context_length(model) - task.max_new_tokens
@@ -186,7 +188,14 @@ def _generations(
         raise _refuse(model, task, item, lengths[item] + task.max_new_tokens)
     run = [e.prompt for e, n in zip(asked, lengths, strict=True) if n <= room]
     said = iter(
-        generate(model, run, max_new_tokens=task.max_new_tokens, batch_size=batch_size, progress=progress)
+        generate(
+            model,
+            run,
+            max_new_tokens=task.max_new_tokens,
+            batch_size=batch_size,
+            token_budget=token_budget,
+            progress=progress,
+        )
         if run
         else ()
     )

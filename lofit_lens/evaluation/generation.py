@@ -7,42 +7,52 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, overload
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from lofit_lens.checks import check_whole, shown
+from lofit_lens.checks import check_whole, given, shown
 from lofit_lens.errors import DataError, InputError
+from lofit_lens.evaluation.batches import TOKEN_BUDGET, grouped
 from lofit_lens.evaluation.prefix import NO_FRONT, SharedFront, shared_front
 from lofit_lens.models import (
     Borders,
+    KVState,
     backend_of,
+    can_join,
     context_length,
     device_of,
     end_tokens,
     frozen,
+    fused_attention,
     not_finite,
     remember,
     step,
+    together,
     tokenizer_of,
 )
 from lofit_lens.tasks.chat import as_conversation, parsed, turn_of
 from lofit_lens.tasks.collate import encode, pad, pad_id
+
+PADDING = 128  # padded tokens that prompts which are run together may waste; another pass would cost about as much
+WASTE = 1024  # the same where they must be run together to be decoded together; another batch costs as many steps again
 
 Message = Mapping[str, str]
 
 
 @overload
 def generate(
-    model: Any, prompts: str | list[Message], *, max_new_tokens: int = ..., batch_size: int = ..., progress: bool = ...,
-    chat: bool = ..., system: str | None = ...,
+    model: Any, prompts: str | list[Message], *, max_new_tokens: int = ..., batch_size: int | None = ...,
+    token_budget: int = ..., progress: bool = ..., chat: bool = ..., system: str | None = ...,
 ) -> str: ...  # fmt: skip
 @overload
 def generate(
-    model: Any, prompts: list[str] | tuple[str, ...] | list[list[Message]], *, max_new_tokens: int = ..., batch_size: int = ...,
-    progress: bool = ..., chat: bool = ..., system: str | None = ...,
+    model: Any, prompts: list[str] | tuple[str, ...] | list[list[Message]], *, max_new_tokens: int = ...,
+    batch_size: int | None = ..., token_budget: int = ..., progress: bool = ..., chat: bool = ..., system: str | None = ...,
 ) -> list[str]: ...  # fmt: skip
 def generate(
-    model: Any, prompts: Any, *, max_new_tokens: int = 32, batch_size: int = 16, progress: bool = False, chat: bool = False,
-    system: str | None = None,
+    model: Any, prompts: Any, *, max_new_tokens: int = 32, batch_size: int | None = None, token_budget: int = TOKEN_BUDGET,
+    progress: bool = False, chat: bool = False, system: str | None = None,
 ) -> str | list[str]:  # fmt: skip
     """Continue prompts greedily, up to any of the checkpoint's end tokens (`models.end_tokens`) or `max_new_tokens`.
 
@@ -54,7 +64,10 @@ def generate(
         prompts: one text, or several; or one conversation, `[{"role": "user", "content": "..."}]`, or several, which always go
             through the model's chat template.
         max_new_tokens: limit, tokens.
-        batch_size: prompts decoded together (they are sorted by length; results keep the given order).
+        batch_size: at most so many prompts together; None = as many as the budget takes. They are sorted by length, and results
+            keep the given order.
+        token_budget: padded tokens of prompts and answers that are decoded together (one prompt may exceed it alone); lower it
+            if memory runs out.
         progress: show a bar over prompts.
         chat: put each text through the model's chat template, as the user's turn.
         system: text of the system's turn; means `chat`.
@@ -68,17 +81,17 @@ def generate(
         ModelError: logits that are NaN or infinite; names the prompt.
     """
     backend_of(model)
-    check_whole(1, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    check_whole(1, max_new_tokens=max_new_tokens, token_budget=token_budget, **given(batch_size=batch_size))
     wanted = "give a text, a list of texts, or messages of a conversation"
     if isinstance(prompts, bytes | Mapping) or not isinstance(prompts, Iterable):
         raise InputError(f"prompts is {shown(prompts)}; {wanted}")
-    given = [prompts] if isinstance(prompts, str) else list(prompts)
-    for i, prompt in enumerate(given):
+    asked = [prompts] if isinstance(prompts, str) else list(prompts)
+    for i, prompt in enumerate(asked):
         if isinstance(prompt, bytes) or not isinstance(prompt, str | Sequence | Mapping):
             raise InputError(f"prompts holds {shown(prompt)} at place {i}; {wanted}")
-    messages = any(isinstance(p, Mapping) for p in given)  # of one conversation
+    messages = any(isinstance(p, Mapping) for p in asked)  # of one conversation
     single = isinstance(prompts, str) or messages
-    listed = [_prompt(p, chat, system) for p in ([given] if messages else given)]
+    listed = [_prompt(p, chat, system) for p in ([asked] if messages else asked)]
     if not listed:
         raise InputError("no prompt given")
     tokenizer, limit = tokenizer_of(model), context_length(model)
@@ -94,10 +107,15 @@ def generate(
             )
     texts = [""] * len(listed)
     order = sorted(range(len(listed)), key=lambda i: len(encoded[i]))
-    with frozen(model), tqdm(total=len(listed), desc="generate", disable=not progress, unit="prompt") as bar:
+    with (
+        frozen(model),
+        fused_attention(model, cached=True),
+        tqdm(total=len(listed), desc="generate", disable=not progress, unit="prompt") as bar,
+    ):
         front = shared_front(model, encoded, longest=max(map(len, encoded)) + max_new_tokens)
-        for first in range(0, len(order), batch_size):
-            rows = order[first : first + batch_size]
+        own, cached = [len(ids) - len(front) for ids in encoded], len(front) + max_new_tokens
+        padding = token_budget if can_join(model) else WASTE
+        for rows in grouped(order, own, token_budget, padding=padding, cached=cached, most=batch_size):
             ends = [turns[i].end for i in rows]
             new_ids = decode_ids(model, [encoded[i] for i in rows], max_new_tokens, front=front, turn_ends=ends)
             for i, new in zip(rows, new_ids, strict=True):
@@ -118,34 +136,58 @@ def decode_ids(
     model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, front: SharedFront = NO_FRONT,
     turn_ends: Sequence[int | None] = (),
 ) -> list[list[int]]:  # fmt: skip
-    """Greedy new ids for one batch up to an end token, which is left out.
+    """Greedy new ids for one batch up to an end token, which is left out. A prompt that has ended leaves the batch.
 
     `front` is what all prompts begin with, run already; `turn_ends` the token that ends each one's answer beside the model's own.
     """
-    tokenizer, ends = tokenizer_of(model), end_tokens(model)
-    turn_end = torch.tensor([-1 if e is None else e for e in turn_ends] or [-1], device=device_of(model))
-    own = [p[len(front) :] for p in prompts]
-    tokens, mask = pad(own, side="left", pad_id=pad_id(tokenizer), device=device_of(model))
-    borders = Borders(torch.tensor([len(p) for p in prompts]))
-    scores, state = remember(model, front.rows(len(prompts)), tokens, mask, borders)
-    running = torch.ones(len(prompts), dtype=torch.bool, device=tokens.device)
-    bad = ~running
+    tokenizer = tokenizer_of(model)
+    ends = [{*end_tokens(model), turn_ends[i] if turn_ends else None} for i in range(len(prompts))]
+    scores, state = _begun(model, prompts, front)
     new: list[list[int]] = [[] for _ in prompts]
-    for i in range(max_new_tokens):
+    running = list(range(len(prompts)))  # the prompt of each row of the batch
+    for left in reversed(range(max_new_tokens)):
         token = scores.argmax(dim=-1)  # of a row with NaN, a place that holds it
-        bad |= running & ~scores.gather(1, token[:, None])[:, 0].isfinite()
-        for end in (*ends, turn_end):
-            running &= token != end
-        for row in torch.nonzero(running).flatten().tolist():
-            new[row].append(int(token[row]))
-        if i == max_new_tokens - 1 or not bool(running.any()):
+        sound = scores.gather(1, token[:, None])[:, 0].isfinite()
+        going = []
+        for row, (said, fine) in enumerate(
+            torch.stack([token, sound]).T.tolist()
+        ):  # the one wait for the device in a step
+            prompt = running[row]
+            if not fine:
+                raise not_finite(model, f"the logits behind {new_text(tokenizer, (), prompts[prompt])[-60:]!r}")
+            if said not in ends[prompt]:
+                new[prompt].append(said)
+                going.append(row)
+        if not left or not going:
             break
+        if len(going) < len(running):
+            rows = torch.tensor(going)
+            state, token, running = state.select(rows), token[rows.to(token.device)], [running[row] for row in going]
         scores, state = step(model, state, token)
-    if bad.any():  # asked once a batch: each answer waits for the device
-        raise not_finite(
-            model, f"the logits behind {new_text(tokenizer, (), prompts[int(bad.int().argmax())])[-60:]!r}"
-        )
     return new
+
+
+def _begun(
+    model: Any, prompts: Sequence[Sequence[int]], front: SharedFront
+) -> tuple[Float[Tensor, "batch d_vocab"], KVState]:
+    """Scores of what comes after each prompt, and the cache; prompts run in groups of about one length if these can be joined."""
+    own = [p[len(front) :] for p in prompts]
+    lengths = [len(p) for p in own]
+    order = sorted(range(len(own)), key=lambda i: lengths[i])
+    parts = []
+    for rows in grouped(order, lengths, sum(lengths) + PADDING, padding=PADDING) if can_join(model) else [order]:
+        tokens, mask = pad(
+            [own[i] for i in rows], side="left", pad_id=pad_id(tokenizer_of(model)), device=device_of(model)
+        )
+        borders = Borders(torch.tensor([len(prompts[i]) for i in rows]))
+        parts.append(remember(model, front.rows(len(rows)), tokens, mask, borders))
+    scores, state = torch.cat([found for found, _ in parts]), parts[0][1]
+    if len(parts) > 1:
+        state = together([state for _, state in parts])
+    if order != list(range(len(order))):
+        back = torch.tensor(order).argsort()
+        scores, state = scores[back.to(scores.device)], state.select(back)
+    return scores, state
 
 
 def new_text(tokenizer: Any, prompt: Sequence[int], new: Sequence[int]) -> str:

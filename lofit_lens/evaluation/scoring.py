@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lofit_lens.errors import DataError, InputError
+from lofit_lens.evaluation.batches import TOKEN_BUDGET, grouped
 from lofit_lens.evaluation.prefix import SharedFront, shared_front
 from lofit_lens.models import (
     Borders,
@@ -25,6 +26,7 @@ from lofit_lens.models import (
     context_length,
     device_of,
     frozen,
+    fused_attention,
     not_finite,
     peek,
     positions_of,
@@ -34,7 +36,6 @@ from lofit_lens.models import (
 from lofit_lens.tasks.collate import Encoded, collate, encode_continuations, pad, pad_id
 from lofit_lens.training.losses import NO_LABEL, token_log_probs
 
-TOKEN_BUDGET = 8192  # padded tokens of one forward pass, those in the key-value cache included
 AT_ONCE = 256  # positions whose log-probs are taken together: in float32 over the whole vocabulary they are large
 PADDING = 128  # padded tokens that one pass may waste; another pass would cost about as much
 
@@ -150,12 +151,16 @@ def score_encoded(
     order = sorted(range(len(units)), key=lambda i: len(prompts[i]))
     if not order:
         return scores
-    with frozen(model), tqdm(total=len(order), desc="score answers", disable=not progress, unit="question") as bar:
+    with (
+        frozen(model),
+        fused_attention(model, cached=True),
+        tqdm(total=len(order), desc="score answers", disable=not progress, unit="question") as bar,
+    ):
         after = [longest(answers) - len(p) for answers, p in zip(asked, prompts, strict=True)]
         places = len(prompts[order[-1]]) + max(after[i] for i in order)
         front = shared_front(model, [prompts[i] for i in order], longest=places)
         own, limit = [len(p) - len(front) for p in prompts], context_length(model)
-        for group in _groups(order, own, token_budget, cached=len(front), after=after, limit=limit):
+        for group in grouped(order, own, token_budget, padding=PADDING, cached=len(front), after=after, limit=limit):
             values = _score_group(model, front, [prompts[i] for i in group], [asked[i] for i in group], token_budget)
             for i, found in zip(group, values, strict=True):
                 question, mine = units[i]
@@ -186,29 +191,6 @@ def _prompt(answers: Sequence[Encoded]) -> tuple[int, ...]:
     return answers[0].ids[: min(e.start for e in answers)] if answers else ()
 
 
-def _groups(
-    order: Sequence[int], lengths: Sequence[int], budget: int, *, cached: int, after: Sequence[int], limit: int
-) -> list[list[int]]:
-    """Consecutive items that are run together: within the budget, with little padding.
-
-    Each has `cached` tokens in front. What comes `after` an item starts behind the longest of its group, so that group must
-    leave room for it within `limit`.
-    """
-    groups: list[list[int]] = []
-    width = tokens = tail = 0
-    for i in order:
-        width, tokens, tail = max(width, lengths[i]), tokens + lengths[i], max(tail, after[i])
-        n = len(groups[-1]) + 1 if groups else 0
-        fits = (cached + width) * n <= budget and cached + width + tail <= limit
-        if n and fits and width * n - tokens <= PADDING:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-            width, tail = lengths[i], after[i]
-            tokens = width
-    return groups
-
-
 def _score_group(
     model: Any,
     front: SharedFront,
@@ -229,9 +211,8 @@ def _score_group(
     # The first token of an answer is predicted by its prompt, each later one by the one before it; none by the last.
     values = _first(last[torch.tensor(owner, device=device)], rest)
     longer = sorted((i for i, e in enumerate(rest) if len(e.ids) > 1), key=lambda i: len(rest[i].ids))
-    lengths, nothing = [len(e.ids) - 1 for e in rest], [0] * len(rest)
-    limit = context_length(model)  # that each group leaves room for its answers has been seen to
-    for chunk in _groups(longer, lengths, budget, cached=state.mask.shape[1], after=nothing, limit=limit):
+    lengths = [len(e.ids) - 1 for e in rest]
+    for chunk in grouped(longer, lengths, budget, padding=PADDING, cached=state.mask.shape[1]):
         batch = collate([Encoded(rest[i].ids[:-1], 0) for i in chunk], pad_id=fill, device=device)
         rows = torch.tensor([owner[i] for i in chunk], device=device)
         borders = Borders(ends[rows.cpu()], torch.tensor([len(prompts[owner[i]]) + len(rest[i].ids) for i in chunk]))

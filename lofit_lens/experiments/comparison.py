@@ -37,7 +37,7 @@ class Options:
     split: str = "test"
     limit: int | None = None
     n_train: int | None = None
-    batch_size: int = 16
+    batch_size: int | None = None
     texts: tuple[str, ...] = ()
     out: str | None = None
 
@@ -55,7 +55,7 @@ def compare_methods(
     n_train: int | None = None,
     texts: Iterable[str] = (),
     reference: str = LEARNED,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     workers: int = 1,
     out: str | Path | None = None,
     progress: bool = True,
@@ -74,7 +74,7 @@ def compare_methods(
         n_train: training rows drawn; None = the task's own number.
         texts: ordinary texts on which damage is measured; none = not measured.
         reference: the method that the others are tested against.
-        batch_size: of the evaluation.
+        batch_size: of the evaluation, as in `evaluate`.
         workers: processes, each on one thread; more than one need the model by name.
         out: folder for runs and trials; those that are in it are not computed again, so that a stopped comparison goes on.
         progress: show a bar.
@@ -98,7 +98,7 @@ def compare_selectors(
     split: str = "test",
     limit: int | None = None,
     n_train: int | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     workers: int = 1,
     out: str | Path | None = None,
     progress: bool = True,
@@ -113,7 +113,7 @@ def compare_selectors(
         split: as in `compare_methods`, like all that follow.
         limit: only its first rows.
         n_train: training rows drawn.
-        batch_size: of the evaluation.
+        batch_size: of the evaluation, as in `evaluate`.
         workers: processes.
         out: folder for runs.
         progress: show a bar.
@@ -155,7 +155,7 @@ def compare_tasks(
     n_train: int | None = None,
     texts: Iterable[str] = (),
     reference: str = LEARNED,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     workers: int = 1,
     out: str | Path | None = None,
     backend: str = "auto",

@@ -41,7 +41,7 @@ def embedded_grid(
         runs.append(Run(heads=(OWN,), of=(OTHERS,)))
     tasks = tuple(TaskSpec(name=f"organism/{t}") for t in TASKS)
     spec = ModelSpec(name=model, backend=backend)
-    return Grid(name="demo", model=(spec,), tasks=tasks, seeds=tuple(seeds), batch_size=64, runs=tuple(runs))
+    return Grid(name="demo", model=(spec,), tasks=tasks, seeds=tuple(seeds), runs=tuple(runs))
 
 
 def real_grid(

@@ -65,7 +65,7 @@ def paper_grid(
     seeds: Sequence[int] = (0, 1),
     draws: int = 5,
     limit: int | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     tune: bool = False,
 ) -> Grid:
     """The blocks of some parts of the paper for any model and tasks.
@@ -80,7 +80,7 @@ def paper_grid(
         seeds: of selection and fits; head selection alone takes two more where its stability is asked for.
         draws: of random heads.
         limit: only the first test rows.
-        batch_size: of the evaluations.
+        batch_size: of the evaluations, as in `evaluate`.
         tune: choose every trained method's learning rate on the validation rows, not those of ITI and RepE alone.
 
     Raises:
@@ -152,7 +152,7 @@ def grid_named(name: str) -> Grid:
     if family == "organism":
         return paper_grid(
             [part], name=name, model=ModelSpec(name="organism", backend="bridge"), tasks=[f"organism/{t}" for t in TASKS],
-            other_tasks=[f"organism/{t}-cued" for t in TASKS], texts="organism", batch_size=64,
+            other_tasks=[f"organism/{t}-cued" for t in TASKS], texts="organism",
         )  # fmt: skip
     return paper_grid(
         [part],

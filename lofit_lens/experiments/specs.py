@@ -249,7 +249,7 @@ class Grid(Spec):
         tuning_seeds: of the choice of settings.
         tuning_limit: only the first validation rows in that choice.
         limit: only the first test rows.
-        batch_size: of the evaluations.
+        batch_size: of the evaluations, as in `evaluate`.
         selections: named ways to score heads. A selector's own name stands for it with the preset's settings, unless it is here.
         scores: selections that are scored for every task and seed even if no run asks.
         runs: blocks of runs.
@@ -265,7 +265,7 @@ class Grid(Spec):
     tuning_seeds: Seeds = (0,)
     tuning_limit: Annotated[int, Field(ge=1)] | None = None
     limit: Annotated[int, Field(ge=1)] | None = None
-    batch_size: Annotated[int, Field(ge=1)] = 16
+    batch_size: Annotated[int, Field(ge=1)] | None = None
     selections: dict[str, Selection] = {}
     scores: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
     runs: Annotated[tuple[Run, ...], BeforeValidator(_listed)] = ()

@@ -79,7 +79,7 @@ def tune_method(
     grid: Sequence[Settings] | None = None,
     seeds: Sequence[int] = (0,),
     n_train: int | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     out: str | Path | None = None,
     progress: bool = True,
 ) -> Tuned:
@@ -95,7 +95,7 @@ def tune_method(
         grid: settings to try; None = the method's own grid of `TRIALS` points.
         seeds: each point is tried with each.
         n_train: training rows drawn; None = the task's own number.
-        batch_size: of the evaluation.
+        batch_size: of the evaluation, as in `evaluate`.
         out: folder that keeps each trial; trials that are in it already are not run again.
         progress: show a bar.
 
@@ -157,7 +157,12 @@ def _key(point: Mapping[Any, Any], names: Iterable[str]) -> tuple[Any, ...]:
 
 
 def _trial(
-    bench: Workbench, method: Method, point: Mapping[str, Any], seed: int, batch_size: int, out: str | Path | None
+    bench: Workbench,
+    method: Method,
+    point: Mapping[str, Any],
+    seed: int,
+    batch_size: int | None,
+    out: str | Path | None,
 ) -> dict[str, Any]:
     spec = {**spec_of(bench, method, point, seed), "split": "val"}
     path = None if out is None else Path(out) / f"trial-{io.digest(spec)[:16]}.json"

@@ -58,6 +58,7 @@ from lofit_lens.models.positions import (
 from lofit_lens.models.projections import PROJECTIONS, projection, projection_replaced, projection_sizes
 from lofit_lens.models.running import (
     KVState,
+    can_join,
     extend,
     gaps_are_exact,
     logits_of,
@@ -67,6 +68,7 @@ from lofit_lens.models.running import (
     remember,
     run_through,
     step,
+    together,
     why_not_finite,
 )
 from lofit_lens.models.scored import logits_at
@@ -95,6 +97,7 @@ __all__ = [
     "before_each_pass",
     "bridge_class",
     "cache_folder",
+    "can_join",
     "check_ids",
     "check_residual",
     "checkpointed",
@@ -145,6 +148,7 @@ __all__ = [
     "source_of",
     "step",
     "to_logits",
+    "together",
     "tokenizer_of",
     "value_biases_folded",
     "weights_revision",

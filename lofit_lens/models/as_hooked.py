@@ -98,9 +98,7 @@ def load_hooked(
             with _local_config(config, dtype) as (folder, cfg):
                 weights = loading.get_pretrained_state_dict(folder, cfg, hf, dtype=dtype)
             model = cls(cfg, tokenizer, move_to_device=False)
-            model.load_and_process_state_dict(
-                weights, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
-            )
+            _take(model, model.fill_missing_keys(weights), shares=source is not None)
             del weights
     if reason := positions_refusal(model.cfg, config) or rotary_refusal(model, hf):
         raise ModelError(reason)
@@ -108,6 +106,21 @@ def load_hooked(
     model.cfg.device = str(device)
     model.move_model_modules_to_device()
     return model
+
+
+def _take(model: Any, weights: dict[str, torch.Tensor], *, shares: bool) -> None:
+    """Put weights into a HookedTransformer as they lie in memory, which is how its products want them.
+
+    The class's own loading copies them, into an order that each product then copies again. A weight is copied here only where it
+    shares memory with another one, so that an edit of one leaves the other, or if `shares` is false, since the Hugging Face
+    model they come from is a user's.
+    """
+    seen: set[int] = set()
+    for name, found in weights.items():
+        place = found.untyped_storage().data_ptr()
+        weights[name] = found.detach() if shares and place not in seen else found.detach().clone()
+        seen.add(place)
+    model.load_state_dict(weights, assign=True, strict=False)
 
 
 def hooked_config(config: Any, source: Any, dtype: torch.dtype) -> Any:

@@ -19,7 +19,7 @@ import contextlib
 import functools
 import logging
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -30,7 +30,8 @@ from lofit_lens.errors import ModelError
 from lofit_lens.models.attending import FLAGS, in_place, runs_projections
 from lofit_lens.models.hooks import frozen, hook_z, hooked, unhooked
 from lofit_lens.models.info import backend_of, device_of
-from lofit_lens.models.running import uncached
+from lofit_lens.models.proofs import is_proven, keep_proof
+from lofit_lens.models.running import extend, logits_of, prefill, uncached
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ _inside: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
 @contextlib.contextmanager
-def fused_attention(model: Any) -> Iterator[None]:
+def fused_attention(model: Any, *, cached: bool = False) -> Iterator[None]:
     """Have a model attend by torch's fused kernel for the length of the block, where that is proven; else nothing changes.
 
     Keep the block open until backward is through if blocks are recomputed in it (`checkpointed`). Values at padding may differ
@@ -55,8 +56,10 @@ def fused_attention(model: Any) -> Iterator[None]:
 
     Args:
         model: a HookedTransformer or TransformerBridge; blocks of one model may be nested.
+        cached: the passes inside go on from cached keys and values; then that must be proven too.
     """
-    if model in _inside or fused_refusal(model) is not None:
+    refused = model not in _inside and fused_refusal(model) is not None
+    if model in _inside or refused or (cached and _cached_refusal(model) is not None):
         yield
         return
     with in_place(model):
@@ -74,7 +77,7 @@ def fused_refusal(model: Any) -> str | None:
     layer, and z, logits and gradients equal the class's own while every layer's z is edited. What is known to be computed
     otherwise is looked for anew each time.
     """
-    known, key = _refusals.setdefault(model, {}), (device_of(model), next(model.parameters()).dtype)
+    known = _refusals.setdefault(model, {})
     if any(getattr(model.cfg, flag, False) for flag in FLAGS):
         return f"one of {', '.join(FLAGS)} is on"
     if (obstacle := _known_obstacle(model)) is not None:  # looked at each time: parts of a model may be exchanged
@@ -82,17 +85,32 @@ def fused_refusal(model: Any) -> str | None:
             known[obstacle] = obstacle
             logger.info("%s keeps its class's own attention: %s", model.cfg.model_name, obstacle)
         return obstacle
+    return _tried(model, "attention", _difference)
+
+
+def _cached_refusal(model: Any) -> str | None:
+    """Why passes behind cached keys do not take the fused way, though others may."""
+    return _tried(model, "attention behind cached keys", _difference_behind_cache)
+
+
+def _tried(model: Any, what: str, differs: Callable[[Any], str | None]) -> str | None:
+    """The difference that a proof finds, remembered of this model, device and dtype; a proof that holds is kept on disk."""
+    known, key = _refusals.setdefault(model, {}), (device_of(model), next(model.parameters()).dtype, what)
     if key not in known:
+        if is_proven(model, f"fused {what}"):
+            known[key] = None
+            return None
         with frozen(model):
             try:
-                reason = _difference(model)
+                known[key] = differs(model)
             except torch.OutOfMemoryError:
                 return "too little memory to try it"  # there may be more next time
             except Exception as e:
-                reason = f"{type(e).__name__}: {e}"
-        known[key] = reason
-        if reason is not None:
-            logger.info("%s keeps its class's own attention: %s", model.cfg.model_name, reason)
+                known[key] = f"{type(e).__name__}: {e}"
+        if known[key] is None:
+            keep_proof(model, f"fused {what}")
+        else:
+            logger.info("%s keeps its class's own %s: %s", model.cfg.model_name, what, known[key])
     return known[key]
 
 
@@ -153,52 +171,65 @@ def _bridge_obstacle(model: Any) -> str | None:
     return None
 
 
-@torch.no_grad()
 def _difference(model: Any) -> str | None:
     """Where the fused way and the class's own differ on a few tokens, with z edited in every layer."""
-    dtype, device = next(model.parameters()).dtype, device_of(model)
+    dtype, device, n_layers = next(model.parameters()).dtype, device_of(model), int(model.cfg.n_layers)
     limit = TOLERANCE.get(dtype, ROUGH)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, int(model.cfg.d_vocab), (2, 9), generator=generator).to(device)
+    masks = {side: torch.ones_like(tokens) for side in ("right", "left")}
+    masks["right"][1, 6:], masks["left"][1, :3] = 0, 0
     with unhooked(model), torch.autocast(device.type, enabled=False):
-        for hidden in (slice(6, None), slice(0, 3)):
-            mask = torch.ones_like(tokens)
-            mask[1, hidden] = 0
-            real = mask.bool()
-            plain = _seen(model, tokens, mask, {})
-            edits = {}
-            for layer in range(int(model.cfg.n_layers)):
-                if len(plain[layer]) != 1:
-                    return f"hook_z of layer {layer} fires {len(plain[layer])} times in one forward"
-                z = plain[layer][0]
-                noise = torch.randn(z.shape[2:], generator=generator).to(z.device)
-                edits[layer] = noise * z[real.to(z.device)].float().std()
-            wanted = _seen(model, tokens, mask, edits)
-            with in_place(model):
-                found = _seen(model, tokens, mask, edits)
-            side = "right" if mask[1, 0] else "left"
-            for layer in edits:
-                if len(found[layer]) != 1:
-                    return f"hook_z of layer {layer} fires {len(found[layer])} times in one forward on the fused way"
-            for layer in sorted(wanted):
-                what = "the logits" if layer < 0 else f"hook_z of layer {layer}"
-                off = _off(found[layer][0], wanted[layer][0], real)
-                if not off <= limit:
-                    return f"{what} differs by {off:.2g} standard deviations on a batch padded on the {side}"
-                if not torch.isfinite(found[layer][0]).all():
-                    return f"{what} is not finite at padding"
-            if not _off(wanted[-1][0], plain[-1][0], real) > 3 * limit:
-                return "edits at hook_z do not show in the logits"
-            slopes = _slopes(model, tokens, mask, edits)
-            with in_place(model):
-                found_slopes = _slopes(model, tokens, mask, edits)
-            for layer, (a, b) in enumerate(zip(found_slopes, slopes, strict=True)):
-                off = float((a - b).square().mean().sqrt() / b.std())
-                if not off <= 3 * limit:
-                    return (
-                        f"gradients of layer {layer}'s z differ by {off:.2g} standard deviations padded on the {side}"
-                    )
+        with torch.no_grad():
+            plain, real = _seen(model, tokens, masks["right"], {}), masks["right"].bool()
+        edits = {}
+        for layer in range(n_layers):
+            if len(plain[layer]) != 1:
+                return f"hook_z of layer {layer} fires {len(plain[layer])} times in one forward"
+            z = plain[layer][0]
+            noise = torch.randn(z.shape[2:], generator=generator).to(z.device)
+            edits[layer] = noise * z[real.to(z.device)].float().std()
+        own = {side: _passed(model, tokens, mask, edits) for side, mask in masks.items()}
+        if not _off(own["right"][0][-1][0], plain[-1][0], real) > 3 * limit:
+            return "edits at hook_z do not show in the logits"
+        with in_place(model):  # once: HookedTransformer's weights are laid out anew each time
+            fused = {side: _passed(model, tokens, mask, edits) for side, mask in masks.items()}
+    for side, mask in masks.items():
+        (found, found_slopes), (wanted, slopes) = fused[side], own[side]
+        for layer in range(n_layers):
+            if len(found[layer]) != 1:
+                return f"hook_z of layer {layer} fires {len(found[layer])} times in one forward on the fused way"
+        for layer in sorted(wanted):
+            what = "the logits" if layer < 0 else f"hook_z of layer {layer}"
+            off = _off(found[layer][0], wanted[layer][0], mask.bool())
+            if not off <= limit:
+                return f"{what} differs by {off:.2g} standard deviations on a batch padded on the {side}"
+            if not torch.isfinite(found[layer][0]).all():
+                return f"{what} is not finite at padding"
+        for layer, (a, b) in enumerate(zip(found_slopes, slopes, strict=True)):
+            off = float((a - b).square().mean().sqrt() / b.std())
+            if not off <= 3 * limit:
+                return f"gradients of layer {layer}'s z differ by {off:.2g} standard deviations padded on the {side}"
     return None
+
+
+@torch.no_grad()
+def _difference_behind_cache(model: Any) -> str | None:
+    """Where logits behind cached keys differ on the fused way from those of one pass on the class's own, padded on the left."""
+    limit, device = TOLERANCE.get(next(model.parameters()).dtype, ROUGH), device_of(model)
+    tokens = torch.randint(0, int(model.cfg.d_vocab), (2, 9), generator=torch.Generator().manual_seed(1)).to(device)
+    mask = torch.ones_like(tokens)
+    mask[1, :3] = 0
+    with unhooked(model), torch.autocast(device.type, enabled=False):
+        wanted = logits_of(model, tokens, mask)
+        with in_place(model):
+            found, state = prefill(model, tokens[:, :5], mask[:, :5])
+            parts = [found]
+            for new in (slice(5, 8), slice(8, 9)):
+                found, state = extend(model, state, tokens[:, new])
+                parts.append(found)
+    off = _off(torch.cat(parts, dim=1), wanted, mask.bool())
+    return None if off <= 3 * limit else f"the logits differ by {off:.2g} standard deviations"
 
 
 def _seen(
@@ -219,14 +250,20 @@ def _seen(
 
 
 @torch.enable_grad()
-def _slopes(
+def _passed(
     model: Any, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], edits: Mapping[int, Tensor]
-) -> tuple[Tensor, ...]:
-    """How an even sum of log-probs at the tokens changes with each layer's edit."""
+) -> tuple[dict[int, list[Tensor]], tuple[Tensor, ...]]:
+    """What `_seen` gives with these edits, and how an even sum of log-probs at the tokens changes with each layer's edit."""
     leaves = {layer: edit.detach().clone().requires_grad_() for layer, edit in edits.items()}
-    logits = _seen(model, tokens, mask, leaves)[-1][0]
+    seen = _seen(model, tokens, mask, leaves)
+    logits = seen[-1][0]
     scores = logits[mask.bool().to(logits.device)].float().log_softmax(-1)
-    return torch.autograd.grad(scores[:, ::7].sum(), [leaves[layer] for layer in sorted(leaves)])
+    listed = [leaves[layer] for layer in sorted(leaves)]
+    if not logits.requires_grad:  # edits that nobody took
+        slopes = tuple(torch.zeros_like(leaf) for leaf in listed)
+    else:
+        slopes = torch.autograd.grad(scores[:, ::7].sum(), listed, allow_unused=True, materialize_grads=True)
+    return {**seen, -1: [logits.detach()]}, slopes
 
 
 def _off(found: Tensor, wanted: Tensor, real: Bool[Tensor, "batch pos"]) -> float:

@@ -1,8 +1,9 @@
-"""Rows of a key-value cache, gathered when new tokens join them: one copy instead of three.
+"""Rows of a key-value cache, gathered when new tokens join them: one copy instead of three; then grown in place.
 
 Answers of one question attend to the same keys. Selecting rows first, joining new keys to them and turning the result into
 the layout that attention multiplies would each copy everything that is cached. Here the first forward pass copies each
-row once, into `[batch, heads, pos, d_head]` memory, which both classes then multiply without a further copy.
+row once, into `[batch, heads, pos, d_head]` memory, which both classes then multiply without a further copy. That memory has
+room, so that a decoded token is written behind those before it.
 """
 
 import contextlib
@@ -16,30 +17,78 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+ROOM = 32  # places that a cache grows by, at least
 Rotary = Callable[..., Tensor]  # HookedTransformer's `apply_rotary(x, past_kv_pos_offset, attention_mask)` of one layer
 
 
-def joined(
-    source: Float[Tensor, "rows heads past d_head"],
-    rows: Int[Tensor, " batch"] | None,
-    new: Float[Tensor, "batch heads new d_head"],
-) -> Float[Tensor, "batch heads both d_head"]:
-    """Chosen rows of what is cached (None = all, in order), followed by new keys or values."""
-    if torch.is_grad_enabled():  # each piece written in place would have a backward pass of its own over the whole
-        chosen = source.expand(new.shape[0], -1, -1, -1) if source.shape[0] == 1 else source
-        chosen = chosen if rows is None or source.shape[0] == 1 else source[rows.to(source.device)]
-        return torch.cat([chosen, new], dim=2)
-    past = source.shape[2]
-    out = new.new_empty(new.shape[0], new.shape[1], past + new.shape[2], new.shape[3])
-    if rows is None or source.shape[0] == 1:
-        out[:, :, :past] = source
-    elif out.device.type == "cpu":  # row by row is twice as fast as an indexed copy here
-        for i, row in enumerate(rows.tolist()):
-            out[i, :, :past] = source[row]
-    else:
-        out[:, :, :past] = source[rows.to(source.device)]
-    out[:, :, past:] = new
-    return out
+@dataclass
+class Kept:
+    """Keys or values of one layer: places in use, and room behind them for tokens to come.
+
+    Attributes:
+        held: what is cached; places from `n` on are room.
+        n: places in use.
+        rows: chosen rows of `held`, copied when tokens join them; None = all, in order.
+    """
+
+    held: Float[Tensor, "rows heads room d_head"]
+    n: int
+    rows: Int[Tensor, " batch"] | None = None
+
+    @classmethod
+    def of(cls, found: Float[Tensor, "rows heads past d_head"]) -> "Kept":
+        """Keep keys or values as they are, without room."""
+        return cls(found, found.shape[2])
+
+    @property
+    def seen(self) -> Float[Tensor, "rows heads past d_head"]:
+        """The places in use, of all rows that are held."""
+        return self.held[:, :, : self.n]
+
+    def select(self, rows: Int[Tensor, " batch"]) -> "Kept":
+        """Rows of these rows; nothing is copied yet."""
+        return replace(self, rows=rows if self.rows is None else self.rows[rows])
+
+    def join(
+        self, new: Float[Tensor, "batch heads new d_head"], *, keep: bool
+    ) -> Float[Tensor, "batch heads both d_head"]:
+        """What is cached, followed by new keys or values, which stay if `keep`: written into the room as long as there is any."""
+        n = self.n + new.shape[2]
+        if torch.is_grad_enabled():  # each piece written in place would have a backward pass of its own over the whole
+            whole = torch.cat([self._chosen(new.shape[0]), new], dim=2)
+        elif keep and self.rows is None and n <= self.held.shape[2]:
+            whole = self.held
+            whole[:, :, self.n : n] = new
+        else:
+            room = max(ROOM, n // 4) if keep else 0
+            whole = new.new_empty(new.shape[0], new.shape[1], n + room, new.shape[3])
+            self._copy_to(whole[:, :, : self.n])
+            whole[:, :, self.n : n] = new
+        if keep:
+            self.held, self.n, self.rows = whole, n, None
+        return whole[:, :, :n]
+
+    @classmethod
+    def together(cls, parts: "Sequence[Kept]") -> "Kept":
+        """Rows of several, one after the other; those with fewer places in use have zeros in front."""
+        n, first = max(part.n for part in parts), parts[0].held
+        counts = [len(part.held) if part.rows is None else len(part.rows) for part in parts]
+        held = first.new_zeros(sum(counts), first.shape[1], n + max(ROOM, n // 4), first.shape[3])
+        for part, rows in zip(parts, held.split(counts), strict=True):
+            part._copy_to(rows[:, :, n - part.n : n])
+        return cls(held, n)
+
+    def _chosen(self, batch: int) -> Float[Tensor, "batch heads past d_head"]:
+        if self.rows is None:
+            return self.seen
+        return self.seen.expand(batch, -1, -1, -1) if len(self.held) == 1 else self.seen[self.rows.to(self.held.device)]
+
+    def _copy_to(self, out: Float[Tensor, "batch heads past d_head"]) -> None:
+        if self.rows is not None and len(self.held) > 1 and out.device.type == "cpu":
+            for i, row in enumerate(self.rows.tolist()):  # twice as fast as an indexed copy here
+                out[i] = self.seen[row]
+        else:
+            out.copy_(self._chosen(len(out)))
 
 
 @dataclass
@@ -50,47 +99,40 @@ class HookedEntry:
     all of them again in every pass, which costs more than the rest of its attention; see `rotating_new_keys`.
     """
 
-    keys: Float[Tensor, "rows heads past d_head"]
-    values: Float[Tensor, "rows heads past d_head"]
-    rows: Int[Tensor, " batch"] | None
+    keys: Kept
+    values: Kept
     rotated: bool
     keep: bool = True
 
     def select(self, rows: Int[Tensor, " batch"], *, keep: bool) -> "HookedEntry":
         """Rows of these rows."""
-        return replace(self, rows=rows if self.rows is None else self.rows[rows], keep=keep)
+        return replace(self, keys=self.keys.select(rows), values=self.values.select(rows), keep=keep)
+
+    @classmethod
+    def together(cls, parts: "Sequence[HookedEntry]") -> "HookedEntry":
+        """Rows of several, as `Kept.together` puts them."""
+        keys, values = (Kept.together([getattr(part, name) for part in parts]) for name in ("keys", "values"))
+        return cls(keys, values, parts[0].rotated)
 
     @property
     def past_keys(self) -> Float[Tensor, "batch past heads d_head"]:
         """What is cached; before the first pass over chosen rows only its shape is right, which is all that is read."""
-        keys = self.keys if self.rows is None else self.keys[:1].expand(len(self.rows), *self.keys.shape[1:])
-        return keys.transpose(1, 2)
+        keys, rows = self.keys.seen, self.keys.rows
+        return (keys if rows is None else keys[:1].expand(len(rows), *keys.shape[1:])).transpose(1, 2)
 
     def append(
         self, new_keys: Float[Tensor, "batch new heads d_head"], new_values: Float[Tensor, "batch new heads d_head"]
     ) -> tuple[Float[Tensor, "batch some heads d_head"], Float[Tensor, "batch both heads d_head"]]:
         """Join new keys and values, as HookedTransformer's attention asks for them; keys yet to be rotated come back alone."""
-        values = joined(self.values, self.rows, new_values.transpose(1, 2))
-        keys = new_keys if self.rotated else self._with_keys(new_keys)
-        if self.keep:
-            self.values = values
-            self.rows = self.rows if self.rotated else None  # else the keys need them still
-        return keys, values.transpose(1, 2)
+        values = self.values.join(new_values.transpose(1, 2), keep=self.keep)
+        return new_keys if self.rotated else self._with_keys(new_keys), values.transpose(1, 2)
 
     def rotate(self, original: Rotary, x: Tensor, past: int, mask: Tensor | None) -> Tensor:
         """What `apply_rotary` is asked for in this layer: first queries, whose offset is what is cached, then keys, from 0."""
-        if past > 0:
-            return original(x, past, mask)
-        keys = self._with_keys(original(x, self.keys.shape[2], mask))
-        if self.keep:
-            self.rows = None
-        return keys
+        return original(x, past, mask) if past > 0 else self._with_keys(original(x, self.keys.n, mask))
 
     def _with_keys(self, new: Float[Tensor, "batch new heads d_head"]) -> Float[Tensor, "batch both heads d_head"]:
-        keys = joined(self.keys, self.rows, new.transpose(1, 2))
-        if self.keep:
-            self.keys = keys
-        return keys.transpose(1, 2)
+        return self.keys.join(new.transpose(1, 2), keep=self.keep).transpose(1, 2)
 
 
 def hooked_entries(model: Any, cache: Any, mask: Int[Tensor, "batch pos"]) -> list[HookedEntry]:
@@ -102,7 +144,8 @@ def hooked_entries(model: Any, cache: Any, mask: Int[Tensor, "batch pos"]) -> li
     found = []
     for block, entry in zip(model.blocks, cache.entries, strict=True):
         keys = block.attn.apply_rotary(entry.past_keys, 0, mask) if rotated else entry.past_keys
-        found.append(HookedEntry(keys.transpose(1, 2), entry.past_values.transpose(1, 2), None, rotated))
+        kept = (Kept.of(x.transpose(1, 2)) for x in (keys, entry.past_values))
+        found.append(HookedEntry(*kept, rotated))
     return found
 
 
@@ -136,26 +179,39 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 class BridgeLayer(DynamicLayer):
-    """Stands where a Hugging Face cache has a layer that grows without limit."""
+    """Stands where a Hugging Face cache has a layer that grows without limit; transformers reads lengths off `keys`."""
 
-    def __init__(self, source: DynamicLayer, rows: Int[Tensor, " batch"]):
+    def __init__(self, keys: Kept, values: Kept, *, keep: bool = True):
         super().__init__()
-        self.dtype, self.device = source.dtype, source.device
-        self.keys, self.values = source.keys, source.values
-        self.rows: Tensor | None = rows
+        self.kept, self.keep = (keys, values), keep
+        self.dtype, self.device = keys.held.dtype, keys.held.device
+        self.keys, self.values = keys.seen, values.seen
         self.is_initialized = True
 
-    def select(self, rows: Int[Tensor, " batch"]) -> "BridgeLayer":
+    @classmethod
+    def of(cls, layer: Any) -> Any:
+        """This kind of layer for one that has been filled; any other (a window, an index, a state) stays what it is."""
+        if type(layer) is not DynamicLayer or not layer.is_initialized:
+            return layer
+        assert layer.keys is not None
+        assert layer.values is not None
+        return cls(Kept.of(layer.keys), Kept.of(layer.values))
+
+    def select(self, rows: Int[Tensor, " batch"], *, keep: bool) -> "BridgeLayer":
         """Rows of these rows."""
-        return BridgeLayer(self, rows if self.rows is None else self.rows[rows])
+        keys, values = self.kept
+        return BridgeLayer(keys.select(rows), values.select(rows), keep=keep)
+
+    @classmethod
+    def together(cls, parts: "Sequence[BridgeLayer]") -> "BridgeLayer":
+        """Rows of several, as `Kept.together` puts them."""
+        keys, values = (Kept.together([part.kept[i] for part in parts]) for i in range(2))
+        return cls(keys, values)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Float[Tensor, "batch heads both d_head"], Float[Tensor, "batch heads both d_head"]]:
         """Join new keys and values `[batch, heads, new, d_head]`, as attention asks for them."""
-        assert self.keys is not None
-        assert self.values is not None
-        self.keys = joined(self.keys, self.rows, key_states)
-        self.values = joined(self.values, self.rows, value_states)
-        self.rows = None
+        keys, values = self.kept
+        self.keys, self.values = keys.join(key_states, keep=self.keep), values.join(value_states, keep=self.keep)
         return self.keys, self.values

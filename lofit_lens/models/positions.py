@@ -8,7 +8,7 @@ alone which tokens it has before it. Whoever runs a pass states the `Borders` of
 import contextlib
 import re
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +40,15 @@ class Borders:
         at = rows.to(self.prompt.device)
         length, owner = (None if x is None else x[at] for x in (self.length, self.owner))
         return Borders(self.prompt[at], length, owner)
+
+    @classmethod
+    def together(cls, parts: "Sequence[Borders]") -> "Borders":
+        """Those of several batches, one after the other."""
+        length, owner = (
+            None if getattr(parts[0], name) is None else torch.cat([getattr(part, name) for part in parts])
+            for name in ("length", "owner")
+        )
+        return Borders(torch.cat([part.prompt for part in parts]), length, owner)
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import inspect
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lofit_lens.errors import ModelError
 from lofit_lens.models.info import backend_of, device_of
 from lofit_lens.models.positions import Borders, Layout, laid_out, names_of
+from lofit_lens.models.proofs import is_proven, keep_proof
 
 
 def logits_of(
@@ -59,6 +60,7 @@ def run_through(
 
 
 _gaps: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
+_joins: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
 
 
 @dataclass
@@ -84,6 +86,59 @@ class KVState:
     def _rows(self, rows: Int[Tensor, " n"], *, keep: bool) -> "KVState":
         borders = None if self.borders is None else self.borders.select(rows)
         return KVState(_select_rows(self.cache, rows, keep=keep), self.tokens[rows], self.mask[rows], borders)
+
+
+def together(states: Sequence[KVState]) -> KVState:
+    """Rows of several states in one, in order, padded on the left; only for models of which `can_join` is true."""
+    cache = copy.copy(states[0].cache)
+    name = "entries" if hasattr(cache, "entries") else "layers"
+    layers = zip(*(getattr(state.cache, name) for state in states), strict=True)
+    setattr(cache, name, [parts[0].together(parts) for parts in layers])
+    if name == "entries":
+        cache.previous_attention_mask = _left_padded([state.cache.previous_attention_mask for state in states])
+    tokens, mask = (_left_padded([getattr(state, name) for state in states]) for name in ("tokens", "mask"))
+    borders = [state.borders for state in states if state.borders is not None]
+    return KVState(cache, tokens, mask, Borders.together(borders) if borders else None)
+
+
+@torch.no_grad()
+def can_join(model: Any) -> bool:
+    """Whether a state put `together` goes on as its parts do; tried once a model on a few tokens.
+
+    Not where a layer keeps something else than keys and values of all tokens, or where padding counts (see `gaps_are_exact`).
+
+    Raises:
+        ModelError: as `gaps_are_exact`.
+    """
+    if not gaps_are_exact(model):
+        return False
+    if model not in _joins and is_proven(model, "caches put together"):
+        _joins[model] = True
+    if model not in _joins:
+        device = device_of(model)
+        ids = torch.arange(8, device=device)[None] % int(model.cfg.d_vocab)
+        new = torch.cat([ids[:, 5:7], ids[:, 3:5]])
+        parts = [prefill(model, ids[:, :n], torch.ones_like(ids[:, :n]), Borders(torch.tensor([n])))[1] for n in (5, 3)]
+        row = torch.tensor([0])
+        wanted = torch.cat([extend(model, p.select(row), n[None])[0] for p, n in zip(parts, new, strict=True)])
+        try:
+            found = extend(model, together(parts), new)[0]
+        except (
+            AttributeError,
+            TypeError,
+            RuntimeError,
+        ):  # a layer of another kind, or one that holds more than its rows
+            found = wanted + torch.inf
+        limit = (1e-4 if wanted.dtype in (torch.float32, torch.float64) else 0.1) * wanted.float().std()
+        _joins[model] = bool((found.float() - wanted.float()).abs().max() <= limit)
+        if _joins[model]:
+            keep_proof(model, "caches put together")
+    return _joins[model]
+
+
+def _left_padded(parts: Sequence[Int[Tensor, "_ _"]]) -> Int[Tensor, "rows pos"]:
+    width = max(part.shape[1] for part in parts)
+    return torch.cat([nn.functional.pad(part, (width - part.shape[1], 0)) for part in parts])
 
 
 def prefill(
@@ -145,6 +200,8 @@ def _run(
     *,
     last_only: bool = False,
 ) -> tuple[Float[Tensor, "batch some d_vocab"], KVState]:
+    from lofit_lens.models.gathered import BridgeLayer
+
     whole, ids = mask, tokens
     if state is not None:
         whole, ids = torch.cat([state.mask, mask], dim=1), torch.cat([state.tokens, tokens], dim=1)
@@ -158,6 +215,8 @@ def _run(
             logits, cache = model(
                 tokens, attention_mask=whole, return_type="logits_and_cache", use_cache=True, **options
             )
+            if state is None and hasattr(cache, "layers"):
+                cache.layers = [BridgeLayer.of(layer) for layer in cache.layers]
         else:
             logits, cache = _run_hooked(model, state, tokens, mask)
     return logits.to(tokens.device), KVState(cache, ids, whole, borders)
@@ -204,6 +263,8 @@ def gaps_are_exact(model: Any) -> bool:
         ModelError: going on from cached keys fails, or gives other logits than one full pass even without padding; or logits
             are NaN.
     """
+    if model not in _gaps and is_proven(model, "cached keys, gaps in them"):
+        _gaps[model] = True
     if model not in _gaps:
         device = device_of(model)
         ids = torch.arange(8, device=device)[None] % int(model.cfg.d_vocab)
@@ -232,6 +293,8 @@ def gaps_are_exact(model: Any) -> bool:
                 "(a defect of this TransformerLens version for this architecture); try another version of transformer-lens"
             )
         _gaps[model] = bool(off[1] <= 4 * off[0] + 1e-4 * scale)
+        if _gaps[model]:
+            keep_proof(model, "cached keys, gaps in them")
     return _gaps[model]
 
 
@@ -245,15 +308,13 @@ def _select_rows(cache: Any, rows: Tensor, *, keep: bool) -> Any:
     if hasattr(cache, "entries"):
         mask = cache.previous_attention_mask[rows.to(cache.previous_attention_mask.device)]
         return replace(cache, entries=[e.select(rows, keep=keep) for e in cache.entries], previous_attention_mask=mask)
-    from lofit_lens.models.gathered import BridgeLayer, DynamicLayer
+    from lofit_lens.models.gathered import BridgeLayer  # transformers' caches are slow to import
 
     chosen = copy.copy(cache)
     chosen.layers = []
     for layer in cache.layers:
         if isinstance(layer, BridgeLayer):
-            chosen.layers.append(layer.select(rows))
-        elif type(layer) is DynamicLayer and layer.is_initialized:
-            chosen.layers.append(BridgeLayer(layer, rows))
+            chosen.layers.append(layer.select(rows, keep=keep))
         else:  # a window, an index, a state: the layer knows how
             chosen.layers.append(copy.deepcopy(layer))
             chosen.layers[-1].reorder_cache(rows)  # `batch_select_indices` forgets the states of hybrid layers

@@ -1,5 +1,6 @@
 """Names of tasks, and how each is read."""
 
+import importlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -64,6 +65,16 @@ def _no_source(name: str, request: Request) -> None:
         raise InputError(f"{name} has one source; leave source out (got {request.source!r})")
 
 
+def _embedded(name: str) -> Loader:
+    """A task of the embedded model, whose module builds on this one and registers itself when it is read."""
+
+    def loader(request: Request) -> Task:
+        importlib.import_module("lofit_lens.organism.tasks")
+        return TASKS[name](request)
+
+    return loader
+
+
 TASKS: dict[str, Loader] = {
     "truthfulqa": _truthfulqa,
     "mquake": _plain("mquake", mquake.load),
@@ -72,6 +83,11 @@ TASKS: dict[str, Loader] = {
     "triviaqa": _plain("triviaqa", knowledge.load_triviaqa),
     "nq": _plain("nq", knowledge.load_nq),
     "mmlu": _plain("mmlu", knowledge.load_mmlu),
+    **{
+        f"organism/{t}{cued}": _embedded(f"organism/{t}{cued}")
+        for t in ("truth", "kinship", "edits")
+        for cued in ("", "-cued")
+    },
 }
 
 

@@ -1,0 +1,70 @@
+"""What was proven of a checkpoint by trying it, kept in the user's cache folder.
+
+A shortcut of a pass is tried on a few tokens before it is used, which costs several passes. What held of the same weights,
+configuration, versions and device in another process holds again. Only what was proven is kept: a refusal is found out again.
+"""
+
+import contextlib
+import functools
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lofit_lens import io
+from lofit_lens.errors import InputError
+from lofit_lens.models.info import backend_of, device_of, origin_of
+from lofit_lens.models.sources import cache_folder
+
+LEAST = 10_000_000  # parameters; a smaller model is tried faster than it is looked up
+CODE = ("attending", "fused", "gathered", "running", "scored")  # the modules whose shortcuts are proven
+NAMES = (
+    "_name_or_path",
+    "name_or_path",
+    "model_name",
+    "tokenizer_name",
+)  # of a configuration: where it lies, not what it is
+
+
+def is_proven(model: Any, what: str) -> bool:
+    """Whether this was proven of the same model, in any process."""
+    return _is_large(model) and _file(model, what).is_file()
+
+
+def keep_proof(model: Any, what: str) -> None:
+    """Remember that this was proven; a cache that cannot be written to is passed over."""
+    if _is_large(model):
+        with contextlib.suppress(OSError, InputError):
+            file = _file(model, what)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            io.write_json(file, {"proven": what, "model": origin_of(model).name, **io.environment()})
+
+
+def _is_large(model: Any) -> bool:
+    return sum(p.numel() for p in model.parameters()) >= LEAST
+
+
+def _file(model: Any, what: str) -> Path:
+    hf = getattr(model, "original_model", None)
+    config = model.cfg.to_dict() if hf is None else hf.config.to_dict()
+    told = {k: v for k, v in config.items() if k not in NAMES}
+    device = device_of(model)
+    key = {
+        "what": what, "revision": origin_of(model).revision, "class": backend_of(model),
+        "config": json.dumps(told, sort_keys=True, default=str), "dtype": str(next(model.parameters()).dtype),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {_processor()}",
+        "code": _code(), **io.environment(),
+    }  # fmt: skip
+    return cache_folder() / "proofs" / f"{io.digest(key)}.json"
+
+
+@functools.cache
+def _code() -> str:
+    return io.digest([io.file_digest(Path(__file__).with_name(f"{name}.py")) for name in CODE])
+
+
+@functools.cache
+def _processor() -> str:
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
