@@ -28,6 +28,7 @@ FREE = (
     "--backends",
     "--backend",
 )  # options that leave a benchmark's size
+SAME_ANSWERS = 0.99  # of two ways to decode greedily: a near tie may fall either way
 SAME = 1e-3  # nats a loss and units of a metric that two ways to the same result may be apart
 
 
@@ -135,6 +136,19 @@ def of_ceiling(settings: Record, results: Any) -> Iterable[Figure]:
         yield Figure(f"{mean} tokens an example", found["share_of_ceiling"])
 
 
+def of_processes(part: str, gain: bool) -> Callable[[Record, Any], Iterable[Figure]]:
+    """CPU seconds of a whole process: how often as long as plain transformers (or its `gain` over it)."""
+
+    def figures(settings: Record, results: Any) -> Iterable[Figure]:
+        for backend, title in CLASSES.items():
+            if backend in results[part]["cpu"]:
+                ratio = results[part]["cpu"][backend]["median_ratio"]
+                same = part != "eval" or results["same_answers"][backend] >= SAME_ANSWERS
+                yield Figure(title, 1 / ratio if gain else ratio, "" if same else "answers differ")
+
+    return figures
+
+
 def _apart(difference: float) -> str:
     return "" if difference <= SAME else f"results differ by {difference:.1e}"
 
@@ -143,6 +157,8 @@ GOALS = (
     Goal("A training step against plain Hugging Face with SDPA", "train_step", "cpu", 1.05, of_steps, most=True),
     Goal("A whole run against a straightforward one: TruthfulQA", "whole_run", "cpu", 5.0, of_whole("truthfulqa")),
     Goal("The same: MQuAKE and CLUTRR", "whole_run", "cpu", 1.4, of_whole("mquake", "clutrr")),
+    Goal("Evaluation on SmolLM2 against plain transformers", "processes", "cpu", 1.3, of_processes("eval", True)),
+    Goal("First step of select, the same", "processes", "cpu", 1.4, of_processes("select", False), most=True),
     Goal("Many runs in one pass, embedded model, CPU", "many", "cpu", 1.4, of_many),
     Goal("Many runs in one pass, embedded model, GPU", "gpu", "cuda", 5.0, of_gpu_many(lambda r: r["organism"])),
     Goal(

@@ -24,7 +24,7 @@ def way(name: str, prepend_bos: bool | None, args: Any) -> dict[str, Any]:
     task = load_task("mquake", data_dir=args.data_dir)
     more = {"n_train": 8} if args.quick else {}
     before = evaluate(model, task, limit=args.limit)
-    heads = select_heads(model, task, seed=SEED, **more).top(K)
+    heads = select_heads(model, task, seed=SEED, **more).top(args.k)
     lofit = tune_offsets(model, task, heads, seed=SEED, **more)
     with lofit.attached(model):
         after = evaluate(model, task, limit=args.limit)
@@ -44,13 +44,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="smollm2", help="as in load_model")
     parser.add_argument("--data-dir", type=Path, help="folder of the task's folder; left out: fetched")
     parser.add_argument("--limit", type=int, default=200, help="test rows")
+    parser.add_argument("--k", type=int, default=K, help="heads")
     args = measure.parsed(parser, argv)
     if args.quick:
-        args.limit = 2
+        args.limit, args.k = 2, 2
     results = {name: way(args.model, bos, args) for name, bos in WAYS.items()}
     for name, found in results.items():
         print(f"{name}: {found['before']['em']['mean']:.3f} -> {found['after']['em']['mean']:.3f}")
-    settings = {"command": args.command, "limit": args.limit, "k": K, "seed": SEED}
+    settings = {"command": args.command, "limit": args.limit, "k": args.k, "seed": SEED}
     record.write(args.out, "real_model", settings, results)
 
 

@@ -174,6 +174,27 @@ def show_choices(settings: Record, results: Any) -> str:
     return f"{settings['questions']} questions of TruthfulQA, {settings['device']}.\n\n{table(head, rows)}"
 
 
+def show_processes(settings: Record, results: Any) -> str:
+    """processes.py."""
+    ways = {"plain": "plain transformers", "lofit-lens": "lofit-lens", **CLASSES}
+    rows = [
+        (
+            part, ways[way], kinds["cpu"][way]["median_seconds"], kinds["cpu"][way]["median_ratio"],
+            kinds["wall"][way]["median_seconds"], kinds["wall"][way]["median_ratio"],
+        )
+        for part, kinds in results.items()
+        if "cpu" in kinds
+        for way in kinds["cpu"]
+    ]  # fmt: skip
+    head = ("part", "of", "CPU seconds", "to the first", "wall seconds", "to the first")
+    same = ", ".join(f"{CLASSES[b]} {share:.1%}" for b, share in results["same_answers"].items())
+    return (
+        f"Whole processes, one thread, {settings['model']['name']}, {settings['rounds']} rounds. `eval`: {settings['limit']} "
+        "test rows of MQuAKE with an adapter; `select`: to the end of the first step; `help`: `lofit-lens --help`. "
+        f"Answers that are those of plain transformers: {same}.\n\n{table(head, rows)}"
+    )
+
+
 def show_gpu(settings: Record, results: Any) -> str:
     """gpu.py."""
     rows, parts = [], []
@@ -210,6 +231,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Record, Any], str]]] = {
     "whole_run": ("A whole run", show_whole),
     "many": ("Many runs in one pass", show_many),
     "mc_eval": ("Multiple choice", show_choices),
+    "processes": ("From start to end", show_processes),
     "scaling": ("Cost model", show_scaling),
     "gpu": ("On a GPU", show_gpu),
 }

@@ -16,6 +16,9 @@ import many  # noqa: E402
 import mc_eval  # noqa: E402
 import measure  # noqa: E402
 import performance  # noqa: E402
+import processes  # noqa: E402
+import prompting  # noqa: E402
+import real_model  # noqa: E402
 import scaling  # noqa: E402
 import train_step  # noqa: E402
 import whole_run  # noqa: E402
@@ -398,6 +401,58 @@ def test_quick_gpu(quick):
         assert 0 < selection["tokens"]["real"] <= selection["tokens"]["padded"]
     assert results["shapes"]["llama-2-7b"]["many"]["2"]["same_heads"]
     assert results["organism"]["2"]["largest_difference"] < 1e-5
+
+
+@pytest.fixture(scope="module")
+def chatting(tmp_path_factory):
+    """A tiny Llama with a chat template, in a folder."""
+    folder = tmp_path_factory.mktemp("model") / "tiny-chat"
+    measure.build(
+        folder, ["Imagine that Italy lies in Peru. Who is it?", "Q: A: Is the capital Rome or Lima?"], measure.TINY
+    )
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.slow
+def test_quick_real_model(tmp_path, chatting, data_dir):
+    """Both ways to put BOS, before and after, with intervals."""
+    real_model.main(
+        ["--quick", "--model", str(chatting), "--data-dir", str(data_dir), "--out", str(tmp_path / "real_model.json")]
+    )
+    _, results = read(tmp_path, "real_model")
+    assert [found["model"]["prepend_bos"] for found in results.values()] == [True, False]
+    for found in results.values():
+        assert {"em", "contains"} <= set(found["before"]) & set(found["after"])
+        assert found["after"]["em"]["n"] == 2
+
+
+@pytest.mark.slow
+def test_quick_prompting(tmp_path, chatting, data_dir, capsys):
+    """Every way to ask, on both tasks, in the file and in the table."""
+    prompting.main(
+        ["--quick", "--model", str(chatting), "--data-dir", str(data_dir), "--out", str(tmp_path / "prompting.json")]
+    )
+    _, results = read(tmp_path, "prompting")
+    assert {task: list(ways) for task, ways in results.items()} == {
+        task: list(prompting.WAYS) for task in ("mquake", "clutrr")
+    }
+    table = capsys.readouterr().out
+    assert all(f"| {way} | " in table for way in prompting.WAYS)
+
+
+@pytest.mark.slow
+def test_quick_processes(tmp_path, chatting, data_dir):
+    """Whole processes of both ways: times, ratios, and the same answers."""
+    words = ["--quick", "--model", str(chatting), "--data-dir", str(data_dir), "--backends", CLASSES[0]]
+    processes.main([*words, "--out", str(tmp_path / "processes.json")])
+    _, results = read(tmp_path, "processes")
+    assert results["same_answers"] == {CLASSES[0]: 1.0}
+    assert results["select"]["cpu"]["plain"]["median_ratio"] == 1
+    assert results["eval"]["cpu"][CLASSES[0]]["median_seconds"] > 0
+    assert "| eval | plain transformers |" in performance.page(tmp_path, tmp_path / "notes.md")
 
 
 @pytest.mark.slow

@@ -149,7 +149,7 @@ def anchors(page):
 
 def public_names():
     """`ll.NAME` of the package, and `ll.PART.NAME` of its parts."""
-    yield from (f"ll.{name}" for name in {*ll.__all__, *ll._LATER})
+    yield from (f"ll.{name}" for name in ll.__all__)
     for part in PARTS:
         yield from (f"ll.{part}.{name}" for name in importlib.import_module(f"lofit_lens.{part}").__all__)
 
@@ -160,7 +160,7 @@ def test_every_public_name_is_documented_once():
     headings = re.findall(r"^::: (\S+)\n +options:\n +heading: (\S+)$", text, re.MULTILINE)
     listed = [heading for _, heading in headings] + re.findall(r"^`(ll\.[\w.]+)` is", text, re.MULTILINE)
     assert len(set(listed)) == len(listed)
-    twins = {f"ll.{n}" for n in ll._LATER} | {f"ll.{n}" for n in ll.__all__}
+    twins = {f"ll.{n}" for n in ll.__all__}
     missing = {n for n in public_names() if n not in listed and f"ll.{n.rpartition('.')[2]}" not in twins & set(listed)}
     assert not missing
     for path, heading in headings:

@@ -292,14 +292,14 @@ NUMBERS = {
     "from_records max_new_tokens": lambda m, n: ll.Task.from_records("x", train=[], test=[], max_new_tokens=n),
     "HeadSet top": lambda m, n: HEADS.top(n),
 }
-MAY_BE_NONE = ("limit", "n_train", "max_steps", "token_budget")
+MAY_BE_NONE = ("limit", "n_train", "max_steps", "token_budget", "evaluate batch_size")
 
 
 @pytest.mark.parametrize(("name", "call"), NUMBERS.items(), ids=NUMBERS)
 def test_a_count_is_a_whole_number_of_one_or_more(name, call, model):
     """Each wrong number is refused with its value."""
     for wrong in WRONG_NUMBERS:
-        if not (wrong is None and name.split()[-1] in MAY_BE_NONE):
+        if wrong is not None or not {name, name.split()[-1]} & {*MAY_BE_NONE}:
             said = "give [12] (or more|to )" if type(wrong) is int else "give a whole number"
             with pytest.raises(InputError, match=rf"{re.escape(repr(wrong))}; {said}|K (= 0|= -1|must be)"):
                 call(model, wrong)

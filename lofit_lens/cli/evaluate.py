@@ -23,7 +23,7 @@ def evaluate(
         typer.Option("--too-long", help="Items longer than the model's context: error, or wrong (counted as failed)."),
     ] = "error",
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", help="At most so many prompts generated together.", min=1)
+        int | None, typer.Option("--batch-size", help="At most so many prompts generated together.")
     ] = None,
     token_budget: Annotated[
         int,

@@ -116,9 +116,11 @@ def _take(model: Any, weights: dict[str, torch.Tensor], *, shares: bool) -> None
     model they come from is a user's.
     """
     seen: set[int] = set()
+    types = {name: p.dtype for name, p in model.named_parameters()}
     for name, found in weights.items():
+        found = found.detach().to(types.get(name, found.dtype))
         place = found.untyped_storage().data_ptr()
-        weights[name] = found.detach() if shares and place not in seen else found.detach().clone()
+        weights[name] = found if shares and place not in seen else found.clone()
         seen.add(place)
     model.load_state_dict(weights, assign=True, strict=False)
 
