@@ -149,9 +149,8 @@ def decode_ids(
         token = scores.argmax(dim=-1)  # of a row with NaN, a place that holds it
         sound = scores.gather(1, token[:, None])[:, 0].isfinite()
         going = []
-        for row, (said, fine) in enumerate(
-            torch.stack([token, sound]).T.tolist()
-        ):  # the one wait for the device in a step
+        told = torch.stack([token, sound]).T.tolist()  # the one wait for the device in a step
+        for row, (said, fine) in enumerate(told):
             prompt = running[row]
             if not fine:
                 raise not_finite(model, f"the logits behind {new_text(tokenizer, (), prompts[prompt])[-60:]!r}")
