@@ -464,3 +464,10 @@ def test_each_kind_of_processing_is_seen(change, checkpoint):
     none = dict.fromkeys(("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases"), False)
     model.load_and_process_state_dict(model.state_dict(), **{**none, **change})
     assert ll.model_info(model).processed
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_a_model_without_a_name_is_not_the_current_folder(name):
+    """`Path("")` would be it."""
+    with pytest.raises(ModelError, match="the model's name is"):
+        ll.load_model(name)

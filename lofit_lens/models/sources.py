@@ -33,9 +33,13 @@ def located(name_or_path: str | Path) -> tuple[str | Path, str]:
     A folder's name is its own last part, never its path. A GGUF file is dequantised into a folder of the cache first.
 
     Raises:
-        ModelError: a GGUF file that cannot be read.
+        ModelError: no name, or a GGUF file that cannot be read.
     """
     text = str(name_or_path)
+    if not text.strip():  # Path("") is the current folder
+        raise ModelError(
+            f"the model's name is {text!r}; give a hub id, a folder (./ for this one), 'organism' or 'smollm2'"
+        )
     if text in OURS and Path(text).is_dir():
         logger.warning(
             "%s is the model of that name, and not the folder that lies here; write ./%s for the folder", text, text
