@@ -209,8 +209,7 @@ def _scores(job: _Job) -> None:
     if spec["by"] in TRAINING:
         scores = learned_scores(job.lofit, "A" if spec["by"] == "A-norm" else "v", kind=spec["by"])
     else:
-        options = {"seed": spec["seed"], "n_train": spec["n_train"], "progress": False}
-        scores = SELECTORS[spec["by"]](bench.model, bench.task, **options)
+        scores = bench.selected(SELECTORS[spec["by"]], spec["seed"])
     scores.save(job.draft.path / "scores.json")
 
 

@@ -33,7 +33,7 @@ from lofit_lens.training import Preset, TrainConfig, preset, select_heads, tune_
 from lofit_lens.training.config import method_config
 from lofit_lens.training.fitting import fit
 from lofit_lens.training.loop import OnStep
-from lofit_lens.training.selectors import SELECTORS
+from lofit_lens.training.selectors import SELECTORS, probe_scores
 
 Settings = Mapping[str, Any]
 TRIALS = 4
@@ -120,6 +120,14 @@ class Workbench:
         return self.shared(("probes", seed), lambda: fit_probes(
             self.model, self.task, seed=seed, n_train=self.n_train, progress=self.progress
         ))  # fmt: skip
+
+    def selected(self, select: Callable[..., HeadScores], seed: int) -> HeadScores:
+        """Head scores of a selector; by probe accuracy they are those of the probes, which ITI is made from."""
+        if select is probe_scores:
+            return self.probes(seed).scores
+        return self.shared(
+            (select, seed), lambda: select(self.model, self.task, seed=seed, n_train=self.n_train, progress=False)
+        )
 
     def reading(self, seed: int) -> ReadingVectors:
         """A reading vector for every layer."""
@@ -307,13 +315,9 @@ METHODS: dict[str, Method] = {
 def _selector_methods() -> dict[str, Method]:
     """Each head selector as a method: its K best heads (as many as LoFiT's 3 %), then offsets with the preset's settings."""
 
-    def with_heads_by(select: Any) -> Callable[[Workbench, Settings, int], Intervention]:
+    def with_heads_by(select: Callable[..., HeadScores]) -> Callable[[Workbench, Settings, int], Intervention]:
         def fit_selected(bench: Workbench, settings: Settings, seed: int) -> Intervention:
-            scores = bench.shared(
-                (select, seed),
-                lambda: select(bench.model, bench.task, seed=seed, n_train=bench.n_train, progress=False),
-            )
-            return fit_offsets(bench, scores.top(k_of(bench, "3 %")), settings, seed)
+            return fit_offsets(bench, bench.selected(select, seed).top(k_of(bench, "3 %")), settings, seed)
 
         return fit_selected
 
