@@ -6,11 +6,13 @@ So a result does not depend on the number of processes: sums over many threads m
 import contextlib
 import gc
 import multiprocessing
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from lofit_lens.errors import InputError
 from lofit_lens.models import load_model
@@ -98,5 +100,6 @@ def prepare_process() -> None:
     import transformers
 
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # tqdm's own is a semaphore of the system, which a process that is ended leaves behind
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
