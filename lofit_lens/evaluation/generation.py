@@ -3,7 +3,7 @@
 (The classes' own `generate` ignores the mask on one of them and differs in its rules; see `models`.)
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, overload
 
 import torch
@@ -117,10 +117,11 @@ def generate(
         padding = token_budget if can_join(model) else WASTE
         for rows in grouped(order, own, token_budget, padding=padding, cached=cached, most=batch_size):
             ends = [turns[i].end for i in rows]
-            new_ids = decode_ids(model, [encoded[i] for i in rows], max_new_tokens, front=front, turn_ends=ends)
+            new_ids = decode_ids(
+                model, [encoded[i] for i in rows], max_new_tokens, front=front, turn_ends=ends, tell=bar.update
+            )
             for i, new in zip(rows, new_ids, strict=True):
                 texts[i] = new_text(tokenizer, encoded[i], new)
-            bar.update(len(rows))
     return texts[0] if single else texts
 
 
@@ -134,11 +135,12 @@ def _prompt(prompt: Any, chat: bool, system: str | None) -> str:
 @torch.no_grad()
 def decode_ids(
     model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, front: SharedFront = NO_FRONT,
-    turn_ends: Sequence[int | None] = (),
+    turn_ends: Sequence[int | None] = (), tell: Callable[[int], Any] = lambda n: None,
 ) -> list[list[int]]:  # fmt: skip
     """Greedy new ids for one batch up to an end token, which is left out. A prompt that has ended leaves the batch.
 
-    `front` is what all prompts begin with, run already; `turn_ends` the token that ends each one's answer beside the model's own.
+    `front` is what all prompts begin with, run already; `turn_ends` the token that ends each one's answer beside the model's own;
+    `tell` is called with the number of prompts that are done.
     """
     tokenizer = tokenizer_of(model)
     ends = [{*end_tokens(model), turn_ends[i] if turn_ends else None} for i in range(len(prompts))]
@@ -157,6 +159,7 @@ def decode_ids(
             if said not in ends[prompt]:
                 new[prompt].append(said)
                 going.append(row)
+        tell(len(running) - (len(going) if left else 0))
         if not left or not going:
             break
         if len(going) < len(running):

@@ -100,6 +100,7 @@ def prepare_process() -> None:
     import transformers
 
     torch.set_num_threads(1)
-    tqdm.set_lock(threading.RLock())  # tqdm's own is a semaphore of the system, which a process that is ended leaves behind
+    # tqdm's own lock is a semaphore of the system, which a process that is ended leaves behind.
+    tqdm.set_lock(threading.RLock())
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
