@@ -43,3 +43,11 @@ def test_every_public_name_is_there():
     loaded(
         "import lofit_lens as ll\nfor n in [*ll.__all__, *ll._PARTS]: getattr(ll, n)\nassert {*ll.__all__} == {*ll._HOME}"
     )
+
+
+def test_the_main_functions_wait_for_what_others_need():
+    """Probes, plots, PEFT, statistics and TransformerLens itself are read when they are first used."""
+    run = "import lofit_lens as ll; ll.load_model, ll.load_task, ll.select_heads, ll.tune_offsets, ll.evaluate, ll.generate"
+    late = ("sklearn", "plotly", "peft", "datasets", "transformer_lens", "scipy.stats", "scipy.optimize")
+    code = f"{run}\nimport sys\nassert not [m for m in {late} if m in sys.modules], sys.modules.keys()"
+    loaded(code)

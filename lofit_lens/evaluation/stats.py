@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import scipy  # its parts are read when they are first used: scipy.stats is slow to import
 from numpy.typing import ArrayLike
-from scipy import optimize, stats
 
 from lofit_lens.checks import check_one_of, check_seed, check_share, check_whole
 from lofit_lens.errors import InputError
@@ -211,7 +211,7 @@ def paired_permutation_test(
     p = 1.0
     if d.size > 1:
         # One sample of permutation type "samples" has its signs flipped: the same as swapping a and b.
-        found = stats.permutation_test(
+        found = scipy.stats.permutation_test(
             (d,), np.mean, permutation_type="samples", vectorized=True, n_resamples=resamples,
             batch=max(1, BATCH_NUMBERS // (2 * d.size)), alternative=alternative, rng=np.random.default_rng(seed),
         )  # fmt: skip
@@ -244,7 +244,7 @@ def benjamini_hochberg(p_values: ArrayLike) -> list[float]:
         InputError: a p-value outside [0, 1].
     """
     p = _p_values(p_values)
-    return stats.false_discovery_control(p, method="bh").tolist()
+    return scipy.stats.false_discovery_control(p, method="bh").tolist()
 
 
 def minimum_detectable_difference(
@@ -274,12 +274,14 @@ def minimum_detectable_difference(
     if not level < power < 1:
         raise InputError(f"power is {power}; allowed: between the level, {level}, and 1. Try 0.8")
     df, sides = n - 1, 2 if alternative == "two-sided" else 1
-    t = stats.t.isf(level / sides, df)
+    t = scipy.stats.t.isf(level / sides, df)
 
     # At this shift a miss takes too wide a spread or too small a mean, each with half the chance of a miss allowed.
     missed = (1 - power) / 2
-    enough = t * np.sqrt(stats.chi2.isf(missed, df) / df) + stats.norm.isf(missed)
-    shift = optimize.root_scalar(lambda shift: stats.nct.sf(t, df, shift) - power, bracket=(0.0, enough)).root
+    enough = t * np.sqrt(scipy.stats.chi2.isf(missed, df) / df) + scipy.stats.norm.isf(missed)
+    shift = scipy.optimize.root_scalar(
+        lambda shift: scipy.stats.nct.sf(t, df, shift) - power, bracket=(0.0, enough)
+    ).root
     return float(shift * sd / np.sqrt(n))
 
 
@@ -309,7 +311,7 @@ def _bootstrap(
     seed: int,
 ) -> tuple[tuple[float, float], np.ndarray]:
     """Percentile interval and all resampled values [resamples]; `numbers` is what one resample holds in memory."""
-    found = stats.bootstrap(
+    found = scipy.stats.bootstrap(
         data, statistic, confidence_level=level, n_resamples=resamples, method="percentile", vectorized=True,
         rng=np.random.default_rng(seed), batch=max(1, BATCH_NUMBERS // numbers),
     )  # fmt: skip
@@ -328,7 +330,7 @@ def _interval(sample: np.ndarray, level: float, resamples: int, seed: int) -> tu
 def _without_spread(value: float, n: int, level: float) -> tuple[float, float]:
     if value not in (0.0, 1.0):
         return (value, value)
-    exact = stats.binomtest(n * int(value), n).proportion_ci(level, method="exact")
+    exact = scipy.stats.binomtest(n * int(value), n).proportion_ci(level, method="exact")
     return (float(exact.low), float(exact.high))
 
 

@@ -19,10 +19,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import scipy
 import torch
 from jaxtyping import Bool, Float
 from joblib import Parallel, delayed
-from scipy.stats import rankdata
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -109,7 +109,7 @@ def fit_layer(
 def auc(margins: Float[np.ndarray, "n n_heads"], right: Bool[np.ndarray, " n"]) -> Float[np.ndarray, " n_heads"]:
     """Area under the ROC curve: the share of (right, wrong) pairs in which the right one has the larger margin, ties half."""
     n_right = int(right.sum())
-    ranks = rankdata(margins, axis=0)[right].sum(axis=0)
+    ranks = scipy.stats.rankdata(margins, axis=0)[right].sum(axis=0)
     return (ranks - n_right * (n_right + 1) / 2) / (n_right * (len(right) - n_right))
 
 

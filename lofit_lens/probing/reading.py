@@ -18,7 +18,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Float, Float32
-from sklearn.decomposition import PCA
 from torch import Tensor
 
 from lofit_lens import io
@@ -70,6 +69,8 @@ def reading_vector(
     turned = values * signs[:, None]
     _size(turned - turned.mean(axis=0), values)
     # The full decomposition: exact and the same every time, where scikit-learn's own choice for wide data draws numbers.
+    from sklearn.decomposition import PCA
+
     found = np.asarray(PCA(n_components=1, svd_solver="full").fit(turned).components_)[0]
     along = values @ found
     return found * (np.sign(np.sign(along).sum()) or np.sign(along.sum()) or 1.0)
