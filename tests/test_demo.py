@@ -70,6 +70,12 @@ def test_the_real_demo(shell, checkpoint, data, tmp_path):
     assert {"head_grid.html", "fig3_layers.html", "table1.md", "runs.csv"} <= {p.name for p in out.iterdir()}
     first = questions(found, 1)[0]
     assert (first["wanted"], first["before_right"]) == ("France", False)
+    said_by = [
+        found.evaluations[rows.index[0]].items["generated"][0]
+        for rows in (found.zero_shot("mquake"), found.lofit("mquake"))
+    ]
+    assert [first["before"], first["after"]] == said_by
+    assert said_by[0] != said_by[1]
     assert shell("report", out, "-o", tmp_path / "report.html")[0] == 0
     assert shell("figures", out, "--out", tmp_path / "figures", "--formats", "html")[0] == 0
     assert ll.explore(out).shared is not None
