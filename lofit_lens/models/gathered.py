@@ -144,8 +144,8 @@ def hooked_entries(model: Any, cache: Any, mask: Int[Tensor, "batch pos"]) -> li
     found = []
     for block, entry in zip(model.blocks, cache.entries, strict=True):
         keys = block.attn.apply_rotary(entry.past_keys, 0, mask) if rotated else entry.past_keys
-        kept = (Kept.of(x.transpose(1, 2)) for x in (keys, entry.past_values))
-        found.append(HookedEntry(*kept, rotated))
+        keys, values = Kept.of(keys.transpose(1, 2)), Kept.of(entry.past_values.transpose(1, 2))
+        found.append(HookedEntry(keys, values, rotated))
     return found
 
 
