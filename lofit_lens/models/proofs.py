@@ -20,12 +20,8 @@ from lofit_lens.models.sources import cache_folder
 
 LEAST = 10_000_000  # parameters; a smaller model is tried faster than it is looked up
 CODE = ("attending", "fused", "gathered", "running", "scored")  # the modules whose shortcuts are proven
-NAMES = (
-    "_name_or_path",
-    "name_or_path",
-    "model_name",
-    "tokenizer_name",
-)  # of a configuration: where it lies, not what it is
+# Of a configuration: where it lies, not what it is.
+NAMES = ("_name_or_path", "name_or_path", "model_name", "tokenizer_name")
 
 
 def is_proven(model: Any, what: str) -> bool:

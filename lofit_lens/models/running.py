@@ -123,11 +123,8 @@ def can_join(model: Any) -> bool:
         wanted = torch.cat([extend(model, p.select(row), n[None])[0] for p, n in zip(parts, new, strict=True)])
         try:
             found = extend(model, together(parts), new)[0]
-        except (
-            AttributeError,
-            TypeError,
-            RuntimeError,
-        ):  # a layer of another kind, or one that holds more than its rows
+        # A layer of another kind, or one that holds more than its rows.
+        except (AttributeError, TypeError, RuntimeError):
             found = wanted + torch.inf
         limit = (1e-4 if wanted.dtype in (torch.float32, torch.float64) else 0.1) * wanted.float().std()
         _joins[model] = bool((found.float() - wanted.float()).abs().max() <= limit)
