@@ -82,10 +82,13 @@ organism: $(READY)
 	$(BIN)/python -m lofit_lens.organism.train --seed 0 --out build/organism-0
 	$(BIN)/lofit-lens demo --model build/organism-0 --full --out build/organism-0-table
 
-bench: $(READY)
+bench: $(REAL_READY)
+	$(BIN)/python benchmarks/processes.py $(if $(DATA),--data-dir $(DATA))
 	$(BIN)/python benchmarks/train_step.py --device cpu
 	$(BIN)/python benchmarks/whole_run.py --device cpu $(if $(DATA),--data-dir $(DATA))
 	$(BIN)/python benchmarks/many.py --device cpu
+	$(BIN)/python benchmarks/many.py --model smollm2 --tasks mquake --sizes 1 2 4 8 --n-train 8 --epochs 1 --device cpu \
+	  --out benchmarks/results/many_smollm2.json $(if $(DATA),--data-dir $(DATA))
 	$(BIN)/python benchmarks/scaling.py --device cpu
 	$(BIN)/python benchmarks/mc_eval.py --device cpu --rounds 2 --questions 32 $(if $(DATA),--data-dir $(DATA))
 	$(BIN)/python benchmarks/performance.py

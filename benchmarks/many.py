@@ -1,14 +1,17 @@
 """Many LoFiT runs in the same passes (`tune_many`) against the same runs one after another, interleaved in one run.
 
     python benchmarks/many.py
+    python benchmarks/many.py --model smollm2 --tasks mquake --sizes 1 2 4 8 --n-train 8 --epochs 1 --data-dir DATA
 
 Runs of the embedded model: its three tasks in turn (two by SFT, one by DPO), a new seed after each three, A on every head, its
-own settings, `--n-train` examples each. In every round, and for each number of threads, R runs are trained together and one by
-one; the one-by-one time of R runs is the sum over the first R. Times are ratios within a round. What both learned is compared.
+own settings, `--n-train` examples each; or of another model and its tasks. In every round, and for each number of threads, R
+runs are trained together and one by one; the one-by-one time of R runs is the sum over the first R. Times are ratios within a
+round. What both learned is compared.
 """
 
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import measure
@@ -108,6 +111,9 @@ def chosen(model: Any, run: LofitRun, lofit: Lofit) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run and write."""
     parser = measure.options(__doc__, "many", rounds=2)
+    parser.add_argument("--model", default="organism", help="as in load_model")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="in turn")
+    parser.add_argument("--data-dir", type=Path, help="folder of the tasks' folders; left out: fetched")
     parser.add_argument("--sizes", nargs="+", type=int, default=list(SIZES), help="numbers of runs")
     parser.add_argument("--each-threads", nargs="+", type=int, help="numbers of torch threads; left out: 1 and all")
     parser.add_argument("--component", default="A", choices=["A", "v"])
@@ -119,10 +125,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.sizes, args.n_train, args.epochs = [1, 4], 8, 1
     before = torch.get_num_threads()
     counts = args.each_threads or sorted({1, args.threads or before})
-    tasks = [load_task(name) for name in TASKS]
+    tasks = [load_task(name, data_dir=args.data_dir) for name in args.tasks]
     results: dict[str, Any] = {}
     for backend in args.backends:
-        model = load_model("organism", backend=backend, device=args.device)
+        model = load_model(args.model, backend=backend, device=args.device)
         runs = listed_runs(
             model, tasks, max(args.sizes), component=args.component, n_train=args.n_train, epochs=args.epochs
         )
@@ -134,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{backend}, {threads} threads: {gains}")
     torch.set_num_threads(before)
     settings = {
-        "command": args.command, "model": "organism", "tasks": list(TASKS), "component": args.component,
+        "command": args.command, "model": args.model, "tasks": args.tasks, "component": args.component,
         "n_train": args.n_train, "epochs": runs[0].config.epochs if runs[0].config else None, "device": args.device,
         "rounds": args.rounds, "sizes": args.sizes, "threads": counts,
     }  # fmt: skip

@@ -74,10 +74,10 @@ def quiet() -> None:
 
 
 def command(program: str, words: Sequence[str]) -> str:
-    """What was typed, without the folders of the machine: DATA stands for --data-dir's, --out is left out."""
+    """What was typed, without the folders of the machine: DATA stands for --data-dir's; --out and --former are left out."""
     kept, given = [], iter(word for w in words for word in (w.split("=", 1) if w.startswith("--") else [w]))
     for word in given:
-        if word in ("--data-dir", "--out"):
+        if word in ("--data-dir", "--former", "--out"):
             next(given, None)
             kept += ["--data-dir", "DATA"] if word == "--data-dir" else []
         else:
@@ -174,14 +174,20 @@ def resident_mib() -> float:
 
 def peak_mib(call: Callable[[], Any], device: str) -> float:
     """MiB at the peak of a call, above what was taken before it: resident, or on a GPU the allocator's."""
+    with peaked(device) as peak:
+        call()
+    return peak()
+
+
+@contextlib.contextmanager
+def peaked(device: str) -> Iterator[Callable[[], float]]:
+    """Yields a function that tells, after the block, the MiB at its peak above what was taken before it; see `peak_mib`."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        call()
-        wait(device)
-        return (torch.cuda.max_memory_allocated() - before) / MIB
-    before, done = resident_mib(), threading.Event()
-    seen = [before]
+        yield lambda: (torch.cuda.max_memory_allocated() - before) / MIB
+        return
+    done, seen = threading.Event(), [resident_mib()]
 
     def watch() -> None:
         while not done.wait(0.005):
@@ -190,11 +196,10 @@ def peak_mib(call: Callable[[], Any], device: str) -> float:
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        call()
+        yield lambda: max(seen) - seen[0]
     finally:
         done.set()
         watcher.join()
-    return max(seen) - before
 
 
 def in_own_processes(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
@@ -204,10 +209,15 @@ def in_own_processes(function: Callable[..., Any], calls: Sequence[tuple[Any, ..
         RuntimeError: a process ended without a result.
     """
     with _environment(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536"):
-        return [_in_a_process(function, *call) for call in tqdm(calls, "memory", leave=False)]
+        return [in_a_process(function, *call) for call in tqdm(calls, "memory", leave=False)]
 
 
-def _in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
+def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function gives in a new process.
+
+    Raises:
+        RuntimeError: the process ended without a result.
+    """
     context = multiprocessing.get_context("spawn")
     mine, theirs = context.Pipe(duplex=False)
     child = context.Process(target=_send, args=(theirs, function, *arguments))

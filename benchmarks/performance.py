@@ -77,33 +77,38 @@ class Goal:
         return good and not figure.objection
 
 
-def of_steps(settings: Record, results: Any) -> Iterable[Figure]:
-    """Time of a step of ours against the floor; cases that edit few layers have no goal."""
-    for case, found in results.items():
-        for backend, title in CLASSES.items():
-            if not settings["cases"][case]["lowest"] and f"{backend}_ours" in found:
-                ours = found[f"{backend}_ours"]
-                apart = np.max([ours["loss_difference"], ours["gradient_difference"]])
-                yield Figure(f"{title}, {case}", ours["median_ratio"], _apart(apart))
-
-
-def of_whole(*tasks: str) -> Callable[[Record, Any], Iterable[Figure]]:
-    """Gain of a whole run on some tasks."""
+def of_steps(labels: float) -> Callable[[Record, Any], Iterable[Figure]]:
+    """Time of a step of ours against the floor, with a share of labels; cases that edit few layers have no goal."""
 
     def figures(settings: Record, results: Any) -> Iterable[Figure]:
-        for task in tasks:
-            for backend, found in results.get(task, {}).items():
-                differ = found["difference"]
-                apart = np.max([*differ["losses"].values(), *differ["metrics"].values()])
-                objection = _apart(apart) if differ["same_heads"] else "other heads were chosen"
-                yield Figure(f"{task}, {CLASSES[backend]}", found["gain"]["total"]["median_ratio"], objection)
+        for case, found in results.items():
+            of = settings["cases"][case]
+            for backend, title in CLASSES.items():
+                if of["labels"] == labels and not of["lowest"] and f"{backend}_ours" in found:
+                    ours = found[f"{backend}_ours"]
+                    apart = np.max([ours["loss_difference"], ours["gradient_difference"]])
+                    yield Figure(f"{title}, {case}", ours["median_ratio"], _apart(apart))
+
+    return figures
+
+
+def of_whole(task: str, memory: bool = False) -> Callable[[Record, Any], Iterable[Figure]]:
+    """Gain of a whole run on a task, or its peak of memory against the straightforward run's."""
+
+    def figures(settings: Record, results: Any) -> Iterable[Figure]:
+        for backend, found in results.get(task, {}).items():
+            differ, peak = found["difference"], found["peak_mib"]
+            apart = np.max([*differ["losses"].values(), *differ["metrics"].values()])
+            objection = _apart(apart) if differ["same_heads"] else "other heads were chosen"
+            value = peak["library"] / peak["straightforward"] if memory else found["gain"]["total"]["median_ratio"]
+            yield Figure(CLASSES[backend], value, objection)
 
     return figures
 
 
 def of_many(settings: Record, results: Any) -> Iterable[Figure]:
-    """Best time one after another against best time together, over the numbers of threads; four runs or more."""
-    for backend, by_threads in results.items():
+    """Best time one after another against best time together, over the threads; the embedded model, four runs or more."""
+    for backend, by_threads in results.items() if settings["model"] == "organism" else ():
         for n in next(iter(by_threads.values())):
             if int(n) >= 4:
                 best = {
@@ -154,9 +159,16 @@ def _apart(difference: float) -> str:
 
 
 GOALS = (
-    Goal("A training step against plain Hugging Face with SDPA", "train_step", "cpu", 1.05, of_steps, most=True),
-    Goal("A whole run against a straightforward one: TruthfulQA", "whole_run", "cpu", 5.0, of_whole("truthfulqa")),
-    Goal("The same: MQuAKE and CLUTRR", "whole_run", "cpu", 1.4, of_whole("mquake", "clutrr")),
+    Goal("A training step against plain Hugging Face with SDPA", "train_step", "cpu", 1.0, of_steps(1.0), most=True),
+    Goal("The same with few labels", "train_step", "cpu", 0.7, of_steps(0.25), most=True),
+    *(
+        goal
+        for name, task, bound in (("TruthfulQA", "truthfulqa", 5.0), ("MQuAKE", "mquake", 1.5), ("CLUTRR", "clutrr", 1.7))
+        for goal in (
+            Goal(f"A whole run against a straightforward one: {name}", "whole_run", "cpu", bound, of_whole(task)),
+            Goal(f"The same, peak of memory: {name}", "whole_run", "cpu", 1.0, of_whole(task, memory=True), most=True),
+        )
+    ),
     Goal("Evaluation on SmolLM2 against plain transformers", "processes", "cpu", 1.3, of_processes("eval", True)),
     Goal("First step of select, the same", "processes", "cpu", 1.4, of_processes("select", False), most=True),
     Goal("Many runs in one pass, embedded model, CPU", "many", "cpu", 1.4, of_many),

@@ -7,6 +7,8 @@
 - `select`: `lofit-lens select --max-steps 1`, and one training step of plain transformers on as many rows, with A on every head.
 - `help`: `lofit-lens --help`.
 
+`--former CHECKOUT` runs the evaluation of another checkout of the project too.
+
 Every process gets one thread, and in every round all run one after the other. The adapter is drawn, not learned, with values of
 about the size that training gives: it changes answers, and both ways have to agree on them.
 """
@@ -34,12 +36,15 @@ from lofit_lens.tasks.collate import encode, encode_training
 from lofit_lens.training import preset
 
 K, BATCH, STD = 27, 16, 0.05
+FORMER = "former_"
 PLAIN = Path(__file__).with_name("plain_transformers.py")
 
 
-def ran(command: Sequence[str]) -> dict[str, float]:
-    """CPU and wall seconds of a process on one thread."""
+def ran(command: Sequence[str], former: Path | None) -> dict[str, float]:
+    """CPU and wall seconds of a process on one thread, with the project's code or a former one's."""
     alone = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    if former is not None:
+        alone["PYTHONPATH"] = str(former.resolve())
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run(command, env={**os.environ, **alone}, capture_output=True, text=True)
     wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -89,19 +94,21 @@ def commands(folder: Path, args: Any) -> dict[str, dict[str, list[str]]]:
             *shell, "eval", *asked, *on, "--adapter", str(folder / "adapter"), "--limit", str(args.limit), "--out",
             str(folder / backend),
         ]  # fmt: skip
+        if args.former:
+            found["eval"][FORMER + backend] = [*found["eval"][backend][:-1], str(folder / (FORMER + backend))]
         found["select"][backend] = [
             *shell, "select", *asked, *on, "--max-steps", "1", "--out", str(folder / f"{backend}-heads"),
         ]  # fmt: skip
     return found
 
 
-def same_answers(folder: Path, backends: Sequence[str]) -> dict[str, float]:
-    """Share of answers that are those of the plain process, for each class."""
+def same_answers(folder: Path, ways: Sequence[str]) -> dict[str, float]:
+    """Share of answers that are those of the plain process, for each way."""
     plain = json.loads((folder / "plain.json").read_text())
     shares = {}
-    for backend in backends:
-        items = [json.loads(line) for line in (folder / backend / "items.jsonl").read_text().splitlines()]
-        shares[backend] = sum(i["generated"] == p for i, p in zip(items, plain, strict=True)) / len(plain)
+    for way in ways:
+        items = [json.loads(line) for line in (folder / way / "items.jsonl").read_text().splitlines()]
+        shares[way] = sum(i["generated"] == p for i, p in zip(items, plain, strict=True)) / len(plain)
     return shares
 
 
@@ -123,6 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="smollm2", help="as in load_model")
     parser.add_argument("--data-dir", type=Path, help="folder of MQuAKE's folder; left out: fetched")
     parser.add_argument("--limit", type=int, default=200, help="test rows")
+    parser.add_argument("--former", type=Path, help="another checkout")
     parser.add_argument("--k", type=int, default=K, help="heads of the adapter")
     args = measure.parsed(parser, argv)
     if args.quick:
@@ -136,9 +144,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             for _ in range(args.rounds):
                 for part, ways in listed.items():
                     for way, command in ways.items():
-                        seconds[part][way].append(ran(command))
+                        seconds[part][way].append(ran(command, args.former if way.startswith(FORMER) else None))
                         bar.update()
-        results = {**summed_up(seconds), "same_answers": same_answers(folder, args.backends)}
+        ways = [w for w in listed["eval"] if w != "plain"]
+        results = {**summed_up(seconds), "same_answers": same_answers(folder, ways)}
     settings = {
         "command": args.command,
         "limit": args.limit,

@@ -62,7 +62,7 @@ def show_whole(settings: Record, results: Any) -> str:
             rows.append((
                 task, CLASSES[backend], f"{f['train_rows']} / {f['test_rows']}", gain["total"], gain["select"], gain["tune"],
                 gain["evaluate"], seconds["straightforward"]["total"], seconds["library"]["total"],
-                tokens["straightforward"], tokens["library"],
+                f["peak_mib"]["straightforward"], f["peak_mib"]["library"], tokens["straightforward"], tokens["library"],
             ))  # fmt: skip
             d = f["difference"]
             differ.append((
@@ -70,11 +70,10 @@ def show_whole(settings: Record, results: Any) -> str:
                 f"{d['same_texts']:.0%} of texts equal" if d["scores_nats"] is None else f"{d['scores_nats']:.1e} nats",
             ))  # fmt: skip
     return (
-        f"{settings['epochs']} epochs, batch {settings['batch_size']}, a share of {settings['share']:.3g} of the real training "
-        f"and test rows, {settings['rounds']} round(s), {settings['device']}.\n\n"
+        f"{settings['model']}, {settings['device']}, {settings['rounds']} round(s).\n\n"
         + table(
             ("task", "class", "rows train / test", "gain", "select", "tune", "evaluate", "straightforward, s", "library, s",
-             "tokens real / padded, straightforward", "tokens, library"), rows,
+             "peak, MiB: straightforward", "peak: library", "tokens real / padded, straightforward", "tokens, library"), rows,
         )
         + "\nHow far the two results are apart:\n\n"
         + table(("task", "class", "same heads", "losses", "offsets", "metrics", "answers"), differ)

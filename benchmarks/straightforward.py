@@ -18,7 +18,7 @@ from lofit_lens.evaluation.generation import new_text
 from lofit_lens.evaluation.multiple_choice import mc_metrics
 from lofit_lens.heads import HeadSet
 from lofit_lens.interventions import Lofit
-from lofit_lens.models import device_of, frozen, hook_z, hooked, prefill, step, tokenizer_of
+from lofit_lens.models import device_of, end_tokens, frozen, hook_z, hooked, prefill, step, tokenizer_of
 from lofit_lens.models.running import uncached
 from lofit_lens.tasks import ChoiceExample, GenerationExample, Task
 from lofit_lens.tasks.collate import Encoded, encode, encode_continuations, encode_training, pad
@@ -129,7 +129,7 @@ def generations(
     model: Any, task: Task, examples: Sequence[GenerationExample]
 ) -> tuple[list[dict[str, float]], list[Any]]:
     """Greedy decoding of consecutive prompts, each batch to the end."""
-    tokenizer, texts = tokenizer_of(model), []
+    tokenizer, ends, texts = tokenizer_of(model), end_tokens(model), []
     for first in range(0, len(examples), BATCH):
         prompts = [encode(tokenizer, e.prompt) for e in examples[first : first + BATCH]]
         tokens, mask = pad(prompts, side="left", pad_id=0, device=device_of(model))
@@ -139,7 +139,7 @@ def generations(
             last, state = step(model, state, new[-1])
             new.append(last.argmax(dim=-1))
         for prompt, ids in zip(prompts, torch.stack(new, dim=1).tolist(), strict=True):
-            end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)
+            end = next((i for i, token in enumerate(ids) if token in ends), len(ids))
             texts.append(new_text(tokenizer, prompt, ids[:end]))
     assert task.grade is not None
     return [task.grade(t, e) for t, e in zip(texts, examples, strict=True)], texts

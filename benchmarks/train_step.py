@@ -2,8 +2,8 @@
 
     python benchmarks/train_step.py
 
-A random Llama, frozen; the output of every head (input of `o_proj`) is scaled by `1 + A`, A trainable in float32; cross-entropy
-at the label places; backward to A. Variants:
+SmolLM2 on random tokens, frozen; the output of every head (input of `o_proj`) is scaled by `1 + A`, A trainable in float32;
+cross-entropy at the label places; backward to A. Variants:
 
 hf_sdpa     plain Hugging Face, SDPA, the edit by a forward-pre-hook on `o_proj`: the floor. Logits of all places, no cache.
 hf_eager    the same with eager attention.
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from lofit_lens.heads import HeadSet
 from lofit_lens.interventions import Lofit
-from lofit_lens.models import checkpointed, frozen, fused_attention, load_model, logits_at, logits_of
+from lofit_lens.models import checkpointed, frozen, fused_attention, load_model, located, logits_at, logits_of
 from lofit_lens.training.losses import NO_LABEL, sft_loss, token_log_probs
 
 FLOOR = "hf_sdpa"
@@ -83,8 +83,8 @@ def variants(backends: Sequence[str]) -> list[str]:
 class Models:
     """Models by the first word of a variant's name, loaded when first asked for."""
 
-    def __init__(self, folder: str, device: str, dtype: str) -> None:
-        self.folder, self.device, self.dtype = folder, device, dtype
+    def __init__(self, model: str, device: str, dtype: str) -> None:
+        self.model, self.device, self.dtype = model, device, dtype
         self.made: dict[str, Any] = {}
 
     def of(self, variant: str) -> Any:
@@ -93,11 +93,13 @@ class Models:
         if kind not in self.made:
             if kind.startswith("hf_"):
                 made = tf.AutoModelForCausalLM.from_pretrained(
-                    self.folder, attn_implementation=kind.removeprefix("hf_"), dtype=getattr(torch, self.dtype)
+                    located(self.model)[0],
+                    attn_implementation=kind.removeprefix("hf_"),
+                    dtype=getattr(torch, self.dtype),
                 )
                 self.made[kind] = made.to(self.device).eval().requires_grad_(False)
             else:
-                self.made[kind] = load_model(self.folder, backend=kind, device=self.device, dtype=self.dtype)
+                self.made[kind] = load_model(self.model, backend=kind, device=self.device, dtype=self.dtype)
         return self.made[kind]
 
 
@@ -217,10 +219,10 @@ def operations(step: Step, *, most: int = 6) -> dict[str, float]:
     return dict(sorted(own.items(), key=lambda item: -item[1])[:most])
 
 
-def peaks(folder: str, variant: str, device: str, dtype: str, threads: int, listed: Sequence[Case]) -> dict[str, float]:
+def peaks(model: str, variant: str, device: str, dtype: str, threads: int, listed: Sequence[Case]) -> dict[str, float]:
     """Peak MiB of a step on each case; run in a process of its own."""
     torch.set_num_threads(threads)
-    models, found = Models(folder, device, dtype), {}
+    models, found = Models(model, device, dtype), {}
     with ready(models, variant, Case(1, 16)) as step:
         step()
     for case in listed:
@@ -233,23 +235,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run and write."""
     parser = measure.options(__doc__, "train_step", rounds=3)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the frozen weights")
-    parser.add_argument("--sizes", nargs="+", default=["8x128", "2x512"], help="rows x tokens")
+    parser.add_argument("--model", default="smollm2", help="as in load_model")
+    parser.add_argument("--sizes", nargs="+", default=["8x64", "2x256"], help="rows x tokens")
     args = measure.parsed(parser, argv)
-    shape = measure.TINY if args.quick else measure.SHAPE
     sizes = [(2, 16)] if args.quick else [[int(n) for n in size.split("x")] for size in args.sizes]
     listed, names = cases(sizes), variants(args.backends)
     with tempfile.TemporaryDirectory() as folder:
-        measure.build(Path(folder), ["a b c"], shape)
-        models = Models(folder, args.device, args.dtype)
+        if args.quick:
+            args.model = folder
+            measure.build(Path(folder), ["a b c"], measure.TINY)
+        models = Models(args.model, args.device, args.dtype)
         results = {case.name: one_case(models, names, case, args.rounds) for case in listed}
         models.made.clear()
         threads = torch.get_num_threads()
-        calls = [(folder, name, args.device, args.dtype, threads, listed) for name in names]
+        calls = [(args.model, name, args.device, args.dtype, threads, listed) for name in names]
         for name, found in zip(names, measure.in_own_processes(peaks, calls), strict=True):
             for case, mib in found.items():
                 results[case][name]["peak_memory_mib"] = mib
     settings = {
-        "command": args.command, "shape": shape, "dtype": args.dtype, "device": args.device, "rounds": args.rounds,
+        "command": args.command, "model": "tiny" if args.quick else args.model, "dtype": args.dtype,
+        "device": args.device, "rounds": args.rounds,
         "floor": FLOOR, "cases": {c.name: asdict(c) for c in listed},
     }  # fmt: skip
     record.write(args.out, "train_step", settings, results)

@@ -26,6 +26,7 @@ transformers.utils.logging.disable_progress_bar()
 logging.getLogger("transformer_lens").setLevel(logging.ERROR)
 
 from lofit_lens.models import fused, hooked_class, load_model  # noqa: E402
+from lofit_lens.models.info import origin_of  # noqa: E402
 from tests import fake_hub, studies, tiny  # noqa: E402
 
 needs_hooked = pytest.mark.skipif(
@@ -54,17 +55,29 @@ def checkpoint(tmp_path_factory):
     return folder_of
 
 
+shared = {}  # models of the session's fixture `loaded`
+
+
 @pytest.fixture(scope="session")
 def loaded(checkpoint):
-    """(architecture, backend) -> a model that is loaded once; a test that changes it must put it back."""
-    models = {}
+    """(architecture, backend) -> a model that is loaded once. Tests put settings back; none writes to its weights."""
 
     def model_of(architecture: str, backend: str):
-        if (architecture, backend) not in models:
-            models[architecture, backend] = load_model(checkpoint(architecture), backend=backend, device="cpu")
-        return models[architecture, backend]
+        if (architecture, backend) not in shared:
+            shared[architecture, backend] = load_model(checkpoint(architecture), backend=backend, device="cpu")
+        return shared[architecture, backend]
 
     return model_of
+
+
+@pytest.fixture(autouse=True)
+def weights_left_alone():
+    """A shared model that was written to is another model to the tests that follow, even after the old values return."""
+    yield
+    written = [key for key, model in shared.items() if origin_of(model).source is None]
+    for key in written:
+        del shared[key]
+    assert not written, f"shared models were written to: {written}; take `fresh`"
 
 
 @pytest.fixture(params=BACKENDS)

@@ -176,35 +176,42 @@ def test_a_goal_is_reached_or_missed(tmp_path, gain, same, verdict):
 
 
 def test_at_most_is_at_most(tmp_path):
-    """A step of 1.05 is in time, one of 1.06 is not; cases that edit few layers have no goal."""
+    """A step of 1.0 is in time, one of 1.01 is not, nor one of .8 with few labels; cases that edit few layers have no goal."""
     ours = {"loss_difference": 0.0, "gradient_difference": 1e-6}
     results = {
-        "a": {"bridge_ours": ours | {"median_ratio": 1.05}, "hooked_ours": ours | {"median_ratio": 1.06}},
-        "b": {"bridge_ours": ours | {"median_ratio": 1.0, "gradient_difference": 0.1}},
+        "a": {"bridge_ours": ours | {"median_ratio": 1.0}, "hooked_ours": ours | {"median_ratio": 1.01}},
+        "b": {"bridge_ours": ours | {"median_ratio": 0.9, "gradient_difference": 0.1}},
         "c": {"bridge_ours": ours | {"median_ratio": 3.0}},
+        "d": {"bridge_ours": ours | {"median_ratio": 0.7}, "hooked_ours": ours | {"median_ratio": 0.8}},
     }
-    write(tmp_path, "train_step", results, cases={"a": {"lowest": 0.0}, "b": {"lowest": 0}, "c": {"lowest": 0.75}})
+    cases = {name: {"labels": 1.0, "lowest": 0.75 if name == "c" else 0.0} for name in "abc"}
+    write(tmp_path, "train_step", results, cases=cases | {"d": {"labels": 0.25, "lowest": 0.0}})
     found = {of: v for (_, of), v in rows(tmp_path).items() if of}
     assert found == {
         "TransformerBridge, a": "reached", "HookedTransformer, a": "**missed**",
         "TransformerBridge, b": "**missed** (results differ by 1.0e-01)",
+        "TransformerBridge, d": "reached", "HookedTransformer, d": "**missed**",
     }  # fmt: skip
 
 
-def test_a_whole_run_needs_its_gain_and_the_same_result(tmp_path):
-    """TruthfulQA 5x and the others 1.4x; losses and metrics within 1e-3."""
+def test_a_whole_run_needs_its_gain_the_same_result_and_no_more_memory(tmp_path):
+    """TruthfulQA 5x, MQuAKE 1.5x, CLUTRR 1.7x; losses and metrics within 1e-3; a peak no higher."""
 
-    def task(gain, **differ):
+    def task(gain, peak, **differ):
         same = {"same_heads": True, "losses": {"select": 1e-6}, "metrics": {"em": 0.0}}
-        return {"bridge": {"gain": {"total": {"median_ratio": gain}}, "difference": same | differ}}
+        return {"bridge": {
+            "gain": {"total": {"median_ratio": gain}}, "difference": same | differ,
+            "peak_mib": {"straightforward": 100.0, "library": peak},
+        }}  # fmt: skip
 
-    results = {"truthfulqa": task(4.9), "mquake": task(1.5), "clutrr": task(1.5, metrics={"em": 0.5})}
-    write(tmp_path, "whole_run", results)
-    found = {of: v for (_, of), v in rows(tmp_path).items() if of}
-    assert found == {
-        "truthfulqa, TransformerBridge": "**missed**", "mquake, TransformerBridge": "reached",
-        "clutrr, TransformerBridge": "**missed** (results differ by 5.0e-01)",
+    results = {
+        "truthfulqa": task(4.9, 90.0), "mquake": task(1.5, 101.0), "clutrr": task(1.8, 100.0, metrics={"em": 0.5})
     }  # fmt: skip
+    write(tmp_path, "whole_run", results)
+    differs = "**missed** (results differ by 5.0e-01)"
+    whole = [v for (what, of), v in rows(tmp_path).items() if of and "peak" not in what]
+    peaks = [v for (what, of), v in rows(tmp_path).items() if of and "peak" in what]
+    assert (whole, peaks) == (["**missed**", "reached", differs], ["reached", "**missed**", differs])
 
 
 def test_files_that_do_not_count(tmp_path):

@@ -19,6 +19,7 @@ from lofit_lens.models import (
     parse_device,
     tokenizer_of,
 )
+from lofit_lens.models.loading import chosen_dtype
 from tests import tiny
 from tests.conftest import BACKENDS, PAIRS, needs_hooked
 
@@ -98,6 +99,37 @@ def test_the_dtype_asked_for_is_the_weights_dtype(checkpoint, hf, on, dtype):
     assert {str(p.dtype) for p in model.parameters()} == {f"torch.{dtype}"}
     assert model_info(model).dtype == dtype
     assert difference(model, hf("llama")) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("found", "dtype", "words"),
+    [
+        ({"amx_bf16": True, "avx512_bf16": True}, torch.bfloat16, "bfloat16, since this processor has AMX"),
+        ({"avx512_bf16": True}, torch.bfloat16, "bfloat16, since this processor has AVX512-BF16"),
+        (
+            {"amx_bf16": False},
+            torch.float32,
+            "float32 and not bfloat16, since this processor has neither AMX nor AVX512-BF16",
+        ),
+    ],
+)
+def test_dtype_auto_is_bfloat16_where_it_is_native(checkpoint, monkeypatch, caplog, found, dtype, words):
+    """It says what it took and why; without it, float32 wherever it runs."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    model = load_model(checkpoint("llama"), backend="bridge", device="cpu", dtype="auto")
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert words in caplog.text
+    assert chosen_dtype(torch.device("cpu")) == dtype
+    assert next(load_model(checkpoint("llama"), backend="bridge", device="cpu").parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((9, 0), torch.bfloat16), ((7, 5), torch.float32)])
+def test_dtype_auto_on_a_gpu(monkeypatch, caplog, capability, dtype):
+    """Ampere and later multiply bfloat16; before, it is emulated."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "G")
+    assert chosen_dtype(torch.device("cuda:0")) == dtype
+    assert "since G" in caplog.text
 
 
 def test_the_revision_of_a_folder_is_the_hash_of_its_weights(checkpoint, loaded, tmp_path):

@@ -124,6 +124,7 @@ def test_what_cannot_be_meant_is_refused(read, text, message):
             r"name is '../a'; a grid's name has letters",
         ),
         ("name: a\nmodel: {name: x, dtype: int4}\ntasks: [a]\nruns: [{}]", InputError, "model.0: unknown dtype 'int4'"),
+        ("name: a\nmodel: {name: x, dtype: auto}\ntasks: [a]\nruns: [{}]", InputError, "'auto' is not; name a dtype"),
         (
             "name: a\nmodel: {name: x, backend: hook}\ntasks: [a]\nruns: [{}]",
             InputError,

@@ -323,18 +323,18 @@ def test_the_reference_is_kept_by_content(llama, computed):
     assert computed == [10, 4]
 
 
-def test_other_weights_have_another_reference(llama, computed):
+def test_other_weights_have_another_reference(fresh, computed):
     """A weight changed in place is seen; put back, the old values come back at no cost."""
-    examples, weight = golden.dpo_task().training_examples(), next(llama.parameters())
-    before = objective_of(llama, examples, beta=0.5).reference
+    examples, weight = golden.dpo_task().training_examples(), next(fresh.parameters())
+    before = objective_of(fresh, examples, beta=0.5).reference
     old = weight.detach().clone()
     with torch.no_grad():
         weight.add_(0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
     try:
-        assert not torch.equal(objective_of(llama, examples, beta=0.5).reference, before)
+        assert not torch.equal(objective_of(fresh, examples, beta=0.5).reference, before)
     finally:
         weight.data.copy_(old)
-    assert torch.equal(objective_of(llama, examples, beta=0.5).reference, before)
+    assert torch.equal(objective_of(fresh, examples, beta=0.5).reference, before)
     assert computed == [10, 10]
 
 

@@ -32,7 +32,12 @@ DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Folder with th
 Backend = Annotated[
     str, typer.Option("--backend", help="auto, hooked (HookedTransformer) or bridge (TransformerBridge).")
 ]
-Dtype = Annotated[str, typer.Option("--dtype", help="Of the frozen weights: float32, bfloat16, float16.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype", help="Of the frozen weights: float32, bfloat16, float16, auto (bfloat16 where it is native)."
+    ),
+]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1; left out: CUDA where there is one.")]
 Revision = Annotated[str | None, typer.Option("--revision", help="Hub commit, tag or branch of the model.")]
 Seed = Annotated[int, typer.Option(

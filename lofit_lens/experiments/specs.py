@@ -120,6 +120,10 @@ class ModelSpec(Spec):
     def _known_values(self) -> "ModelSpec":
         if self.backend not in BACKENDS:
             raise unknown("backend", self.backend, BACKENDS)
+        if self.dtype == "auto":
+            raise InputError(
+                "a grid's runs are the same on every machine, and dtype 'auto' is not; name a dtype, e.g. bfloat16"
+            )
         torch_dtype(self.dtype)
         return self
 

@@ -54,7 +54,9 @@ def load_model(
             one, or a Hugging Face model in memory (the bridge then takes its layers over).
         backend: `"hooked"`, `"bridge"`, or `"auto"`: HookedTransformer where it exists and loads this checkpoint
             correctly, else the bridge. `model_info(model).class_name` tells which; a fallback is logged with its reason.
-        dtype: of the frozen weights; adapters stay float32. None = float32, and a model in memory stays as it is.
+        dtype: of the frozen weights; adapters stay float32. None = float32, and a model in memory stays as it is. `"auto"` =
+            bfloat16 where the device multiplies it natively (a GPU from Ampere on; a processor with AMX or AVX512-BF16), else
+            float32; a warning says which and why. Results in bfloat16 have other last digits, so nothing takes it by itself.
         device: `"cpu"`, `"cuda"`, `"cuda:1"`; None = CUDA where available, else the CPU.
         tokenizer: needed for a model in memory, optional otherwise; a tokenizer, or where to read one.
         revision: hub commit, tag or branch.
@@ -71,7 +73,8 @@ def load_model(
     """
     if backend not in BACKENDS:
         raise unknown("backend", backend, BACKENDS)
-    wanted, device = None if dtype is None else io.torch_dtype(dtype), parse_device(device)
+    device = parse_device(device)
+    wanted = chosen_dtype(device) if dtype == "auto" else None if dtype is None else io.torch_dtype(dtype)
     if not isinstance(name_or_path, str | Path):
         _check_in_memory(name_or_path, tokenizer)
         held = None if wanted is None else f"{wanted}".removeprefix("torch.")
@@ -175,6 +178,19 @@ def _check_in_memory(model: Any, tokenizer: Any) -> None:
             f"{len(absent)} tensors of this model are not in memory but offloaded (first: {absent[0]}); load it without "
             "offloading (no device_map with disk, enough max_memory), in a smaller dtype if need be"
         )
+
+
+def chosen_dtype(device: torch.device) -> torch.dtype:
+    """What `dtype="auto"` takes: bfloat16 where the device multiplies it natively, else float32. A warning says which and why."""
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+        reason = f"{torch.cuda.get_device_name(device)} {'multiplies' if native else 'does not multiply'} it natively"
+    else:
+        ask = getattr(torch.cpu, "get_capabilities", dict)  # torch of old does not tell
+        found = [name for name, key in (("AMX", "amx_bf16"), ("AVX512-BF16", "avx512_bf16")) if ask().get(key)]
+        native, reason = bool(found), f"this processor has {found[0] if found else 'neither AMX nor AVX512-BF16'}"
+    logger.warning('dtype="auto": %s, since %s', "bfloat16" if native else "float32 and not bfloat16", reason)
+    return torch.bfloat16 if native else torch.float32
 
 
 def parse_device(device: str | torch.device | None) -> torch.device:
