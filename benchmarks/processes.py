@@ -43,10 +43,9 @@ PLAIN = Path(__file__).with_name("plain_transformers.py")
 def ran(command: Sequence[str], former: Path | None) -> dict[str, float]:
     """CPU and wall seconds of a process on one thread, with the project's code or a former one's."""
     alone = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-    if former is not None:
-        alone["PYTHONPATH"] = str(former.resolve())
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    done = subprocess.run(command, env={**os.environ, **alone}, capture_output=True, text=True)
+    # `python -m` finds a package where it is started before the one that is installed.
+    done = subprocess.run(command, env={**os.environ, **alone}, capture_output=True, text=True, cwd=former)
     wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[:4])} ... ended with {done.returncode}: {done.stderr[-2000:]}")
@@ -80,7 +79,7 @@ def commands(folder: Path, args: Any) -> dict[str, dict[str, list[str]]]:
     """What runs, by part and way."""
     shell = [sys.executable, "-m", "lofit_lens.cli"]
     asked = ["--model", args.model, "--task", "mquake", "--device", "cpu", "--quiet", "--overwrite"]
-    asked += ["--data-dir", str(args.data_dir)] if args.data_dir else []
+    asked += ["--data-dir", str(args.data_dir.resolve())] if args.data_dir else []
     plain = [sys.executable, str(PLAIN)]
     given = str(folder / "given.json")
     found = {
