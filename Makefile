@@ -85,6 +85,7 @@ organism: $(READY)
 bench: $(REAL_READY)
 	$(BIN)/python benchmarks/processes.py $(if $(DATA),--data-dir $(DATA))
 	$(BIN)/python benchmarks/train_step.py --device cpu
+	$(BIN)/python benchmarks/train_step.py --model smollm2 --sizes 8x64 --device cpu --out benchmarks/results/train_step_smollm2.json
 	$(BIN)/python benchmarks/whole_run.py --device cpu $(if $(DATA),--data-dir $(DATA))
 	$(BIN)/python benchmarks/many.py --device cpu
 	$(BIN)/python benchmarks/many.py --model smollm2 --tasks mquake --sizes 1 2 4 8 --n-train 8 --epochs 1 --device cpu \

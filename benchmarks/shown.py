@@ -21,9 +21,8 @@ def _cell(value: Any) -> str:
 
 def show_steps(settings: Record, results: Any) -> str:
     """train_step.py."""
-    shape = ", ".join(f"{k} {v}" for k, v in settings["shape"].items())
     parts = [
-        f"Random Llama ({shape}), {settings['dtype']}, {settings['device']}, {settings['rounds']} rounds; A on every head of the "
+        f"{settings['model']}, {settings['dtype']}, {settings['device']}, {settings['rounds']} rounds; A on every head of the "
         "edited layers. Ratios are medians of ratios within a round. Memory is what one step takes above the loaded model.\n"
     ]
     for case, found in results.items():

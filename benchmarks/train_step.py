@@ -1,14 +1,15 @@
 """One training step against plain Hugging Face with SDPA doing the same forward and backward, interleaved in one run.
 
     python benchmarks/train_step.py
+    python benchmarks/train_step.py --model smollm2 --sizes 8x64
 
-SmolLM2 on random tokens, frozen; the output of every head (input of `o_proj`) is scaled by `1 + A`, A trainable in float32;
-cross-entropy at the label places; backward to A. Variants:
+A random Llama, or another model, on random tokens, frozen; the output of every head (input of `o_proj`) is scaled by `1 + A`, A
+trainable in float32; cross-entropy at the label places; backward to A. Variants:
 
 hf_sdpa     plain Hugging Face, SDPA, the edit by a forward-pre-hook on `o_proj`: the floor. Logits of all places, no cache.
 hf_eager    the same with eager attention.
 *_as_is     a TransformerLens class with the adapter attached, its own attention, logits of all places.
-*_ours      the same class with fused attention and logits of the label places only.
+*_ours      the same class with fused attention, and logits of the label places only, read in parts.
 *_checkpointed  as ours, and every block is run again in the backward.
 
 Labels stand at all places, or at the last quarter (an answer behind a prompt; the floor takes all logits and the loss at the
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 
 from lofit_lens.heads import HeadSet
 from lofit_lens.interventions import Lofit
-from lofit_lens.models import checkpointed, frozen, fused_attention, load_model, located, logits_at, logits_of
+from lofit_lens.models import checkpointed, frozen, fused_attention, load_model, located, logits_of, read_at
 from lofit_lens.training.losses import NO_LABEL, sft_loss, token_log_probs
 
 FLOOR = "hf_sdpa"
@@ -170,7 +171,8 @@ def lens_step(model: Any, case: Case, device: str, how: str) -> Iterator[tuple[n
         return sft_loss(logits_of(model, tokens, mask), tokens, labels)
 
     def ours() -> Tensor:
-        return -token_log_probs(logits_at(model, tokens, mask, at), tokens[labels]).mean()
+        wanted = tokens[labels]
+        return -read_at(model, tokens, mask, at, lambda logits, part: token_log_probs(logits, wanted[part])).mean()
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(frozen(model))
@@ -235,26 +237,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run and write."""
     parser = measure.options(__doc__, "train_step", rounds=3)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the frozen weights")
-    parser.add_argument("--model", default="smollm2", help="as in load_model")
-    parser.add_argument("--sizes", nargs="+", default=["8x64", "2x256"], help="rows x tokens")
+    parser.add_argument("--model", help="as in load_model; left out: a random Llama")
+    parser.add_argument("--sizes", nargs="+", default=["8x128", "2x512"], help="rows x tokens")
     args = measure.parsed(parser, argv)
     sizes = [(2, 16)] if args.quick else [[int(n) for n in size.split("x")] for size in args.sizes]
+    shape = measure.TINY if args.quick else measure.SHAPE
     listed, names = cases(sizes), variants(args.backends)
     with tempfile.TemporaryDirectory() as folder:
-        if args.quick:
-            args.model = folder
-            measure.build(Path(folder), ["a b c"], measure.TINY)
-        models = Models(args.model, args.device, args.dtype)
+        if args.model is None:
+            measure.build(Path(folder), ["a b c"], shape)
+        model = args.model or folder
+        models = Models(model, args.device, args.dtype)
         results = {case.name: one_case(models, names, case, args.rounds) for case in listed}
         models.made.clear()
         threads = torch.get_num_threads()
-        calls = [(args.model, name, args.device, args.dtype, threads, listed) for name in names]
+        calls = [(model, name, args.device, args.dtype, threads, listed) for name in names]
         for name, found in zip(names, measure.in_own_processes(peaks, calls), strict=True):
             for case, mib in found.items():
                 results[case][name]["peak_memory_mib"] = mib
     settings = {
-        "command": args.command, "model": "tiny" if args.quick else args.model, "dtype": args.dtype,
-        "device": args.device, "rounds": args.rounds,
+        "command": args.command, "model": args.model or f"random Llama ({', '.join(f'{k} {v}' for k, v in shape.items())})",
+        "dtype": args.dtype, "device": args.device, "rounds": args.rounds,
         "floor": FLOOR, "cases": {c.name: asdict(c) for c in listed},
     }  # fmt: skip
     record.write(args.out, "train_step", settings, results)

@@ -1,14 +1,12 @@
 """models/scored.py: logits of chosen places are rows of the full logits, and the unembedding sees no more than these."""
 
-import weakref
-
 import pytest
 import torch
 import transformers as tf
 
 from lofit_lens.errors import InputError
 from lofit_lens.interventions.base import at_other_positions
-from lofit_lens.models import Borders, fused_attention, hooked, load_model, logits_at, logits_of, scored
+from lofit_lens.models import Borders, fused_attention, hooked, load_model, logits_at, logits_of, read_at, scored
 from tests import tiny
 from tests.conftest import BACKENDS, PAIRS
 from tests.steps import adapter, close, kept_bytes, loaded_from, padded, run
@@ -35,8 +33,9 @@ def widths(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def _forgotten(monkeypatch):
-    monkeypatch.setattr(scored, "_proven", weakref.WeakKeyDictionary())
+def _forgotten():
+    scored._is_proven.known.clear()
+    scored._unembedding_is_last.known.clear()
 
 
 @pytest.mark.parametrize("side", ["none", "right", "left"])
@@ -55,16 +54,72 @@ def test_rows_and_gradients_are_those_of_the_full_logits(loaded, widths, archite
     assert close(found, wanted, 1e-6)
 
 
+def capped(on, checkpoint, tmp_path, monkeypatch):
+    """A model with a cap of 0.5 behind its unembedding."""
+    if on == "bridge":
+        config = tf.Gemma2Config(**tiny.WIDE, num_key_value_heads=2, head_dim=12, final_logit_softcapping=0.5)
+        return loaded_from(config, tmp_path, monkeypatch, on)
+    model = load_model(checkpoint("llama"), backend=on, device="cpu")
+    model.cfg.output_logits_soft_cap = 0.5
+    return model
+
+
+def top(logits, part):
+    """The highest logit of each place."""
+    return logits.max(dim=-1).values
+
+
+@pytest.mark.parametrize("side", ["none", "right", "left"])
+@pytest.mark.parametrize(("architecture", "on"), PAIRS)
+def test_numbers_read_in_parts_are_those_of_all_logits(loaded, monkeypatch, architecture, on, side):
+    """Log-probs, and gradients of a loss that weighs each otherwise, to 5e-6 of the largest; never more than two rows at once."""
+    model, (tokens, mask) = loaded(architecture, on), padded(side)
+    monkeypatch.setattr(scored, "ROWS", 2)
+    at = chosen(mask)
+    n, wanted, parts = int(at.sum()), tokens.roll(-1, 1)[at], []
+
+    def read(logits, part):
+        parts.append(len(logits))
+        return logits.log_softmax(-1).gather(1, wanted[part][:, None])[:, 0]
+
+    whole = run(model, tokens, mask, fused_attention, logits=lambda *of: read(logits_at(*of, at), slice(None)))
+    found = run(model, tokens, mask, fused_attention, logits=lambda *of: read_at(*of, at, read))
+    assert parts == [n, *[2] * (n // 2), *[1] * (n % 2)]
+    assert close(found, whole, 5e-6)
+
+
+@pytest.mark.parametrize("on", BACKENDS)
+def test_reading_no_place_and_without_gradients(loaded, on):
+    """Nothing to read gives nothing; without gradients nothing is kept for them."""
+    model, (tokens, mask) = loaded("llama", on), padded("right")
+    assert read_at(model, tokens, mask, torch.zeros_like(mask, dtype=torch.bool), top).shape == (0,)
+    at = chosen(mask)
+    with torch.no_grad():
+        found = read_at(model, tokens, mask, at, top)
+    assert torch.equal(found, top(logits_at(model, tokens, mask, at), None))
+    assert not found.requires_grad
+
+
+@pytest.mark.parametrize("on", BACKENDS)
+def test_a_cap_or_a_hook_behind_the_unembedding_is_read(loaded, tmp_path, monkeypatch, checkpoint, on):
+    """Then the numbers come from the model's own logits."""
+    model, (tokens, mask) = capped(on, checkpoint, tmp_path, monkeypatch), padded("right")
+    at = chosen(mask)
+    found = read_at(model, tokens, mask, at, top)
+    assert torch.equal(found, top(logits_at(model, tokens, mask, at), None))
+    assert found.max() < 0.5
+    plain = loaded("llama", on)
+    handle = plain.unembed.register_forward_hook(lambda module, args, out: out * 0 + 7)
+    try:
+        assert bool((read_at(plain, tokens, mask, at, top) == 7).all())
+    finally:
+        handle.remove()
+
+
 @pytest.mark.parametrize("on", BACKENDS)
 def test_soft_capped_logits(tmp_path, monkeypatch, checkpoint, widths, on):
     """A cap behind the unembedding works on single numbers, so that rows may be chosen in front of it."""
-    if on == "bridge":
-        config = tf.Gemma2Config(**tiny.WIDE, num_key_value_heads=2, head_dim=12, final_logit_softcapping=0.5)
-        model = loaded_from(config, tmp_path, monkeypatch, on)
-    else:
-        model = load_model(checkpoint("llama"), backend=on, device="cpu")
-        model.cfg.output_logits_soft_cap = 0.5
-    tokens, mask = padded("right")
+    model, (tokens, mask) = capped(on, checkpoint, tmp_path, monkeypatch), padded("right")
     at = chosen(mask)
     wanted = logits_of(model, tokens, mask)[at]
     logits_at(model, tokens, mask, at)

@@ -71,7 +71,7 @@ from lofit_lens.models.running import (
     together,
     why_not_finite,
 )
-from lofit_lens.models.scored import logits_at
+from lofit_lens.models.scored import logits_at, read_at
 from lofit_lens.models.sources import ORGANISM, cache_folder, located, source_of
 from lofit_lens.models.tokens import ChatText, TokenRules, check_ids, rules_of
 from lofit_lens.models.unembedding import FinalNorm, final_norm, head_output_matrix, to_logits
@@ -140,6 +140,7 @@ __all__ = [
     "projection",
     "projection_replaced",
     "projection_sizes",
+    "read_at",
     "remember",
     "residual_point",
     "rules_of",

@@ -8,6 +8,8 @@ import contextlib
 import functools
 import json
 import platform
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,38 @@ LEAST = 10_000_000  # parameters; a smaller model is tried faster than it is loo
 CODE = ("attending", "fused", "gathered", "running", "scored")  # the modules whose shortcuts are proven
 # Of a configuration: where it lies, not what it is.
 NAMES = ("_name_or_path", "name_or_path", "model_name", "tokenizer_name")
+
+
+class Once:
+    """A proof that is tried once a model in this process, and kept for others where it holds.
+
+    Args:
+        proof: tells of a model whether it holds; None where it cannot be told just now.
+        what: is proven.
+    """
+
+    def __init__(self, proof: Callable[[Any], bool | None], what: str) -> None:
+        self.proof, self.what = proof, what
+        self.known: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+        functools.update_wrapper(self, proof)
+
+    def __call__(self, model: Any) -> bool:
+        """Whether it holds."""
+        if model not in self.known and is_proven(model, self.what):
+            self.known[model] = True
+        if model not in self.known:
+            found = self.proof(model)
+            if found is None:
+                return False
+            self.known[model] = found
+            if found:
+                keep_proof(model, self.what)
+        return self.known[model]
+
+
+def proven_once(what: str) -> Callable[[Callable[[Any], bool | None]], Once]:
+    """Make a proof one that is tried once (`Once`)."""
+    return functools.partial(Once, what=what)
 
 
 def is_proven(model: Any, what: str) -> bool:

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import inspect
-import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from lofit_lens.errors import ModelError
 from lofit_lens.models.info import backend_of, device_of
 from lofit_lens.models.positions import Borders, Layout, laid_out, names_of
-from lofit_lens.models.proofs import is_proven, keep_proof
+from lofit_lens.models.proofs import proven_once
 
 
 def logits_of(
@@ -57,10 +56,6 @@ def run_through(
     """One forward for what hooks see on the way: nothing is cached, and logits are taken at the last place only."""
     with laid_out(model, Layout.of(tokens, mask, tokens.shape[1], borders)), _last_logits(model, tokens) as options:
         model(tokens, attention_mask=mask, **uncached(model), **options)
-
-
-_gaps: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
-_joins: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
 
 
 @dataclass
@@ -110,27 +105,24 @@ def can_join(model: Any) -> bool:
     Raises:
         ModelError: as `gaps_are_exact`.
     """
-    if not gaps_are_exact(model):
+    return gaps_are_exact(model) and _caches_join(model)
+
+
+@proven_once("caches put together")
+def _caches_join(model: Any) -> bool:
+    device = device_of(model)
+    ids = torch.arange(8, device=device)[None] % int(model.cfg.d_vocab)
+    new = torch.cat([ids[:, 5:7], ids[:, 3:5]])
+    parts = [prefill(model, ids[:, :n], torch.ones_like(ids[:, :n]), Borders(torch.tensor([n])))[1] for n in (5, 3)]
+    row = torch.tensor([0])
+    wanted = torch.cat([extend(model, p.select(row), n[None])[0] for p, n in zip(parts, new, strict=True)])
+    try:
+        found = extend(model, together(parts), new)[0]
+    # A layer of another kind, or one that holds more than its rows.
+    except (AttributeError, TypeError, RuntimeError):
         return False
-    if model not in _joins and is_proven(model, "caches put together"):
-        _joins[model] = True
-    if model not in _joins:
-        device = device_of(model)
-        ids = torch.arange(8, device=device)[None] % int(model.cfg.d_vocab)
-        new = torch.cat([ids[:, 5:7], ids[:, 3:5]])
-        parts = [prefill(model, ids[:, :n], torch.ones_like(ids[:, :n]), Borders(torch.tensor([n])))[1] for n in (5, 3)]
-        row = torch.tensor([0])
-        wanted = torch.cat([extend(model, p.select(row), n[None])[0] for p, n in zip(parts, new, strict=True)])
-        try:
-            found = extend(model, together(parts), new)[0]
-        # A layer of another kind, or one that holds more than its rows.
-        except (AttributeError, TypeError, RuntimeError):
-            found = wanted + torch.inf
-        limit = (1e-4 if wanted.dtype in (torch.float32, torch.float64) else 0.1) * wanted.float().std()
-        _joins[model] = bool((found.float() - wanted.float()).abs().max() <= limit)
-        if _joins[model]:
-            keep_proof(model, "caches put together")
-    return _joins[model]
+    limit = (1e-4 if wanted.dtype in (torch.float32, torch.float64) else 0.1) * wanted.float().std()
+    return bool((found.float() - wanted.float()).abs().max() <= limit)
 
 
 def _left_padded(parts: Sequence[Int[Tensor, "_ _"]]) -> Int[Tensor, "rows pos"]:
@@ -250,7 +242,8 @@ def _run_hooked(
 
 
 @torch.no_grad()
-def gaps_are_exact(model: Any) -> bool:
+@proven_once("cached keys, gaps in them")
+def gaps_are_exact(model: Any) -> bool | None:
     """Whether padding between what is cached and what follows changes nothing; tried once a model on a few tokens.
 
     It does where distances are counted in places of the cache (some ALiBi models) instead of real tokens, and no one can tell
@@ -260,39 +253,33 @@ def gaps_are_exact(model: Any) -> bool:
         ModelError: going on from cached keys fails, or gives other logits than one full pass even without padding; or logits
             are NaN.
     """
-    if model not in _gaps and is_proven(model, "cached keys, gaps in them"):
-        _gaps[model] = True
-    if model not in _gaps:
-        device = device_of(model)
-        ids = torch.arange(8, device=device)[None] % int(model.cfg.d_vocab)
-        ones, gap = torch.ones_like(ids), torch.zeros(1, 3, dtype=ids.dtype, device=device)
-        borders = Borders(torch.tensor([4]), torch.tensor([8]))
-        whole = logits_of(model, ids, ones, borders)[:, 4:]
-        if whole.isnan().any():
-            raise not_finite(model, "logits")
-        exact, scale = whole.dtype in (torch.float32, torch.float64), whole.float().std()
-        off = []
-        for n in (0, 3):
-            tokens, mask = torch.cat([gap[:, :n], ids[:, 4:]], 1), torch.cat([gap[:, :n], ones[:, 4:]], 1)
-            try:
-                state = prefill(model, ids[:, :4], ones[:, :4], borders)[1]
-                behind = extend(model, state, tokens, mask)[0][:, n:]
-            except RuntimeError as e:
-                raise ModelError(
-                    f"{model.cfg.model_name} cannot go on from cached keys ({e}); try another version of transformer-lens"
-                ) from e
-            off.append((behind.float() - whole.float()).abs().max())
-        if not off[0] <= (0.01 if exact else 0.3) * scale:
-            if any(point.fwd_hooks for point in model.hook_dict.values()):
-                return False
+    device = device_of(model)
+    ids = torch.arange(8, device=device)[None] % int(model.cfg.d_vocab)
+    ones, gap = torch.ones_like(ids), torch.zeros(1, 3, dtype=ids.dtype, device=device)
+    borders = Borders(torch.tensor([4]), torch.tensor([8]))
+    whole = logits_of(model, ids, ones, borders)[:, 4:]
+    if whole.isnan().any():
+        raise not_finite(model, "logits")
+    exact, scale = whole.dtype in (torch.float32, torch.float64), whole.float().std()
+    off = []
+    for n in (0, 3):
+        tokens, mask = torch.cat([gap[:, :n], ids[:, 4:]], 1), torch.cat([gap[:, :n], ones[:, 4:]], 1)
+        try:
+            state = prefill(model, ids[:, :4], ones[:, :4], borders)[1]
+            behind = extend(model, state, tokens, mask)[0][:, n:]
+        except RuntimeError as e:
             raise ModelError(
-                f"{model.cfg.model_name}: logits behind cached keys are off by {float(off[0]):.2g} from those of one full pass "
-                "(a defect of this TransformerLens version for this architecture); try another version of transformer-lens"
-            )
-        _gaps[model] = bool(off[1] <= 4 * off[0] + 1e-4 * scale)
-        if _gaps[model]:
-            keep_proof(model, "cached keys, gaps in them")
-    return _gaps[model]
+                f"{model.cfg.model_name} cannot go on from cached keys ({e}); try another version of transformer-lens"
+            ) from e
+        off.append((behind.float() - whole.float()).abs().max())
+    if not off[0] <= (0.01 if exact else 0.3) * scale:
+        if any(point.fwd_hooks for point in model.hook_dict.values()):
+            return None
+        raise ModelError(
+            f"{model.cfg.model_name}: logits behind cached keys are off by {float(off[0]):.2g} from those of one full pass "
+            "(a defect of this TransformerLens version for this architecture); try another version of transformer-lens"
+        )
+    return bool(off[1] <= 4 * off[0] + 1e-4 * scale)
 
 
 def step(model: Any, state: KVState, token: Int[Tensor, " batch"]) -> tuple[Float[Tensor, "batch d_vocab"], KVState]:

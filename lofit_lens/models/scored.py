@@ -2,12 +2,12 @@
 
     logits = softcap(norm(residual)[at] W_U + b_U)
 
-The rows are chosen in front of the unembedding, in a pass that is otherwise the whole one.
+The rows are chosen in front of the unembedding, in a pass that is otherwise the whole one. A loss that reads one number a place
+(`read_at`) never has all these logits at once: they are made, read and led back in parts.
 """
 
 import contextlib
-import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,13 +18,14 @@ from lofit_lens.errors import InputError
 from lofit_lens.models.hooks import frozen, has_hooks, unhooked
 from lofit_lens.models.info import device_of
 from lofit_lens.models.positions import Borders, Layout, laid_out
-from lofit_lens.models.proofs import is_proven, keep_proof
+from lofit_lens.models.proofs import proven_once
 from lofit_lens.models.running import logits_of, uncached
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}  # of the logits' standard deviation; half precision: ROUGH
 ROUGH = 0.1
+ROWS = 256  # of logits at once: a matrix product wants no more, and little memory is handed out anew in each step
 
-_proven: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
+Read = Callable[[Tensor, slice], Tensor]  # logits [part, d_vocab] of some of the places, and which: one number for each
 
 
 def logits_at(
@@ -59,6 +60,63 @@ def logits_at(
         return _selected(model, tokens, mask, at).to(tokens.device)
 
 
+def read_at(
+    model: Any,
+    tokens: Int[Tensor, "batch pos"],
+    mask: Int[Tensor, "batch pos"],
+    at: Bool[Tensor, "batch pos"],
+    read: Read,
+    borders: Borders | None = None,
+) -> Float[Tensor, " n"]:
+    """`read(logits_at(model, tokens, mask, at, borders), slice(None))` for a `read` that takes each place by itself.
+
+    With gradients, each part of the logits is led back to the residual stream as it is made (its gradient for a loss that is
+    the sum of the numbers), and what comes back from the loss scales that. The model's weights get no gradient.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        tokens: ids.
+        mask: 1 = token, 0 = padding on either side.
+        at: the places, taken row by row.
+        read: logits of a part of the places, and the part -> a number for each place.
+        borders: as in `logits_at`.
+
+    Raises:
+        InputError: `at` has another shape than the tokens.
+    """
+    if at.shape != tokens.shape or _is_watched(model) or not _is_proven(model) or not _unembedding_is_last(model):
+        return read(logits_at(model, tokens, mask, at, borders), slice(None))
+    with laid_out(model, Layout.of(tokens, mask, tokens.shape[1], borders)):
+        places = at.flatten().nonzero()[:, 0]
+        return _InParts.apply(_in_front(model, tokens, mask, places), model.unembed, read)
+
+
+class _InParts(torch.autograd.Function):
+    """A number from the logits of each place, and what it is led back to."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, unembed: nn.Module, read: Read) -> Tensor:
+        """`x`: `[n, d_model]`, in front of the unembedding."""
+        wanted, values, back = x.requires_grad, [], []
+        for first in range(0, len(x), ROWS):
+            part = slice(first, first + ROWS)
+            with torch.set_grad_enabled(wanted):
+                rows = x[part].detach().requires_grad_(wanted)
+                found = read(unembed(rows[None])[0], part)
+            if wanted:
+                back += torch.autograd.grad(found, rows, torch.ones_like(found))
+            values.append(found.detach())
+        if wanted:
+            ctx.save_for_backward(torch.cat(back) if back else torch.zeros_like(x))
+        return torch.cat(values) if values else x.new_zeros(0)
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The sum's gradient, each row as much as its own number counts."""
+        (back,) = ctx.saved_tensors
+        return back * grad[0][:, None].to(back.device, back.dtype), None, None
+
+
 def _is_watched(model: Any) -> bool:
     unembed = getattr(model, "unembed", None)
     return not isinstance(unembed, nn.Module) or any(has_hooks(m) for m in unembed.modules())
@@ -70,6 +128,24 @@ def _selected(
     places = at.flatten().nonzero()[:, 0]  # once, here: asking for their number waits for the device
     with _cut(model.unembed, places):
         return model(tokens, attention_mask=mask, **uncached(model))[0]
+
+
+def _in_front(
+    model: Any, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], places: Int[Tensor, " n"]
+) -> Float[Tensor, "n d_model"]:
+    """What the unembedding is given at these places; it runs on none of them."""
+    seen: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        seen.append(args[0].flatten(0, 1))
+        return (args[0][:1, :1].detach(), *args[1:])
+
+    handle = model.unembed.register_forward_pre_hook(keep)
+    try:
+        model(tokens, attention_mask=mask, **uncached(model))
+    finally:
+        handle.remove()
+    return seen[0].index_select(0, places.to(seen[0].device))
 
 
 @contextlib.contextmanager
@@ -86,24 +162,34 @@ def _cut(unembed: nn.Module, places: Int[Tensor, " n"]) -> Iterator[None]:
         handle.remove()
 
 
+@proven_once("logits at chosen places")
 @torch.no_grad()
 def _is_proven(model: Any) -> bool:
-    """Whether chosen rows are rows of the full logits; tried once a model on a few tokens, with everybody's hooks off."""
-    if model not in _proven and is_proven(model, "logits at chosen places"):
-        _proven[model] = True
-    if model not in _proven:
-        device = device_of(model)
-        tokens = torch.arange(10, device=device).reshape(2, 5) % int(model.cfg.d_vocab)
-        mask, at = torch.ones_like(tokens), tokens % 3 == 1
-        with frozen(model), unhooked(model):
-            whole = model(tokens, attention_mask=mask, **uncached(model))
-            wanted = whole[at.to(whole.device)].float()
-            try:
-                found = _selected(model, tokens, mask, at).float()
-            except (RuntimeError, TypeError, ValueError, IndexError):  # another shape is not what it works with
-                found = wanted[:0]
-        limit = TOLERANCE.get(whole.dtype, ROUGH) * whole.float().std()
-        _proven[model] = found.shape == wanted.shape and bool((found - wanted).abs().max() <= limit)
-        if _proven[model]:
-            keep_proof(model, "logits at chosen places")
-    return _proven[model]
+    """Whether chosen rows are rows of the full logits; with everybody's hooks off."""
+    device = device_of(model)
+    tokens = torch.arange(10, device=device).reshape(2, 5) % int(model.cfg.d_vocab)
+    mask, at = torch.ones_like(tokens), tokens % 3 == 1
+    with frozen(model), unhooked(model):
+        whole = model(tokens, attention_mask=mask, **uncached(model))
+        wanted = whole[at.to(whole.device)].float()
+        try:
+            found = _selected(model, tokens, mask, at).float()
+        except (RuntimeError, TypeError, ValueError, IndexError):  # another shape is not what it works with
+            return False
+    limit = TOLERANCE.get(whole.dtype, ROUGH) * whole.float().std()
+    return found.shape == wanted.shape and bool((found - wanted).abs().max() <= limit)
+
+
+@proven_once("the unembedding is last")
+@torch.no_grad()
+def _unembedding_is_last(model: Any) -> bool:
+    """Whether logits are what the unembedding gives, to the bit: no cap and no scale behind it."""
+    tokens = torch.arange(6, device=device_of(model))[None] % int(model.cfg.d_vocab)
+    mask = torch.ones_like(tokens)
+    with frozen(model), unhooked(model):
+        whole = model(tokens, attention_mask=mask, **uncached(model))
+        try:
+            rows = _in_front(model, tokens, mask, torch.arange(tokens.numel()))
+            return torch.equal(model.unembed(rows[None]).to(whole.device), whole)
+        except (RuntimeError, TypeError, ValueError, IndexError):  # it takes or gives something else
+            return False

@@ -19,9 +19,9 @@ from lofit_lens.models import (
     checkpointed,
     device_of,
     fused_attention,
-    logits_at,
     logits_of,
     peek,
+    read_at,
     remember,
     tokenizer_of,
 )
@@ -128,8 +128,16 @@ def _summed(model: Any, batch: Batch, borders: Borders) -> Float[Tensor, " seque
     scored = batch.labels[:, 1:]
     at: Bool[Tensor, "batch pos"] = torch.zeros_like(batch.labels)
     at[:, :-1] = scored
-    values = token_log_probs(logits_at(model, batch.tokens, batch.mask, at, borders), batch.tokens[:, 1:][scored])
-    return sum_by_row(values, scored)
+    wanted = batch.tokens[:, 1:][scored]
+    values = read_at(
+        model,
+        batch.tokens,
+        batch.mask,
+        at,
+        lambda logits, part: token_log_probs(logits, wanted[part].to(logits.device)),
+        borders,
+    )
+    return sum_by_row(values.to(scored.device), scored)
 
 
 def shared_log_probs(
