@@ -27,7 +27,10 @@ FREE = (
     "--device",
     "--backends",
     "--backend",
-)  # options that leave a benchmark's size
+    "--tasks",
+    "--train",
+    "--test",
+)  # options that leave what a benchmark measures
 SAME_ANSWERS = 0.99  # of two ways to decode greedily: a near tie may fall either way
 SAME = 1e-3  # nats a loss and units of a metric that two ways to the same result may be apart
 
@@ -51,7 +54,7 @@ class Goal:
         device: "cpu" or "cuda": where it has to be measured.
         bound: at most (if `most`) or at least this.
         figures: settings and results -> what was found.
-        share: whether figures are shares, shown in %.
+        unit: of figures: "x" of a ratio, "%" of a share, "s".
     """
 
     what: str
@@ -60,7 +63,7 @@ class Goal:
     bound: float
     figures: Callable[[Record, Any], Iterable[Figure]]
     most: bool = False
-    share: bool = False
+    unit: str = "x"
 
     @property
     def wanted(self) -> str:
@@ -69,7 +72,7 @@ class Goal:
 
     def shown(self, value: float) -> str:
         """A figure with its unit."""
-        return f"{value:.0%}" if self.share else f"{value:.2f}x"
+        return f"{value:.0%}" if self.unit == "%" else f"{value:.2f}{'' if self.unit == 'x' else ' '}{self.unit}"
 
     def reached_by(self, figure: Figure) -> bool:
         """Whether a figure is good enough and nothing speaks against it."""
@@ -141,17 +144,25 @@ def of_ceiling(settings: Record, results: Any) -> Iterable[Figure]:
         yield Figure(f"{mean} tokens an example", found["share_of_ceiling"])
 
 
-def of_processes(part: str, gain: bool) -> Callable[[Record, Any], Iterable[Figure]]:
-    """CPU seconds of a whole process: how often as long as plain transformers (or its `gain` over it)."""
+def of_processes(part: str, gain: bool, former: bool = False) -> Callable[[Record, Any], Iterable[Figure]]:
+    """CPU seconds of a whole process: how often as long as plain transformers or the former code (or its `gain` over it)."""
 
     def figures(settings: Record, results: Any) -> Iterable[Figure]:
+        found = results[part]["cpu"]
         for backend, title in CLASSES.items():
-            if backend in results[part]["cpu"]:
-                ratio = results[part]["cpu"][backend]["median_ratio"]
+            other = f"former_{backend}" if former else "plain"
+            if backend in found and other in found:
+                pairs = zip(found[backend]["ratios"], found[other]["ratios"], strict=True)
+                ratio = float(np.median([ours / theirs for ours, theirs in pairs]))
                 same = part != "eval" or results["same_answers"][backend] >= SAME_ANSWERS
                 yield Figure(title, 1 / ratio if gain else ratio, "" if same else "answers differ")
 
     return figures
+
+
+def of_help(settings: Record, results: Any) -> Iterable[Figure]:
+    """CPU seconds of `lofit-lens --help`."""
+    yield Figure("", results["help"]["cpu"]["lofit-lens"]["median_seconds"])
 
 
 def _apart(difference: float) -> str:
@@ -171,13 +182,15 @@ GOALS = (
     ),
     Goal("Evaluation on SmolLM2 against plain transformers", "processes", "cpu", 1.3, of_processes("eval", True)),
     Goal("First step of select, the same", "processes", "cpu", 1.4, of_processes("select", False), most=True),
+    Goal("Evaluation on SmolLM2 against the former code", "processes", "cpu", 2.0, of_processes("eval", True, former=True)),
+    Goal("lofit-lens --help, CPU seconds", "processes", "cpu", 1.0, of_help, most=True, unit="s"),
     Goal("Many runs in one pass, embedded model, CPU", "many", "cpu", 1.4, of_many),
     Goal("Many runs in one pass, embedded model, GPU", "gpu", "cuda", 5.0, of_gpu_many(lambda r: r["organism"])),
     Goal(
         "Many runs in one pass, Llama-2-7B shape, GPU", "gpu", "cuda", 2.0,
         of_gpu_many(lambda r: r["shapes"]["llama-2-7b"]["many"]),
     ),
-    Goal("Share of the matrix-product ceiling, Llama-2-7B shape, GPU", "gpu", "cuda", 0.45, of_ceiling, share=True),
+    Goal("Share of the matrix-product ceiling, Llama-2-7B shape, GPU", "gpu", "cuda", 0.45, of_ceiling, unit="%"),
 )  # fmt: skip
 
 

@@ -175,6 +175,7 @@ def show_choices(settings: Record, results: Any) -> str:
 def show_processes(settings: Record, results: Any) -> str:
     """processes.py."""
     ways = {"plain": "plain transformers", "lofit-lens": "lofit-lens", **CLASSES}
+    ways |= {f"former_{backend}": f"{title}, former code" for backend, title in CLASSES.items()}
     rows = [
         (
             part, ways[way], kinds["cpu"][way]["median_seconds"], kinds["cpu"][way]["median_ratio"],
@@ -185,7 +186,7 @@ def show_processes(settings: Record, results: Any) -> str:
         for way in kinds["cpu"]
     ]  # fmt: skip
     head = ("part", "of", "CPU seconds", "to the first", "wall seconds", "to the first")
-    same = ", ".join(f"{CLASSES[b]} {share:.1%}" for b, share in results["same_answers"].items())
+    same = ", ".join(f"{ways[b]} {share:.1%}" for b, share in results["same_answers"].items())
     return (
         f"Whole processes, one thread, {settings['model']['name']}, {settings['rounds']} rounds. `eval`: {settings['limit']} "
         "test rows of MQuAKE with an adapter; `select`: to the end of the first step; `help`: `lofit-lens --help`. "

@@ -1,6 +1,7 @@
 """The benchmarks run, their variants compute the same, and docs/performance.md says what their files hold."""
 
 import json
+import statistics
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -212,6 +213,24 @@ def test_a_whole_run_needs_its_gain_the_same_result_and_no_more_memory(tmp_path)
     whole = [v for (what, of), v in rows(tmp_path).items() if of and "peak" not in what]
     peaks = [v for (what, of), v in rows(tmp_path).items() if of and "peak" in what]
     assert (whole, peaks) == (["**missed**", "reached", differs], ["reached", "**missed**", differs])
+
+
+def test_processes_are_compared_with_plain_transformers_and_with_former_code(tmp_path):
+    """Within a round: ours at 1/2 and 5/8 of plain, 2/5 and 1/4 of the former; other answers are no gain."""
+
+    def way(*ratios):
+        return {"median_seconds": 0.6, "median_ratio": statistics.median(ratios), "ratios": list(ratios)}
+
+    cpu = {"plain": way(1.0, 1.0), "bridge": way(0.5, 0.625), "former_bridge": way(1.25, 2.5), "hooked": way(0.5, 0.5)}
+    results = {
+        "eval": {"cpu": cpu}, "select": {"cpu": {"plain": way(1.0), "bridge": way(1.5)}},
+        "help": {"cpu": {"lofit-lens": way(1.0)}}, "same_answers": {"bridge": 1.0, "hooked": 0.5},
+    }  # fmt: skip
+    write(tmp_path, "processes", results)
+    page = performance.page(tmp_path, tmp_path / "notes.md")
+    found = {of: v for of, v in rows(tmp_path).items() if v != "not measured"}
+    assert list(found.values()) == ["**missed** (answers differ)", "reached", "**missed**", "reached", "reached"]
+    assert [words for words in ("1.78x", "1.50x", "3.08x", "0.60 s") if words not in page] == []
 
 
 def test_files_that_do_not_count(tmp_path):
