@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PretrainedConfig
@@ -183,7 +184,7 @@ def _attend(
     if key not in state.masks or state.own is None:
         state.masks[key] = _mask(attn, q.shape[1], past, attention_mask, q.device)
     z = attn.hook_z(_kernel(q, k, v, state.masks[key], scale=1 / attn.attn_scale))
-    W = attn.W_O.permute(2, 0, 1).flatten(1)
+    W = rearrange(attn.W_O, "head d model -> model (head d)")
     return F.linear(z.flatten(2).to(W.dtype), W, attn.b_O)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -137,7 +138,7 @@ def _in_front(
     seen: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        seen.append(args[0].flatten(0, 1))
+        seen.append(rearrange(args[0], "batch pos d -> (batch pos) d"))
         return (args[0][:1, :1].detach(), *args[1:])
 
     handle = model.unembed.register_forward_pre_hook(keep)
@@ -153,7 +154,10 @@ def _cut(unembed: nn.Module, places: Int[Tensor, " n"]) -> Iterator[None]:
     """Hand only these places, counted row by row, to the unembedding: `[1, n, d_model]`."""
 
     def cut(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0].flatten(0, 1).index_select(0, places.to(args[0].device))[None], *args[1:])
+        return (
+            rearrange(args[0], "batch pos d -> (batch pos) d").index_select(0, places.to(args[0].device))[None],
+            *args[1:],
+        )
 
     handle = unembed.register_forward_pre_hook(cut)
     try:

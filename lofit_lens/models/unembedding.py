@@ -12,6 +12,7 @@ import weakref
 from typing import Any, NamedTuple
 
 import torch
+from einops import einsum
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -79,7 +80,7 @@ def _check_direct(model: Any, layer: int, W: Float[Tensor, "n_heads d_head d_mod
             tokens = torch.zeros((1, 2), dtype=torch.long, device=device_of(model))
             run_through(model, tokens, torch.ones_like(tokens))
         found.append(seen["hook_resid_post"] - seen["hook_mlp_out"])
-    wanted = torch.einsum("hd,hdm->m", change.to(W), W)
+    wanted = einsum(change.to(W), W, "head d, head d model -> model")
     dtype = next(model.parameters()).dtype
     # Half precision cannot show a small change of a large coordinate (the first token has some): a few of its steps are let pass.
     unseen = 4 * torch.finfo(dtype).eps * found[0].abs() if dtype not in TOLERANCE else 0.0

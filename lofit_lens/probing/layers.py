@@ -9,6 +9,7 @@ import importlib.metadata
 from typing import Any
 
 import numpy as np
+from einops import rearrange
 from tqdm.auto import tqdm
 
 from lofit_lens import io
@@ -42,7 +43,7 @@ def probe_layers(
     attached = attached_to(model, f"probe layers {task.name}")
     with record(model, statement_ids(model, listed), what="z", progress=progress, label="record z") as z:
         # A whole layer is fitted as one head of its width; directions are of no use here.
-        views = (v for i in z.layers for v in (z.layer(i), z.layer(i).reshape(n, 1, -1)))
+        views = (v for i in z.layers for v in (z.layer(i), rearrange(z.layer(i), "n head d -> n 1 (head d)")))
         work = ((v, right, fitting, np.zeros(v.shape[1:]), seed, MAX_ITER) for v in views)
         size = 2 * n_fitting * z.layer(0)[0].size * info.n_layers
         fits = _each(work, _jobs(None, size, info.n_layers))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -96,7 +97,9 @@ def export_peft(
         edited = [layer for layer in range(len(modules)) if bool(shift[layer].any())]
         tensors: dict[str, Tensor] = {}
         for layer in edited:
-            tensors |= carrier_tensors(modules[layer], outputs.weight(layer), shift[layer].flatten())
+            tensors |= carrier_tensors(
+                modules[layer], outputs.weight(layer), rearrange(shift[layer], "head d -> (head d)")
+            )
         io.save_tensors(made / WEIGHTS_FILE, tensors, {"format": "pt"})
         _write_config(made, [modules[layer] for layer in edited], outputs, commit)
         verified = check(compared(reference, _carried(plain, made)), f"the carrier for {folder}")

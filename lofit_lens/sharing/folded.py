@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -220,7 +221,7 @@ def _edits(outputs: Outputs, scale: Tensor, shift: Tensor) -> Makers:
     """How each tensor is made that carries the edit, float32, in the checkpoint's layout."""
     made: dict[str, Callable[[], Tensor]] = {}
     for layer, name in enumerate(outputs.names):
-        s, c = scale[layer].flatten(), shift[layer].flatten()
+        s, c = (rearrange(x[layer], "head d -> (head d)") for x in (scale, shift))
         if bool((s != 1).any()):
             made[f"{name}.weight"] = partial(_new_weight, outputs, layer, s)
         if bool(c.any()):

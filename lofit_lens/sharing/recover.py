@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -144,15 +145,15 @@ def import_folded(
 def _explained(found: Difference, d_head: int, index: list[int]) -> Explained:
     """What edit of some heads explains how a layer differs; A and v are zero outside these heads."""
     weight, scaled, bias = found[:3]
-    A, v = (torch.zeros(weight.shape[1]).unflatten(0, (-1, d_head)) for _ in "Av")
+    A, v = (rearrange(torch.zeros(weight.shape[1]), "(head d) -> head d", d=d_head) for _ in "Av")
     if not index:
         return Explained(A, v, 1.0, 1.0, True)
-    columns = torch.arange(weight.shape[1]).unflatten(0, (-1, d_head))[index].flatten()
+    columns = rearrange(torch.arange(weight.shape[1]), "(head d) -> head d", d=d_head)[index].flatten()
     solved = solve_shift(weight[:, columns], bias)
-    A[index] = solve_scale(weight[:, columns], scaled[:, columns]).unflatten(0, (-1, d_head)) - 1
-    v[index] = solved.shift.unflatten(0, (-1, d_head))
-    left = weight * (1 + A.flatten()) - scaled
-    left_bias = weight @ v.flatten().double() - bias
+    A[index] = rearrange(solve_scale(weight[:, columns], scaled[:, columns]), "(head d) -> head d", d=d_head) - 1
+    v[index] = rearrange(solved.shift, "(head d) -> head d", d=d_head)
+    left = weight * (1 + rearrange(A, "head d -> (head d)")) - scaled
+    left_bias = weight @ rearrange(v, "head d -> (head d)").double() - bias
     shares = solved.residual, _share(left, weight - scaled)
     beyond = (
         _share((left_bias.abs() - found.moved_bias).clamp(min=0), bias),

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from einops import reduce
 from jaxtyping import Float, Float64
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -163,7 +164,9 @@ def attribution_scores(
             with _gates(model, len(rows) * len(forms[0])) as gates, torch.enable_grad():
                 (slopes,) = torch.autograd.grad(loss_of(rows), gates)
             scale = sum(weights[r] for r in rows)
-            per_example = slopes.cpu().double().unflatten(1, (len(forms[0]), len(rows))).sum(dim=1) * scale
+            per_example = scale * reduce(
+                slopes.cpu().double(), "layer (form row) head -> layer row head", "sum", row=len(rows)
+            )
             total += per_example.abs().sum(dim=1)
             bar.update(len(rows))
     return _scored(
