@@ -52,20 +52,6 @@ def test_own_heads_share_one_selection():
     assert len({c.name for c in cells}) == len(cells) == 12
 
 
-@pytest.mark.parametrize(
-    ("on_cpu", "layers", "width", "shared"),
-    [(True, 6, 128, True), (True, 30, 576, False), (False, 30, 576, True), (False, 80, 8192, True)],
-)
-def test_large_models_share_no_passes_on_a_cpu(on_cpu, layers, width, shared):
-    """Nothing is gained there (SmolLM2: 30 layers of width 576); names of cells stay."""
-    info = replace(INFO, n_layers=layers, d_model=width)
-    grid = Grid(name="g", model="x", tasks=[t.name for t in TASKS], runs=(Run(),))
-    setting = Setting(grid, info, {t.name: t for t in TASKS}, on_cpu=on_cpu)
-    cells = expand(setting)
-    assert {bool(c.shares) for c in cells if c.row["kind"] in ("scores", "fit")} == {shared}
-    assert [c.name for c in cells] == [c.name for c in expand(replace(setting, on_cpu=not on_cpu))]
-
-
 def test_whose_heads():
     """Others' heads with this task's K; `every` is own and others; a task outside the grid is refused."""
     cells = cells_of(Run(of="others"), seeds=0)

@@ -40,9 +40,6 @@ from lofit_lens.training.config import TrainConfig
 
 STEERED = ("ITI", "RepE")  # without a preset strength
 COST = {"scores": 1.2, "fit": 1.0, "trial": 1.0, "test": 0.15, "damage": 0.2}  # relative to a fit of LoFiT
-SMALL = (
-    10**7
-)  # parameters of the layers: above, a CPU needs as long for the passes of several runs as for each run's own
 CHEAP = {ZERO: 0.15, "ITI": 0.5, "RepE": 0.5, "LoRA": 1.5, "LoReFT": 1.5}  # by method, beside 1
 
 
@@ -57,7 +54,6 @@ class Setting:
         others: tasks that are tested only.
         texts: digest of the ordinary texts; empty = none.
         files: as `model_key`.
-        on_cpu: whether the grid is computed on a CPU.
     """
 
     grid: Grid
@@ -66,7 +62,6 @@ class Setting:
     others: Mapping[str, Task] = field(default_factory=dict)
     texts: str = ""
     files: str = ""
-    on_cpu: bool = False
 
     @cached_property
     def model_key(self) -> dict[str, Any]:
@@ -82,11 +77,6 @@ class Setting:
     def n_heads(self) -> int:
         """Heads of the model."""
         return self.info.n_layers * self.info.n_heads
-
-    @property
-    def shares(self) -> bool:
-        """Whether fits of LoFiT are trained in the same passes: everywhere but on a CPU with a model that keeps it busy alone."""
-        return not self.on_cpu or 12 * self.info.n_layers * self.info.d_model**2 <= SMALL
 
     def outline(self, task: str) -> Outline:
         """Model and preset."""
@@ -195,7 +185,7 @@ class _Maker:
             **row, "kind": kind,
         }  # fmt: skip
         cost = COST[kind] * (CHEAP.get(row.get("method", ""), 1.0) if kind in ("fit", "trial") else 1.0)
-        cell = Cell(text, whole, tuple(needs), row, cost, _shares(whole) if self.setting.shares else "")
+        cell = Cell(text, whole, tuple(needs), row, cost, _shares(whole))
         return self.cells.setdefault(cell.name, cell)
 
     # ------------------------------------------------------------------------------------------ head scores

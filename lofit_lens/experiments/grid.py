@@ -25,15 +25,7 @@ from lofit_lens.experiments.paper import grid_named, known_grids
 from lofit_lens.experiments.runner import Executor, Report, Work, run_cells
 from lofit_lens.experiments.specs import Grid, ModelSpec, TaskSpec, read_grid
 from lofit_lens.experiments.store import Store
-from lofit_lens.models import (
-    ModelInfo,
-    fingerprint,
-    folder_digest,
-    model_info,
-    parse_device,
-    planned_info,
-    planned_tokenizer,
-)
+from lofit_lens.models import ModelInfo, fingerprint, folder_digest, model_info, planned_info, planned_tokenizer
 from lofit_lens.tasks import Task, load_task
 from lofit_lens.training.trackers import tracker
 
@@ -103,7 +95,7 @@ def plan_grid(
         info = _info(grid, spec) if spec is not None else model_info(model)
         files = folder_digest(spec.name) if spec is not None else fingerprint(model)
         asked, asked_too = (_asked_of(listed, spec, model) for listed in (named, others))
-        setting = Setting(grid, info, asked, asked_too, digest, files, parse_device(device).type == "cpu")
+        setting = Setting(grid, info, asked, asked_too, digest, files)
         key = io.digest(setting.model_key)
         infos[key] = info
         by_key |= {io.digest(setting.task_keys[name]): task for name, task in (*asked.items(), *asked_too.items())}
@@ -162,8 +154,7 @@ def run_grid(
             `functools.partial(RayExecutor, address="auto", gpus=1)`.
         retries: further tries of a cell that failed for a reason that may pass.
         together: fits of LoFiT at most that share a pass over the model, in groups that follow from the grid alone; 1 = none.
-            Their results are those of separate training up to rounding, and the same bytes for the same number. On a CPU only
-            small models share, since a larger one keeps it busy with a single fit.
+            Their results are those of separate training up to rounding, and the same bytes for the same number.
         device: of the models; None = CUDA where there is one, else the CPU.
         track: `"wandb"` or `"tensorboard"` reads the steps of training.
         progress: show what is done, what runs and the time left.
@@ -182,9 +173,8 @@ def run_grid(
             "several workers need the model by name, since each loads its own; leave `model` out, or give workers=1"
         )
     planned = plan_grid(
-        grid, model=model, tasks=tasks, other_tasks=other_tasks, texts=texts,
-        device=devices[0] if devices and device is None else device, track=track,
-    )  # fmt: skip
+        grid, model=model, tasks=tasks, other_tasks=other_tasks, texts=texts, device=device, track=track
+    )
     kept = Store(store)
     if planned.texts:
         kept.keep(list(planned.texts))
