@@ -35,7 +35,7 @@ def widths(monkeypatch):
 @pytest.fixture(autouse=True)
 def _forgotten():
     scored._is_proven.known.clear()
-    scored._unembedding_is_last.known.clear()
+    scored._more_behind.clear()
 
 
 @pytest.mark.parametrize("side", ["none", "right", "left"])
@@ -109,11 +109,24 @@ def test_a_cap_or_a_hook_behind_the_unembedding_is_read(loaded, tmp_path, monkey
     assert torch.equal(found, top(logits_at(model, tokens, mask, at), None))
     assert found.max() < 0.5
     plain = loaded("llama", on)
-    handle = plain.unembed.register_forward_hook(lambda module, args, out: out * 0 + 7)
-    try:
-        assert bool((read_at(plain, tokens, mask, at, top) == 7).all())
-    finally:
-        handle.remove()
+    for module in (plain.unembed, plain):
+        for change in (lambda module, args, out: out * 0 + 7, lambda module, args, out: out.mul_(0).add_(7)):
+            handle = module.register_forward_hook(change)
+            try:
+                with torch.no_grad():
+                    assert bool((read_at(plain, tokens, mask, at, top) == 7).all())
+            finally:
+                handle.remove()
+
+
+def test_an_unembedding_that_is_trained_gets_its_gradient(fresh):
+    """Its weights are not passed over."""
+    tokens, mask = padded("right")
+    weight = next(fresh.unembed.parameters()).requires_grad_()
+    read_at(fresh, tokens, mask, chosen(mask), top).sum().backward()
+    found, weight.grad = weight.grad, None
+    top(logits_at(fresh, tokens, mask, chosen(mask)), None).sum().backward()
+    assert torch.equal(found, weight.grad)
 
 
 @pytest.mark.parametrize("on", BACKENDS)

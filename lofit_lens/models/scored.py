@@ -7,6 +7,7 @@ The rows are chosen in front of the unembedding, in a pass that is otherwise the
 """
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,6 +27,9 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}  # of the logits' standar
 ROUGH = 0.1
 ROWS = 256  # of logits at once: a matrix product wants no more, and little memory is handed out anew in each step
 
+_more_behind: "weakref.WeakSet[nn.Module]" = (
+    weakref.WeakSet()
+)  # models that do more with logits than the unembedding does
 Read = Callable[[Tensor, slice], Tensor]  # logits [part, d_vocab] of some of the places, and which: one number for each
 
 
@@ -72,7 +76,8 @@ def read_at(
     """`read(logits_at(model, tokens, mask, at, borders), slice(None))` for a `read` that takes each place by itself.
 
     With gradients, each part of the logits is led back to the residual stream as it is made (its gradient for a loss that is
-    the sum of the numbers), and what comes back from the loss scales that. The model's weights get no gradient.
+    the sum of the numbers), and what comes back from the loss scales that. Where something acts behind the unembedding (a cap,
+    a hook of somebody's), or its weights are trained, the numbers are read from all logits at once.
 
     Args:
         model: a HookedTransformer or TransformerBridge.
@@ -85,11 +90,13 @@ def read_at(
     Raises:
         InputError: `at` has another shape than the tokens.
     """
-    if at.shape != tokens.shape or _is_watched(model) or not _is_proven(model) or not _unembedding_is_last(model):
-        return read(logits_at(model, tokens, mask, at, borders), slice(None))
-    with laid_out(model, Layout.of(tokens, mask, tokens.shape[1], borders)):
-        places = at.flatten().nonzero()[:, 0]
-        return _InParts.apply(_in_front(model, tokens, mask, places), model.unembed, read)
+    if at.shape == tokens.shape and model not in _more_behind and not _is_watched(model) and _is_proven(model):
+        with laid_out(model, Layout.of(tokens, mask, tokens.shape[1], borders)):
+            x = _in_front(model, tokens, mask, at)
+            if x is not None:
+                return _InParts.apply(x, model.unembed, read)
+        _more_behind.add(model)
+    return read(logits_at(model, tokens, mask, at, borders), slice(None))
 
 
 class _InParts(torch.autograd.Function):
@@ -132,21 +139,35 @@ def _selected(
 
 
 def _in_front(
-    model: Any, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], places: Int[Tensor, " n"]
-) -> Float[Tensor, "n d_model"]:
-    """What the unembedding is given at these places; it runs on none of them."""
+    model: Any, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], at: Bool[Tensor, "batch pos"]
+) -> Float[Tensor, "n d_model"] | None:
+    """What the unembedding is given at these places, where it alone makes the logits of it; it is run on one place."""
+    places = at.flatten().nonzero()[:, 0]
     seen: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         seen.append(rearrange(args[0], "batch pos d -> (batch pos) d"))
         return (args[0][:1, :1].detach(), *args[1:])
 
-    handle = model.unembed.register_forward_pre_hook(keep)
+    def made(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        seen.append(out)
+        versions.append(_version(out))
+
+    versions: list[int] = []
+    handles = model.unembed.register_forward_pre_hook(keep), model.unembed.register_forward_hook(made)
     try:
-        model(tokens, attention_mask=mask, **uncached(model))
+        logits = model(tokens, attention_mask=mask, **uncached(model))
     finally:
-        handle.remove()
-    return seen[0].index_select(0, places.to(seen[0].device))
+        for handle in handles:
+            handle.remove()
+    # The same memory, written to no more: looking at values would wait for the device.
+    same = len(seen) == 2 and logits.data_ptr() == seen[1].data_ptr() and _version(logits) == versions[0]
+    trained = any(p.requires_grad for p in model.unembed.parameters())
+    return seen[0].index_select(0, places.to(seen[0].device)) if same and not trained else None
+
+
+def _version(t: Tensor) -> int:
+    return 0 if t.is_inference() else t._version
 
 
 @contextlib.contextmanager
@@ -182,18 +203,3 @@ def _is_proven(model: Any) -> bool:
             return False
     limit = TOLERANCE.get(whole.dtype, ROUGH) * whole.float().std()
     return found.shape == wanted.shape and bool((found - wanted).abs().max() <= limit)
-
-
-@proven_once("the unembedding is last")
-@torch.no_grad()
-def _unembedding_is_last(model: Any) -> bool:
-    """Whether logits are what the unembedding gives, to the bit: no cap and no scale behind it."""
-    tokens = torch.arange(6, device=device_of(model))[None] % int(model.cfg.d_vocab)
-    mask = torch.ones_like(tokens)
-    with frozen(model), unhooked(model):
-        whole = model(tokens, attention_mask=mask, **uncached(model))
-        try:
-            rows = _in_front(model, tokens, mask, torch.arange(tokens.numel()))
-            return torch.equal(model.unembed(rows[None]).to(whole.device), whole)
-        except (RuntimeError, TypeError, ValueError, IndexError):  # it takes or gives something else
-            return False
