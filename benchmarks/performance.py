@@ -279,8 +279,8 @@ def page(folder: Path, notes: Path) -> str:
     """The whole page."""
     records, bad = read(folder)
     parts = [
-        "# Speed\n\nMade from `benchmarks/results/*.json` by `python benchmarks/performance.py` (`make bench`, `make bench-real`). "
-        "Every figure is a ratio measured side by side in one run, unless it has a unit.\n",
+        "# Speed\n\nMade from `benchmarks/results/*.json` by `python benchmarks/performance.py` (`make bench`, "
+        "`make bench-real`). Every figure is a ratio measured side by side in one run, unless it has a unit.\n",
         f"## Goals\n\n{goals(records)}",
         *(
             section(name, record)
