@@ -27,9 +27,8 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}  # of the logits' standar
 ROUGH = 0.1
 ROWS = 256  # of logits at once: a matrix product wants no more, and little memory is handed out anew in each step
 
-_more_behind: "weakref.WeakSet[nn.Module]" = (
-    weakref.WeakSet()
-)  # models that do more with logits than the unembedding does
+# Models that do more with logits than the unembedding does.
+_more_behind: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 Read = Callable[[Tensor, slice], Tensor]  # logits [part, d_vocab] of some of the places, and which: one number for each
 
 
