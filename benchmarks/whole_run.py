@@ -4,7 +4,7 @@
 
 Both get SmolLM2, the same real rows (`--train` training and `--test` test rows a task), the same seeds and the model's own
 settings, all epochs. Both have to choose the same heads and to find the same metrics; the file holds the differences. Each run
-has a process of its own: times are those of the three phases after a warm-up (which also takes what the library tries once a
+has a process of its own: times (of the CPU) are those of the three phases after a warm-up (which also takes what the library tries once a
 model), as ratios within a round, and the peak of resident memory is that of the phases above what stood before them. Tokens are
 counted at the model's door.
 """
@@ -49,9 +49,12 @@ class Run:
     peak: float = 0.0
 
     def phase(self, name: str, model: Any, call: Callable[[], Any]) -> Any:
-        """Run a phase, with its time and its tokens."""
+        """Run a phase, with its time (CPU seconds where it runs on a CPU, which other work disturbs less) and its tokens."""
+        device = str(next(model.parameters()).device)
         with measure.counted_tokens(model) as tokens:
-            found, self.seconds[name] = measure.clocked(call, str(next(model.parameters()).device))
+            before = time.process_time()
+            found, wall = measure.clocked(call, device)
+        self.seconds[name] = time.process_time() - before if device == "cpu" else wall
         self.tokens[name] = dict(tokens)
         return found
 
