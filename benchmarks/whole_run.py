@@ -4,9 +4,9 @@
 
 Both get SmolLM2, the same real rows (`--train` training and `--test` test rows a task), the same seeds and the model's own
 settings, all epochs. Both have to choose the same heads and to find the same metrics; the file holds the differences. Each run
-has a process of its own: times (of the CPU) are those of the three phases after a warm-up (which also takes what the library tries once a
-model), as ratios within a round, and the peak of resident memory is that of the phases above what stood before them. Tokens are
-counted at the model's door.
+has a process of its own: times (CPU seconds, on a GPU wall seconds) are those of the three phases after a warm-up, which also
+takes what the library tries once a model, as ratios within a round; the peak of resident memory is that of the phases above what
+stood before them. Tokens are counted at the model's door.
 """
 
 import dataclasses
