@@ -89,7 +89,8 @@ def read_at(
     Raises:
         InputError: `at` has another shape than the tokens.
     """
-    if at.shape == tokens.shape and model not in _more_behind and not _is_watched(model) and _is_proven(model):
+    plain = at.shape == tokens.shape and model not in _more_behind and not _is_watched(model)
+    if plain and not any(p.requires_grad for p in model.unembed.parameters()) and _is_proven(model):
         with laid_out(model, Layout.of(tokens, mask, tokens.shape[1], borders)):
             x = _in_front(model, tokens, mask, at)
             if x is not None:
@@ -161,8 +162,7 @@ def _in_front(
             handle.remove()
     # The same memory, written to no more: looking at values would wait for the device.
     same = len(seen) == 2 and logits.data_ptr() == seen[1].data_ptr() and _version(logits) == versions[0]
-    trained = any(p.requires_grad for p in model.unembed.parameters())
-    return seen[0].index_select(0, places.to(seen[0].device)) if same and not trained else None
+    return seen[0].index_select(0, places.to(seen[0].device)) if same else None
 
 
 def _version(t: Tensor) -> int:
