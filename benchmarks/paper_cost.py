@@ -28,9 +28,9 @@ from typing import Any
 import measure
 import record
 
-from lofit_lens.experiments.cells import Cell
-from lofit_lens.experiments.expand import Setting, expand
-from lofit_lens.experiments.paper import PARTS, grid_named
+from lofit_lens.experiments.grid.expand import Setting, expand
+from lofit_lens.experiments.grid.paper import PARTS, grid_named
+from lofit_lens.experiments.store.cells import Cell
 from lofit_lens.models import ModelInfo
 from lofit_lens.tasks import ChoiceExample, GenerationExample, OptionExample, Task, load_task
 from lofit_lens.tasks.statements import statements

@@ -21,7 +21,7 @@ import record
 from kills import files_of, run_once
 from ray.cluster_utils import Cluster
 
-from lofit_lens.experiments.grid import plan_grid
+from lofit_lens.experiments.grid.run import plan_grid
 
 NODE = {"object_store_memory": 100 * 2**20}  # bytes
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lofit_lens.evaluation import Damage, EvalResult, compare, damage, evaluate, generate, over_seeds
     from lofit_lens.experiments.comparison import compare_methods, compare_selectors
-    from lofit_lens.experiments.grid import run_grid
-    from lofit_lens.experiments.paper import paper_grid
-    from lofit_lens.experiments.results import load_results
-    from lofit_lens.experiments.specs import Grid, read_grid
+    from lofit_lens.experiments.grid.paper import paper_grid
+    from lofit_lens.experiments.grid.run import run_grid
+    from lofit_lens.experiments.grid.specs import Grid, read_grid
+    from lofit_lens.experiments.tables.results import load_results
     from lofit_lens.experiments.tuning import tune_method
     from lofit_lens.explorer import explore
     from lofit_lens.heads import Head, HeadScores, HeadSet
@@ -70,10 +70,10 @@ _PARTS = (
 _HOMES = {
     "evaluation": "Damage EvalResult compare damage evaluate generate over_seeds",
     "experiments.comparison": "compare_methods compare_selectors",
-    "experiments.grid": "run_grid",
-    "experiments.paper": "paper_grid",
-    "experiments.results": "load_results",
-    "experiments.specs": "Grid read_grid",
+    "experiments.grid.run": "run_grid",
+    "experiments.grid.paper": "paper_grid",
+    "experiments.tables.results": "load_results",
+    "experiments.grid.specs": "Grid read_grid",
     "experiments.tuning": "tune_method",
     "explorer": "explore",
     "heads": "Head HeadScores HeadSet",

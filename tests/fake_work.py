@@ -14,9 +14,9 @@ import warnings
 from pathlib import Path
 
 from lofit_lens.errors import DiskFull, InputError, TrainingDiverged
-from lofit_lens.experiments.cells import Cell
-from lofit_lens.experiments.runner import run_cells
-from lofit_lens.experiments.store import Store
+from lofit_lens.experiments.executors.runner import run_cells
+from lofit_lens.experiments.store.cells import Cell
+from lofit_lens.experiments.store.store import Store
 
 
 def cell(label, folder, *, needs=(), does="write", cost=1.0, model=None, shares="", **more):

@@ -1,8 +1,8 @@
 """A small study on a tiny Llama, for the tests of what is read and drawn from one."""
 
 from lofit_lens.analysis.readings import run_readings
-from lofit_lens.experiments.grid import run_grid
-from lofit_lens.experiments.specs import Grid, Run, Selection
+from lofit_lens.experiments.grid.run import run_grid
+from lofit_lens.experiments.grid.specs import Grid, Run, Selection
 from lofit_lens.tasks import Task
 
 NAMES = ("Ann", "Bob", "Eve", "France", "Rome", "a book", "an author", "an uncle")

@@ -8,8 +8,8 @@ import lofit_lens as ll
 from lofit_lens.cli import common
 from lofit_lens.errors import InputError
 from lofit_lens.evaluation import EvalResult
-from lofit_lens.experiments.grid import plan_grid, run_grid
-from lofit_lens.experiments.specs import Grid
+from lofit_lens.experiments.grid.run import plan_grid, run_grid
+from lofit_lens.experiments.grid.specs import Grid
 from lofit_lens.heads import HeadScores, HeadSet
 from lofit_lens.interventions import Lofit
 from lofit_lens.models import planned_tokenizer

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from lofit_lens.cli import common
-from lofit_lens.experiments.store import Store
+from lofit_lens.experiments.store.store import Store
 from tests import studies
 from tests.test_cli import run as run_cli
 

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from lofit_lens.cli import common
-from lofit_lens.experiments import compute
-from lofit_lens.experiments.ray_runner import _device
-from lofit_lens.experiments.store import Store
+from lofit_lens.experiments.executors.ray import _device
+from lofit_lens.experiments.grid import compute
+from lofit_lens.experiments.store.store import Store
 from tests.test_cli import run as run_cli
 from tests.test_kills import grid_in
 

@@ -12,7 +12,7 @@ import rich.table
 
 from lofit_lens import cli, evaluate
 from lofit_lens.cli import common
-from lofit_lens.experiments.locks import claimed
+from lofit_lens.experiments.store.locks import claimed
 from lofit_lens.models import load_model
 from lofit_lens.tasks import load_task
 from tests.adapters import random_adapter

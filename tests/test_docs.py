@@ -21,7 +21,7 @@ import typer
 
 import lofit_lens as ll
 from lofit_lens.cli import app
-from lofit_lens.experiments.grid import plan_grid
+from lofit_lens.experiments.grid.run import plan_grid
 from tests.fences import blocks, commands, embedded, links
 from tests.test_cli import run as run_cli
 

@@ -6,9 +6,9 @@ from functools import partial
 import pytest
 
 from lofit_lens.errors import InputError
-from lofit_lens.experiments import expand as expansion
-from lofit_lens.experiments.expand import Setting, expand, model_key, task_key
-from lofit_lens.experiments.specs import Grid, Run, Selection
+from lofit_lens.experiments.grid import expand as expansion
+from lofit_lens.experiments.grid.expand import Setting, expand, model_key, task_key
+from lofit_lens.experiments.grid.specs import Grid, Run, Selection
 from lofit_lens.models import ModelInfo
 from tests.studies import OTHER, TASKS
 

@@ -12,9 +12,9 @@ from lofit_lens.analysis.overlap import overlap
 from lofit_lens.analysis.readings import run_readings
 from lofit_lens.errors import DataError, InputError
 from lofit_lens.evaluation.stats import bootstrap_interval_over_seeds
-from lofit_lens.experiments.grid import run_grid
-from lofit_lens.experiments.paper import PARTS, SCORES_ALONE, paper_grid
-from lofit_lens.experiments.results import load_results
+from lofit_lens.experiments.grid.paper import PARTS, SCORES_ALONE, paper_grid
+from lofit_lens.experiments.grid.run import run_grid
+from lofit_lens.experiments.tables.results import load_results
 from lofit_lens.plots import methods as method_plots
 from lofit_lens.plots import style
 from lofit_lens.plots.methods import method_bars

@@ -13,13 +13,13 @@ import torch
 
 from lofit_lens.errors import DataError, InputError, ModelError, TrainingDiverged
 from lofit_lens.evaluation.evaluate import evaluate
-from lofit_lens.experiments import compute as computing
-from lofit_lens.experiments import pool
-from lofit_lens.experiments.grid import open_grid, plan_grid, run_grid
-from lofit_lens.experiments.groups import Group
+from lofit_lens.experiments.executors import process as pool
+from lofit_lens.experiments.executors.groups import Group
+from lofit_lens.experiments.grid import compute as computing
+from lofit_lens.experiments.grid.run import open_grid, plan_grid, run_grid
+from lofit_lens.experiments.grid.specs import Grid, Run, Selection
 from lofit_lens.experiments.methods import METHODS
-from lofit_lens.experiments.specs import Grid, Run, Selection
-from lofit_lens.experiments.store import Store
+from lofit_lens.experiments.store.store import Store
 from lofit_lens.heads import HeadScores, HeadSet
 from lofit_lens.interventions import Lofit, load_adapter
 from lofit_lens.models import load_model, model_info
@@ -400,7 +400,7 @@ def test_trackers_read_what_trains(bridge_llama, tmp_path, monkeypatch, broken, 
     monkeypatch.setattr(Reader, "started", [])
     monkeypatch.setattr(computing, "_silent", set())
     # whether it is installed or not
-    monkeypatch.setattr("lofit_lens.experiments.grid.tracker", lambda kind, folder: None)
+    monkeypatch.setattr("lofit_lens.experiments.grid.run.tracker", lambda kind, folder: None)
     monkeypatch.setattr(computing, "tracker", lambda kind, folder: made.append(Reader(broken)) or made[-1])
     grid = grid_of(Run(method="zero-shot"), Run(heads="random", draws=3), Run(method="ITI", settings={"alpha": 1}))
     found = run(tmp_path, bridge_llama, grid, track="tensorboard", together=together)

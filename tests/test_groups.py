@@ -12,16 +12,16 @@ import torch
 
 from lofit_lens import io
 from lofit_lens.errors import TrainingDiverged
-from lofit_lens.experiments import attempt as tries
-from lofit_lens.experiments import compute as computing
-from lofit_lens.experiments import runner
-from lofit_lens.experiments.attempt import attempt
-from lofit_lens.experiments.grid import plan_grid, run_grid
-from lofit_lens.experiments.groups import Group, grouped
-from lofit_lens.experiments.runner import run_cells
-from lofit_lens.experiments.schedule import Schedule
-from lofit_lens.experiments.specs import Grid, Run
-from lofit_lens.experiments.store import Store
+from lofit_lens.experiments.executors import attempt as tries
+from lofit_lens.experiments.executors import runner
+from lofit_lens.experiments.executors.attempt import attempt
+from lofit_lens.experiments.executors.groups import Group, grouped
+from lofit_lens.experiments.executors.runner import run_cells
+from lofit_lens.experiments.executors.schedule import Schedule
+from lofit_lens.experiments.grid import compute as computing
+from lofit_lens.experiments.grid.run import plan_grid, run_grid
+from lofit_lens.experiments.grid.specs import Grid, Run
+from lofit_lens.experiments.store.store import Store
 from lofit_lens.heads import HeadScores
 from lofit_lens.interventions import Lofit
 from lofit_lens.tasks import Task

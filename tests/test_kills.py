@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks.kills import files_of, kill_often, run_once
-from lofit_lens.experiments.store import Store
+from lofit_lens.experiments.store.store import Store
 from tests import tiny
 from tests.studies import NAMES
 

@@ -10,8 +10,8 @@ from lofit_lens.errors import InputError
 from lofit_lens.evaluation.compare import compare
 from lofit_lens.evaluation.result import EvalResult, Metric
 from lofit_lens.evaluation.stats import bootstrap_interval_over_seeds, holm
-from lofit_lens.experiments.runs import MethodRuns, Run
-from lofit_lens.experiments.table import MethodTable, Spread
+from lofit_lens.experiments.tables.runs import MethodRuns, Run
+from lofit_lens.experiments.tables.table import MethodTable, Spread
 from lofit_lens.experiments.tuning import Tuned
 from lofit_lens.tasks import Task
 

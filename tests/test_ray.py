@@ -10,9 +10,9 @@ import time
 import pytest
 
 from lofit_lens.errors import InputError
-from lofit_lens.experiments.groups import Group
-from lofit_lens.experiments.runner import run_cells
-from lofit_lens.experiments.store import Store
+from lofit_lens.experiments.executors.groups import Group
+from lofit_lens.experiments.executors.runner import run_cells
+from lofit_lens.experiments.store.store import Store
 from tests import fake_work
 
 ray = pytest.importorskip("ray")
@@ -20,8 +20,8 @@ pytestmark = pytest.mark.slow
 
 import psutil  # noqa: E402 (comes with Ray's own tests' needs)
 
-from lofit_lens.experiments import ray_runner  # noqa: E402
-from lofit_lens.experiments.ray_runner import RayExecutor  # noqa: E402
+from lofit_lens.experiments.executors import ray as ray_runner  # noqa: E402
+from lofit_lens.experiments.executors.ray import RayExecutor  # noqa: E402
 
 NODE = {"object_store_memory": 100 * 2**20}  # bytes, of each node
 QUICK = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 3}

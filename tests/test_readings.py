@@ -11,7 +11,7 @@ from lofit_lens.analysis.logit_lens import promoted_tokens
 from lofit_lens.analysis.readings import read_readings, reading_file
 from lofit_lens.analysis.stored import KINDS, frame_of, restored
 from lofit_lens.errors import DataError, InputError
-from lofit_lens.experiments.results import load_results
+from lofit_lens.experiments.tables.results import load_results
 from lofit_lens.report.collect import collect, head_readings
 from lofit_lens.report.data import checked
 from tests import studies

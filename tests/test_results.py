@@ -10,10 +10,10 @@ import pytest
 from lofit_lens.errors import DataError, InputError
 from lofit_lens.evaluation.compare import compare, over_seeds
 from lofit_lens.evaluation.stats import holm, paired_permutation_test
-from lofit_lens.experiments.paper_tables import paper_tables
-from lofit_lens.experiments.results import load_results
-from lofit_lens.experiments.specs import Run
-from lofit_lens.experiments.store import Store
+from lofit_lens.experiments.grid.specs import Run
+from lofit_lens.experiments.store.store import Store
+from lofit_lens.experiments.tables.paper_tables import paper_tables
+from lofit_lens.experiments.tables.results import load_results
 from tests import studies
 from tests.studies import GRID, OTHER, TASKS
 

@@ -18,16 +18,16 @@ import torch
 from rich.console import Console
 
 from lofit_lens.errors import DiskFull, InputError
-from lofit_lens.experiments import attempt as tries
-from lofit_lens.experiments import live, runner
-from lofit_lens.experiments.attempt import Outcome
-from lofit_lens.experiments.cells import Cell
-from lofit_lens.experiments.groups import Group, grouped
-from lofit_lens.experiments.live import Tally, board, duration, view
-from lofit_lens.experiments.runner import run_cells
-from lofit_lens.experiments.schedule import Schedule, checked
-from lofit_lens.experiments.store import Store
-from lofit_lens.experiments.workers import LocalExecutor
+from lofit_lens.experiments.executors import attempt as tries
+from lofit_lens.experiments.executors import live, runner
+from lofit_lens.experiments.executors.attempt import Outcome
+from lofit_lens.experiments.executors.groups import Group, grouped
+from lofit_lens.experiments.executors.live import Tally, board, duration, view
+from lofit_lens.experiments.executors.local import LocalExecutor
+from lofit_lens.experiments.executors.runner import run_cells
+from lofit_lens.experiments.executors.schedule import Schedule, checked
+from lofit_lens.experiments.store.cells import Cell
+from lofit_lens.experiments.store.store import Store
 from tests import fake_work
 from tests.fake_work import cell, computed, work
 

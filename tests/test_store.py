@@ -24,10 +24,10 @@ from typer.testing import CliRunner
 from lofit_lens import io
 from lofit_lens.cli import store as verbs
 from lofit_lens.errors import DataError, DiskFull, InputError
-from lofit_lens.experiments import checks, locks
-from lofit_lens.experiments import store as stores
-from lofit_lens.experiments.cells import Cell
-from lofit_lens.experiments.store import Store
+from lofit_lens.experiments.store import checks, locks
+from lofit_lens.experiments.store import store as stores
+from lofit_lens.experiments.store.cells import Cell
+from lofit_lens.experiments.store.store import Store
 
 ELSEWHERE = "host=some-other-machine"
 

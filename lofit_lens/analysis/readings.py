@@ -22,8 +22,8 @@ from lofit_lens.analysis.logit_lens import promoted_tokens
 from lofit_lens.analysis.measure import records
 from lofit_lens.analysis.needed import drop_edits, keep_only, leave_one_out, removal
 from lofit_lens.errors import DataError, InputError, TrainingDiverged
-from lofit_lens.experiments.pool import Pool, kept_model
-from lofit_lens.experiments.results import Results, load_results
+from lofit_lens.experiments.executors.process import Pool, kept_model
+from lofit_lens.experiments.tables.results import Results, load_results
 from lofit_lens.heads import HeadSet
 from lofit_lens.interventions.lofit import Lofit
 from lofit_lens.models import context_length, tokenizer_of

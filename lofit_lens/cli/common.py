@@ -289,7 +289,7 @@ def check_new(path: Path, *, overwrite: bool, folder: bool = True) -> None:
     """
     from lofit_lens import io
     from lofit_lens.errors import InputError
-    from lofit_lens.experiments.locks import claimed
+    from lofit_lens.experiments.store.locks import claimed
 
     check_writable(path)
     if _claims is not None:
@@ -350,7 +350,7 @@ def progress_lines(quiet: bool) -> Iterator[None]:
         return
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    loggers = [logging.getLogger(f"lofit_lens.experiments.{name}") for name in ("runner", "live")]
+    loggers = [logging.getLogger(f"lofit_lens.experiments.executors.{name}") for name in ("runner", "live")]
     for logger in loggers:
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)

@@ -11,8 +11,8 @@ from lofit_lens.cli import common as c
 from lofit_lens.cli import studies as s
 
 if TYPE_CHECKING:
-    from lofit_lens.experiments.results import Results
-    from lofit_lens.experiments.specs import Grid
+    from lofit_lens.experiments.grid.specs import Grid
+    from lofit_lens.experiments.tables.results import Results
     from lofit_lens.heads import HeadSet
 
 N_QUESTIONS = 5
@@ -54,7 +54,7 @@ def demo(
     c.check_writable(out)
     c.quiet_libraries()
     from lofit_lens.experiments.demo import REAL_MODEL, embedded_grid, real_grid
-    from lofit_lens.experiments.results import load_results
+    from lofit_lens.experiments.tables.results import load_results
     from lofit_lens.plots.style import check_formats, check_static
 
     formats = ("html", "png") if png else ("html",)
@@ -100,7 +100,7 @@ def _announce_real(grid: "Grid") -> None:
 def _run(grid: "Grid", out: Path, device: str | None, workers: int, quiet: bool) -> None:
     """Run what is missing of the grid; what failed is said and ends the command."""
     from lofit_lens.cli.grids import report
-    from lofit_lens.experiments.grid import run_grid
+    from lofit_lens.experiments.grid.run import run_grid
     from lofit_lens.models import parse_device
 
     if not workers:
@@ -126,7 +126,7 @@ def _write_table(results: "Results", out: Path) -> list[Path]:
     """Show the table, and write it and the single runs."""
     from lofit_lens import io
     from lofit_lens.experiments.demo import run_table
-    from lofit_lens.experiments.paper_tables import paper_tables
+    from lofit_lens.experiments.tables.paper_tables import paper_tables
 
     table = next(t for t in paper_tables(results) if t.name == "table1")
     c.console.print(f"{results.model.name} as {results.model.class_name}")
@@ -144,8 +144,8 @@ def _write_ranks(results: "Results", known: "dict[str, HeadSet]", out: Path, gri
     """Show and write where the planted heads rank; with `full` by patching too."""
     from lofit_lens import io
     from lofit_lens.experiments.demo import ranks
+    from lofit_lens.experiments.executors.process import kept_model, one_thread
     from lofit_lens.experiments.organism import cue_patching
-    from lofit_lens.experiments.pool import kept_model, one_thread
 
     patching = {}
     if full:

@@ -14,8 +14,8 @@ import typer
 from lofit_lens.cli import common as c
 
 if TYPE_CHECKING:
-    from lofit_lens.experiments.runner import Report
-    from lofit_lens.experiments.specs import Grid
+    from lofit_lens.experiments.executors.runner import Report
+    from lofit_lens.experiments.grid.specs import Grid
 
 
 def grid(
@@ -59,7 +59,7 @@ def grid(
     from lofit_lens.errors import InputError, unknown
 
     c.console.stderr = as_json
-    from lofit_lens.experiments.paper import known_grids
+    from lofit_lens.experiments.grid.paper import known_grids
 
     if listing:
         for known, what in known_grids().items():
@@ -72,7 +72,7 @@ def grid(
     start = time.perf_counter()
     c.quiet_libraries()
     from lofit_lens.cli.methods import workers_for
-    from lofit_lens.experiments.grid import open_grid, plan_grid, run_grid
+    from lofit_lens.experiments.grid.run import open_grid, plan_grid, run_grid
 
     asked = _changed(open_grid(name), model, called, prepend_bos, task, chat, system, seeds, limit, data_dir)
     c.say_template_of([(m.name, m.revision) for m in asked.model], used=any(t.chat or t.system for t in asked.tasks))
@@ -84,7 +84,7 @@ def grid(
     n = workers_for(workers or len(listed), models.pop() if len(models) == 1 else "several", None)
     place = None
     if executor == "ray":
-        from lofit_lens.experiments.ray_runner import RayExecutor
+        from lofit_lens.experiments.executors.ray import RayExecutor
 
         place = partial(RayExecutor, address=address, cpus=cpus, gpus=gpus)
     with contextlib.redirect_stdout(sys.stderr), c.progress_lines(quiet):  # Ray writes to stdout when a node dies
@@ -131,7 +131,7 @@ def _changed(
     """The grid with what the options put in place of its own."""
     from lofit_lens.cli.methods import task_names
     from lofit_lens.errors import InputError
-    from lofit_lens.experiments.specs import Grid
+    from lofit_lens.experiments.grid.specs import Grid
     from lofit_lens.organism.words import TASKS
 
     asked = {**grid.model_dump(), "runs": grid.runs, "selections": grid.selections}  # a dump would give every field

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lofit_lens.cli import common as c
 
 if TYPE_CHECKING:
-    from lofit_lens.experiments.table import MethodTable
+    from lofit_lens.experiments.tables.table import MethodTable
 
 
 @dataclass(frozen=True)

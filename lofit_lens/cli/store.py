@@ -9,7 +9,7 @@ import typer
 from lofit_lens.cli import common as c
 
 if TYPE_CHECKING:
-    from lofit_lens.experiments.store import Store
+    from lofit_lens.experiments.store.store import Store
 
 app = typer.Typer(
     name="store", no_args_is_help=True,
@@ -67,7 +67,7 @@ def verify(
     problems = kept.verify()
     removed = []
     if remove:
-        from lofit_lens.experiments.checks import remove_damaged
+        from lofit_lens.experiments.store.checks import remove_damaged
 
         removed = remove_damaged(kept, problems)
     gone = [str(path.relative_to(kept.root)) for path in removed]
@@ -138,7 +138,7 @@ for _name, _verb in VERBS.items():
 
 
 def _opened(folder: Path) -> "Store":
-    from lofit_lens.experiments.store import Store
+    from lofit_lens.experiments.store.store import Store
 
     return Store(folder, create=False)
 

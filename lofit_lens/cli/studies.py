@@ -55,9 +55,9 @@ def run(asked: Request, name: str) -> None:
     from lofit_lens.cli.grids import report
     from lofit_lens.cli.methods import task_names, workers_for
     from lofit_lens.evaluation.texts import load_texts
-    from lofit_lens.experiments.grid import run_grid
-    from lofit_lens.experiments.paper import paper_grid
-    from lofit_lens.experiments.specs import ModelSpec
+    from lofit_lens.experiments.grid.paper import paper_grid
+    from lofit_lens.experiments.grid.run import run_grid
+    from lofit_lens.experiments.grid.specs import ModelSpec
     from lofit_lens.organism.words import TASKS
 
     names = task_names(asked.tasks)
@@ -106,7 +106,7 @@ def run(asked: Request, name: str) -> None:
 
 def _spec(task: Any) -> Any:
     """A task as a grid names it."""
-    from lofit_lens.experiments.specs import TaskSpec
+    from lofit_lens.experiments.grid.specs import TaskSpec
 
     chat = task.chat
     return TaskSpec(

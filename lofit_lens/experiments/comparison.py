@@ -16,11 +16,11 @@ from tqdm.auto import tqdm
 from lofit_lens.errors import InputError, unknown
 from lofit_lens.evaluation.damage import damage
 from lofit_lens.evaluation.evaluate import evaluate
+from lofit_lens.experiments.executors.process import Pool, kept_model
 from lofit_lens.experiments.methods import CHANCE, LEARNED, METHODS, SELECTED_BY, Method, Settings, Workbench, method_of
-from lofit_lens.experiments.pool import Pool, kept_model
-from lofit_lens.experiments.runs import DAMAGE_COLUMNS, MethodRuns, Run, load_run, save_run
-from lofit_lens.experiments.store import Store
-from lofit_lens.experiments.table import MethodTable
+from lofit_lens.experiments.store.store import Store
+from lofit_lens.experiments.tables.runs import DAMAGE_COLUMNS, MethodRuns, Run, load_run, save_run
+from lofit_lens.experiments.tables.table import MethodTable
 from lofit_lens.experiments.tuning import spec_of, tune_method
 from lofit_lens.tasks.base import Task
 from lofit_lens.training.selectors import SELECTORS

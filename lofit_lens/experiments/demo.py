@@ -9,9 +9,9 @@ from typing import Any
 
 import pandas as pd
 
-from lofit_lens.experiments.paper import CHANCE, OWN
-from lofit_lens.experiments.results import Results
-from lofit_lens.experiments.specs import ALL, OTHERS, ZERO, Grid, ModelSpec, Run, TaskSpec
+from lofit_lens.experiments.grid.paper import CHANCE, OWN
+from lofit_lens.experiments.grid.specs import ALL, OTHERS, ZERO, Grid, ModelSpec, Run, TaskSpec
+from lofit_lens.experiments.tables.results import Results
 from lofit_lens.heads import HeadScores, HeadSet
 from lofit_lens.organism.words import TASKS
 

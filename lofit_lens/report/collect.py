@@ -8,8 +8,8 @@ from lofit_lens.analysis.logit_lens import TOTAL
 from lofit_lens.analysis.readings import TOGETHER, read_readings
 from lofit_lens.analysis.transfer import Transfer
 from lofit_lens.errors import InputError
-from lofit_lens.experiments.paper_tables import paper_tables
-from lofit_lens.experiments.results import Results
+from lofit_lens.experiments.tables.paper_tables import paper_tables
+from lofit_lens.experiments.tables.results import Results
 from lofit_lens.plots.readings import COSINES
 from lofit_lens.report.figures import transfer
 

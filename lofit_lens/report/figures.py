@@ -27,11 +27,11 @@ from lofit_lens.analysis.stability import stability
 from lofit_lens.analysis.sweeps import sweep
 from lofit_lens.analysis.transfer import Transfer, transfer_matrix
 from lofit_lens.errors import DataError, InputError
+from lofit_lens.experiments.grid.paper import OWN, TRAINED
+from lofit_lens.experiments.grid.specs import LOFIT, ZERO
 from lofit_lens.experiments.organism import planted
-from lofit_lens.experiments.paper import OWN, TRAINED
-from lofit_lens.experiments.paper_tables import paper_tables
-from lofit_lens.experiments.results import Results
-from lofit_lens.experiments.specs import LOFIT, ZERO
+from lofit_lens.experiments.tables.paper_tables import paper_tables
+from lofit_lens.experiments.tables.results import Results
 from lofit_lens.heads import HeadScores, HeadSet
 from lofit_lens.models import ORGANISM
 from lofit_lens.plots.heads import head_grid

@@ -12,7 +12,7 @@ from lofit_lens.analysis.interference import Interference
 from lofit_lens.analysis.readings import TOGETHER, read_readings, reading_file
 from lofit_lens.analysis.stored import frame_of, restored
 from lofit_lens.errors import DataError, InputError
-from lofit_lens.experiments.results import Results
+from lofit_lens.experiments.tables.results import Results
 from lofit_lens.plots.attention import attention_figure
 from lofit_lens.plots.drift import drift_layers, drift_positions
 from lofit_lens.plots.interference import interference_figure, long_context_figure

@@ -19,10 +19,10 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from lofit_lens.errors import InputError
-from lofit_lens.experiments.attempt import Outcome, Outcomes, Work, attempt, write_line
-from lofit_lens.experiments.groups import Group
-from lofit_lens.experiments.pool import prepare_process
-from lofit_lens.experiments.store import Store
+from lofit_lens.experiments.executors.attempt import Outcome, Outcomes, Work, attempt, write_line
+from lofit_lens.experiments.executors.groups import Group
+from lofit_lens.experiments.executors.process import prepare_process
+from lofit_lens.experiments.store.store import Store
 
 _READY = "ready"
 PATIENCE = 5.0  # seconds that a worker which closed its pipe gets to exit by itself

@@ -20,7 +20,7 @@ from lofit_lens.evaluation.stats import (
     paired_bootstrap_test,
     paired_permutation_test,
 )
-from lofit_lens.experiments.runs import MethodRuns
+from lofit_lens.experiments.tables.runs import MethodRuns
 from lofit_lens.models import ModelInfo
 
 KIND, SCHEMA = "lofit_lens.MethodTable", 1

@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 from lofit_lens.errors import DiskFull, InputError
-from lofit_lens.experiments.attempt import Outcome, Outcomes, Work, attempt
-from lofit_lens.experiments.cells import Cell
-from lofit_lens.experiments.groups import TOGETHER, Group, grouped
-from lofit_lens.experiments.live import Tally, board, duration
-from lofit_lens.experiments.schedule import Schedule, checked
-from lofit_lens.experiments.store import Store
-from lofit_lens.experiments.workers import LocalExecutor
+from lofit_lens.experiments.executors.attempt import Outcome, Outcomes, Work, attempt
+from lofit_lens.experiments.executors.groups import TOGETHER, Group, grouped
+from lofit_lens.experiments.executors.live import Tally, board, duration
+from lofit_lens.experiments.executors.local import LocalExecutor
+from lofit_lens.experiments.executors.schedule import Schedule, checked
+from lofit_lens.experiments.store.cells import Cell
+from lofit_lens.experiments.store.store import Store
 from lofit_lens.training.loop import first_ctrl_c
 
 TICK = 0.2  # seconds between two looks at Ctrl-C

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from lofit_lens.evaluation.result import EvalResult
-from lofit_lens.experiments.cells import Cell
-from lofit_lens.experiments.store import Store
+from lofit_lens.experiments.store.cells import Cell
+from lofit_lens.experiments.store.store import Store
 from lofit_lens.experiments.tuning import Tuned
 from lofit_lens.heads import HeadScores
 from lofit_lens.interventions import Intervention

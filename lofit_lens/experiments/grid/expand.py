@@ -17,9 +17,7 @@ from typing import Any
 
 from lofit_lens import io
 from lofit_lens.errors import InputError, unknown
-from lofit_lens.experiments.cells import Cell
-from lofit_lens.experiments.methods import LEARNED, METHODS, Outline, training_config
-from lofit_lens.experiments.specs import (
+from lofit_lens.experiments.grid.specs import (
     ALL,
     CHOSEN,
     EVERY,
@@ -34,6 +32,8 @@ from lofit_lens.experiments.specs import (
     Run,
     heads_of,
 )
+from lofit_lens.experiments.methods import LEARNED, METHODS, Outline, training_config
+from lofit_lens.experiments.store.cells import Cell
 from lofit_lens.models import ModelInfo
 from lofit_lens.tasks.base import Task
 from lofit_lens.training.config import TrainConfig

@@ -31,9 +31,9 @@ import pandas as pd
 
 from lofit_lens import io
 from lofit_lens.errors import DataError, DiskFull, InputError
-from lofit_lens.experiments.cells import Cell
-from lofit_lens.experiments.locks import claimed, held
-from lofit_lens.experiments.records import Records, checked
+from lofit_lens.experiments.store.cells import Cell
+from lofit_lens.experiments.store.locks import claimed, held
+from lofit_lens.experiments.store.records import Records, checked
 
 STORE, STORE_SCHEMA = "lofit_lens.store", 1
 RUN, RUN_SCHEMA = "lofit_lens.run", 2
@@ -284,13 +284,13 @@ class Store(Records):
         Raises:
             DataError: a run is damaged.
         """
-        from lofit_lens.experiments.checks import read_index
+        from lofit_lens.experiments.store.checks import read_index
 
         return read_index(self, rebuild=rebuild)
 
     def verify(self) -> list[Problem]:
         """Check every file of every run, and all else in the store; see `checks.verify`. Changes nothing."""
-        from lofit_lens.experiments.checks import verify
+        from lofit_lens.experiments.store.checks import verify
 
         return verify(self)
 
@@ -301,7 +301,7 @@ class Store(Records):
             InputError: `unused` in a store without grids.
             DataError: a grid's record is damaged.
         """
-        from lofit_lens.experiments.checks import collect_garbage
+        from lofit_lens.experiments.store.checks import collect_garbage
 
         return collect_garbage(self, dry_run=dry_run, unused=unused)
 

@@ -15,11 +15,11 @@ from lofit_lens import io
 from lofit_lens.evaluation.compare import compare, over_seeds
 from lofit_lens.evaluation.result import Metric, table_html
 from lofit_lens.evaluation.stats import holm, mark
+from lofit_lens.experiments.grid.paper import STEERING, TRAINED
+from lofit_lens.experiments.grid.specs import LOFIT, ZERO
 from lofit_lens.experiments.methods import CHANCE as CHANCE_ROW
-from lofit_lens.experiments.paper import STEERING, TRAINED
-from lofit_lens.experiments.results import EVERY_HEAD, Results
-from lofit_lens.experiments.specs import LOFIT, ZERO
-from lofit_lens.experiments.table import MethodTable, markdown, over_texts, paired_tester, settings_text, tex
+from lofit_lens.experiments.tables.results import EVERY_HEAD, Results
+from lofit_lens.experiments.tables.table import MethodTable, markdown, over_texts, paired_tester, settings_text, tex
 
 STARS = "* differs from {reference}, p < .05; + p < .1; paired tests, adjusted over the {rows} of a task by Holm"
 MEAN = "mean [95 % bootstrap interval over seeds and items]; with few seeds such intervals can be too narrow"

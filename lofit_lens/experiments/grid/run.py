@@ -16,15 +16,15 @@ from typing import Any
 from lofit_lens import io
 from lofit_lens.errors import InputError
 from lofit_lens.evaluation.texts import load_texts
-from lofit_lens.experiments.cells import Cell
-from lofit_lens.experiments.compute import Context, compute
-from lofit_lens.experiments.expand import Setting, expand
-from lofit_lens.experiments.groups import TOGETHER
+from lofit_lens.experiments.executors.groups import TOGETHER
+from lofit_lens.experiments.executors.runner import Executor, Report, Work, run_cells
+from lofit_lens.experiments.grid.compute import Context, compute
+from lofit_lens.experiments.grid.expand import Setting, expand
+from lofit_lens.experiments.grid.paper import grid_named, known_grids
+from lofit_lens.experiments.grid.specs import Grid, ModelSpec, TaskSpec, read_grid
 from lofit_lens.experiments.methods import METHODS, Outline, Workbench
-from lofit_lens.experiments.paper import grid_named, known_grids
-from lofit_lens.experiments.runner import Executor, Report, Work, run_cells
-from lofit_lens.experiments.specs import Grid, ModelSpec, TaskSpec, read_grid
-from lofit_lens.experiments.store import Store
+from lofit_lens.experiments.store.cells import Cell
+from lofit_lens.experiments.store.store import Store
 from lofit_lens.models import ModelInfo, fingerprint, folder_digest, model_info, planned_info, planned_tokenizer
 from lofit_lens.tasks import Task, load_task
 from lofit_lens.training.trackers import tracker

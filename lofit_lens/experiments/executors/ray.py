@@ -20,10 +20,10 @@ from typing import Any
 
 from lofit_lens import io
 from lofit_lens.errors import InputError
-from lofit_lens.experiments.attempt import Outcome, Outcomes, Work, attempt
-from lofit_lens.experiments.groups import Group
-from lofit_lens.experiments.pool import prepare_process
-from lofit_lens.experiments.store import Store
+from lofit_lens.experiments.executors.attempt import Outcome, Outcomes, Work, attempt
+from lofit_lens.experiments.executors.groups import Group
+from lofit_lens.experiments.executors.process import prepare_process
+from lofit_lens.experiments.store.store import Store
 
 SAME = ("lofit-lens", "torch", "transformer-lens", "transformers")  # packages of one version on all nodes
 LOOK = 5.0  # seconds between two looks at the cluster's nodes

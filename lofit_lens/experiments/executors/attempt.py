@@ -19,10 +19,10 @@ from typing import Any, Literal, TextIO
 
 from lofit_lens import io
 from lofit_lens.errors import DiskFull, InputError, TrainingDiverged
-from lofit_lens.experiments.cells import Cell
-from lofit_lens.experiments.groups import Group
-from lofit_lens.experiments.pool import one_thread
-from lofit_lens.experiments.store import Store
+from lofit_lens.experiments.executors.groups import Group
+from lofit_lens.experiments.executors.process import one_thread
+from lofit_lens.experiments.store.cells import Cell
+from lofit_lens.experiments.store.store import Store
 
 Each = Callable[[Cell], AbstractContextManager[None]]
 """cell -> the block in which its run is written; an error in it is that cell's alone."""

@@ -16,8 +16,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from lofit_lens.experiments.cells import Cell
-from lofit_lens.experiments.groups import Group
+from lofit_lens.experiments.executors.groups import Group
+from lofit_lens.experiments.store.cells import Cell
 
 log = logging.getLogger(__name__)
 NEWS = 30.0  # seconds between two lines on what runs, where there is no terminal

@@ -12,8 +12,8 @@ from functools import cached_property
 from typing import Any
 
 from lofit_lens import io
-from lofit_lens.experiments.cells import Cell
-from lofit_lens.experiments.records import JOINED
+from lofit_lens.experiments.store.cells import Cell
+from lofit_lens.experiments.store.records import JOINED
 
 TOGETHER = 8  # cells of a group at most: on two cores more gain little (`benchmarks/many.py`)
 LEAST = 3  # of a group, where one more group keeps a second worker busy

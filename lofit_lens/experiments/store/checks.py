@@ -15,8 +15,8 @@ import pandas as pd
 
 from lofit_lens import io
 from lofit_lens.errors import DataError, InputError
-from lofit_lens.experiments.records import FAILURE, FAILURE_SCHEMA, GRID, GRID_SCHEMA, JOINED
-from lofit_lens.experiments.store import OWN_FILES, RUN, RUN_SCHEMA, Problem, Store
+from lofit_lens.experiments.store.records import FAILURE, FAILURE_SCHEMA, GRID, GRID_SCHEMA, JOINED
+from lofit_lens.experiments.store.store import OWN_FILES, RUN, RUN_SCHEMA, Problem, Store
 
 RUN_NAME = re.compile(r"[A-Za-z0-9._]*-[0-9a-f]{16}")  # as Cell.name makes them
 OLD = 3600.0  # seconds after which a temporary file that no lock speaks for is nobody's

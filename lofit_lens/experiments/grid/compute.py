@@ -13,16 +13,16 @@ from lofit_lens import io
 from lofit_lens.errors import InputError, ModelError, TrainingDiverged
 from lofit_lens.evaluation.damage import damage
 from lofit_lens.evaluation.evaluate import evaluate
-from lofit_lens.experiments.attempt import Each
-from lofit_lens.experiments.cells import Cell
 from lofit_lens.experiments.comparison import bench_of
-from lofit_lens.experiments.expand import model_key
-from lofit_lens.experiments.groups import Group
+from lofit_lens.experiments.executors.attempt import Each
+from lofit_lens.experiments.executors.groups import Group
+from lofit_lens.experiments.executors.process import kept_model
+from lofit_lens.experiments.grid.expand import model_key
+from lofit_lens.experiments.grid.specs import LOFIT, TRAINING
 from lofit_lens.experiments.methods import METHODS, Training, Workbench
-from lofit_lens.experiments.pool import kept_model
-from lofit_lens.experiments.runs import DAMAGE_COLUMNS
-from lofit_lens.experiments.specs import LOFIT, TRAINING
-from lofit_lens.experiments.store import Draft, Store
+from lofit_lens.experiments.store.cells import Cell
+from lofit_lens.experiments.store.store import Draft, Store
+from lofit_lens.experiments.tables.runs import DAMAGE_COLUMNS
 from lofit_lens.experiments.tuning import Tuned, choose
 from lofit_lens.heads import HeadScores, HeadSet
 from lofit_lens.interventions import Intervention, Lofit, load_adapter

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from lofit_lens.errors import InputError
-from lofit_lens.experiments.cells import Cell
-from lofit_lens.experiments.groups import Group
+from lofit_lens.experiments.executors.groups import Group
+from lofit_lens.experiments.store.cells import Cell
 
 
 def checked(cells: Iterable[Cell], done: Callable[[str], bool]) -> dict[str, Cell]:

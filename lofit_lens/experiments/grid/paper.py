@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lofit_lens.errors import InputError, unknown
-from lofit_lens.experiments.specs import CHOSEN, PRESET, ZERO, Grid, ModelSpec, Run, Selection, TaskSpec
+from lofit_lens.experiments.grid.specs import CHOSEN, PRESET, ZERO, Grid, ModelSpec, Run, Selection, TaskSpec
 from lofit_lens.organism.words import TASKS
 
 OWN, CHANCE = "A-norm", "random"

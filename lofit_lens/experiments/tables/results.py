@@ -12,14 +12,14 @@ from jaxtyping import Float
 
 from lofit_lens.errors import DataError, InputError, unknown
 from lofit_lens.evaluation.result import EvalResult, table_html
-from lofit_lens.experiments.compute import choice
+from lofit_lens.experiments.grid.compute import choice
+from lofit_lens.experiments.grid.paper import CHANCE, OWN, TRAINED
+from lofit_lens.experiments.grid.specs import ALL, LOFIT, ZERO, heads_of
 from lofit_lens.experiments.methods import CHANCE as CHANCE_ROW
 from lofit_lens.experiments.methods import LEARNED
-from lofit_lens.experiments.paper import CHANCE, OWN, TRAINED
-from lofit_lens.experiments.runs import MethodRuns, Run
-from lofit_lens.experiments.specs import ALL, LOFIT, ZERO, heads_of
-from lofit_lens.experiments.store import Store
-from lofit_lens.experiments.table import MethodTable
+from lofit_lens.experiments.store.store import Store
+from lofit_lens.experiments.tables.runs import MethodRuns, Run
+from lofit_lens.experiments.tables.table import MethodTable
 from lofit_lens.experiments.tuning import Tuned
 from lofit_lens.heads import HeadScores, HeadSet
 from lofit_lens.interventions import Lofit

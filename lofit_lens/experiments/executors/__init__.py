@@ -1,0 +1,1 @@
+"""Where and in which order a grid's cells are computed: here, in several processes, or on Ray."""

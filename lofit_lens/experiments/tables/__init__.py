@@ -1,0 +1,1 @@
+"""A store's results, read for tables and figures."""
