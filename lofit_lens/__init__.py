@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lofit_lens.evaluation import Damage, EvalResult, compare, damage, evaluate, generate, over_seeds
-    from lofit_lens.experiments.comparison import compare_methods, compare_selectors
+    from lofit_lens.experiments.comparison import compare_methods, compare_selectors, tune_method
     from lofit_lens.experiments.grid.paper import paper_grid
     from lofit_lens.experiments.grid.run import run_grid
     from lofit_lens.experiments.grid.specs import Grid, read_grid
+    from lofit_lens.experiments.methods import Method
     from lofit_lens.experiments.tables.results import load_results
-    from lofit_lens.experiments.tuning import tune_method
     from lofit_lens.explorer import explore
     from lofit_lens.heads import Head, HeadScores, HeadSet
     from lofit_lens.interventions import (
@@ -69,12 +69,12 @@ _PARTS = (
 )  # fmt: skip
 _HOMES = {
     "evaluation": "Damage EvalResult compare damage evaluate generate over_seeds",
-    "experiments.comparison": "compare_methods compare_selectors",
+    "experiments.comparison": "compare_methods compare_selectors tune_method",
     "experiments.grid.run": "run_grid",
     "experiments.grid.paper": "paper_grid",
     "experiments.tables.results": "load_results",
     "experiments.grid.specs": "Grid read_grid",
-    "experiments.tuning": "tune_method",
+    "experiments.methods": "Method",
     "explorer": "explore",
     "heads": "Head HeadScores HeadSet",
     "interventions": (
@@ -110,8 +110,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ITI", "PLAIN", "ContrastVectors", "Damage", "EvalResult", "Grid", "Head", "HeadScores", "HeadSet", "Intervention", "LoReft",
-    "Lofit", "LofitRun", "Lora", "Passes", "Positions", "Preset", "Red", "RepE", "Task", "TrainConfig", "attached", "compare",
-    "compare_methods", "compare_selectors", "damage", "edit_z", "evaluate", "explore", "export_folded", "export_iti",
+    "Lofit", "LofitRun", "Lora", "Method", "Passes", "Positions", "Preset", "Red", "RepE", "Task", "TrainConfig", "attached",
+    "compare", "compare_methods", "compare_selectors", "damage", "edit_z", "evaluate", "explore", "export_folded", "export_iti",
     "export_peft", "export_svec", "fit", "fit_probes", "generate", "import_folded", "import_iti", "import_lofit", "import_svec",
     "learned_scores", "load_adapter", "load_lora", "load_model", "load_results", "load_task", "model_info", "over_seeds",
     "paper_grid", "parameter_counts", "preset", "probe_heads", "read_grid", "reading_vectors", "run_grid", "select_heads",

@@ -122,7 +122,6 @@ def study_folder(loaded, tmp_path_factory):
     """A small study of all parts on the bridge, read; tests must not change it."""
     folder = tmp_path_factory.mktemp("study") / "small"
     studies.run(loaded("llama", "bridge"), folder)
-    studies.read(loaded("llama", "bridge"), folder)
     return folder
 
 

@@ -1,6 +1,5 @@
 """A small study on a tiny Llama, for the tests of what is read and drawn from one."""
 
-from lofit_lens.analysis.readings import run_readings
 from lofit_lens.experiments.grid.run import run_grid
 from lofit_lens.experiments.grid.specs import Grid, Run, Selection
 from lofit_lens.tasks import Task
@@ -16,7 +15,11 @@ def small_task(name, answers, *, n_test=6):
 
 TASKS = (small_task("kin", (" son", " aunt")), small_task("place", (" Rome", " France")))
 OTHER = small_task("other", (" sister",))
-BASE = (Run(method="zero-shot", tested=True), Run(tested=True, damage=True), Run(heads="random", draws=2))
+BASE = (
+    Run(method="zero-shot", tested=True),
+    Run(tested=True, damage=True, readings=True),
+    Run(heads="random", draws=2),
+)
 GRID = Grid(
     name="small", model="in memory", tasks=("kin", "place"), other_tasks=("other",), limit=5, scores=("A-norm",),
     selections={"A-norm": Selection(by="A-norm", seeds=2)},
@@ -25,7 +28,12 @@ GRID = Grid(
         Run(method=("LoRA", "RED", "LoReFT")), Run(method=("LoFiT", "RED"), n_train=4),
     ),
 )  # fmt: skip
-TEXTS = ("Ann asked her son to go.", "The capital of France is Rome.")
+LONG = "Ann asked her son to go to the capital of France."
+TEXTS = (
+    "Ann asked her son to go.",
+    "The capital of France is Rome.",
+    *[LONG] * 148,
+)  # enough to stand in front of questions
 
 
 def with_changes(**changes):
@@ -37,9 +45,3 @@ def run(model, folder, **options):
     """The study; `options` as `run_grid`'s, in place of what it takes by itself."""
     given = {"grid": GRID, "tasks": TASKS, "other_tasks": [OTHER], "texts": TEXTS, "progress": False, **options}
     return run_grid(given.pop("grid"), folder, model=model, **given)
-
-
-def read(model, folder, **options):
-    """What is read from the study's adapters; `options` as `run_readings`'."""
-    given = {"other_tasks": [OTHER], "texts": ["Ann asked her son to go to the capital of France."] * 150, "draws": 2}
-    return run_readings(model, TASKS, out=folder, progress=False, **given, **options)

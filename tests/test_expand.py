@@ -228,24 +228,41 @@ def yes(text, example):
     return {"em": 1.0}
 
 
+def graded_by(mark):
+    """A grader that takes a value from around it."""
+
+    def grade(text, example):
+        return {"em": mark}
+
+    return grade
+
+
 def test_a_grader_is_its_source():
-    """A function by its name and source; what cannot be named by them is refused."""
-    assert task_key(replace(KIN, grade=yes)) != task_key(KIN)
-    assert task_key(replace(KIN, grade=yes)) == task_key(replace(KIN, grade=yes))
-    mark = 1.0
-
-    def captures(text, example):
-        return {"em": mark}
-
-    def defaults(text, example, mark=0.5):
-        return {"em": mark}
+    """A function by its name, its source and what that refers to; what cannot be written down is refused."""
+    yes_key = task_key(replace(KIN, grade=yes))
+    assert yes_key != task_key(KIN)
+    assert yes_key == task_key(replace(KIN, grade=yes))
 
     def plain(text, example):
         return {"em": 0.5}
 
-    assert task_key(replace(KIN, grade=plain))["grade"] != task_key(replace(KIN, grade=yes))["grade"]
-    for grade in (captures, defaults, lambda text, example: {"em": 1.0}, partial(defaults, mark=1.0), Grader()):
-        with pytest.raises(InputError, match=r"the grader of kin is .*must be a function"):
+    def defaults(text, example, mark=0.5):
+        return {"em": mark}
+
+    def calls(text, example):
+        return yes(text, example)
+
+    keys = [
+        task_key(replace(KIN, grade=g))["grade"] for g in (yes, plain, defaults, calls, graded_by(0.5), graded_by(1.0))
+    ]
+    assert len(set(keys)) == len(keys)
+    assert task_key(replace(KIN, grade=graded_by(1.0)))["grade"] == keys[-1]
+    for grade, message in (
+        (partial(defaults, mark=1.0), "the grader of kin is .*give a function"),
+        (Grader(), "the grader of kin is .*give a function"),
+        (graded_by(object()), "the grader of kin takes 'mark' from around it, a object"),
+    ):
+        with pytest.raises(InputError, match=message):
             task_key(replace(KIN, grade=grade))
 
 

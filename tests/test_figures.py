@@ -9,7 +9,6 @@ import pytest
 
 from lofit_lens import HeadSet
 from lofit_lens.analysis.overlap import overlap
-from lofit_lens.analysis.readings import run_readings
 from lofit_lens.errors import DataError, InputError
 from lofit_lens.evaluation.stats import bootstrap_interval_over_seeds
 from lofit_lens.experiments.grid.paper import PARTS, SCORES_ALONE, paper_grid
@@ -256,12 +255,12 @@ def test_every_part_alone_can_be_drawn(bridge_llama, tmp_path, part):
     kin = Task.from_records("kin", train=rows, val=rows[:4], test=rows[:4], max_new_tokens=1)  # figure 4 draws 40 rows
     others = [studies.OTHER] if part == "table5" else []
     grid = paper_grid(
-        [part], name=part, model="in memory", tasks=[kin.name], other_tasks=[t.name for t in others], seeds=(0,), draws=1, limit=2
+        [part], name=part, model="in memory", tasks=[kin.name], other_tasks=[t.name for t in others], seeds=(0,), draws=1,
+        limit=2, readings=True,
     )  # fmt: skip
     run_grid(grid, tmp_path, model=bridge_llama, tasks=[kin], other_tasks=others, progress=False)
-    read = run_readings(bridge_llama, [kin], out=tmp_path, other_tasks=others, draws=1, progress=False)
-    assert len(read) == (part not in SCORES_ALONE)
     results = load_results(tmp_path)
+    assert set(results.readings()) == (set() if part in SCORES_ALONE else {"kin"})
     drawn = {p.name for p in draw_all(results, tmp_path / "figures", formats=["html"])}
     wanted = {
         "fig3": "fig3_layers.html", "fig4": "fig4_data_kin.html", "fig5": "fig5_heads.html", "stability": "stability.html",

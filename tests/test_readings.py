@@ -6,17 +6,19 @@ import shutil
 import pytest
 import torch
 
-from lofit_lens.analysis import readings
 from lofit_lens.analysis.logit_lens import promoted_tokens
-from lofit_lens.analysis.readings import read_readings, reading_file
 from lofit_lens.analysis.stored import KINDS, frame_of, restored
 from lofit_lens.errors import DataError, InputError
+from lofit_lens.experiments import readings
+from lofit_lens.experiments.grid.run import plan_grid
+from lofit_lens.experiments.store.store import Store
 from lofit_lens.experiments.tables.results import load_results
 from lofit_lens.report.collect import collect, head_readings
 from lofit_lens.report.data import checked
 from tests import studies
 
 KIN, PLACE = (t.name for t in studies.TASKS)
+GIVEN = {"tasks": studies.TASKS, "other_tasks": [studies.OTHER], "texts": studies.TEXTS}
 PARTS = {
     "tokens", "geometry", "attention", "leave_one_out", "keep_only", "removal", "removal_edits", "drift", "long_context"
 }  # fmt: skip
@@ -29,7 +31,7 @@ def results(study_folder):
 
 def test_all_parts_are_there(results, bridge_llama):
     """A file a task and one of all together; tokens are those of the first seed's adapter on its own heads."""
-    found = read_readings(results)
+    found = results.readings()
     assert {t: set(parts) for t, parts in found.items()} == {
         KIN: PARTS, PLACE: PARTS, "together": {"interference", "learned_in_turn"}
     }  # fmt: skip
@@ -46,7 +48,7 @@ def test_all_parts_are_there(results, bridge_llama):
 
 def test_attention_is_with_the_adapter(results, bridge_llama):
     """Patterns of later layers are those of the edited model."""
-    patterns = restored(read_readings(results)[KIN]["attention"], "here")
+    patterns = restored(results.readings()[KIN]["attention"], "here")
     lofit = results.adapter(KIN, seed=0, model=bridge_llama)
     seen = []
     tokens = bridge_llama.tokenizer(patterns.prompts[0], return_tensors="pt", add_special_tokens=True)["input_ids"]
@@ -58,15 +60,26 @@ def test_attention_is_with_the_adapter(results, bridge_llama):
     assert torch.allclose(patterns.of("L2H1"), seen[0], atol=1e-4)  # kept with four decimals
 
 
-def test_kept_and_not_computed_again(study_folder, bridge_llama, tmp_path, monkeypatch):
-    """A second call computes nothing; a file that is gone is made again, the same."""
+def of_task(folder, task):
+    """Name of the run that holds a task's reading."""
+    (found,) = [
+        name
+        for name, row in Store(folder).grids()["small"]["cells"].items()
+        if (row["kind"], row["task"]) == ("reading", task)
+    ]
+    return found
+
+
+def test_kept_and_not_computed_again(study_folder, bridge_llama, tmp_path):
+    """A second call computes nothing; a reading that is gone is made again, the same."""
     copy = shutil.copytree(study_folder, tmp_path / "study")
-    assert studies.read(bridge_llama, copy) == []
-    path = reading_file(copy, KIN)
-    before = path.read_bytes()
-    path.unlink()
-    assert studies.read(bridge_llama, copy) == [path]
-    assert path.read_bytes() == before
+    assert studies.run(bridge_llama, copy).computed == ()
+    name = of_task(copy, KIN)
+    before = (Store(copy).folder(name) / "readings.json").read_bytes()
+    Store(copy).remove(name)
+    assert KIN not in load_results(copy).readings()
+    assert studies.run(bridge_llama, copy).computed == (name,)
+    assert (Store(copy).folder(name) / "readings.json").read_bytes() == before
 
 
 def test_a_part_that_cannot_be_had_is_left_out_and_said(caplog):
@@ -92,21 +105,22 @@ def test_large_models_keep_the_adapters_patterns(results, bridge_llama, monkeypa
         readings._patterns(bridge_llama, lofit, prompts[:1])
 
 
-def test_a_reading_is_made_anew_when_what_it_depends_on_changes(study_folder, bridge_llama, tmp_path):
-    """Other draws: each task's reading again; the texts' too."""
-    copy = shutil.copytree(study_folder, tmp_path / "study")
-    for name in (PLACE, "together"):
-        path = reading_file(copy, name)
-        record = json.loads(path.read_text())
-        record["asked"]["draws"] = 7
-        path.write_text(json.dumps(record))
-    assert studies.read(bridge_llama, copy) == [reading_file(copy, PLACE), reading_file(copy, "together")]
+def test_another_reading_where_what_it_depends_on_changes(study_folder, bridge_llama):
+    """Other draws of random heads, other texts: other runs; the adapters are the same."""
+    base = {c.name: c for c in plan_grid(studies.GRID, model=bridge_llama, **GIVEN).cells}
+    runs = [run.model_copy(update={"draws": 3}) if "random" in run.heads else run for run in studies.GRID.runs]
+    for changed in (
+        plan_grid(studies.with_changes(runs=runs), model=bridge_llama, **GIVEN),
+        plan_grid(studies.GRID, model=bridge_llama, **{**GIVEN, "texts": studies.TEXTS[1:]}),
+    ):
+        new = [c.row for c in changed.cells if c.name not in base and c.row["kind"] == "reading"]
+        assert [row["task"] for row in new] == [KIN, PLACE]
 
 
 def test_records_come_back_as_they_were(results):
     """Every part's record gives the object that writes the same record."""
     kinds = set()
-    for task, parts in read_readings(results).items():
+    for task, parts in results.readings().items():
         for name, part in parts.items():
             if name == "geometry":
                 continue
@@ -135,18 +149,18 @@ def test_a_column_without_a_number_is_one_of_nan():
 )
 def test_damaged_records_are_named(results, change, message):
     """Kind, schema and fields are checked; the file is named."""
-    record = {**read_readings(results)[KIN]["keep_only"], **change}
+    record = {**results.readings()[KIN]["keep_only"], **change}
     record = {k: v for k, v in record.items() if v is not ...}
     with pytest.raises(DataError, match=f"kin.json: .*{message}"):
         restored(record, "kin.json")
 
 
 def test_damaged_file_is_named(study_folder, tmp_path):
-    """Something else under a reading's name."""
+    """No JSON under a reading's name."""
     copy = shutil.copytree(study_folder, tmp_path / "study")
-    reading_file(copy, KIN).write_text('{"kind": "other"}')
-    with pytest.raises(DataError, match=r"kin\.json is not a lofit_lens\.readings record"):
-        read_readings(load_results(copy))
+    (Store(copy).folder(of_task(copy, KIN)) / "readings.json").write_text("{")
+    with pytest.raises(DataError, match=r"readings\.json"):
+        load_results(copy).readings()
 
 
 # ------------------------------------------------------------------------------------------------------ report
@@ -169,7 +183,7 @@ def test_report_has_what_the_study_has(results):
     own = results.values(results.lofit(PLACE)).mean()
     if own:
         assert transfer["relative"][1][1] == pytest.approx(1.0)
-    parts = read_readings(results)[KIN]
+    parts = results.readings()[KIN]
     row = parts["geometry"]["rows"][0]
     head = data["heads"][KIN][row["head"]]
     assert head["norm_v"] == row["v_norm"]
@@ -187,7 +201,7 @@ def test_report_has_what_the_study_has(results):
 
 def test_a_report_stays_small(results, monkeypatch):
     """Patterns that do not fit are left out, first prompts kept; the notes say how many. Values stand without geometry too."""
-    parts = read_readings(results)
+    parts = results.readings()
     sizes = [12 * len(parts[t]["attention"]["tokens"][0]) ** 2 for t in (KIN, PLACE)]
     monkeypatch.setattr("lofit_lens.report.collect.PATTERN_NUMBERS", sum(sizes))
     data = collect(results)
@@ -203,7 +217,8 @@ def test_a_report_stays_small(results, monkeypatch):
 def test_report_without_readings_and_transfer(study_folder, tmp_path):
     """A study of head scores and few runs still has a report."""
     copy = shutil.copytree(study_folder, tmp_path / "study")
-    shutil.rmtree(copy / "readings")
+    for task in (KIN, PLACE, "together"):
+        Store(copy).remove(of_task(copy, task))
     results = load_results(copy)
     for i in results.lofit(KIN, source=PLACE).index:
         shutil.rmtree(results.folders[i])

@@ -22,7 +22,6 @@ from lofit_lens.analysis.layers import layer_shares, mean_layer_differences, mea
 from lofit_lens.analysis.logit_lens import HeadTokens, promoted_by, promoted_tokens
 from lofit_lens.analysis.needed import KeepOnly, LeaveOneOut, Removal, drop_edits, keep_only, leave_one_out, removal
 from lofit_lens.analysis.overlap import agreement, agreement_by_k, overlap, score_agreement
-from lofit_lens.analysis.readings import read_readings, run_readings
 from lofit_lens.analysis.stability import mean_spearman, selection_frequency, stability
 from lofit_lens.analysis.sweeps import paired_differences, sweep
 from lofit_lens.analysis.transfer import Transfer, transfer_matrix
@@ -31,6 +30,6 @@ __all__ = [
     "AttentionPatterns", "Drift", "HeadTokens", "Interference", "KeepOnly", "LeaveOneOut", "LongContext", "Removal", "Transfer",
     "agreement", "agreement_by_k", "attention_patterns", "drift", "drop_edits", "geometry", "interference", "keep_only",
     "layer_shares", "learned_in_turn", "leave_one_out", "long_context", "mean_layer_differences", "mean_layers", "mean_spearman",
-    "offset_cosines", "overlap", "paired_differences", "promoted_by", "promoted_tokens", "read_readings", "removal",
-    "run_readings", "score_agreement", "selection_frequency", "stability", "sweep", "transfer_matrix",
+    "offset_cosines", "overlap", "paired_differences", "promoted_by", "promoted_tokens", "removal",
+    "score_agreement", "selection_frequency", "stability", "sweep", "transfer_matrix",
 ]  # fmt: skip

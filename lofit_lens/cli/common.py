@@ -19,6 +19,7 @@ from lofit_lens.cli.screen import console as console
 from lofit_lens.cli.screen import print_json as print_json
 
 if TYPE_CHECKING:
+    from lofit_lens.experiments.grid.specs import ModelSpec
     from lofit_lens.training import Passes
 
 
@@ -41,6 +42,13 @@ class ModelOptions:
     def load(self) -> dict[str, Any]:
         """Arguments of `load_model` beside the model itself."""
         return {k: v for k, v in vars(self).items() if k != "model"}
+
+    def spec(self) -> "ModelSpec":
+        """The model as a grid names it."""
+        from lofit_lens.experiments.grid.specs import ModelSpec
+
+        given = {k: v for k, v in vars(self).items() if k not in ("model", "name", "device")}
+        return ModelSpec(name=self.model, called=self.name, **given)
 
 
 @dataclass(frozen=True)

@@ -64,11 +64,13 @@ def compare(
     if task:
         if first is not None:
             raise InputError(f"got the folder {first!r} and --task {task[0]}; give two folders, or --task")
-        from lofit_lens.cli.methods import Request, compare_on_tasks
+        from lofit_lens.cli.methods import Comparison, compare_on_tasks, ordinary_texts, task_names
 
-        tables = compare_on_tasks(Request(
-            task, how, method, selectors, seeds, texts, n_texts, limit, n_train, fold, data_dir, source, form, chat, system,
-            workers, out or Path("runs/compare"), quiet,
+        opened = [c.TaskOptions(name, fold, data_dir, source, chat, system).opened(form) for name in task_names(task)]
+        c.say_template_of([(how.model, how.revision)], used=chat or system is not None)
+        tables = compare_on_tasks(Comparison(
+            how.spec(), opened, method, selectors, seeds, [] if selectors else ordinary_texts(texts, how.model, n_texts), limit,
+            n_train, workers, how.device, out or Path("runs/compare"), quiet,
         ))  # fmt: skip
         if as_json:
             c.print_json({name: table.to_dict() for name, table in tables.items()})

@@ -70,7 +70,7 @@ def figures(
         files = save_all(official_figures(heads), out, formats=wanted)
     else:
         if run:
-            s.run(s.Request(
+            s.run(s.Study(
                 results, how, task or ["organism/all"], seeds, draws, limit, part, tune, other_task, texts, data_dir, chat,
                 system, workers, True, quiet,
             ), "figures")  # fmt: skip

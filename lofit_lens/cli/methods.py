@@ -1,7 +1,7 @@
 """The table of `lofit-lens compare --task`: methods, or head selectors, side by side."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -10,73 +10,75 @@ from typing import TYPE_CHECKING, Any
 from lofit_lens.cli import common as c
 
 if TYPE_CHECKING:
+    from lofit_lens.experiments.grid.specs import ModelSpec
     from lofit_lens.experiments.tables.table import MethodTable
+    from lofit_lens.tasks import Task
 
 
 @dataclass(frozen=True)
-class Request:
-    """What the verb was asked for; see its options."""
+class Comparison:
+    """What a comparison is made of; see the verb's options.
 
-    tasks: Sequence[str]
-    how: c.ModelOptions
+    Attributes:
+        tasks: opened.
+        methods: names of rows, or of selectors; None = all.
+        selectors: compare head selectors.
+        texts: for damage; none = not measured.
+    """
+
+    model: "ModelSpec"
+    tasks: "Sequence[Task]"
     methods: Sequence[str] | None
     selectors: bool
     seeds: int
-    texts: str | None
-    n_texts: int
+    texts: Sequence[str]
     limit: int | None
     n_train: int | None
-    fold: int | None
-    data_dir: Path | None
-    source: str | None
-    form: str | None
-    chat: bool
-    system: str | None
     workers: int
+    device: str | None
     out: Path
     quiet: bool
 
 
-def compare_on_tasks(asked: Request) -> "dict[str, MethodTable]":
+def compare_on_tasks(asked: Comparison) -> "dict[str, MethodTable]":
     """Run the comparison, print a table a task, and write the files."""
     c.quiet_libraries()
-    from lofit_lens.experiments.comparison import compare_tasks, selector_names
-    from lofit_lens.experiments.methods import LEARNED
-    from lofit_lens.models import planned_tokenizer
+    from lofit_lens.experiments.comparison import compare_methods, compare_selectors
 
     start = time.perf_counter()
-    tasks = [_task(asked, name) for name in task_names(asked.tasks)]
-    chat = any(task.chat is not None for task in tasks)
-    c.say_template_of([(asked.how.model, asked.how.revision)], used=chat)
-    if chat:
-        tokenizer = planned_tokenizer(asked.how.model, revision=asked.how.revision)
-        tasks = [task.asked_of(tokenizer) for task in tasks]
-    names = selector_names(asked.methods) if asked.selectors else _methods(asked.methods)
-    texts = [] if asked.selectors else list(islice(_texts(asked), asked.n_texts))
     c.check_writable(asked.out)
-    tables = compare_tasks(
-        asked.how.model, tasks, methods=names, settings={n: {} for n in names} if asked.selectors else None,
-        seeds=range(asked.seeds), limit=asked.limit, n_train=asked.n_train, texts=texts,
-        reference=names[0] if asked.selectors else LEARNED,
-        workers=workers_for(asked.workers, asked.how.model, asked.how.device), out=asked.out, **asked.how.load(),
-        progress=not asked.quiet,
-    )  # fmt: skip
-    saved = [table.save(asked.out, stem=_stem(table, asked.selectors)) for table in tables.values()]
-    for table, files in zip(tables.values(), saved, strict=True):
+    shared: dict[str, Any] = {
+        "seeds": range(asked.seeds), "limit": asked.limit, "n_train": asked.n_train, "device": asked.device, "out": asked.out,
+        "workers": workers_for(asked.workers, asked.model.name, asked.device), "progress": not asked.quiet,
+    }  # fmt: skip
+    methods = None if asked.selectors else _methods(asked.methods)
+    tables = {}
+    for task in asked.tasks:
+        with c.progress_lines(asked.quiet):
+            if asked.selectors:
+                table = compare_selectors(asked.model, task, selectors=asked.methods, **shared)
+            else:
+                table = compare_methods(asked.model, task, methods=methods, texts=asked.texts, **shared)
+        files = table.save(asked.out, stem=_stem(table, asked.selectors))
         _print(table)
         c.console.print(f"wrote {', '.join(f.name for f in files)} into {asked.out}\n")
+        tables[task.name] = table
     c.console.print(f"{time.perf_counter() - start:.0f} s")
     return tables
 
 
-def _methods(asked: Sequence[str] | None) -> list[str]:
-    """Those asked for and LoFiT 3 %, in the table's order; None = all."""
-    from lofit_lens.experiments.methods import LEARNED, METHODS, method_of
+def _methods(asked: Sequence[str] | None) -> list[str] | None:
+    """Rows that are asked for and LoFiT 3 %, in the table's order; None = all."""
+    from lofit_lens.errors import unknown
+    from lofit_lens.experiments.comparison import LEARNED, METHODS, rows_of
 
     if asked is None:
-        return list(METHODS)
-    wanted = {LEARNED, *(method_of(name).name for name in asked)}
-    return [name for name in METHODS if name in wanted]
+        return None
+    known = rows_of(METHODS.values())
+    for name in asked:
+        if name not in known:
+            raise unknown("method", name, known)
+    return [name for name in known if name in {LEARNED, *asked}]
 
 
 def workers_for(workers: int, model: str, device: str | None) -> int:
@@ -100,16 +102,13 @@ def task_names(given: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(listed))
 
 
-def _task(asked: Request, name: str) -> Any:
-    return c.TaskOptions(name, asked.fold, asked.data_dir, asked.source, asked.chat, asked.system).opened(asked.form)
-
-
-def _texts(asked: Request) -> Iterable[str]:
+def ordinary_texts(given: str | None, model: str, n: int) -> list[str]:
+    """The first `n` texts of those named; left out: the embedded model's own, else wikitext; `none`: none."""
     from lofit_lens.evaluation.texts import load_texts
 
-    if asked.texts == "none":
-        return ()
-    return load_texts(asked.texts or ("organism" if asked.how.model == "organism" else "wikitext"))
+    if given == "none":
+        return []
+    return list(islice(load_texts(given or ("organism" if model == "organism" else "wikitext")), n))
 
 
 def _stem(table: "MethodTable", selectors: bool) -> str:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +26,7 @@ Workers = Annotated[
 
 
 @dataclass(frozen=True)
-class Request:
+class Study:
     """What a verb was asked for; see its options."""
 
     results: Path
@@ -48,16 +47,13 @@ class Request:
     quiet: bool
 
 
-def run(asked: Request, name: str) -> None:
+def run(asked: Study, name: str) -> None:
     """Run what is missing of the study, a grid of that name (and of its parts), and what is read from its adapters."""
     c.quiet_libraries()
-    from lofit_lens.analysis.readings import run_readings
     from lofit_lens.cli.grids import report
     from lofit_lens.cli.methods import task_names, workers_for
-    from lofit_lens.evaluation.texts import load_texts
     from lofit_lens.experiments.grid.paper import paper_grid
     from lofit_lens.experiments.grid.run import run_grid
-    from lofit_lens.experiments.grid.specs import ModelSpec
     from lofit_lens.organism.words import TASKS
 
     names = task_names(asked.tasks)
@@ -77,18 +73,10 @@ def run(asked: Request, name: str) -> None:
     source = asked.texts or ("organism" if embedded else "none")
     # LoRA needs the bridge: all parts run on that class, so that they share their runs.
     how = asked.how if asked.how.backend != "auto" else replace(asked.how, backend="bridge")
-    model = ModelSpec(
-        name=how.model,
-        called=how.name,
-        revision=how.revision,
-        backend=how.backend,
-        dtype=how.dtype,
-        prepend_bos=how.prepend_bos,
-    )
     grid = paper_grid(
-        parts, name=" ".join([name, *(asked.parts or ())]), model=model, tasks=[_spec(t) for t in tasks],
+        parts, name=" ".join([name, *(asked.parts or ())]), model=how.spec(), tasks=[_spec(t) for t in tasks],
         other_tasks=[_spec(t) for t in rest], texts=None if source == "none" else source, seeds=range(asked.seeds),
-        draws=asked.draws, limit=asked.limit, tune=asked.tune,
+        draws=asked.draws, limit=asked.limit, tune=asked.tune, readings=asked.readings,
     )  # fmt: skip
     workers = workers_for(asked.workers, how.model, how.device)
     with c.progress_lines(asked.quiet):
@@ -96,12 +84,6 @@ def run(asked: Request, name: str) -> None:
             grid, asked.results, tasks=tasks, other_tasks=rest, workers=workers, device=how.device, progress=not asked.quiet
         )  # fmt: skip
     report(found, asked.results)
-    if asked.readings:
-        texts = [] if source == "none" else list(islice(load_texts(source), grid.n_texts))
-        run_readings(
-            how.model, tasks, out=asked.results, grids=[grid.name], other_tasks=rest, texts=texts, draws=asked.draws,
-            workers=workers, progress=not asked.quiet, **how.load(),
-        )  # fmt: skip
 
 
 def _spec(task: Any) -> Any:

@@ -36,7 +36,7 @@ def transfer(
     if len(names := task_names(task or ["organism/all"])) < 2:
         raise InputError(f"transfer between tasks needs two or more; got {names[0]} alone: repeat --task")
     c.check_writable(out)
-    s.run(s.Request(
+    s.run(s.Study(
         out, how, names, seeds, draws, limit, ["fig2"], False, None, "none", data_dir, chat, system, workers, False, quiet,
     ), "transfer")  # fmt: skip
     from lofit_lens.experiments.tables.results import load_results

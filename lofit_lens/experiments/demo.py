@@ -9,8 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from lofit_lens.experiments.grid.paper import CHANCE, OWN
-from lofit_lens.experiments.grid.specs import ALL, OTHERS, ZERO, Grid, ModelSpec, Run, TaskSpec
+from lofit_lens.experiments.grid.specs import OTHERS, Grid, ModelSpec, Run, TaskSpec
+from lofit_lens.experiments.methods.base import ALL, OWN, RANDOM
 from lofit_lens.experiments.tables.results import Results
 from lofit_lens.heads import HeadScores, HeadSet
 from lofit_lens.organism.words import TASKS
@@ -36,7 +36,7 @@ def embedded_grid(
         draws: of random heads.
         full: add the transfer matrix.
     """
-    runs = [Run(method=(ZERO,)), Run(heads=(OWN,)), Run(heads=(CHANCE,), draws=draws), Run(heads=(ALL,))]
+    runs = [Run(method=("zero-shot",)), Run(heads=(OWN,)), Run(heads=(RANDOM,), draws=draws), Run(heads=(ALL,))]
     if full:
         runs.append(Run(heads=(OWN,), of=(OTHERS,)))
     tasks = tuple(TaskSpec(name=f"organism/{t}") for t in TASKS)
@@ -62,7 +62,9 @@ def real_grid(
     return Grid(
         name="demo real", model=(ModelSpec(name=model, backend=backend),), tasks=(TaskSpec(name=REAL_TASK, data_dir=data_dir),),
         seeds=tuple(seeds), limit=limit, tuning_limit=VALIDATION_ROWS, scores=(OWN, PROBES),
-        runs=(Run(method=(ZERO,)), Run(heads=(OWN,), k=k), Run(heads=(CHANCE,), k=k, draws=draws), Run(method=("ITI",), k=k)),
+        runs=(
+            Run(method=("zero-shot",)), Run(heads=(OWN,), k=k), Run(heads=(RANDOM,), k=k, draws=draws), Run(method=("ITI",), k=k)
+        ),
     )  # fmt: skip
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lofit_lens.analysis.overlap import joint_shape
-from lofit_lens.analysis.readings import TOGETHER, read_readings
 from lofit_lens.checks import check_one_of, texts_of
 from lofit_lens.errors import InputError, unknown
+from lofit_lens.experiments.grid.expand import TOGETHER
 from lofit_lens.experiments.tables.results import Results, load_results
 from lofit_lens.heads import Head, HeadScores, HeadSet, named_rankings
 from lofit_lens.models import ModelInfo, model_info, same_weights
@@ -154,7 +154,7 @@ def _of_results(results: Results) -> Source:
     places = {by: i for i, by in enumerate(ORDER)}  # selections of one's own come last
     keys = sorted(results.scores, key=lambda k: (results.tasks.index(k[0]), places.get(k[1], len(ORDER)), *k[1:]))
     entries = [_entry(results.scores[key], *key, k=results.k(key[0])) for key in keys]
-    readings = {task: parts for task, parts in read_readings(results).items() if task != TOGETHER}
+    readings = {task: parts for task, parts in results.readings().items() if task != TOGETHER}
     patterns = {task: parts["attention"] for task, parts in readings.items() if "attention" in parts}
     return Source(
         {e.name: e for e in entries}, (results.model.n_layers, results.model.n_heads), results.model.name, results.model, True,

@@ -5,9 +5,9 @@ from typing import Any
 import pandas as pd
 
 from lofit_lens.analysis.logit_lens import TOTAL
-from lofit_lens.analysis.readings import TOGETHER, read_readings
 from lofit_lens.analysis.transfer import Transfer
 from lofit_lens.errors import InputError
+from lofit_lens.experiments.grid.expand import TOGETHER
 from lofit_lens.experiments.tables.paper_tables import paper_tables
 from lofit_lens.experiments.tables.results import Results
 from lofit_lens.plots.readings import COSINES
@@ -32,7 +32,7 @@ def collect(results: Results) -> dict[str, Any]:
     Raises:
         DataError: damaged files.
     """
-    readings = read_readings(results)
+    readings = results.readings()
     info, seeds = results.model, ", ".join(map(str, results.seeds))
     notes = [
         f"Seeds {seeds}; adapters whose heads, tokens and patterns are shown are those of seed {results.seeds[0]}.",

@@ -27,11 +27,10 @@ from lofit_lens.analysis.stability import stability
 from lofit_lens.analysis.sweeps import sweep
 from lofit_lens.analysis.transfer import Transfer, transfer_matrix
 from lofit_lens.errors import DataError, InputError
-from lofit_lens.experiments.grid.paper import OWN, TRAINED
-from lofit_lens.experiments.grid.specs import LOFIT, ZERO
+from lofit_lens.experiments.methods.base import OWN
 from lofit_lens.experiments.organism import planted
 from lofit_lens.experiments.tables.paper_tables import paper_tables
-from lofit_lens.experiments.tables.results import Results
+from lofit_lens.experiments.tables.results import LOFIT, ZERO, Results
 from lofit_lens.heads import HeadScores, HeadSet
 from lofit_lens.models import ORGANISM
 from lofit_lens.plots.heads import head_grid
@@ -232,9 +231,10 @@ def _data_efficiency(results: Results) -> Iterator[Drawn]:
     drawn, names = False, short_names(results.tasks)
     for task in results.tasks:
         found: dict[str, dict[float, Any]] = {ZERO: {0.0: results.values(results.zero_shot(task))}}
-        for method in (LOFIT, *TRAINED):
-            more = {"heads_from": OWN, "source": task, "k": results.k(task)} if method == LOFIT else {}
-            rows = results.rows(task=task, method=method, **more)
+        for method in results.methods():
+            rows = results.rows(task=task, method=method)
+            if rows["heads_from"].any():
+                rows = results.rows(task=task, method=method, heads_from=OWN, source=task, k=results.k(task))
             few = rows.loc[rows["n_train"].notna()]
             if not len(few):
                 continue

@@ -9,9 +9,9 @@ import plotly.graph_objects as go
 
 from lofit_lens.analysis.attention import AttentionPatterns
 from lofit_lens.analysis.interference import Interference
-from lofit_lens.analysis.readings import TOGETHER, read_readings, reading_file
 from lofit_lens.analysis.stored import frame_of, restored
 from lofit_lens.errors import DataError, InputError
+from lofit_lens.experiments.grid.expand import TOGETHER
 from lofit_lens.experiments.tables.results import Results
 from lofit_lens.plots.attention import attention_figure
 from lofit_lens.plots.drift import drift_layers, drift_positions
@@ -42,13 +42,13 @@ def reading_figures(results: Results) -> Iterator[Drawn]:
         InputError: nothing was read yet.
         DataError: a damaged file.
     """
-    found = read_readings(results)
+    found = results.readings()
     if not found:
         raise InputError(
-            "the study's adapters were not read; run lofit-lens figures with --run, or analysis.run_readings"
+            "the study's adapters were not read; run lofit-lens figures with --run, or a grid that says readings"
         )
     for task, parts in found.items():
-        where = str(reading_file(results.folder, task))
+        where = f"{results.folder}: the reading of {task}"
         kept = {name: part if name == "geometry" else restored(part, where) for name, part in parts.items()}
         wanted = _together(kept) if task == TOGETHER else _of_task(results, task, kept)
         for name, draw in wanted.items():

@@ -17,7 +17,7 @@ import contextlib
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from lofit_lens import io
 from lofit_lens.checks import check_is, check_number, check_seed, check_whole
 from lofit_lens.errors import InputError
 from lofit_lens.heads import Heads, HeadScores
+from lofit_lens.interventions.lofit import Component
 from lofit_lens.models import (
     attached_to,
     backend_of,
@@ -53,6 +54,7 @@ from lofit_lens.training.objective import task_loss
 from lofit_lens.training.patching import AnswerLogProbs, answer_rows, few_shot_prompts, patch_effects, replace_head
 
 
+@runtime_checkable
 class Selector(Protocol):
     """Scores every head of a model for a task; larger = chosen earlier. The model is left as it was."""
 
@@ -265,6 +267,17 @@ def patching_scores(
     )
 
 
+def register_selector(name: str, select: Selector) -> None:
+    """Make a selector of one's own known by a name, for `compare_selectors`, grids and `lofit-lens select --by`.
+
+    Raises:
+        InputError: the library has a selector of that name.
+    """
+    if name in _LIBRARY:
+        raise InputError(f"the library has a selector {name!r} already; give yours another name")
+    SELECTORS[name] = select
+
+
 def _scored(
     values: Float64[Tensor, "n_layers n_heads"], kind: str, model: Any, task: Task, *, seed: int, n_train: int,
     config: dict[str, Any], attached: Sequence[str] = (),
@@ -278,6 +291,10 @@ def _scored(
     })  # fmt: skip
 
 
+LEARNED: dict[str, Component] = {
+    "A-norm": "A",
+    "bias norm": "v",
+}  # selectors that train, with what they learn on every head
 SELECTORS: dict[str, Selector] = {
     "A-norm": select_heads,
     "bias norm": bias_scores,
@@ -287,3 +304,4 @@ SELECTORS: dict[str, Selector] = {
     "activation patching": patching_scores,
     "random": random_scores,
 }
+_LIBRARY = tuple(SELECTORS)

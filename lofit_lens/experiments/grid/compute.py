@@ -1,4 +1,4 @@
-"""What a cell of a grid computes: head scores, a fit with its test, a trial, a test on another task, damage on text."""
+"""What a cell of a grid computes: head scores, a fit and its test, a trial, a test on another task, damage, a reading."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -13,17 +13,15 @@ from lofit_lens import io
 from lofit_lens.errors import InputError, ModelError, TrainingDiverged
 from lofit_lens.evaluation.damage import damage
 from lofit_lens.evaluation.evaluate import evaluate
-from lofit_lens.experiments.comparison import bench_of
 from lofit_lens.experiments.executors.attempt import Each
 from lofit_lens.experiments.executors.groups import Group
 from lofit_lens.experiments.executors.process import kept_model
 from lofit_lens.experiments.grid.expand import model_key
-from lofit_lens.experiments.grid.specs import LOFIT, TRAINING
-from lofit_lens.experiments.methods import METHODS, Training, Workbench
+from lofit_lens.experiments.methods import Fit, Method, Workbench, method_of, register
+from lofit_lens.experiments.methods.choice import Tuned, choose
+from lofit_lens.experiments.readings import read_adapter, read_together
 from lofit_lens.experiments.store.cells import Cell
 from lofit_lens.experiments.store.store import Draft, Store
-from lofit_lens.experiments.tables.runs import DAMAGE_COLUMNS
-from lofit_lens.experiments.tuning import Tuned, choose
 from lofit_lens.heads import HeadScores, HeadSet
 from lofit_lens.interventions import Intervention, Lofit, load_adapter
 from lofit_lens.models import ModelInfo, device_of, model_info
@@ -31,7 +29,7 @@ from lofit_lens.tasks.base import Task
 from lofit_lens.training import TrainConfig
 from lofit_lens.training.lofit import LofitRun, learned_scores
 from lofit_lens.training.many import tune_many
-from lofit_lens.training.selectors import SELECTORS
+from lofit_lens.training.selectors import LEARNED, SELECTORS, Selector
 from lofit_lens.training.trackers import Tracked, Tracker, tracked, tracker
 
 
@@ -46,6 +44,8 @@ class Context:
         loaded: a model in memory, in place of all that `load` names; for one process.
         device: of the models, where the runner gives none.
         track: `"wandb"` or `"tensorboard"`: who reads the steps of training.
+        methods: methods from outside the library that the grid names.
+        selectors: selectors from outside the library, by name.
     """
 
     load: Mapping[str, Mapping[str, Any]]
@@ -54,8 +54,13 @@ class Context:
     loaded: Any = None
     device: str | None = None
     track: str | None = None
+    methods: tuple[Method, ...] = ()
+    selectors: Mapping[str, Selector] = field(default_factory=dict)
 
 
+READINGS = "readings.json"
+DAMAGE_COLUMNS = ("kl", "cross_entropy", "cross_entropy_base")
+KEPT = "_lofit_lens_benches"  # attribute of a model: its workbenches
 _silent: set[str] = set()  # trackers that failed in this process
 
 
@@ -76,7 +81,10 @@ def compute(store: Store, group: Group, context: Any, device: str | None, each: 
         InputError: a cell cannot be computed as asked.
         TrainingDiverged: training gave NaN or infinity; of several cells, in that cell's own block.
     """
-    jobs = [_Job(store, cell, _bench(cell, context, device)) for cell in group.cells]
+    for method in context.methods:
+        register(method)
+    SELECTORS.update(context.selectors)
+    jobs = [_Job(store, cell, context, _bench(cell, context, device)) for cell in group.cells]
     with ExitStack() as stack:
         for job in jobs:
             stack.push(job.reading)
@@ -122,6 +130,18 @@ def _bench(cell: Cell, context: Context, device: str | None) -> Workbench:
     return bench_of(model, task, cell.spec.get("n_train"))
 
 
+def bench_of(model: Any, task: Task, n_train: int | None) -> Workbench:
+    """The workbench of a model and a task in this process, made once; it goes with the model."""
+    task = task.asked_of(model)
+    if (kept := getattr(model, KEPT, None)) is None:
+        kept = {}
+        object.__setattr__(model, KEPT, kept)
+    key = (task.name, task.form, n_train)
+    if key not in kept or kept[key].task != task:
+        kept[key] = Workbench(model, task, n_train=n_train)
+    return kept[key]
+
+
 @dataclass
 class _Job:
     """A cell while it is computed.
@@ -134,6 +154,7 @@ class _Job:
 
     store: Store
     cell: Cell
+    context: Context
     bench: Workbench
     reading: ExitStack = field(default_factory=ExitStack)
     reader: Tracker | None = None
@@ -185,17 +206,28 @@ def _train(jobs: Sequence[_Job], checkpoint: Path) -> None:
 
 
 def _run(job: _Job) -> LofitRun:
-    spec, bench = job.spec, job.bench
-    if spec["kind"] == "scores":
-        component, settings = "A" if spec["by"] == "A-norm" else "v", {}
-        among = spec["among"]
-        heads = among and HeadScores.load(job.store.folder(among["cell"]) / "scores.json").top(among["k"])
-    else:
-        component, settings, heads = "v", job.settings, _heads(job)
-    config = TrainConfig(**{**_config(spec), **settings})
+    spec = job.spec
+    if spec["kind"] != "scores":
+        method = method_of(spec["method"])
+        assert method.joint is not None
+        return method.joint(job.bench, _asked(job))
+    heads = None
+    if (among := spec["among"]) is not None:
+        heads = HeadScores.load(job.store.folder(among["cell"]) / "scores.json").top(among["k"])
     return LofitRun(
-        bench.task, component, heads, seed=spec["seed"], config=config, n_train=spec["n_train"], on_step=job.steps
-    )
+        job.bench.task, LEARNED[spec["by"]], heads, seed=spec["seed"], config=TrainConfig(**_config(spec)),
+        n_train=spec["n_train"], on_step=job.steps,
+    )  # fmt: skip
+
+
+def _asked(job: _Job) -> Fit:
+    """What the cell asks of its method."""
+    spec = job.spec
+    config = TrainConfig(**{**_config(spec), **job.settings}) if spec["config"] else None
+    return Fit(
+        spec["seed"], job.settings, config, heads=_heads(job) if spec["heads"] else None, k=spec["k"],
+        checkpoint=job.store.state_file(job.cell.name), on_step=job.steps,
+    )  # fmt: skip
 
 
 def _config(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,8 +238,8 @@ def _config(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 def _scores(job: _Job) -> None:
     spec, bench = job.spec, job.bench
-    if spec["by"] in TRAINING:
-        scores = learned_scores(job.lofit, "A" if spec["by"] == "A-norm" else "v", kind=spec["by"])
+    if spec["by"] in LEARNED:
+        scores = learned_scores(job.lofit, LEARNED[spec["by"]], kind=spec["by"])
     else:
         scores = bench.selected(SELECTORS[spec["by"]], spec["seed"])
     scores.save(job.draft.path / "scores.json")
@@ -239,17 +271,13 @@ def _trial(job: _Job) -> None:
 
 
 def _fitted(job: _Job) -> Intervention | None:
-    spec, bench = job.spec, job.bench
-    if spec["method"] == LOFIT:
-        job.draft.timing["fit_seconds"] = job.seconds
+    method, timing = method_of(job.spec["method"]), job.draft.timing
+    if method.fit is None:
+        return None
+    if method.joint is not None:
+        timing["fit_seconds"] = job.seconds
         return job.lofit
-    bench.training = Training(job.store.state_file(job.cell.name), job.steps)
-    settings = {**_config(spec), **job.settings, **({} if spec["k"] is None else {"k": spec["k"]})}
-    try:
-        fitted, seconds = bench.timed(lambda: METHODS[spec["method"]].fit(bench, settings, spec["seed"]))
-    finally:
-        bench.training = Training()
-    job.draft.timing["fit_seconds"] = seconds
+    fitted, timing["fit_seconds"] = job.bench.timed(lambda: method.fit(job.bench, _asked(job)))  # pyright: ignore[reportOptionalCall]
     return fitted
 
 
@@ -262,7 +290,7 @@ def _heads(job: _Job) -> HeadSet:
 
 def _test(job: _Job, fitted: Intervention | None) -> None:
     spec, bench = job.spec, job.bench
-    model, start = _model_of(job, spec["method"]), time.perf_counter()
+    model, start = method_of(spec["method"]).model(job.bench), time.perf_counter()
     with nullcontext() if fitted is None else fitted.attached(model):
         result = evaluate(
             model, bench.task, split=spec["split"], limit=spec.get("limit"), batch_size=spec["batch_size"],
@@ -289,18 +317,36 @@ def _damage(job: _Job) -> None:
     fitted = _kept(job, method)
     if fitted is None:
         raise InputError(f"{method} has no adapter that could do damage")
-    texts = damage(_model_of(job, method), fitted, job.store.kept(job.spec["texts"]), progress=False).texts
+    texts = damage(method_of(method).model(job.bench), fitted, job.store.kept(job.spec["texts"]), progress=False).texts
     job.draft.record["damage"] = {name: texts[name].tolist() for name in DAMAGE_COLUMNS}
 
 
 def _kept(job: _Job, method: str) -> Intervention | None:
     """The adapter in a fit's folder; None where it has none."""
     folder = job.store.folder(job.spec["fit"]) / "adapter"
-    return load_adapter(folder, model=_model_of(job, method)) if folder.is_dir() else None
+    return load_adapter(folder, model=method_of(method).model(job.bench)) if folder.is_dir() else None
 
 
-def _model_of(job: _Job, method: str) -> Any:
-    return METHODS[method].model(job.bench) if method in METHODS else job.bench.model
+def _reading(job: _Job) -> None:
+    """What the adapters of fits say of the model, into a file of its own."""
+    spec, model, tasks = job.spec, job.bench.model, job.context.tasks
+
+    def adapter(fit: str) -> Lofit:
+        return Lofit.from_pretrained(job.store.folder(fit) / "adapter", model=model)
+
+    def task(key: Mapping[str, Any]) -> Task:
+        return tasks[io.digest(key)].asked_of(model)
+
+    if "fits" in spec:
+        pairs = {name: (task(spec["tasks"][name]), adapter(fit)) for name, fit in spec["fits"].items()}
+        parts = read_together(model, pairs, seed=spec["seed"], limit=spec["limit"])
+    else:
+        parts = read_adapter(
+            model, task(spec["task"]), adapter(spec["fit"]), seed=spec["seed"], limit=spec["limit"], draws=spec["draws"],
+            wide=adapter(spec["wide"]) if spec["wide"] else None, cued=task(spec["cued"]) if spec["cued"] else None,
+            texts=job.store.kept(spec["texts"]) if spec["texts"] else (),
+        )  # fmt: skip
+    io.write_json(job.draft.path / READINGS, parts)
 
 
 def _chosen(job: _Job) -> Tuned:
@@ -332,4 +378,4 @@ def choice(store: Store, points: list[list[str]], method: str, task: str, metric
     return choose(method, task, metric, settings, len(points[0]), rows)
 
 
-KINDS = {"scores": _scores, "fit": _fit, "trial": _trial, "test": _other, "damage": _damage}
+KINDS = {"scores": _scores, "fit": _fit, "trial": _trial, "test": _other, "damage": _damage, "reading": _reading}

@@ -5,11 +5,11 @@
 - `fit`: one fit, tested once on the test rows. Its heads come from a `scores` cell, its settings from `trial` cells.
 - `test`: a fit's adapter on a task that it did not learn.
 - `damage`: a fit's adapter on ordinary text.
+- `reading`: what a fit's adapter says of the model, or those of all tasks together.
 
 Nothing is loaded but the data: a model is known by its configuration (`models.planned_info`).
 """
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -17,30 +17,25 @@ from typing import Any
 
 from lofit_lens import io
 from lofit_lens.errors import InputError, unknown
-from lofit_lens.experiments.grid.specs import (
-    ALL,
-    CHOSEN,
-    EVERY,
-    LOFIT,
-    OTHERS,
-    OWN,
-    PRESET,
-    RANDOM,
-    TRAINING,
-    ZERO,
-    Grid,
-    Run,
-    heads_of,
-)
-from lofit_lens.experiments.methods import LEARNED, METHODS, Outline, training_config
+from lofit_lens.experiments.grid.specs import CHOSEN, EVERY, ITSELF, OTHERS, PRESET, Grid, Run, heads_of
+from lofit_lens.experiments.methods import Method, Outline, method_of
+from lofit_lens.experiments.methods.base import ALL, OWN, RANDOM
+from lofit_lens.experiments.methods.source import digest_of, in_library
 from lofit_lens.experiments.store.cells import Cell
 from lofit_lens.models import ModelInfo
 from lofit_lens.tasks.base import Task
 from lofit_lens.training.config import TrainConfig
+from lofit_lens.training.selectors import LEARNED, SELECTORS
 
-STEERED = ("ITI", "RepE")  # without a preset strength
-COST = {"scores": 1.2, "fit": 1.0, "trial": 1.0, "test": 0.15, "damage": 0.2}  # relative to a fit of LoFiT
-CHEAP = {ZERO: 0.15, "ITI": 0.5, "RepE": 0.5, "LoRA": 1.5, "LoReFT": 1.5}  # by method, beside 1
+COST = {
+    "scores": 1.2,
+    "fit": 1.0,
+    "trial": 1.0,
+    "test": 0.15,
+    "damage": 0.2,
+    "reading": 4.0,
+}  # relative to a fit of LoFiT
+TOGETHER = "together"  # the reading of all tasks' adapters
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,23 +115,13 @@ def _grader(task: Task) -> str:
     if grade is None:
         return ""
     name = f"{getattr(grade, '__module__', '')}.{getattr(grade, '__qualname__', '')}"
-    if name.startswith("lofit_lens."):
-        return name
-    if (
-        not inspect.isfunction(grade)
-        or name.endswith("<lambda>")
-        or grade.__closure__
-        or grade.__defaults__
-        or grade.__kwdefaults__
-    ):
-        raise InputError(
-            f"the grader of {task.name} is {grade!r}: a run is named by all that can change it, so a grader in a grid must be a "
-            "function (def) that takes nothing from around it and has no defaults"
-        )
-    try:
-        return f"{name}:{io.digest(inspect.getsource(grade))[:16]}"
-    except OSError as e:
-        raise InputError(f"the source of the grader {name} cannot be read; put it into a file") from e
+    return name if in_library(grade) else f"{name}:{digest_of([grade], f'the grader of {task.name}')}"
+
+
+def _selector_source(name: str) -> dict[str, str]:
+    """Digest of the source of a selector from outside the library."""
+    select: Any = SELECTORS[name]
+    return {} if in_library(select) else {"source": digest_of([select], f"the selector {name}")}
 
 
 def versions_key() -> dict[str, str]:
@@ -167,6 +152,9 @@ def expand(setting: Setting) -> list[Cell]:
                 maker.scores(name, task, seed, None)
     for run in grid.runs:
         maker.run(run)
+    for run in grid.runs:
+        if run.readings:
+            maker.readings(run)
     return list(maker.cells.values())
 
 
@@ -184,7 +172,7 @@ class _Maker:
             "model": info.name, "model_id": io.digest(self.setting.model_key)[:8], "backend": info.backend, "dtype": info.dtype,
             **row, "kind": kind,
         }  # fmt: skip
-        cost = COST[kind] * (CHEAP.get(row.get("method", ""), 1.0) if kind in ("fit", "trial") else 1.0)
+        cost = COST[kind] * (method_of(spec["method"]).cost if kind in ("fit", "trial") else 1.0)
         cell = Cell(text, whole, tuple(needs), row, cost, _shares(whole))
         return self.cells.setdefault(cell.name, cell)
 
@@ -202,12 +190,13 @@ class _Maker:
             before = self.scores(selection.among, task, seed, n_train)
             among, needs = {"cell": before.name, "k": k}, [before.name]
         config: TrainConfig | None = None
-        if selection.by in TRAINING:
+        if selection.by in LEARNED:
             base = outline.preset.select if selection.by == "A-norm" else outline.preset.tune
             config = _changed(base, selection.settings)
         spec = {
             "kind": "scores", "task": self.setting.task_keys[task], "by": selection.by, "seed": seed,
             "n_train": _rows(data, n, seed), "config": config and config.to_dict(), "among": among,
+            **_selector_source(selection.by),
         }  # fmt: skip
         row = {"task": task, "heads_from": name, "seed": seed, "n_train": None if selection.n_train else n}
         label = (task, selection.by, among and f"of {among['k']}", n and f"n{n}", f"seed{seed}")
@@ -218,7 +207,7 @@ class _Maker:
     def run(self, run: Run) -> None:
         """Every run of a block."""
         for n_train in run.n_train:
-            for method in run.method:
+            for method in run.methods:
                 for task in self.setting.tasks:
                     for fit in self._fits(run, method, task, self._given(n_train, task)):
                         self._tests(run, fit, task)
@@ -227,13 +216,13 @@ class _Maker:
         """The task's own number is as good as none given."""
         return None if n_train == self.setting.tasks[task].n_train else n_train
 
-    def _fits(self, run: Run, method: str, task: str, n_train: int | None) -> Iterator[Cell]:
+    def _fits(self, run: Run, method: Method, task: str, n_train: int | None) -> Iterator[Cell]:
         seeds = run.seeds or self.setting.grid.seeds
         outline = self.setting.outline(task)
-        if method != LOFIT:
+        if method.heads != "chosen":
             wanted = dict.fromkeys(heads_of(k, outline.preset.k, self.setting.n_heads) for k in run.k)
-            for what in [{"k": k} for k in wanted] if method == "ITI" else [{}]:
-                for seed in (0,) if method == ZERO else seeds:
+            for what in [{"k": k} for k in wanted] if method.heads == "k" else [{}]:
+                for seed in (0,) if method.fit is None else seeds:
                     yield self._fit(run, method, task, n_train, seed, what)
             return
         for heads in run.heads:
@@ -267,7 +256,7 @@ class _Maker:
     def _sources(self, run: Run, task: str) -> list[str]:
         found: list[str] = []
         for name in run.of:
-            if name == OWN:
+            if name == ITSELF:
                 found.append(task)
             elif name == OTHERS:
                 found += [t for t in self.setting.tasks if t != task]
@@ -277,26 +266,26 @@ class _Maker:
                 found.append(name)
             else:
                 raise unknown(
-                    "task", name, (OWN, OTHERS, EVERY, *self.setting.tasks), hint="`of` takes the grid's tasks."
+                    "task", name, (ITSELF, OTHERS, EVERY, *self.setting.tasks), hint="`of` takes the grid's tasks."
                 )
         return list(dict.fromkeys(found))
 
     def _fit(
-        self, run: Run, method: str, task: str, n_train: int | None, seed: int, what: dict[str, Any],
+        self, run: Run, method: Method, task: str, n_train: int | None, seed: int, what: dict[str, Any],
         heads: dict[str, Any] | None = None,
     ) -> Cell:  # fmt: skip
         needs = [heads["cell"]] if heads and "cell" in heads else []
         settings, trials = self._settings(run, method, task, what.get("k"))
         spec = {
-            **self._spec(method, task, seed, n_train, settings, heads, what.get("k")), "kind": "fit", "split": "test",
-            "limit": self.setting.grid.limit, "chosen": trials,
+            **self._spec(method, task, seed, n_train, settings, heads, what.get("k")), "kind": "fit",
+            "split": self.setting.grid.split, "limit": self.setting.grid.limit, "chosen": trials,
         }  # fmt: skip
         needs += [name for point in trials or () for name in point]
         row = {
-            "task": task, "tested": task, "method": method, "seed": seed, "draw": 0, "n_train": n_train, **what,
+            "task": task, "tested": task, "method": method.name, "seed": seed, "draw": 0, "n_train": n_train, **what,
             "settings": CHOSEN if trials else run.settings if isinstance(run.settings, str) else "given",
         }  # fmt: skip
-        label = (task, method, *self._heads_label(what, task), n_train and f"n{n_train}", f"seed{seed}")
+        label = (task, method.name, *self._heads_label(what, task), n_train and f"n{n_train}", f"seed{seed}")
         return self.add(label, spec, needs, row)
 
     def _heads_label(self, what: Mapping[str, Any], task: str) -> Iterator[object]:
@@ -308,45 +297,43 @@ class _Maker:
             yield f"k{what['k']}"
 
     def _spec(
-        self, method: str, task: str, seed: int, n_train: int | None, settings: Mapping[str, Any],
+        self, method: Method, task: str, seed: int, n_train: int | None, settings: Mapping[str, Any],
         heads: dict[str, Any] | None, k: int | None,
     ) -> dict[str, Any]:  # fmt: skip
         data, outline = self.setting.tasks[task], self.setting.outline(task)
-        config = None
-        if method not in (ZERO, *STEERED):
-            config = _changed(training_config(method, outline, {}), settings).to_dict()
+        config = None if method.config is None else _changed(method.config(outline), settings).to_dict()
         return {
-            "task": self.setting.task_keys[task], "method": method, "seed": seed,
-            "n_train": None if method == ZERO else _rows(data, n_train, seed), "settings": dict(settings), "config": config,
-            "heads": heads, "k": k if method == "ITI" else None, "batch_size": self.setting.grid.batch_size,
+            "task": self.setting.task_keys[task], "method": method.name, "seed": seed,
+            "n_train": None if method.fit is None else _rows(data, n_train, seed), "settings": dict(settings),
+            "config": config, "heads": heads, "k": k if method.heads == "k" else None,
+            "batch_size": self.setting.grid.batch_size, **({"source": method.source} if method.source else {}),
         }  # fmt: skip
 
     def _settings(
-        self, run: Run, method: str, task: str, k: int | None
+        self, run: Run, method: Method, task: str, k: int | None
     ) -> tuple[dict[str, Any], list[list[str]] | None]:  # fmt: skip
         """Settings that are given or the preset's; or the trials that they are chosen from, a list for each point."""
-        if method == ZERO:
-            return {}, None
         if isinstance(run.settings, dict):
             return dict(run.settings), None
-        if run.settings == PRESET and method not in STEERED:
-            return {"lr": training_config(method, self.setting.outline(task), {}).lr}, None
-        data, grid = self.setting.tasks[task], self.setting.grid
+        data, grid, outline = self.setting.tasks[task], self.setting.grid, self.setting.outline(task)
+        if run.settings == PRESET and method.config is not None:
+            return {"lr": method.config(outline).lr}, None
+        points = run.points or method.points(outline)
+        if not points:
+            return {}, None
         if not data.test.get("val"):
             raise InputError(
-                f"{task} has no validation rows, on which the settings of {method} are chosen; add some, or give them "
+                f"{task} has no validation rows, on which the settings of {method.name} are chosen; add some, or give them "
                 "(settings: {...})"
             )
-        outline = self.setting.outline(task)
-        points = METHODS[LEARNED if method == LOFIT else method].grid(outline)
         return {}, [[self._trial(method, task, dict(p), seed, k).name for seed in grid.tuning_seeds] for p in points]
 
-    def _trial(self, method: str, task: str, point: dict[str, Any], seed: int, k: int | None) -> Cell:
-        """What is chosen for LoFiT is chosen with the task's own heads by A-norm and the usual K, for ITI with the run's own."""
+    def _trial(self, method: Method, task: str, point: dict[str, Any], seed: int, k: int | None) -> Cell:
+        """With the task's own heads by A-norm and the usual K, whichever heads the run itself names."""
         heads, needs = None, []
-        if method == LOFIT:
+        if method.heads == "chosen":
             k = self.setting.outline(task).preset.k
-            scores = self.scores("A-norm", task, seed, None)
+            scores = self.scores(OWN, task, seed, None)
             heads, needs = {"cell": scores.name, "k": k}, [scores.name]
         spec = {**self._spec(method, task, seed, None, point, heads, k), "kind": "trial", "split": "val"}
         if (limit := self.setting.grid.tuning_limit) is not None:
@@ -354,34 +341,71 @@ class _Maker:
         row = {
             "task": task,
             "tested": task,
-            "method": method,
+            "method": method.name,
             "seed": seed,
             **{f"set_{k}": v for k, v in point.items()},
         }
         shown = (f"{k}{v:.3g}" if isinstance(v, float) else f"{k}{v}" for k, v in point.items())
-        k_shown = f"k{k}" if method == "ITI" else ""
-        return self.add((task, method, "trial", k_shown, *shown, f"seed{seed}"), spec, needs, row)
+        k_shown = f"k{k}" if method.heads == "k" else ""
+        return self.add((task, method.name, "trial", k_shown, *shown, f"seed{seed}"), spec, needs, row)
 
     # ------------------------------------------------------------------------------------- tests of a fit
 
     def _tests(self, run: Run, fit: Cell, task: str) -> None:
-        grid = self.setting.grid
-        if run.tested and (fit.row["method"] != ZERO or task == next(iter(self.setting.tasks))):
+        grid, fitted = self.setting.grid, method_of(fit.row["method"]).fit is not None
+        if run.tested and (fitted or task == next(iter(self.setting.tasks))):
             for name in self.setting.others:
                 spec = {
                     "kind": "test", "fit": fit.name, "task": self.setting.task_keys[name], "limit": grid.limit,
                     "batch_size": grid.batch_size,
                 }  # fmt: skip
                 self.add((fit.label, "on", name), spec, [fit.name], {**fit.row, "tested": name})
-        if run.damage and self.setting.texts and fit.row["method"] != ZERO:
+        if run.damage and self.setting.texts and fitted:
             spec = {"kind": "damage", "fit": fit.name, "texts": self.setting.texts}
             self.add((fit.label, "damage"), spec, [fit.name], {**fit.row, "tested": ""})
+
+    # --------------------------------------------------------------------------------------------- readings
+
+    def readings(self, run: Run) -> None:
+        """Readings of each task's adapter with the first seed, and of all of them together."""
+        grid, found = self.setting.grid, {}
+        seed, draws = (run.seeds or grid.seeds)[0], max((r.draws for r in grid.runs if RANDOM in r.heads), default=5)
+        for task in self.setting.tasks:
+            outline = self.setting.outline(task)
+            fit = self._own_fit(run, task, seed, heads_of(run.k[0], outline.preset.k, self.setting.n_heads))
+            wide = self._own_fit(run, task, seed, outline.wide_k)
+            if fit is None:
+                raise InputError(
+                    "'readings' are of adapters that all of a task's training examples made; leave n_train out"
+                )
+            found[task] = fit
+            spec = {
+                "kind": "reading", "task": self.setting.task_keys[task], "fit": fit.name, "wide": wide and wide.name,
+                "cued": self.setting.task_keys.get(f"{task}-cued"), "texts": self.setting.texts, "draws": draws, "seed": seed,
+                "limit": grid.limit,
+            }  # fmt: skip
+            self.add((fit.label, "reading"), spec, [f.name for f in (fit, wide) if f], {"task": task, "seed": seed})
+        if len(found) > 1:
+            spec = {
+                "kind": "reading", "tasks": {t: self.setting.task_keys[t] for t in found}, "seed": seed, "limit": grid.limit,
+                "fits": {t: fit.name for t, fit in found.items()},
+            }  # fmt: skip
+            self.add((TOGETHER, "reading"), spec, [f.name for f in found.values()], {"task": TOGETHER, "seed": seed})
+
+    def _own_fit(self, run: Run, task: str, seed: int, k: int) -> Cell | None:
+        """The fit of the run's method on the task's own heads that is in the grid, if any."""
+        wanted = {
+            "kind": "fit", "task": task, "method": run.method[0], "heads_from": OWN, "source": task, "k": k, "n_train": None,
+            "seed": seed,
+        }  # fmt: skip
+        return next((c for c in self.cells.values() if wanted.items() <= c.row.items()), None)
 
 
 def _shares(spec: Mapping[str, Any]) -> str:
     """What LoFiT's training makes on one model: scores by A, scores by v, and offsets, since these take different times."""
     what = spec.get("by") or spec.get("method")
-    return f"{what} {io.digest(spec['model'])}" if what in (*TRAINING, LOFIT) else ""
+    joint = what in LEARNED if "by" in spec else "method" in spec and method_of(spec["method"]).joint is not None
+    return f"{what} {io.digest(spec['model'])}" if joint else ""
 
 
 def _rows(task: Task, n: int | None, seed: int) -> int | None:

@@ -8,22 +8,22 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lofit_lens.errors import InputError, unknown
-from lofit_lens.experiments.grid.specs import CHOSEN, PRESET, ZERO, Grid, ModelSpec, Run, Selection, TaskSpec
+from lofit_lens.experiments.grid.specs import CHOSEN, PRESET, Grid, ModelSpec, Run, Selection, TaskSpec
+from lofit_lens.experiments.methods.base import OWN, RANDOM
 from lofit_lens.organism.words import TASKS
 
-OWN, CHANCE = "A-norm", "random"
-STEERING, TRAINED = ("ITI", "RepE"), ("LoRA", "RED", "LoReFT")
+STEERING = ("ITI", "RepE")
 
 # What all that is said about a head set is set against: the unmodified model, the task's own heads, and as many at random.
 BASE = (
-    Run(method=(ZERO,), tested=True),
-    Run(heads=(OWN,), tested=True, damage=True),
-    Run(heads=(CHANCE,), draws=5),
+    Run(method=("zero-shot",), tested=True),
+    Run(heads=(OWN,), tested=True, damage=True, readings=True),
+    Run(heads=(RANDOM,), draws=5),
 )  # fmt: skip
 BLOCKS: dict[str, tuple[Run, ...]] = {
     "table1": (Run(method=STEERING), Run(heads=(OWN,), k=("3K",))),
     "table2": (Run(heads=("bias norm", "probe accuracy", "probing layers")),),
-    "table3": (Run(method=TRAINED), Run(heads=(OWN,), k=("3K",))),
+    "table3": (Run(method=("LoRA", "RED", "LoReFT")), Run(heads=(OWN,), k=("3K",))),
     "table5": (),
     "fig2": (Run(heads=(OWN,), of=("others",)),),
     "fig3": (),
@@ -67,6 +67,7 @@ def paper_grid(
     limit: int | None = None,
     batch_size: int | None = None,
     tune: bool = False,
+    readings: bool = False,
 ) -> Grid:
     """The blocks of some parts of the paper for any model and tasks.
 
@@ -82,6 +83,7 @@ def paper_grid(
         limit: only the first test rows.
         batch_size: of the evaluations, as in `evaluate`.
         tune: choose every trained method's learning rate on the validation rows, not those of ITI and RepE alone.
+        readings: also read what the adapters say of the model (`experiments.readings`).
 
     Raises:
         InputError: an unknown part, or a value out of range.
@@ -102,7 +104,14 @@ def paper_grid(
     if any(part not in SCORES_ALONE for part in wanted):
         runs += BASE
     changed = tuple(
-        _with(run, draws=draws, tune=tune, fresh="table5" in wanted and bool(other_tasks), measured=texts is not None)
+        _with(
+            run,
+            draws=draws,
+            tune=tune,
+            fresh="table5" in wanted and bool(other_tasks),
+            measured=texts is not None,
+            readings=readings,
+        )
         for run in runs
     )
     extra = tuple(range(max(seeds, default=0) + 1, max(seeds, default=0) + 3))
@@ -119,14 +128,16 @@ def _tasks(named: Sequence[str | TaskSpec]) -> tuple[TaskSpec, ...]:
     return tuple(TaskSpec(name=t) if isinstance(t, str) else t for t in named)
 
 
-def _with(run: Run, *, draws: int, tune: bool, fresh: bool, measured: bool) -> Run:
+def _with(run: Run, *, draws: int, tune: bool, fresh: bool, measured: bool, readings: bool) -> Run:
     """The block with what was asked for; a field that it does not read stays as it is."""
     changes: dict[str, Any] = {"tested": fresh} if run.tested else {}
     if run.damage:
         changes["damage"] = measured
-    if CHANCE in run.heads:
+    if run.readings:
+        changes["readings"] = readings
+    if RANDOM in run.heads:
         changes["draws"] = draws
-    if ZERO not in run.method:
+    if all(method.fit is not None for method in run.methods):
         changes["settings"] = CHOSEN if tune or run.method == STEERING else PRESET
     return run.model_copy(update=changes)
 

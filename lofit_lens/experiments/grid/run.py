@@ -22,11 +22,14 @@ from lofit_lens.experiments.grid.compute import Context, compute
 from lofit_lens.experiments.grid.expand import Setting, expand
 from lofit_lens.experiments.grid.paper import grid_named, known_grids
 from lofit_lens.experiments.grid.specs import Grid, ModelSpec, TaskSpec, read_grid
-from lofit_lens.experiments.methods import METHODS, Outline, Workbench
+from lofit_lens.experiments.methods import Outline, Workbench
+from lofit_lens.experiments.methods.base import ALL, RANDOM, Method
+from lofit_lens.experiments.methods.source import in_library
 from lofit_lens.experiments.store.cells import Cell
 from lofit_lens.experiments.store.store import Store
 from lofit_lens.models import ModelInfo, fingerprint, folder_digest, model_info, planned_info, planned_tokenizer
 from lofit_lens.tasks import Task, load_task
+from lofit_lens.training.selectors import SELECTORS
 from lofit_lens.training.trackers import tracker
 
 
@@ -82,7 +85,7 @@ def plan_grid(
             f"{both[0]} is a task and an other task of this grid; other tasks are those that nothing is tuned on"
         )
     if texts is None:
-        wanted = grid.texts is not None and any(run.damage for run in grid.runs)
+        wanted = grid.texts is not None and any(run.damage or run.readings for run in grid.runs)
         texts = list(islice(load_texts(str(grid.texts)), grid.n_texts)) if wanted else []
     _check_asked(grid, bool(others), bool(texts))
     digest = io.digest(list(texts)) if texts else ""
@@ -105,17 +108,15 @@ def plan_grid(
                 "name_or_path": spec.name, "backend": info.backend, "dtype": spec.dtype, "revision": commit,
                 "prepend_bos": spec.prepend_bos, "name": spec.called,
             }  # fmt: skip
-        elif any("LoRA" in run.method for run in grid.runs):
-            METHODS["LoRA"].model(
-                Workbench(model, next(iter(named.values())))
-            )  # better known now than after the other fits
+        elif any(method.bridge for method in _methods(grid)):
+            Workbench(model, next(iter(named.values()))).bridge()  # better known now than after the other fits
         mine = expand(setting)
         cells |= {cell.name: cell for cell in mine}
         name = grid.name if model is not None or len(grid.model) == 1 else f"{grid.name} {info.name}"
         if name in records:
             name = f"{name} {info.backend} {info.dtype}"
         records[name] = _record(setting, mine, digest)
-    context = Context(load, infos, by_key, model, device, track)
+    context = Context(load, infos, by_key, model, device, track, *_from_outside(grid))
     return Planned(list(cells.values()), context, records, tuple(texts))
 
 
@@ -230,9 +231,9 @@ def _by_name(tasks: Sequence[Task]) -> dict[str, Task]:
 
 
 def _info(grid: Grid, spec: ModelSpec) -> ModelInfo:
-    """What the model will be. LoRA needs the bridge: with it in the grid, every method runs on that class."""
+    """What the model will be. Where a method needs the bridge, as LoRA does, every method of the grid runs on that class."""
     backend = spec.backend
-    if backend == "auto" and any("LoRA" in run.method for run in grid.runs):
+    if backend == "auto" and any(method.bridge for method in _methods(grid)):
         backend = "bridge"
     return planned_info(
         spec.name,
@@ -242,6 +243,18 @@ def _info(grid: Grid, spec: ModelSpec) -> ModelInfo:
         prepend_bos=spec.prepend_bos,
         name=spec.called,
     )
+
+
+def _methods(grid: Grid) -> list[Method]:
+    return list({method.name: method for run in grid.runs for method in run.methods}.values())
+
+
+def _from_outside(grid: Grid) -> tuple[tuple[Method, ...], dict[str, Any]]:
+    """Methods and selectors of a grid that other processes do not find in the library."""
+    named = {grid.selection(name).by for name in (*grid.scores, *grid.selections)}
+    named |= {grid.selection(h).by for run in grid.runs for h in run.heads if h not in (RANDOM, ALL)}
+    selectors = {name: SELECTORS[name] for name in sorted(named) if not in_library(SELECTORS[name])}
+    return tuple(method for method in _methods(grid) if method.source), selectors
 
 
 def _record(setting: Setting, cells: Sequence[Cell], texts: str) -> dict[str, Any]:

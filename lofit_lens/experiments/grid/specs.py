@@ -27,24 +27,20 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from lofit_lens import io
 from lofit_lens.errors import DataError, InputError, no_field, unknown
-from lofit_lens.experiments.methods import METHODS, TRAINED
+from lofit_lens.experiments.methods import method_of
+from lofit_lens.experiments.methods.base import ALL, OWN, RANDOM, TRAINED, Method
 from lofit_lens.heads import check_k
 from lofit_lens.io import torch_dtype
 from lofit_lens.models.loading import BACKENDS
-from lofit_lens.training.selectors import SELECTORS
+from lofit_lens.training.selectors import LEARNED, SELECTORS
 
-LOFIT, ZERO = "LoFiT", "zero-shot"
-GRID_METHODS = (LOFIT, *(m for m in METHODS if not m.startswith((LOFIT, "random"))))
-OWN, OTHERS, EVERY = "own", "others", "every"
-RANDOM, ALL = "random", "all"
+ITSELF, OTHERS, EVERY = "own", "others", "every"  # tasks whose heads are taken
 PRESET, CHOSEN = "preset", "chosen"
-TRAINING = ("A-norm", "bias norm")  # selectors that train
 MANY = 10**9  # heads, where the model is not known yet
-# Fields of a run that each method reads, beside `method` and `settings`; LoFiT reads those that its heads read.
+# Fields of a run that are read, beside `method` and `settings`; a method whose runs name its heads reads those of its heads.
 ANY_FIT = ("n_train", "seeds", "tested", "damage")
-READ = {ZERO: ("tested",), "ITI": ("k", *ANY_FIT)}
 HEADS_READ = {RANDOM: ("heads", "k", "draws", "n_train", "tested", "damage"), ALL: ("heads", *ANY_FIT)}
-SELECTED_READ = ("heads", "of", "k", *ANY_FIT)
+SELECTED_READ = ("heads", "of", "k", "readings", *ANY_FIT)
 WHOLE = ("epochs", "batch_size", "max_steps")  # settings that count
 
 
@@ -53,7 +49,13 @@ def _listed(value: Any) -> Any:
     return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
+def _method_names(value: Any) -> Any:
+    """Methods by their names; one's own are made known."""
+    return tuple(method_of(v).name if isinstance(v, Method) else v for v in _listed(value))
+
+
 Texts = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+Methods = Annotated[tuple[str, ...], BeforeValidator(_method_names)]
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_listed), Field(min_length=1)]
 
 
@@ -81,7 +83,13 @@ def _numbers(value: Any) -> Any:
 
 def _preset_or_numbers(value: Any) -> Any:
     if isinstance(value, str) and value not in (PRESET, CHOSEN):
-        raise ValueError(f"is {value!r}; give {PRESET}, {CHOSEN}, or values, e.g. {{lr: 0.01}}")
+        raise ValueError(
+            f"is {value!r}; give {PRESET}, {CHOSEN}, or values, e.g. {{lr: 0.01}} (or a list of such, to choose from)"
+        )
+    if isinstance(value, list | tuple):
+        if not value:
+            raise ValueError("is an empty list; give one point to choose from or more")
+        return tuple(_numbers(point) for point in value)
     return _numbers(value)
 
 
@@ -163,9 +171,9 @@ class Selection(Spec):
     def _trained_ones(self) -> "Selection":
         if self.by not in SELECTORS:
             raise unknown("selector", self.by, SELECTORS)
-        if (self.among or self.settings) and self.by not in TRAINING:
+        if (self.among or self.settings) and self.by not in LEARNED:
             raise InputError(
-                f"'among' and 'settings' are for selectors that train (A-norm, bias norm); {self.by} does not"
+                f"'among' and 'settings' are for selectors that train ({', '.join(LEARNED)}); {self.by} does not"
             )
         for setting in self.settings:
             if setting not in TRAINED:
@@ -184,38 +192,40 @@ class Run(Spec):
     A field that the method would not read is refused.
 
     Attributes:
-        method: of `GRID_METHODS`.
-        heads: LoFiT only: name of a selection (a selector's name is one by itself), `random`, or `all`.
-        of: LoFiT only: whose heads are taken: the task's `own`, the `others`' of the grid, `every` task's, or task names.
-        k: LoFiT and ITI: heads: a number, `K` (the preset's), `3K`, or `20 %` of the model's heads.
+        method: of `METHODS`, or a `Method` of one's own.
+        heads: LoFiT and its kin: name of a selection (a selector's name is one by itself), `random`, or `all`.
+        of: likewise: whose heads are taken: the task's `own`, the `others`' of the grid, `every` task's, or task names.
+        k: methods that edit heads: a number, `K` (the preset's), `3K`, or `20 %` of the model's heads.
         n_train: training examples, of the selection too; None = the task's own number.
-        settings: `preset`; `chosen` on the validation rows among the method's own points; or values, e.g. `{lr: 0.01}`.
-            ITI and RepE have no preset: theirs are always chosen, or given.
+        settings: `preset`; `chosen` on the validation rows among the method's own points; values, e.g. `{lr: 0.01}`; or a list
+            of such, to choose among. ITI and RepE have no preset: theirs are always chosen, or given.
         draws: of random heads; draw d is also the seed.
         seeds: None = the grid's.
         tested: also test the adapters on the grid's other tasks.
         damage: measure the adapters' damage on the grid's texts.
+        readings: read what the first seed's adapter says of the model (`experiments.readings`); LoFiT, heads by A-norm.
     """
 
-    method: Texts = (LOFIT,)
-    heads: Texts = ("A-norm",)
-    of: Texts = (OWN,)
+    method: Methods = ("LoFiT",)
+    heads: Texts = (OWN,)
+    of: Texts = (ITSELF,)
     k: Annotated[tuple[int | str, ...], BeforeValidator(_listed)] = ("K",)
     n_train: Annotated[tuple[Annotated[int, Field(ge=1)] | None, ...], BeforeValidator(_listed)] = (None,)
-    settings: Annotated[str | dict[str, int | float], BeforeValidator(_preset_or_numbers)] = PRESET
+    settings: Annotated[
+        str | dict[str, int | float] | tuple[dict[str, int | float], ...], BeforeValidator(_preset_or_numbers)
+    ] = PRESET
     draws: Annotated[int, Field(ge=1)] = 5
     seeds: Seeds | None = None
     tested: bool = False
     damage: bool = False
+    readings: bool = False
 
     @model_validator(mode="after")
     def _known_names(self) -> "Run":
-        for name in self.method:
-            if name not in GRID_METHODS:
-                raise unknown("method", name, GRID_METHODS)
-            for setting in self.settings if isinstance(self.settings, dict) else ():
-                if setting not in setting_names(name):
-                    raise InputError(f"settings of {name}: {no_field(setting, setting_names(name))}")
+        for method in self.methods:
+            for setting in {name: None for point in self.points for name in point}:
+                if setting not in method.all_settings:
+                    raise InputError(f"settings of {method.name}: {no_field(setting, method.all_settings)}")
         for k in self.k:
             heads_of(k, 1, MANY)
         self._only_read_fields()
@@ -224,12 +234,24 @@ class Run(Spec):
     def _only_read_fields(self) -> None:
         """A field that is given and not read would make fewer or other runs than were meant."""
         given = [name for name in type(self).model_fields if name in self.model_fields_set - {"method", "settings"}]
-        readers = {name: READ.get(name, ANY_FIT) for name in self.method if name != LOFIT}
-        if LOFIT in self.method:
-            of_heads = tuple(f for heads in self.heads for f in HEADS_READ.get(heads, SELECTED_READ))
-            readers[f"{LOFIT} on {' and '.join(self.heads)} heads"] = tuple(dict.fromkeys(of_heads))
-        if self.settings == CHOSEN and ZERO in self.method:
-            raise InputError(f"{ZERO} has no settings to choose; leave 'settings' out, or give it a run of its own")
+        readers = {}
+        for method in self.methods:
+            if method.heads == "chosen":
+                of_heads = tuple(f for heads in self.heads for f in HEADS_READ.get(heads, SELECTED_READ))
+                readers[f"{method.name} on {' and '.join(self.heads)} heads"] = tuple(dict.fromkeys(of_heads))
+            elif method.fit is None:
+                readers[method.name] = ("tested",)
+                if self.settings == CHOSEN:
+                    raise InputError(
+                        f"{method.name} has no settings to choose; leave 'settings' out, or give it a run of its own"
+                    )
+            else:
+                readers[method.name] = ("k", *ANY_FIT) if method.heads == "k" else ANY_FIT
+            if self.readings and (method.joint is None or self.heads != (OWN,)):
+                raise InputError(
+                    f"'readings' are of LoFiT's adapters on the {OWN} heads; this run is of {method.name} on "
+                    f"{' and '.join(self.heads)} heads. Leave 'readings' out, or give it a run of its own"
+                )
         for reader, read in readers.items():
             for name in given:
                 if name not in read:
@@ -237,6 +259,22 @@ class Run(Spec):
                         f"{name!r} is not for {reader}, which takes {', '.join(('method', 'settings', *read))}; leave it "
                         "out, or give each method a run of its own"
                     )
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """The methods by their names."""
+        return tuple(method_of(name) for name in self.method)
+
+    @property
+    def points(self) -> tuple[dict[str, int | float], ...]:
+        """Settings that are given, or that are given to choose from."""
+        return (
+            ()
+            if isinstance(self.settings, str)
+            else (self.settings,)
+            if isinstance(self.settings, dict)
+            else self.settings
+        )
 
 
 class Grid(Spec):
@@ -252,7 +290,8 @@ class Grid(Spec):
         seeds: of selection and fits.
         tuning_seeds: of the choice of settings.
         tuning_limit: only the first validation rows in that choice.
-        limit: only the first test rows.
+        split: that the runs are tested on.
+        limit: only its first rows.
         batch_size: of the evaluations, as in `evaluate`.
         selections: named ways to score heads. A selector's own name stands for it with the preset's settings, unless it is here.
         scores: selections that are scored for every task and seed even if no run asks.
@@ -268,6 +307,7 @@ class Grid(Spec):
     seeds: Seeds = (0, 1)
     tuning_seeds: Seeds = (0,)
     tuning_limit: Annotated[int, Field(ge=1)] | None = None
+    split: str = "test"
     limit: Annotated[int, Field(ge=1)] | None = None
     batch_size: Annotated[int, Field(ge=1)] | None = None
     selections: dict[str, Selection] = {}
@@ -309,11 +349,6 @@ class Grid(Spec):
         if name not in self.selections and name not in SELECTORS:
             raise unknown("selection", name, (*self.selections, *SELECTORS))
         return self.selections.get(name) or Selection(by=name)
-
-
-def setting_names(method: str) -> tuple[str, ...]:
-    """Settings that a method of `GRID_METHODS` takes."""
-    return TRAINED if method == LOFIT else METHODS[method].settings
 
 
 def _named(value: Any) -> Any:

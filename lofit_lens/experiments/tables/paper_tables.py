@@ -15,10 +15,7 @@ from lofit_lens import io
 from lofit_lens.evaluation.compare import compare, over_seeds
 from lofit_lens.evaluation.result import Metric, table_html
 from lofit_lens.evaluation.stats import holm, mark
-from lofit_lens.experiments.grid.paper import STEERING, TRAINED
-from lofit_lens.experiments.grid.specs import LOFIT, ZERO
-from lofit_lens.experiments.methods import CHANCE as CHANCE_ROW
-from lofit_lens.experiments.tables.results import EVERY_HEAD, Results
+from lofit_lens.experiments.tables.results import LOFIT, ZERO, Results
 from lofit_lens.experiments.tables.table import MethodTable, markdown, over_texts, paired_tester, settings_text, tex
 
 STARS = "* differs from {reference}, p < .05; + p < .1; paired tests, adjusted over the {rows} of a task by Holm"
@@ -88,15 +85,15 @@ def paper_tables(results: Results) -> list[PaperTable]:
     found = []
     model = results.model.name
     if methods:
-        learned = tuple(dict.fromkeys(table.reference for table in methods.values()))
+        kinds = {name: kind for t in methods for name, kind in results.kinds(t).items()}
         parts = {
-            "table1": ((*STEERING, CHANCE_ROW), ("zero-shot", *STEERING, CHANCE_ROW, *learned, EVERY_HEAD)),
-            "table3": (TRAINED, (*learned, "LoFiT 10 %", *TRAINED)),
+            "table1": (("steered", "random"), ("zero", "steered", "random", "own", "all")),
+            "table3": (("trained",), ("own", "wide", "trained")),
         }
-        ran = {row.method for table in methods.values() for row in table.rows}
-        for name, (needed, rows) in parts.items():
-            if ran & set(needed):
-                *front, last = (r for r in rows if r in ran and not r.startswith(LOFIT))
+        for name, (needed, shown) in parts.items():
+            if set(needed) & set(kinds.values()):
+                rows = [row for row, kind in kinds.items() if kind in shown]
+                *front, last = (r for r in rows if not r.startswith(LOFIT))
                 beside = f"{', '.join(front)} and {last}" if front else last
                 found.append(_wide(name, f"LoFiT beside {beside} ({model})", methods, rows, "methods"))
     if selectors:

@@ -10,17 +10,17 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from lofit_lens import io
 from lofit_lens.errors import DataError, InputError, unknown
 from lofit_lens.evaluation.result import EvalResult, table_html
-from lofit_lens.experiments.grid.compute import choice
-from lofit_lens.experiments.grid.paper import CHANCE, OWN, TRAINED
-from lofit_lens.experiments.grid.specs import ALL, LOFIT, ZERO, heads_of
-from lofit_lens.experiments.methods import CHANCE as CHANCE_ROW
-from lofit_lens.experiments.methods import LEARNED
+from lofit_lens.experiments.grid.compute import READINGS, choice
+from lofit_lens.experiments.grid.expand import TOGETHER
+from lofit_lens.experiments.grid.specs import heads_of
+from lofit_lens.experiments.methods import METHODS, Method, lofit, zero_shot
+from lofit_lens.experiments.methods.base import ALL, OWN, RANDOM
+from lofit_lens.experiments.methods.choice import Tuned
 from lofit_lens.experiments.store.store import Store
-from lofit_lens.experiments.tables.runs import MethodRuns, Run
-from lofit_lens.experiments.tables.table import MethodTable
-from lofit_lens.experiments.tuning import Tuned
+from lofit_lens.experiments.tables.table import MethodRuns, MethodTable, TestedFit
 from lofit_lens.heads import HeadScores, HeadSet
 from lofit_lens.interventions import Lofit
 from lofit_lens.models import ModelInfo
@@ -28,9 +28,9 @@ from lofit_lens.training.selectors import SELECTORS
 
 COLUMNS = (
     "task", "tested", "method", "heads_from", "source", "k", "n_train", "seed", "draw", "metric", "value", "n_items",
-    "n_parameters", "heads", "fit_seconds", "eval_seconds",
+    "n_parameters", "heads", "fit_seconds", "eval_seconds", "trained",
 )  # fmt: skip
-EVERY_HEAD = "all heads"  # row of a table
+LOFIT, ZERO = lofit.METHOD.name, zero_shot.METHOD.name
 ASKED = ("task", "tested", "method", "heads_from", "source", "k", "n_train", "seed", "draw")  # what tells runs apart
 
 
@@ -139,9 +139,14 @@ class Results:
             "task": task, "method": LOFIT, "heads_from": OWN, "source": task, "k": self.k(task), "n_train": None, **wanted,
         })  # fmt: skip
 
+    def methods(self) -> list[str]:
+        """Methods that ran, in the tables' order."""
+        ran = dict.fromkeys(self.runs["method"])
+        return [*(m for m in METHODS if m in ran), *(m for m in ran if m not in METHODS)]
+
     def by_chance(self, task: str) -> pd.DataFrame:
         """LoFiT's runs on random heads."""
-        return self.lofit(task, heads_from=CHANCE, source="")
+        return self.lofit(task, heads_from=RANDOM, source="")
 
     def zero_shot(self, task: str) -> pd.DataFrame:
         """The unmodified model's run."""
@@ -185,29 +190,72 @@ class Results:
 
     # ------------------------------------------------------------------------------------------------ tables
 
-    def method_table(self, task: str) -> MethodTable | None:
-        """The paper's Tables 1 and 3 on one task: LoFiT and the methods it is compared with; None where none ran."""
-        k, usual = self.k(task), int(self._task(task)["k"])
-        learned = LEARNED if k == usual else f"LoFiT, {k} heads"
-        named = {
-            "zero-shot": self.zero_shot(task),
-            "ITI": self.rows(task=task, method="ITI", n_train=None, k=k),
-            "RepE": self.rows(task=task, method="RepE", n_train=None),
-            CHANCE_ROW: self.by_chance(task),
-            learned: self.lofit(task),
-            **({} if k == self.wide_k(task) else {"LoFiT 10 %": self.lofit(task, k=self.wide_k(task))}),
-            EVERY_HEAD: self.lofit(task, heads_from=ALL, source="", k=self.model.n_layers * self.model.n_heads),
-            **{m: self.rows(task=task, method=m, n_train=None) for m in TRAINED},
-        }
-        return self._table(f"methods {task}", named, learned)
+    def kinds(self, task: str) -> dict[str, str]:
+        """Rows of the task's method table, each with what it is.
+
+        Kinds: `zero` (nothing is fitted), `steered` (fitted, not trained), `random` heads, `own` heads, `wide` (three times as
+        many), `all` heads, `trained` (on all layers).
+        """
+        return {name: kind for name, (kind, _) in self._named(task).items()}
+
+    def _named(self, task: str) -> dict[str, tuple[str, pd.DataFrame]]:
+        """Name of a row of the method table -> its kind and runs, in the table's order."""
+        k, usual, wide = self.k(task), int(self._task(task)["k"]), self.wide_k(task)
+        found = []
+        columns = ["method", "heads_from", "source", "k"]
+        for (name, by, source, n), rows in self.rows(task=task, n_train=None).groupby(
+            columns, sort=False, dropna=False
+        ):
+            # One that is not known in this process came from outside the library.
+            method = METHODS.get(name) or Method(name, None, heads="chosen" if by else "")
+            own = by == OWN and source == task
+            if by == RANDOM and n == k:
+                kind = "random"
+            elif by == ALL:
+                kind = "all"
+            elif own and n in (k, wide):
+                kind = "own" if n == k else "wide"
+            elif not by and (np.isnan(n) or n == k):
+                kind = "zero" if name == ZERO else "trained" if rows["trained"].any() else "steered"
+            else:
+                continue
+            order = (method.place, method.name, ("random", "own", "wide", "all").index(kind) if by else 0)
+            found.append((order, method.row(by, None if np.isnan(n) else int(n), usual, wide), kind, rows))
+        return {name: (kind, rows) for _, name, kind, rows in sorted(found, key=lambda row: row[0])}
+
+    def method_table(self, task: str, reference: str | None = None) -> MethodTable | None:
+        """The paper's Tables 1 and 3 on one task: LoFiT and the methods it is compared with; None where none ran.
+
+        Args:
+            task: name.
+            reference: the row that the others are tested against; None = LoFiT on the task's own heads.
+        """
+        if reference is None:
+            reference = lofit.METHOD.row(OWN, self.k(task), int(self._task(task)["k"]), self.wide_k(task))
+        return self._table(
+            f"methods {task} {reference}", {n: rows for n, (_, rows) in self._named(task).items()}, reference
+        )
 
     def selector_table(self, task: str) -> MethodTable | None:
         """The paper's Table 2 on one task: heads by each selector, then offsets; None where none ran."""
         found = self.rows(task=task, method=LOFIT, k=self.k(task), n_train=None)
-        selectors = [by for by in SELECTORS if by in set(found["heads_from"])]
-        chosen = {by: self.lofit(task, heads_from=by, source="" if by == CHANCE else task) for by in selectors}
+        ran = dict.fromkeys(by for by in found["heads_from"] if by != ALL)
+        selectors = [*(by for by in SELECTORS if by in ran), *(by for by in ran if by not in SELECTORS)]
+        chosen = {by: self.lofit(task, heads_from=by, source="" if by == RANDOM else task) for by in selectors}
         named = {f"heads by {by}": rows for by, rows in chosen.items()}
         return self._table(f"selectors {task}", named, f"heads by {OWN}")
+
+    def readings(self) -> dict[str, dict[str, Any]]:
+        """Task (and `"together"`) -> what was read of the model with its adapter, as far as it is there.
+
+        Raises:
+            DataError: a damaged file.
+        """
+        found = {}
+        for name, row in self.record["cells"].items():
+            if row["kind"] == "reading" and self._store.done(name):
+                found[row["task"]] = io.read_json(self._store.folder(name) / READINGS)
+        return {task: found[task] for task in (*self.tasks, TOGETHER) if task in found}
 
     @cached_property
     def _tables(self) -> dict[str, MethodTable]:
@@ -218,7 +266,7 @@ class Results:
         if key in self._tables:
             return self._tables[key]
         runs = [
-            MethodRuns(name, tuple(self._run(i) for i in rows.index), None if name == CHANCE_ROW else self._tuned(rows))
+            MethodRuns(name, tuple(self._run(i) for i in rows.index), self._tuned(rows))
             for name, rows in named.items() if len(rows)
         ]  # fmt: skip
         if len(runs) < 2 or reference not in [m.method for m in runs]:
@@ -230,20 +278,19 @@ class Results:
     def _store(self) -> Store:
         return Store(self.folder)
 
-    def _run(self, i: Any) -> Run:
+    def _run(self, i: Any) -> TestedFit:
         record = self._store.read(self.folders[i].name)
         row, run = self.runs.loc[i], record["run"]
-        return Run(
+        return TestedFit(
             int(record["spec"]["seed"]), record["settings"], self.evaluations[i], run["n_parameters"], float(row["fit_seconds"]),
             float(row["eval_seconds"]), self.record["damage"].get(self.folders[i].name), run["heads"],
         )  # fmt: skip
 
     def _tuned(self, rows: pd.DataFrame) -> Tuned | None:
         spec = self._store.read(self.folders[rows.index[0]].name)["spec"]
-        # What was chosen for LoFiT's own heads is taken over by its other runs.
-        taken_over = spec["method"] == LOFIT and (rows.iloc[0]["heads_from"], rows.iloc[0]["k"]) != (
-            OWN, self.k(spec["task"]["name"]),
-        )  # fmt: skip
+        # What was chosen with the task's own heads is taken over by the method's other runs.
+        by, k = rows.iloc[0]["heads_from"], rows.iloc[0]["k"]
+        taken_over = by and (by, k) != (OWN, self.k(spec["task"]["name"]))
         if not spec["chosen"] or taken_over:
             return None
         return choice(self._store, spec["chosen"], spec["method"], spec["task"]["name"], spec["task"]["metric"])
@@ -280,7 +327,7 @@ def load_results(folder: str | Path, *, grids: Sequence[str] | None = None, mode
     rows, evaluations, folders, scores = [], [], [], {}
     damage: dict[str, dict[str, list[float]]] = {}
     for name, row in sorted(record["cells"].items()):
-        if not store.done(name) or row["kind"] == "trial":
+        if not store.done(name) or row["kind"] in ("trial", "reading"):
             continue
         path = store.folder(name)
         if row["kind"] == "scores":
@@ -298,7 +345,7 @@ def load_results(folder: str | Path, *, grids: Sequence[str] | None = None, mode
         metric = next(iter(result.metrics))
         rows.append({
             **{c: row.get(c) for c in ASKED}, **run["run"], **_seconds(store, name, run), "metric": metric,
-            "value": result.metrics[metric].mean, "n_items": len(result.items),
+            "value": result.metrics[metric].mean, "n_items": len(result.items), "trained": bool(run["spec"].get("config")),
         })  # fmt: skip
         evaluations.append(result)
         folders.append(path)
@@ -367,7 +414,7 @@ def _joint(records: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         for part in ("tasks", "other_tasks", "cells"):
             joint[part] |= record[part]
         joint["seeds"] += [s for s in record["grid"]["seeds"] if s not in joint["seeds"]]
-        joint["draws"] = max([joint["draws"], *(r["draws"] for r in record["grid"]["runs"] if CHANCE in r["heads"])])
+        joint["draws"] = max([joint["draws"], *(r["draws"] for r in record["grid"]["runs"] if RANDOM in r["heads"])])
     return joint
 
 

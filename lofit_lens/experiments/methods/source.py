@@ -1,0 +1,119 @@
+"""Digest of code that a user wrote. A run is named by all that can change its result, and such code can."""
+
+import inspect
+import sys
+import sysconfig
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lofit_lens import io
+from lofit_lens.errors import InputError
+
+_INSTALLED = tuple({Path(sysconfig.get_paths()[part]).resolve() for part in ("stdlib", "purelib", "platlib")})
+
+
+def digest_of(code: Iterable[Any], what: str) -> str:
+    """Digest of the source of functions and classes and of all that they refer to by name, but for installed packages.
+
+    Args:
+        code: functions and classes.
+        what: they belong to, for errors.
+
+    Returns:
+        16 hexadecimal digits.
+
+    Raises:
+        InputError: something that has no source, or a value from around it that is not plain data (named).
+    """
+    reader = _Reader(what)
+    for one in code:
+        if not isinstance(one, types.FunctionType | type):
+            raise InputError(f"{what} is {one!r}, and a run is named by its source; give a function (def) or a class")
+        reader.read(one, getattr(one, "__qualname__", repr(one)))
+    return io.digest(reader.found)[:16]
+
+
+def in_library(code: Any) -> bool:
+    """Whether a function or class is the library's own, whose version names a run already."""
+    return getattr(code, "__module__", "").startswith("lofit_lens.")
+
+
+class _Reader:
+    """Walks through code and notes each piece once, in the order in which it is referred to."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.found: list[Any] = []
+        self._seen: set[int] = set()
+
+    def read(self, value: Any, name: str) -> None:
+        if isinstance(value, types.ModuleType):
+            self.found.append([name, _bytes_of(value)])
+        elif isinstance(value, types.FunctionType | type):
+            if _is_installed(value.__module__):
+                self.found.append([name, f"{value.__module__}.{value.__qualname__}"])
+            elif id(value) not in self._seen:
+                self._seen.add(id(value))
+                self._read_source(value, name)
+        elif isinstance(value, types.BuiltinFunctionType):
+            self.found.append([name, f"{value.__module__}.{value.__qualname__}"])
+        else:
+            self.found.append([name, self._plain(value, name)])
+
+    def _read_source(self, value: Any, name: str) -> None:
+        try:
+            self.found.append([name, inspect.getsource(value)])
+        except (OSError, TypeError) as e:
+            raise InputError(f"the source of {name}, a part of {self.what}, cannot be read; put it into a file") from e
+        for function in [value] if isinstance(value, types.FunctionType) else _functions(value):
+            for given in (function.__defaults__, function.__kwdefaults__):
+                self.found.append([function.__qualname__, self._plain(given, f"a default of {function.__qualname__}")])
+            for free, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+                if free != "__class__":
+                    self.read(cell.cell_contents, free)
+            for used in _names(function.__code__):
+                if used in function.__globals__:
+                    self.read(function.__globals__[used], used)
+
+    def _plain(self, value: Any, name: str) -> Any:
+        """The value, if it is data that can be written down."""
+        try:
+            return io.canonical_json(value) if not isinstance(value, Mapping) else io.canonical_json(dict(value))
+        except (TypeError, ValueError) as e:
+            raise InputError(
+                f"{self.what} takes {name!r} from around it, a {type(value).__name__}: a run is named by all that can change it, "
+                "and this cannot be written down. Make it a number, a text or a function, or make it inside"
+            ) from e
+
+
+def _functions(cls: type) -> Iterator[types.FunctionType]:
+    for member in vars(cls).values():
+        inner = getattr(member, "__func__", getattr(member, "fget", member))
+        if isinstance(inner, types.FunctionType):
+            yield inner
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    """Global names that code refers to, those of functions inside it included."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
+
+
+def _is_installed(module: str) -> bool:
+    """Whether a module is the library's or an installed package's, whose versions name a run already."""
+    if module.split(".")[0] == "lofit_lens" or module == "builtins":
+        return True
+    file = getattr(sys.modules.get(module), "__file__", None)
+    return file is not None and any(Path(file).resolve().is_relative_to(folder) for folder in _INSTALLED)
+
+
+def _bytes_of(module: types.ModuleType) -> str:
+    """A module's name, with a digest of its file where it is the user's own."""
+    file = getattr(module, "__file__", None)
+    if file is None or _is_installed(module.__name__):
+        return module.__name__
+    return f"{module.__name__}:{io.file_digest(Path(file))[:16]}"
