@@ -6,13 +6,15 @@ import pandas as pd
 import pytest
 
 import lofit_lens as ll
-from lofit_lens.experiments.methods import METHODS
+from lofit_lens.experiments.comparison import METHODS, rows_of
+from lofit_lens.experiments.methods import repe
 from lofit_lens.heads import HeadScores, HeadSet
 from lofit_lens.training.selectors import SELECTORS
 from tests import tiny
 from tests.conftest import BACKENDS
 from tests.test_cli import run
 
+ROWS = list(rows_of(METHODS.values()))
 ANSWERS = (" yes", " no")
 
 
@@ -40,15 +42,10 @@ def shell(capsys, monkeypatch):
 
 @pytest.fixture
 def small_grids(monkeypatch):
-    """Two points a method instead of six: the shell is tested here, not the methods."""
-    from lofit_lens.experiments import methods
-
-    monkeypatch.setattr(methods, "RATES", (0.3, 1.0))
-    for name in ("ITI", "RepE"):
-        whole = METHODS[name].grid
-        monkeypatch.setitem(
-            methods.METHODS, name, methods.Method(name, METHODS[name].fit, lambda bench, g=whole: g(bench)[:2])
-        )
+    """Two points a method instead of four: the shell is tested here, not the methods."""
+    monkeypatch.setattr("lofit_lens.experiments.methods.base.RATES", (0.3, 1.0))
+    monkeypatch.setattr("lofit_lens.experiments.methods.iti.STRENGTHS", (5.0, 15.0))
+    monkeypatch.setattr("lofit_lens.experiments.methods.repe.POINTS", repe.POINTS[:2])
 
 
 @pytest.mark.slow
@@ -62,8 +59,8 @@ def test_every_method_on_each_class(shell, small_grids, llama, own_task, tmp_pat
     )  # fmt: skip
     assert code == 0, err
     read = pd.read_csv(out / "caps.csv")
-    assert read["method"].tolist() == list(METHODS)
-    assert all(name in printed for name in METHODS)
+    assert read["method"].tolist() == ROWS
+    assert all(name in printed for name in ROWS)
     for column in ("mc1", "mc1_low", "mc1_high", "n_parameters", "fit_mean", "evaluation_mean"):
         assert read[column].notna().all(), column
     others = read[read["method"] != "LoFiT 3 %"]
@@ -75,10 +72,11 @@ def test_every_method_on_each_class(shell, small_grids, llama, own_task, tmp_pat
         "zero-shot": 0, "ITI": 8, "random heads": 8, "LoFiT 3 %": 8, "LoFiT 10 %": 24, "LoRA": 8 * (32 + 32) * 2 * 3,
         "RED": 2 * 32 * 3, "LoReFT": 3 * (2 * 8 * 32 + 8),
     }  # fmt: skip
-    assert (out / "caps.md").read_text().count("\n| ") == len(METHODS) + 2  # head, rule, rows
-    assert (out / "caps.tex").read_text().count(r"\\") == len(METHODS) + 1
+    assert (out / "caps.md").read_text().count("\n| ") == len(ROWS) + 2  # head, rule, rows
+    assert (out / "caps.tex").read_text().count(r"\\") == len(ROWS) + 1
     trials = pd.read_csv(out / "caps-trials.csv")
-    assert trials.groupby("method").size().drop("zero-shot").unique().tolist() == [2]
+    assert set(trials["method"]) == set(ROWS) - {"zero-shot", "random heads", "LoFiT 10 %"}
+    assert trials.groupby("method").size().unique().tolist() == [2]
     assert trials.groupby("method")["chosen"].sum().unique().tolist() == [1]
 
 
@@ -93,10 +91,7 @@ def test_a_comparison_goes_on_from_its_folder(shell, small_grids, llama, own_tas
     assert "LoFiT 3 %" in printed
     assert "KL" not in printed
 
-    def refuse(*_, **__):
-        raise AssertionError("fitted again")
-
-    monkeypatch.setattr(ll.training.fitting, "train_together", refuse)
+    monkeypatch.setattr("lofit_lens.experiments.grid.compute.KINDS", {})  # nothing can be computed
     code, printed, err = shell(*args, "--json")
     assert code == 0, err
     rows = json.loads(printed)["caps"]["rows"]

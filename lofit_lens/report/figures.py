@@ -9,7 +9,7 @@
 | table1, table2, table3, table5 | methods, selectors, tasks not tuned on |
 | head_grid, overlap_tasks, overlap_selectors, agreement, stability | head sets |
 | methods | Tables 1 and 3 as a figure |
-| and what `analysis.readings` found about each adapter | |
+| and what `experiments.readings` found about each adapter | |
 """
 
 import logging
@@ -48,9 +48,14 @@ from lofit_lens.report.reading_figures import reading_figures
 log = logging.getLogger(__name__)
 
 
+Draw = Callable[[Results], Iterator[Drawn]]
+"""A study's results -> figures with their tables; InputError where the study lacks the runs for it."""
+
+
 def draw_all(
-    results: Results, out: str | Path, *, formats: Sequence[str] = FORMATS, heads: str | Path | None = None
-) -> list[Path]:
+    results: Results, out: str | Path, *, formats: Sequence[str] = FORMATS, heads: str | Path | None = None,
+    more: Sequence[Draw] = (),
+) -> list[Path]:  # fmt: skip
     """Write every figure and table for which the study has runs.
 
     Args:
@@ -58,6 +63,7 @@ def draw_all(
         out: folder; files of the same names are replaced.
         formats: of the figures; see `save_figure`.
         heads: folder with the official code's head files, for Figure 3 and the overlaps from real heads.
+        more: figures of one's own.
 
     Returns:
         The files.
@@ -74,7 +80,7 @@ def draw_all(
         log.warning("%s is left out: the study has no runs for it", name)
     for table in tables:
         files += table.save(out)
-    return files + save_all((*figures(results), *official), out, formats=formats)
+    return files + save_all((*figures(results, more), *official), out, formats=formats)
 
 
 def save_all(drawn: Iterable[Drawn], out: str | Path, *, formats: Sequence[str] = FORMATS) -> list[Path]:
@@ -86,9 +92,9 @@ def save_all(drawn: Iterable[Drawn], out: str | Path, *, formats: Sequence[str] 
     return files
 
 
-def figures(results: Results) -> Iterator[Drawn]:
+def figures(results: Results, more: Sequence[Draw] = ()) -> Iterator[Drawn]:
     """Each figure for which the study has runs; what is missing is said in the log."""
-    for draw in FIGURES:
+    for draw in (*FIGURES, *more):
         try:
             yield from draw(results)
         except InputError as e:
@@ -281,7 +287,7 @@ def _series(results: Results, task: str) -> str:
     return f"{task} ({results.metric(task).upper()})"
 
 
-FIGURES: tuple[Callable[[Results], Iterator[Drawn]], ...] = (
+FIGURES: tuple[Draw, ...] = (
     head_grids, layers, _overlap, _agreement, _stability, _transfer, _k_sweep, _data_efficiency, _methods,
     reading_figures,
 )  # fmt: skip

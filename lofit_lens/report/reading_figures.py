@@ -1,4 +1,4 @@
-"""Figures of what was read from a study's adapters (`analysis.readings`)."""
+"""Figures of what was read from a study's adapters (`experiments.readings`)."""
 
 import logging
 from collections.abc import Callable, Iterator

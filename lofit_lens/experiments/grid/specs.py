@@ -27,7 +27,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from lofit_lens import io
 from lofit_lens.errors import DataError, InputError, no_field, unknown
-from lofit_lens.experiments.methods import method_of
+from lofit_lens.experiments.methods import method_of, use_file
 from lofit_lens.experiments.methods.base import ALL, OWN, RANDOM, TRAINED, Method
 from lofit_lens.heads import check_k
 from lofit_lens.io import torch_dtype
@@ -282,6 +282,7 @@ class Grid(Spec):
 
     Attributes:
         name: of the grid.
+        code: Python files of one's own that make methods and selectors known (`methods.use_file`), relative to the grid's file.
         model: one or several.
         tasks: trained on and tested.
         other_tasks: tested only, by runs with `tested`.
@@ -299,6 +300,7 @@ class Grid(Spec):
     """
 
     name: str
+    code: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
     model: Annotated[tuple[ModelSpec, ...], BeforeValidator(lambda v: tuple(_named(m) for m in _listed(v)))]
     tasks: Annotated[tuple[TaskSpec, ...], BeforeValidator(lambda v: tuple(_named(t) for t in _listed(v)))]
     other_tasks: Annotated[tuple[TaskSpec, ...], BeforeValidator(lambda v: tuple(_named(t) for t in _listed(v)))] = ()
@@ -392,6 +394,8 @@ def read_grid(path: str | Path) -> Grid:
     if not isinstance(found, dict):
         raise DataError(f"{path} holds {type(found).__name__}; a grid is a record with name, model, tasks and runs")
     try:
+        for file in _listed(found.get("code", ())):
+            use_file(Path(path).parent / str(file))
         return Grid(**{str(k): v for k, v in found.items()})
     except InputError as e:
         raise InputError(f"{path}: {e}") from e

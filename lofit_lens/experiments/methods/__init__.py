@@ -1,15 +1,18 @@
 """The methods that are compared, one file each. A module of this folder that holds a `METHOD` is one of them.
 
-Methods from outside the library join with `register`, or by being handed to `compare_methods`, `tune_method` or `run_grid`.
+Methods from outside the library join with `register`, by being handed to `compare_methods`, `tune_method` or a grid's `Run`,
+or in a file that a grid names (`use_file`).
 """
 
 import importlib
 import pkgutil
+import sys
+from pathlib import Path
 
-from lofit_lens.errors import InputError, unknown
+from lofit_lens.errors import DataError, InputError, unknown
 from lofit_lens.experiments.methods.base import Fit, Method, Outline, Workbench
 
-__all__ = ["METHODS", "Fit", "Method", "Outline", "Workbench", "method_of", "register"]
+__all__ = ["METHODS", "Fit", "Method", "Outline", "Workbench", "method_of", "register", "use_file"]
 
 
 def _own() -> list[Method]:
@@ -31,6 +34,28 @@ def register(method: Method) -> Method:
         raise InputError(f"the library has a method {method.name!r} already; give yours another name")
     METHODS[method.name] = method
     return method
+
+
+def use_file(path: str | Path) -> None:
+    """Import a Python file of one's own; every `Method` in it becomes known, and so do the selectors that it registers.
+
+    Its folder joins `sys.path`, so that worker processes find it too.
+
+    Raises:
+        DataError: no such file.
+        InputError: another module has its name, or the library a method of that name.
+    """
+    path = Path(path).resolve()
+    if path.suffix != ".py" or not path.is_file():
+        raise DataError(f"{path} is no Python file; give the path of one")
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    module = importlib.import_module(path.stem)
+    if Path(module.__file__ or "").resolve() != path:
+        raise InputError(f"{path} is hidden by another module of its name, {module.__file__}; rename it")
+    for value in vars(module).values():
+        if isinstance(value, Method):
+            register(value)
 
 
 def method_of(method: str | Method) -> Method:

@@ -202,10 +202,10 @@ class Method:
         name: in grids and tables.
         fit: workbench and fit -> the fitted adapter. None = nothing is fitted: the unmodified model.
         points: outline -> the settings to choose from, from weak to strong (`TRIALS` of them, or none).
-        config: outline -> how it is trained when nothing is set; None = it is not trained. Its settings are `TrainConfig`'s fields.
+        config: outline -> how it is trained when nothing is set; None = it is not trained. Settings are `TrainConfig`'s fields.
         settings: names of what may be set, for a method that is not trained.
-        heads: `"chosen"` = its runs name the heads that it edits; `"k"` = its runs say how many, it finds them; `""` =
-            it edits no single heads.
+        heads: `"chosen"` = its runs name the heads that it edits; `"k"` = its runs say how many, and it finds them; `""` = it
+            edits no single heads.
         joint: workbench and fit -> the same fit as a `LofitRun`, which shares passes over the model with others.
         bridge: it needs a TransformerBridge.
         cost: seconds of a fit relative to one of LoFiT, for the order of work.
