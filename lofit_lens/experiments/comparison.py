@@ -119,7 +119,7 @@ def compare_methods(
         if method.fit is not None:
             wanted = CHOSEN if settings is None or name not in settings else dict(settings[name])
             fields = {**fields, "settings": wanted, "damage": bool(texts)}
-        runs.append(Run(method=method, **fields))
+        runs.append(Run(method=(method.name,), **fields))
     grid = _grid(
         "compare", model, task, runs, seeds=tuple(seeds), tuning_seeds=tuple(tuning_seeds), split=split, limit=limit,
         batch_size=batch_size,
@@ -221,7 +221,12 @@ def tune_method(
         )
     points = CHOSEN if grid is None else tuple(dict(point) for point in grid)
     asked = _grid(
-        "tune", model, task, [Run(method=chosen, settings=points)], tuning_seeds=tuple(seeds), batch_size=batch_size
+        "tune",
+        model,
+        task,
+        [Run(method=(chosen.name,), settings=points)],
+        tuning_seeds=tuple(seeds),
+        batch_size=batch_size,
     )
     task = _with_rows(task, n_train)
     planned = plan_grid(asked, model=model, tasks=[task])
@@ -237,9 +242,10 @@ def tune_method(
 
 
 def _grid(kind: str, model: Any, task: Task, runs: Sequence[Run], **fields: Any) -> Grid:
-    named = model if isinstance(model, ModelSpec) else str(model) if isinstance(model, str | Path) else "in memory"
+    if not isinstance(model, ModelSpec):
+        model = ModelSpec(name=str(model) if isinstance(model, str | Path) else "in memory")
     name = re.sub(r"[^A-Za-z0-9._ +-]+", "-", f"{kind} {task.name}")[:100]
-    return Grid(name=name, model=named, tasks=(TaskSpec(name=task.name),), runs=tuple(runs), **fields)
+    return Grid(name=name, model=(model,), tasks=(TaskSpec(name=task.name),), runs=tuple(runs), **fields)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -202,10 +202,9 @@ class Results:
         """Name of a row of the method table -> its kind and runs, in the table's order."""
         k, usual, wide = self.k(task), int(self._task(task)["k"]), self.wide_k(task)
         found = []
-        columns = ["method", "heads_from", "source", "k"]
-        for (name, by, source, n), rows in self.rows(task=task, n_train=None).groupby(
-            columns, sort=False, dropna=False
-        ):
+        of_task = self.rows(task=task, n_train=None)
+        for key, rows in of_task.groupby(["method", "heads_from", "source", "k"], sort=False, dropna=False):
+            name, by, source, n = cast("tuple[str, str, str, float]", key)
             # One that is not known in this process came from outside the library.
             method = METHODS.get(name) or Method(name, None, heads="chosen" if by else "")
             own = by == OWN and source == task
@@ -216,7 +215,7 @@ class Results:
             elif own and n in (k, wide):
                 kind = "own" if n == k else "wide"
             elif not by and (np.isnan(n) or n == k):
-                kind = "zero" if name == ZERO else "trained" if rows["trained"].any() else "steered"
+                kind = "zero" if name == ZERO else "trained" if bool(rows["trained"].any()) else "steered"
             else:
                 continue
             order = (method.place, method.name, ("random", "own", "wide", "all").index(kind) if by else 0)
