@@ -15,7 +15,7 @@ from lofit_lens.errors import TrainingDiverged
 from lofit_lens.experiments.executors import attempt as tries
 from lofit_lens.experiments.executors import runner
 from lofit_lens.experiments.executors.attempt import attempt
-from lofit_lens.experiments.executors.groups import Group, grouped
+from lofit_lens.experiments.executors.schedule import Group, grouped
 from lofit_lens.experiments.executors.runner import run_cells
 from lofit_lens.experiments.executors.schedule import Schedule
 from lofit_lens.experiments.grid import compute as computing

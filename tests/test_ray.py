@@ -10,7 +10,7 @@ import time
 import pytest
 
 from lofit_lens.errors import InputError
-from lofit_lens.experiments.executors.groups import Group
+from lofit_lens.experiments.executors.schedule import Group
 from lofit_lens.experiments.executors.runner import run_cells
 from lofit_lens.experiments.store.store import Store
 from tests import fake_work

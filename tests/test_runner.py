@@ -21,8 +21,8 @@ from lofit_lens.errors import DiskFull, InputError
 from lofit_lens.experiments.executors import attempt as tries
 from lofit_lens.experiments.executors import live, runner
 from lofit_lens.experiments.executors.attempt import Outcome
-from lofit_lens.experiments.executors.groups import Group, grouped
-from lofit_lens.experiments.executors.live import Tally, board, duration, view
+from lofit_lens.experiments.executors.schedule import Group, grouped
+from lofit_lens.experiments.executors.progress import Tally, board, duration, view
 from lofit_lens.experiments.executors.local import LocalExecutor
 from lofit_lens.experiments.executors.runner import run_cells
 from lofit_lens.experiments.executors.schedule import Schedule, checked

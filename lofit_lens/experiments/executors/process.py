@@ -5,6 +5,7 @@ So a result does not depend on the number of processes: sums over many threads m
 
 import contextlib
 import gc
+import logging
 import multiprocessing
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -100,6 +101,7 @@ def prepare_process() -> None:
     import transformers
 
     torch.set_num_threads(1)
+    logging.getLogger("lofit_lens").setLevel(logging.INFO)  # for the logs of cells
     # tqdm's own lock is a semaphore of the system, which a process that is ended leaves behind.
     tqdm.set_lock(threading.RLock())
     transformers.utils.logging.set_verbosity_error()
