@@ -7,7 +7,6 @@ records, warnings, prints, the traceback of a failure) is appended to the group'
 import contextlib
 import logging
 import os
-import sys
 import time
 import traceback
 import warnings
@@ -18,7 +17,7 @@ from typing import Any, Literal, TextIO
 
 from lofit_lens import io
 from lofit_lens.errors import DiskFull, InputError, TrainingDiverged
-from lofit_lens.experiments.executors.process import one_thread
+from lofit_lens.experiments.executors.process import one_thread, streams_to
 from lofit_lens.experiments.executors.schedule import Group
 from lofit_lens.experiments.store.cells import Cell
 from lofit_lens.experiments.store.store import Store
@@ -65,7 +64,8 @@ def attempt(
         work: computes it.
         context: handed to `work`.
         device: handed to `work`.
-        whole_process: the log takes all that this process writes, C libraries too; False = what Python code writes.
+        whole_process: the log takes all that this process writes, C libraries too, and what is written outside of groups goes
+            nowhere; False = the log takes what Python code writes.
 
     Returns:
         What became of each cell. An error of the work is an outcome, not raised; so is Ctrl-C ("stopped").
@@ -142,7 +142,8 @@ def logged(store: Store, group: Group, *, whole_process: bool) -> Iterator[None]
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(_opened(store, group))
         if whole_process:
-            stack.enter_context(_everything_to(log))
+            streams_to(store.log_file(group.name))
+            stack.callback(streams_to, os.devnull)
         else:
             stack.enter_context(contextlib.redirect_stdout(log))
             stack.enter_context(contextlib.redirect_stderr(log))
@@ -176,20 +177,3 @@ def _opened(store: Store, group: Group) -> TextIO:
 
 def _now() -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S")
-
-
-@contextlib.contextmanager
-def _everything_to(log: TextIO) -> Iterator[None]:
-    """The process's own stdout and stderr, whoever writes there."""
-    before = [os.dup(1), os.dup(2)]
-    try:
-        for number in (1, 2):
-            os.dup2(log.fileno(), number)
-        yield
-    finally:
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
-        for number, old in zip((1, 2), before, strict=True):
-            os.dup2(old, number)
-            os.close(old)

@@ -10,7 +10,6 @@ import faulthandler
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -21,7 +20,7 @@ from typing import Any
 
 from lofit_lens.errors import InputError
 from lofit_lens.experiments.executors.attempt import Outcome, Outcomes, Work, attempt, log_line
-from lofit_lens.experiments.executors.process import prepare_process
+from lofit_lens.experiments.executors.process import prepare_process, streams_to
 from lofit_lens.experiments.executors.schedule import Group
 from lofit_lens.experiments.store.store import Store
 
@@ -38,8 +37,6 @@ class _Worker:
         process: the worker.
         device: of its groups.
         ready: done when it has imported the library and read the work and the context.
-        group: that it computes; None = it is free.
-        outcomes: of that group.
         model: of its last group.
     """
 
@@ -47,8 +44,6 @@ class _Worker:
     process: BaseProcess
     device: str | None
     ready: Future[int]
-    group: Group | None = None
-    outcomes: Future[Outcomes] | None = None
     model: Any = None
 
 
@@ -69,7 +64,8 @@ class LocalExecutor:
         self.slots = workers
         self._setting = (store, work, context)
         self._devices: list[str | None] = [devices[i % len(devices)] if devices else None for i in range(workers)]
-        self._workers: list[_Worker] = []  # those free for the longest time first
+        self._free: list[_Worker] = []  # for the longest time first
+        self._busy: dict[Future[Outcomes], tuple[_Worker, Group]] = {}
         self._interrupted = False
 
     def submit(self, group: Group) -> None:
@@ -78,14 +74,15 @@ class LocalExecutor:
         Raises:
             InputError: a worker cannot be started, or the work and its context cannot be sent to it.
         """
-        for worker in [w for w in self._workers if w.group is None and not w.process.is_alive()]:
-            self._end(worker)
-        free = [w for w in self._workers if w.group is None]
-        worker = next((w for w in free if w.model == group.model), None)
-        if worker is None:
-            worker = self._start() if len(self._workers) < self.slots else free[0]
-        worker.group, worker.model = group, group.model
-        worker.outcomes = worker.pool.submit(_compute, group)
+        self._free = [worker for worker in self._free if worker.process.is_alive()]
+        worker = next((w for w in self._free if w.model == group.model), None)
+        if worker is None and len(self._free) + len(self._busy) < self.slots:
+            worker = self._start()
+        else:
+            worker = worker or self._free[0]
+            self._free.remove(worker)
+        worker.model = group.model
+        self._busy[worker.pool.submit(_compute, group)] = (worker, group)
 
     def wait(self, timeout: float) -> list[Outcomes]:
         """Outcomes that came within `timeout` seconds.
@@ -93,33 +90,34 @@ class LocalExecutor:
         Raises:
             InputError: a worker ended before it was ready.
         """
-        busy = {w.outcomes: w for w in self._workers if w.outcomes is not None}
-        ended, _ = wait(busy, timeout, FIRST_COMPLETED)
-        return [self._outcomes(busy[outcomes]) for outcomes in ended]
+        ended, _ = wait(self._busy, timeout, FIRST_COMPLETED)
+        return [self._outcomes(future, *self._busy.pop(future)) for future in ended]
 
     def interrupt(self) -> None:
         """SIGINT for every worker that computes; once, since a second one stops training without a checkpoint."""
         if self._interrupted:
             return
         self._interrupted = True
-        for worker in self._workers:
+        for worker, _ in self._busy.values():
             if not worker.ready.done():
                 worker.process.kill()
-            elif worker.group is not None and worker.process.pid is not None:
+            elif worker.process.pid is not None:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(worker.process.pid, signal.SIGINT)
 
     def close(self) -> None:
         """End all workers: one that computes at once."""
-        for worker in self._workers:
-            if worker.group is not None:
-                worker.process.kill()
+        busy = [worker for worker, _ in self._busy.values()]
+        for worker in busy:
+            worker.process.kill()
+        for worker in self._free:
             worker.pool.shutdown(wait=False)
-        for worker in [*self._workers]:
-            self._end(worker)
+        for worker in [*self._free, *busy]:
+            _exit_code(worker)
+        self._free, self._busy = [], {}
 
     def _start(self) -> _Worker:
-        used = [w.device for w in self._workers]
+        used = [w.device for w in [*self._free, *(worker for worker, _ in self._busy.values())]]
         device = min(self._devices, key=used.count)
         before = multiprocessing.active_children()
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, CTRL_C)  # in the new process too
@@ -133,27 +131,22 @@ class LocalExecutor:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         (process,) = set(multiprocessing.active_children()) - set(before)
-        self._workers.append(_Worker(pool, process, device, ready))
-        return self._workers[-1]
+        return _Worker(pool, process, device, ready)
 
-    def _outcomes(self, worker: _Worker) -> Outcomes:
-        group, outcomes = worker.group, worker.outcomes
-        assert group is not None
-        assert outcomes is not None
-        error = outcomes.exception()
+    def _outcomes(self, future: Future[Outcomes], worker: _Worker, group: Group) -> Outcomes:
+        error = future.exception()
         if isinstance(error, BrokenProcessPool):
             return self._died(worker, group)
-        worker.group = worker.outcomes = None
-        self._workers.append(self._workers.pop(self._workers.index(worker)))
+        self._free.append(worker)
         if isinstance(error, KeyboardInterrupt):  # just before or after the attempt
             return tuple(Outcome(cell.name, "stopped") for cell in group.cells)
-        return outcomes.result()
+        return future.result()
 
     def _died(self, worker: _Worker, group: Group) -> Outcomes:
-        code = self._end(worker)
+        code = _exit_code(worker)
         if self._interrupted:
             return tuple(Outcome(cell.name, "stopped") for cell in group.cells)
-        if code > 0 and worker.ready.exception() is not None:
+        if code >= 0 and worker.ready.exception() is not None:
             raise InputError(
                 f"a worker process ended while it started (exit code {code}); its own message is on stderr. A script that "
                 'calls this needs `if __name__ == "__main__":` around it, and workers must be able to import the work and '
@@ -164,13 +157,13 @@ class LocalExecutor:
         log_line(self._setting[0], group, error)
         return tuple(Outcome(cell.name, "failed", error) for cell in group.cells)
 
-    def _end(self, worker: _Worker) -> int:
-        """Forget a worker that is dead or exits; its exit code, negative for a signal."""
-        worker.process.join(PATIENCE)
-        worker.process.kill()
-        worker.pool.shutdown()
-        self._workers.remove(worker)
-        return worker.process.exitcode or 0
+
+def _exit_code(worker: _Worker) -> int:
+    """Of a worker that is dead or about to exit, negative for a signal."""
+    worker.process.join(PATIENCE)
+    worker.process.kill()
+    worker.pool.shutdown()
+    return worker.process.exitcode or 0
 
 
 # ------------------------------------------------------------------------------------------------- in the worker
@@ -183,7 +176,8 @@ def _begin(store: Store, work: Work, context: Any, device: str | None) -> None:
     global _given
     os.setpgid(0, 0)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    _silence()
+    streams_to(os.devnull)  # the parent's bar is on the terminal
+    faulthandler.enable()  # a crash's C traceback goes to the group's log
     signal.signal(signal.SIGINT, signal.default_int_handler)
     prepare_process()
     _given = (store, work, context, device)
@@ -203,13 +197,3 @@ def _exit_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
-
-
-def _silence() -> None:
-    """Outside a cell nothing goes to the terminal, where the parent's table is; a crash's C traceback goes to the cell's log."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for number in (1, 2):
-        os.dup2(nowhere, number)
-    os.close(nowhere)
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
-    faulthandler.enable()

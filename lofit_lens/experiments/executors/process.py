@@ -7,6 +7,8 @@ import contextlib
 import gc
 import logging
 import multiprocessing
+import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -94,6 +96,16 @@ class Pool:
             for future in done:
                 yield waiting.pop(future), future.result()
                 bar.update()
+
+
+def streams_to(path: str | os.PathLike[str]) -> None:
+    """Make the end of a file the stdout and stderr of this process, C libraries' too."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    with open(path, "ab") as file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
 
 
 def prepare_process() -> None:

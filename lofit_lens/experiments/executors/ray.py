@@ -13,7 +13,6 @@ import signal
 import socket
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +25,6 @@ from lofit_lens.experiments.store.store import Store
 
 SAME = ("lofit-lens", "torch", "transformer-lens", "transformers")  # packages of one version on all nodes
 RETRIES = 3  # of a task whose node or process died
-
-
-@dataclass(frozen=True)
-class _Setting:
-    """What all tasks share: sent to every node once."""
-
-    store: Store
-    work: Work
-    context: Any
-    probe: str
-    versions: dict[str, str]
 
 
 class RayExecutor:
@@ -79,7 +67,7 @@ class RayExecutor:
                     "a cell, or add a node"
                 )
             io.write_text(self._probe, "every node of the cluster must see this file\n")
-            setting = _Setting(store, work, context, str(self._probe), _versions())
+            setting = (store, work, context, str(self._probe), _versions())
             try:
                 self._shared = [self._ray.put(setting)]  # in a list: a task gets the reference, not a copy of its own
             except TypeError as e:
@@ -209,13 +197,13 @@ def _first_line(e: BaseException) -> str:
 def _compute(shared: list[Any], group: Group) -> Outcomes | str:
     """A task: the outcomes, or what is wrong with this node."""
     ray = importlib.import_module("ray")
-    setting = _opened(shared[0])
-    complaint = _complaint(setting.probe, setting.versions)
+    store, work, context, probe, versions = _opened(shared[0])
+    complaint = _complaint(probe, versions)
     if complaint:
         return complaint
     device = _device(ray.get_gpu_ids(), os.environ.get("CUDA_VISIBLE_DEVICES"))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a Ray that was begun in the background ignores it
-    return attempt(setting.store, group, setting.work, setting.context, device, whole_process=True)
+    return attempt(store, group, work, context, device, whole_process=True)
 
 
 def _device(given: Sequence[Any], visible: str | None) -> str:
@@ -228,8 +216,8 @@ def _device(given: Sequence[Any], visible: str | None) -> str:
 
 
 @functools.lru_cache(maxsize=1)
-def _opened(ref: Any) -> _Setting:
-    """The setting, read once a process."""
+def _opened(ref: Any) -> Any:
+    """What all tasks share, read once a process."""
     prepare_process()
     return importlib.import_module("ray").get(ref)
 

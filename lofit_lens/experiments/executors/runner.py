@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 __all__ = ["Executor", "Outcome", "Outcomes", "Report", "Work", "attempt", "run_cells"]
 
 
+@runtime_checkable
 class Executor(Protocol):
     """Where cells are computed. `run_cells` never hands out more than `slots` at a time, and closes it at the end.
 

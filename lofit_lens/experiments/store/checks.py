@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from lofit_lens import io
-from lofit_lens.errors import DataError, DiskFull, InputError
+from lofit_lens.errors import DataError, DiskFull, InputError, NewerData
 from lofit_lens.experiments.store.records import FAILURE, FAILURE_SCHEMA, GRID, GRID_SCHEMA, JOINED
-from lofit_lens.experiments.store.store import OWN_FILES, RUN_SCHEMA, Store
+from lofit_lens.experiments.store.store import Store
 
 RUN_NAME = re.compile(r"[A-Za-z0-9._]*-[0-9a-f]{16}")  # as Cell.name makes them
 OLD = 3600.0  # seconds after which a temporary file is nobody's
@@ -47,36 +47,31 @@ class Problem:
 def verify(store: Store) -> list[Problem]:
     """Everything in a store that is not as it was written; changes nothing.
 
-    Of every run: run.json against its own checksum and the folder's name, every file against its checksum, and files too many.
-    Of the rest: records that cannot be read.
+    Of every run: run.json against its own checksum and the folder's name, every file against its checksum. Of the rest: records
+    that cannot be read.
     """
     found: list[Problem] = []
     for folder in _entries(store.root / "runs", odd=True):
         if folder.is_dir() and RUN_NAME.fullmatch(folder.name):
-            check = partial(store.read, folder.name)
-            wrong = _wrong(store, folder / "run.json", check, newest=RUN_SCHEMA, run=folder.name)
-            found += wrong or _wrong_files(store, folder)
+            found += _wrong_in_run(store, folder)
         else:
             found.append(_problem(store, folder, "is no run's folder; move it away", "foreign"))
     for part, kind, schema in (("grids", GRID, GRID_SCHEMA), ("failed", FAILURE, FAILURE_SCHEMA)):
         for path in _entries(store.root / part):
-            found += _wrong(store, path, partial(_check_record, path, kind, schema), newest=schema)
+            found += _wrong(store, path, partial(_check_record, path, kind, schema))
     for path in _entries(store.root / "inputs"):
         found += _wrong(store, path, partial(store.kept, path.stem))
     return found
 
 
-def _wrong_files(store: Store, folder: Path) -> list[Problem]:
-    """Of a run whose record is well."""
-    files, found = store.read(folder.name)["files"], []
-    for file, digest in files.items():
-        found += _wrong(store, folder / file, partial(_check_file, folder / file, digest), run=folder.name)
-    if (folder / "timing.json").exists():
-        found += _wrong(store, folder / "timing.json", partial(io.read_json, folder / "timing.json"), run=folder.name)
-    for path in sorted(folder.rglob("*")):
-        known = path.relative_to(folder).as_posix() in (*files, *OWN_FILES)
-        if not known and (path.is_symlink() or not path.is_dir()):
-            found.append(_problem(store, path, "is not a file of this run; move it away", "foreign", folder.name))
+def _wrong_in_run(store: Store, folder: Path) -> list[Problem]:
+    name, timing = folder.name, folder / "timing.json"
+    if found := _wrong(store, folder / "run.json", partial(store.read, name), name):
+        return found
+    for file, digest in store.read(name)["files"].items():
+        found += _wrong(store, folder / file, partial(_check_file, folder / file, digest), name)
+    if timing.exists():
+        found += _wrong(store, timing, partial(io.read_json, timing), name)
     return found
 
 
@@ -91,25 +86,18 @@ def _check_file(path: Path, digest: str) -> None:
         raise DataError("has other bytes than were written (its checksum is another)")
 
 
-def _wrong(store: Store, path: Path, check: Callable[[], Any], *, newest: int = 0, run: str = "") -> list[Problem]:
+def _wrong(store: Store, path: Path, check: Callable[[], Any], run: str = "") -> list[Problem]:
     """Note what a check raises: bytes that are not as written are damage, a file that the system does not give is not."""
     try:
         check()
+    except NewerData as e:
+        return [_problem(store, path, str(e), "newer", run)]
     except (InputError, OSError) as e:
         cause = e if isinstance(e, OSError) else e.__cause__
         if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
             return [_problem(store, path, f"cannot be read: {cause.strerror}", "unreadable", run)]
-        return [_problem(store, path, str(e), "newer" if newest and _schema(path) > newest else "damaged", run)]
+        return [_problem(store, path, str(e), "damaged", run)]
     return []
-
-
-def _schema(path: Path) -> int:
-    try:
-        record = io.read_json(path)
-    except DataError:
-        return 0
-    found = record.get("schema") if isinstance(record, dict) else 0
-    return found if isinstance(found, int) else 0
 
 
 def _problem(store: Store, path: Path, what: str, kind: str, run: str = "") -> Problem:
@@ -142,7 +130,7 @@ def collect_garbage(store: Store, *, dry_run: bool, unused: bool = False) -> lis
     Args:
         store: the store.
         dry_run: only say what would be removed.
-        unused: also runs that no grid names and that no such run needs, logs and checkpoints of such.
+        unused: also runs that no grid names and that no such run needs, and logs, checkpoints and notes of such.
 
     Returns:
         What was removed, or would be.
@@ -151,17 +139,19 @@ def collect_garbage(store: Store, *, dry_run: bool, unused: bool = False) -> lis
         InputError: `unused` in a store without grids, where it would take every run.
         DataError: a grid's or a run's record is damaged, so that what is unused is not known.
     """
-    wanted = _wanted(store, unused)
-    candidates = [*_leftovers(store), *_outlived(store, wanted)]
+    candidates = {path: name for name, path in _leftovers(store)}
     if unused:
-        candidates += [(name, store.folder(name)) for name in store.names() if name not in wanted]
-    return [path for name, path in candidates if _remove(store, name, path, dry_run)]
+        wanted = _wanted(store)
+        for part in ("runs", "states", "logs", "failed"):
+            named = {path: _run_of(path) for path in _entries(store.root / part)}
+            candidates |= {path: name for path, name in named.items() if name not in wanted}
+    return [path for path, name in candidates.items() if _remove(store, name, path, dry_run)]
 
 
-def _wanted(store: Store, unused: bool) -> set[str]:
+def _wanted(store: Store) -> set[str]:
     """Runs that a grid names, and those that they need."""
     grids = store.grids()
-    if unused and not grids:
+    if not grids:
         raise InputError(
             f"{store.root} has no grids, so every run in it is unused; remove the folder itself if you want that"
         )
@@ -170,17 +160,20 @@ def _wanted(store: Store, unused: bool) -> set[str]:
     while left:
         if (name := left.pop()) not in wanted:
             wanted.add(name)
-            left += store.read(name)["needs"] if unused and store.done(name) else ()
+            left += store.read(name)["needs"] if store.done(name) else ()
     return wanted
 
 
 def _leftovers(store: Store) -> Iterator[tuple[str, Path]]:
-    """(run or "", file or folder) of what a process that was killed leaves behind."""
+    """(run or "", file or folder) of what no run needs any more, and what a process that was killed leaves behind."""
     for path in _entries(store.root / "drafts"):
         yield path.name.rpartition(".")[0], path
     for path in _entries(store.root / "locks"):
         if path.suffix == ".lock":
             yield path.stem, path
+    for path in _entries(store.root / "states"):
+        if store.done(_run_of(path)):
+            yield _run_of(path), path
     before = time.time() - OLD
     for part in (".", "locks", "states", "grids", "inputs", "failed"):
         for path in _entries(store.root / part, hidden=True):
@@ -190,14 +183,9 @@ def _leftovers(store: Store) -> Iterator[tuple[str, Path]]:
                         yield "", path
 
 
-def _outlived(store: Store, wanted: set[str]) -> Iterator[tuple[str, Path]]:
-    """Checkpoints of runs that are done, checkpoints and logs of runs that are nobody's."""
-    known = wanted | store.failures().keys()
-    for part in ("states", "logs"):
-        for path in _entries(store.root / part):
-            name = path.stem.partition(JOINED)[0]  # of several runs, which are all locked then, the last
-            if part == "states" if store.done(name) else name not in known:
-                yield name, path
+def _run_of(path: Path) -> str:
+    """The run that something belongs to; of several that are computed together the last, since all are locked then."""
+    return path.name if path.is_dir() else path.stem.partition(JOINED)[0]
 
 
 def _remove(store: Store, name: str, path: Path, dry_run: bool) -> bool:

@@ -31,7 +31,7 @@ from typing import Any
 import pandas as pd
 
 from lofit_lens import io
-from lofit_lens.errors import DataError, InputError
+from lofit_lens.errors import DataError, InputError, NewerData
 from lofit_lens.experiments.store.cells import Cell
 from lofit_lens.experiments.store.index import table_of
 from lofit_lens.experiments.store.locks import claimed, held
@@ -138,13 +138,13 @@ class Store(Records):
         again = f"run `lofit-lens store verify {self.root} --remove`, then the same grid again"
         try:
             record = io.read_json(path)
+            io.check_record(record, RUN, RUN_SCHEMA, RUN_FIELDS, str(path))
+        except NewerData:
+            raise
         except DataError as e:
-            raise DataError(f"{e}; {again}") from e
-        if isinstance(record, dict) and record.get("kind") == RUN and record.get("schema") == RUN_SCHEMA:
-            found = io.digest({k: v for k, v in record.items() if k != "checksum"})
-            if record.get("checksum") != found:
-                raise DataError(f"{path} is damaged (its checksum is another); {again}")
-        io.check_record(record, RUN, RUN_SCHEMA, RUN_FIELDS, str(path))
+            raise DataError(f"{e}; {again}") from (e.__cause__ or e)  # the system's error, if it is one
+        if record["checksum"] != io.digest({k: v for k, v in record.items() if k != "checksum"}):
+            raise DataError(f"{path} is damaged (its checksum is another); {again}")
         if record["name"] != name or not name.endswith(io.digest(record["spec"])[:16]):
             raise DataError(f"{path} is of another run than its folder says ({record['name']}); {again}")
         return record
