@@ -24,7 +24,6 @@ from lofit_lens.experiments.executors.attempt import Outcome
 from lofit_lens.experiments.executors.local import LocalExecutor
 from lofit_lens.experiments.executors.runner import run_cells
 from lofit_lens.experiments.executors.schedule import Group, Schedule, grouped
-from lofit_lens.experiments.store.cells import Cell
 from lofit_lens.experiments.store.store import Store
 from tests import fake_work
 from tests.fake_work import cell, computed, work
@@ -96,18 +95,6 @@ def test_a_cell_begins_when_all_that_it_needs_is_done(tmp_path):
     assert plan.idle
 
 
-def test_a_loaded_model_goes_first(tmp_path):
-    """Among ready cells that of a model which a free worker holds, even a shorter one; else the longest."""
-    cells = [
-        cell("x", tmp_path, cost=3, model="X"),
-        cell("y", tmp_path, cost=2, model="Y"),
-        cell("z", tmp_path, model="Y"),
-    ]
-    assert taken(schedule(*cells)) == ["x", "y", "z"]
-    assert taken(schedule(*cells), loaded=["Y"]) == ["y", "z", "x"]
-    assert taken(schedule(*cells), loaded=["W"]) == ["x", "y", "z"]
-
-
 def test_a_failed_cell_comes_after_the_others_and_a_busy_one_at_its_time(tmp_path):
     """Retries are counted; a cell that another runner holds is not handed out before its time."""
     a, b = cell("a", tmp_path, cost=2), cell("b", tmp_path)
@@ -135,16 +122,6 @@ def test_cells_behind_a_failed_one_name_it(tmp_path):
     plan.finish(alone(a), {a.name: "error"}, may_pass=True)
     assert plan.blocked == {b.name: a.name, c.name: a.name}
     assert plan.counts == "0 of 4 cells are done, 1 failed, 2 blocked"
-
-
-def test_cells_that_need_one_another_are_refused_before_anything_runs(tmp_path, store):
-    """A grid never makes such; the workers are ended."""
-    one = Cell("one", {"n": 1})
-    two = Cell("two", {"n": 2}, (one.name,))
-    executor = Scripted(store)
-    with pytest.raises(ValueError, match="cycle"):
-        run_cells(store, [Cell("one", {"n": 1}, (two.name,)), two], work, None, executor=executor)
-    assert executor.calls == ["close"]
 
 
 # ----------------------------------------------------------------------------------------------------- one try
@@ -527,20 +504,6 @@ def test_two_workers_compute_each_cell_once(two, tmp_path):
     ):
         assert said.count(text) == 1, text
     assert "RuntimeError: try 1 failed" in store.log_file(b.name).read_text()
-
-
-@pytest.mark.slow
-def test_a_full_disk_in_a_worker(two, tmp_path):
-    """The other worker's cell is let finish."""
-    executor, store = two
-    cells = [
-        cell("slow", tmp_path, cost=9, seconds=0.3),
-        cell("full", tmp_path, does="no space", cost=5),
-        cell("z", tmp_path),
-    ]
-    with pytest.raises(DiskFull, match="1 of 3 cells are done"):
-        run_cells(store, cells, work, "context", executor=executor, progress=False)
-    assert Counter(computed(tmp_path)) == {"slow": 1, "full": 1}
 
 
 @pytest.mark.slow
