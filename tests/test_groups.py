@@ -1,7 +1,6 @@
 """Cells that are computed together: who with whom, what failures and kills leave, and the same bytes whatever happened."""
 
 import logging
-import os
 import shutil
 import signal
 from collections import Counter
@@ -25,7 +24,7 @@ from lofit_lens.interventions import Lofit
 from lofit_lens.tasks import Task
 from tests.fake_work import cell, computed, work
 from tests.studies import NAMES, TASKS
-from tests.test_runner import alone, lines, start, until
+from tests.test_runner import alone, start
 
 KIN = TASKS[0]
 
@@ -223,16 +222,6 @@ def test_a_group_of_which_another_holds_a_cell_is_busy(tmp_path, store):
     assert asked == sorted(asked)
 
 
-def test_a_member_that_is_there_is_computed_along_and_not_written(tmp_path, store):
-    """The others' bytes do not depend on it."""
-    group = Group(tuple(sharing(tmp_path, 3)))
-    attempt(store, alone(group.cells[1]), work, 1, None)
-    before = store.read(group.cells[1].name)
-    assert states(attempt(store, group, work, 1, None)) == "done there done"
-    assert store.read(group.cells[0].name)["with"] == ["c0", "c1", "c2"]
-    assert store.read(group.cells[1].name) == before
-
-
 @pytest.mark.parametrize(
     ("does", "error", "again"),
     [("diverge", "TrainingDiverged: loss is nan", False), ("fail", "RuntimeError: try 1 failed", True)],
@@ -382,17 +371,6 @@ def test_workers_and_runners_change_nothing(tmp_path):
     ]
     assert results[0] == results[1] == results[2]
     assert {len(w) for w in results[0].values()} == {6}
-
-
-@pytest.mark.slow
-def test_ctrl_c_stops_a_group(tmp_path):
-    """In what its cells share; all of them are left to the next run."""
-    parent = start(tmp_path, [{"label": f"c{i}", "shares": "m", "shared": "step"} for i in range(3)], workers=2)
-    until(lambda: lines(tmp_path / "computed.hangs"))
-    os.killpg(parent.pid, signal.SIGINT)
-    out, err = parent.communicate(timeout=60)
-    assert (parent.returncode, err, out[:27]) == (130, "", "stopped: 0 of 3 cells are d")
-    assert len(lines(tmp_path / "computed.signals")) == 1
 
 
 # ---------------------------------------------------------------------------------------------- what is computed

@@ -111,19 +111,6 @@ def test_a_failed_cell_comes_after_the_others_and_a_busy_one_at_its_time(tmp_pat
     assert plan.idle
 
 
-def test_cells_behind_a_failed_one_name_it(tmp_path):
-    """Directly or not; others are not blocked."""
-    a, other = cell("a", tmp_path), cell("other", tmp_path)
-    b = cell("b", tmp_path, needs=[other.name, a.name])
-    c = cell("c", tmp_path, needs=[b.name])
-    plan = schedule(c, b, a, other)
-    assert plan.blocked == {}
-    assert taken(plan) == ["a", "other"]
-    plan.finish(alone(a), {a.name: "error"}, may_pass=True)
-    assert plan.blocked == {b.name: a.name, c.name: a.name}
-    assert plan.counts == "0 of 4 cells are done, 1 failed, 2 blocked"
-
-
 # ----------------------------------------------------------------------------------------------------- one try
 
 
@@ -152,33 +139,6 @@ def test_a_cell_that_was_done_before_the_lock_was_had_is_there(tmp_path, store):
 
     assert attempt(Late(store.root), a, work, 1, None).state == "there"
     assert computed(tmp_path) == []
-
-
-@pytest.mark.parametrize(
-    ("does", "error", "again", "full"),
-    [("fail", "RuntimeError: try 1 failed", True, False), ("bad input", "InputError: no such head", False, False),
-     ("diverge", "TrainingDiverged: loss is nan", False, False), ("disk full", "DiskFull: no space left for it", False, True),
-     ("no space", "OSError: [Errno 28] No space left on device", True, True), ("exit", "SystemExit: 3", True, False),
-     ("wrapped", "RuntimeError: cannot save", True, True)],
-)  # fmt: skip
-def test_errors_are_outcomes(tmp_path, store, does, error, again, full):
-    """With their kind and text; bad input and divergence come again by themselves, so they are not worth a retry."""
-    one = cell("one", tmp_path, does=does)
-    found = attempt(store, one, work, 1, None)
-    assert (found.state, found.error, found.again, found.full) == ("failed", error, again, full)
-    said = store.log_file(one.name).read_text()
-    assert error in said
-    assert "in work" in said, "the traceback"
-    assert not store.done(one.name)
-    with store.claim(one.name) as free:
-        assert free
-
-
-def test_work_that_writes_nothing_failed(tmp_path, store):
-    """Its run is not there, whatever it says."""
-    found = attempt(store, cell("one", tmp_path), fake_work.forgetful, 1, None)
-    assert found.state == "failed"
-    assert "ended without writing its run" in found.error
 
 
 def test_ctrl_c_is_an_outcome(tmp_path, store):
@@ -470,30 +430,20 @@ class Kept:
         pass
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    """Two workers that are started once, their store, and a folder for the list of computations."""
-    folder = tmp_path_factory.mktemp("two")
-    store = Store(folder / "store")
-    executor = LocalExecutor(store, work, "context", 2, ["cuda:0", "cuda:1"])
-    yield Kept(executor), store
-    executor.close()
-
-
 @pytest.mark.slow
-def test_two_workers_compute_each_cell_once(two, tmp_path):
+def test_two_workers_compute_each_cell_once(tmp_path, store):
     """Each on its device, needs first, with the context; what a cell says, C code too, is in its log."""
-    executor, store = two
     a, b = cell("a", tmp_path, does="talk", seconds=0.2, cost=2), cell("b", tmp_path, does="fail", times=1)
     c = cell("c", tmp_path, needs=[a.name, b.name])
     bad = cell("bad", tmp_path, does="bad input")
-    report = run_cells(store, [c, a, b, bad], work, "context", executor=executor, progress=False)
+    devices = ["cuda:0", "cuda:1"]
+    report = run_cells(store, [c, a, b, bad], work, "context", workers=2, devices=devices, progress=False)
     assert (report.computed, report.failed) == (names(c, a, b), {bad.name: "InputError: no such head"})
     assert Counter(computed(tmp_path)) == {"a": 1, "b": 2, "c": 1, "bad": 1}
     assert computed(tmp_path)[-1] == "c"
     results = [store.read(x.name)["result"] for x in (a, b, c)]
     assert {r["context"] for r in results} == {"context"}
-    assert {r["device"] for r in results} <= {"cuda:0", "cuda:1"}
+    assert {r["device"] for r in results} <= set(devices)
     said = store.log_file(a.name).read_text()
     for text in (
         "a print\n",

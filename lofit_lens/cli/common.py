@@ -344,7 +344,7 @@ def state_file(out: Path) -> Path:
 
 @contextlib.contextmanager
 def progress_lines(quiet: bool) -> Iterator[None]:
-    """Show on stderr what a grid begins and has done, line by line, where there is no terminal for its live table."""
+    """Show on stderr what a grid begins and has done, line by line, where there is no terminal for its bar."""
     if quiet or sys.stderr.isatty():
         yield
         return
