@@ -16,6 +16,10 @@ class DataError(InputError):
     """A data file is missing, empty, corrupt or lacks a field; names the file and the row."""
 
 
+class NewerData(DataError):
+    """A file was written by a later version of this library, which is to be updated."""
+
+
 class DiskFull(InputError):
     """A file could not be written since no space is left; what was there is as it was. The same command goes on later."""
 

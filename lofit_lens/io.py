@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lofit_lens.errors import AdapterError, DataError, DiskFull, InputError
+from lofit_lens.errors import AdapterError, DataError, DiskFull, InputError, NewerData
 
 # A folder may be replaced only if one of these is in it.
 MARKERS = (
@@ -226,13 +226,14 @@ def check_record(record: Any, kind: str, schema: int, fields: Sequence[str], whe
     """Check that a JSON record is of a kind, of a schema from 1 to `schema`, and has its fields.
 
     Raises:
-        DataError: it is not; names the place and what is wrong.
+        DataError: it is not (`NewerData`: its schema is a later one); names the place and what is wrong.
     """
     if not isinstance(record, dict) or record.get("kind") != kind:
         raise DataError(f"{where} is not a {kind} record")
     found = record.get("schema")
     if not isinstance(found, int) or not 1 <= found <= schema:
-        raise DataError(f"{where} has schema {found!r}; this version reads 1 to {schema}: update lofit-lens")
+        error = NewerData if isinstance(found, int) and found > schema else DataError
+        raise error(f"{where} has schema {found!r}; this version reads 1 to {schema}: update lofit-lens")
     for name in fields:
         if name not in record:
             raise DataError(f"{where} lacks the field {name!r}")

@@ -14,7 +14,7 @@ import torch
 from lofit_lens.errors import DataError, InputError, ModelError, TrainingDiverged
 from lofit_lens.evaluation.evaluate import evaluate
 from lofit_lens.experiments.executors import process as pool
-from lofit_lens.experiments.executors.groups import Group
+from lofit_lens.experiments.executors.schedule import Group
 from lofit_lens.experiments.grid import compute as computing
 from lofit_lens.experiments.grid.run import open_grid, plan_grid, run_grid
 from lofit_lens.experiments.grid.specs import Grid, Run, Selection

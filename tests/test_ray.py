@@ -10,7 +10,6 @@ import time
 import pytest
 
 from lofit_lens.errors import InputError
-from lofit_lens.experiments.executors.groups import Group
 from lofit_lens.experiments.executors.runner import run_cells
 from lofit_lens.experiments.store.store import Store
 from tests import fake_work
@@ -115,11 +114,11 @@ def test_a_grid_is_computed_once_and_as_locally(cluster, store, tmp_path):
     run_cells(local, cells, fake_work.work, "context", devices=["cpu"], progress=False)
     assert records(store) == records(local)
     assert store.read(together[1].name)["with"] == ["c0", "c1", "c2"]
-    again = run(store, cells, on(cluster, store, slots=1))
+    again = run(store, cells, on(cluster, store))
     assert (again.computed, len(again.there)) == ((), len(cells))
 
 
-def test_failures_and_logs(joined, store, tmp_path):
+def test_failures_and_logs(joined, store, tmp_path, monkeypatch):
     """Errors, a dead process and bad input are told apart; what the work says goes to its log."""
     cells = [
         fake_work.cell("fails", tmp_path, does="fail"),
@@ -129,10 +128,12 @@ def test_failures_and_logs(joined, store, tmp_path):
         fake_work.cell("dies-once", tmp_path, does="die", times=1),
         fake_work.cell("talks", tmp_path, does="talk"),
     ]
-    report = run(store, cells[:3] + cells[4:], on(joined, store, max_retries=1), retries=1)
+    monkeypatch.setattr(ray_runner, "RETRIES", 1)
+    report = run(store, cells[:3] + cells[4:], on(joined, store), retries=1)
     assert report.computed == tuple(cells[i].name for i in (1, 4, 5))
     assert report.failed == {cells[0].name: "RuntimeError: try 2 failed", cells[2].name: "InputError: no such head"}
-    report = run(store, [cells[3]], on(joined, store, max_retries=0), retries=0)
+    monkeypatch.setattr(ray_runner, "RETRIES", 0)
+    report = run(store, [cells[3]], on(joined, store), retries=0)
     assert report.failed[cells[3].name].startswith("WorkerCrashedError: ")
     done = fake_work.computed(tmp_path)
     assert [done.count(c.label) for c in cells] == [2, 2, 1, 1, 2, 1]
@@ -184,13 +185,13 @@ def test_a_worker_node_is_killed_half_way(joined, store, tmp_path):
 
 def test_ctrl_c_reaches_the_work(joined, store, tmp_path):
     """The first Ctrl-C raises KeyboardInterrupt inside every task, queued ones are not begun, and the call ends with it."""
-    cells = [fake_work.cell(f"hangs{i}", tmp_path, does="hang") for i in range(3)]
-    executor = on(joined, store, slots=2)
-    wait = executor.wait
+    executor = on(joined, store)
+    n, wait = executor.slots, executor.wait
+    cells = [fake_work.cell(f"hangs{i}", tmp_path, does="hang") for i in range(n + 1)]
 
     def watched(timeout):
         hangs = tmp_path / "computed.hangs"
-        if hangs.exists() and len(hangs.read_text().split()) == 2:
+        if hangs.exists() and len(hangs.read_text().split()) == n:
             hangs.unlink()
             os.kill(os.getpid(), signal.SIGINT)
         return wait(timeout)
@@ -202,44 +203,43 @@ def test_ctrl_c_reaches_the_work(joined, store, tmp_path):
             run(store, cells, executor)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert len((tmp_path / "computed.stopped").read_text().split()) == 2
-    assert len(fake_work.computed(tmp_path)) == 2
+    assert len((tmp_path / "computed.stopped").read_text().split()) == n
+    assert len(fake_work.computed(tmp_path)) == n
 
 
-def test_what_a_cluster_cannot_do_is_refused(joined, store, monkeypatch):
-    """No room, other versions and an unseen store, each with the node's name; nothing stays behind."""
+def test_what_a_cluster_cannot_do_is_refused(joined, store):
+    """No room for a cell; nothing stays behind."""
     with pytest.raises(InputError, match=r"no node of this cluster has room for a cell \(1 CPUs, 1 GPUs\)"):
         on(joined, store, gpus=1.0)
     with pytest.raises(InputError, match=r"no node .*3 CPUs"):
         on(joined, store, cpus=3.0)
-    with monkeypatch.context() as m:
-        m.setattr(ray_runner, "_versions", lambda: {"torch": "1.0", "lofit-lens": "0.0.1"})
-        with pytest.raises(InputError, match=rf"node {socket.gethostname()} has .*instead of 0.0.1"):
-            on(joined, store)
-    with monkeypatch.context() as m:
-        m.setattr(ray_runner.io, "write_text", lambda *_: None)
-        with pytest.raises(InputError, match=rf"node {socket.gethostname()} does not see the store {store.root}"):
-            on(joined, store)
     assert not list(store.root.glob(".seen-by-*"))
 
 
-def test_a_node_that_joins_later_is_checked_too(joined, store, tmp_path):
-    """A task that finds itself where the store is not stops the run with that node's name."""
+def test_a_node_that_cannot_take_part_stops_the_run(joined, store, tmp_path, monkeypatch):
+    """Other versions and an unseen store, with the node's name, and what it cannot import; nothing is computed there."""
+    cells, here = [fake_work.cell("a", tmp_path)], socket.gethostname()
+    with monkeypatch.context() as m:
+        m.setattr(ray_runner, "_versions", lambda: {"torch": "1.0", "lofit-lens": "0.0.1"})
+        executor = on(joined, store)
+    with pytest.raises(InputError, match=rf"node {here} has .*instead of 0.0.1"):
+        run(store, cells, executor)
     executor = on(joined, store)
     executor._probe.unlink()
-    with pytest.raises(InputError, match="does not see the store"):
-        run(store, [fake_work.cell("a", tmp_path)], executor)
+    with pytest.raises(InputError, match=rf"node {here} does not see the store {store.root}"):
+        run(store, cells, executor)
+    executor = RayExecutor(store, fake_work.work, fake_work.Unreadable())
+    with pytest.raises(InputError, match=r"(?s)a node cannot run this library.*no module of that name here"):
+        run(store, cells, executor)
     assert fake_work.computed(tmp_path) == []
+    assert not list(store.root.glob(".seen-by-*"))
 
 
-def test_slots_follow_the_cluster(joined, store, tmp_path, monkeypatch):
+def test_slots_follow_the_cluster(joined, store):
     """A node that joins is counted at the next look."""
-    monkeypatch.setattr(ray_runner, "LOOK", 0.0)
     executor = on(joined, store)
     before = executor.slots
     node = joined.add_node(num_cpus=3, **NODE)
-    executor.submit(Group((fake_work.cell("a", tmp_path),)))
-    executor.wait(0.1)
     assert executor.slots == before + 3
     executor.close()
     joined.remove_node(node)
@@ -262,7 +262,7 @@ def test_no_cluster_there(store, monkeypatch):
 
 def test_bad_requests(store):
     """Each with what was given."""
-    for options in ({"cpus": 0.0}, {"cpus": -1.0}, {"slots": 0}, {"max_retries": -1}):
+    for options in ({"cpus": 0.0}, {"cpus": -1.0}, {"gpus": -1.0}):
         with pytest.raises(InputError, match="got cpus="):
             RayExecutor(store, fake_work.work, None, **options)
 

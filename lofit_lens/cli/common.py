@@ -352,24 +352,22 @@ def state_file(out: Path) -> Path:
 
 @contextlib.contextmanager
 def progress_lines(quiet: bool) -> Iterator[None]:
-    """Show on stderr what a grid begins, does and has done, line by line, where there is no terminal for its live table."""
+    """Show on stderr what a grid begins and has done, line by line, where there is no terminal for its bar."""
     if quiet or sys.stderr.isatty():
         yield
         return
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    loggers = [logging.getLogger(f"lofit_lens.experiments.executors.{name}") for name in ("runner", "live")]
-    for logger in loggers:
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-        logger.propagate = False  # else a warning would come twice
+    logger = logging.getLogger("lofit_lens.experiments.executors.runner")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # else a warning would come twice
     try:
         yield
     finally:
-        for logger in loggers:
-            logger.removeHandler(handler)
-            logger.setLevel(logging.NOTSET)
-            logger.propagate = True
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
+        logger.propagate = True
 
 
 def quiet_libraries() -> None:

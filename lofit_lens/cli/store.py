@@ -62,25 +62,21 @@ def verify(
 
     Example: lofit-lens store verify runs/grid --remove
     """
+    from lofit_lens.experiments.store import checks
+
     c.console.stderr = as_json
     kept = _opened(store)
-    problems = kept.verify()
-    removed = []
-    if remove:
-        from lofit_lens.experiments.store.checks import remove_damaged
-
-        removed = remove_damaged(kept, problems)
-    gone = [str(path.relative_to(kept.root)) for path in removed]
-    wrong = [p for p in problems if p.kind != "leftover"]
-    left = [p for p in wrong if not any(p.path == g or p.path.startswith(f"{g}/") for g in gone)]
+    problems = checks.verify(kept)
+    gone = [str(path.relative_to(kept.root)) for path in checks.remove_damaged(kept, problems if remove else [])]
+    left = [p for p in problems if not any(p.path == g or p.path.startswith(f"{g}/") for g in gone)]
     for problem in problems:
         _say(f"{problem.kind}: {problem}")
     for path in gone:
         _say(f"removed {path}")
     runs = len({p.run for p in left if p.kind == "damaged" and p.run})
     _say(
-        f"{len(kept.names())} runs, {len(wrong)} problems"
-        + (f", {len(wrong) - len(left)} of them removed" if remove else "")
+        f"{len(kept.names())} runs, {len(problems)} problems"
+        + (f", {len(problems) - len(left)} of them removed" if remove else "")
     )
     if gone:
         _say("run the same grid again: it computes only what is missing")
@@ -106,9 +102,11 @@ def gc(
 
     Example: lofit-lens store gc runs/grid --yes
     """
+    from lofit_lens.experiments.store.checks import collect_garbage
+
     c.console.stderr = as_json
     kept = _opened(store)
-    paths = [str(p.relative_to(kept.root)) for p in kept.collect_garbage(dry_run=not yes, unused=unused)]
+    paths = [str(p.relative_to(kept.root)) for p in collect_garbage(kept, dry_run=not yes, unused=unused)]
     for path in paths:
         _say(f"{'removed' if yes else 'would remove'} {path}")
     _say(
@@ -126,7 +124,7 @@ def index(store: Folder, as_json: c.AsJson = False) -> None:
     """
     c.console.stderr = as_json
     kept = _opened(store)
-    table = kept.index(rebuild=True)
+    table = kept.index()
     _say(f"wrote {kept.root / 'index.parquet'}: {len(table)} runs, columns {', '.join(table.columns)}")
     if as_json:
         c.print_json(_records(table))

@@ -1,7 +1,8 @@
 """Worker processes on this machine. Each reads the library and the context once, then computes one group after the other.
 
-A worker is started when a group has no free one, in a process group of its own: a terminal's Ctrl-C reaches the parent alone,
-which passes it on. A worker that dies costs its cells one try. When the parent dies, its workers exit at once.
+Every worker is a `ProcessPoolExecutor` of its own, so that one that dies costs its own group one try and no other's. It is
+started when a group has no free one, in a process group of its own: a terminal's Ctrl-C reaches the parent alone, which passes
+it on. When the parent dies, its workers exit at once.
 """
 
 import contextlib
@@ -9,33 +10,41 @@ import faulthandler
 import multiprocessing
 import os
 import signal
-import sys
 import threading
-import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 from lofit_lens.errors import InputError
-from lofit_lens.experiments.executors.attempt import Outcome, Outcomes, Work, attempt, write_line
-from lofit_lens.experiments.executors.groups import Group
-from lofit_lens.experiments.executors.process import prepare_process
+from lofit_lens.experiments.executors.attempt import Outcome, Outcomes, Work, attempt, log_line
+from lofit_lens.experiments.executors.process import prepare_process, streams_to
+from lofit_lens.experiments.executors.schedule import Group
 from lofit_lens.experiments.store.store import Store
 
-_READY = "ready"
-PATIENCE = 5.0  # seconds that a worker which closed its pipe gets to exit by itself
+PATIENCE = 5.0  # seconds that an idle worker gets to exit by itself
+CTRL_C = {signal.SIGINT}
 
 
 @dataclass(eq=False)
 class _Worker:
+    """One process.
+
+    Attributes:
+        pool: its only process is the worker.
+        process: the worker.
+        device: of its groups.
+        ready: done when it has imported the library and read the work and the context.
+        model: of its last group.
+    """
+
+    pool: ProcessPoolExecutor
     process: BaseProcess
-    pipe: Connection
     device: str | None
-    group: Group | None = None
+    ready: Future[int]
     model: Any = None
-    ready: bool = False
 
 
 class LocalExecutor:
@@ -55,153 +64,132 @@ class LocalExecutor:
         self.slots = workers
         self._setting = (store, work, context)
         self._devices: list[str | None] = [devices[i % len(devices)] if devices else None for i in range(workers)]
-        self._workers: list[_Worker] = []  # those free for the longest time first
+        self._free: list[_Worker] = []  # for the longest time first
+        self._busy: dict[Future[Outcomes], tuple[_Worker, Group]] = {}
         self._interrupted = False
 
     def submit(self, group: Group) -> None:
         """Begin a group: on a free worker that holds its model, else on a new one, else on the one free for longest.
 
         Raises:
-            InputError: a worker cannot be started here.
+            InputError: a worker cannot be started, or the work and its context cannot be sent to it.
         """
-        for worker in [w for w in self._workers if w.group is None and not w.process.is_alive()]:
-            self._drop(worker)
-        free = [w for w in self._workers if w.group is None]
-        worker = next((w for w in free if w.model == group.model), None)
-        if worker is None:
-            worker = self._start() if len(self._workers) < self.slots else free[0]
-        worker.group, worker.model = group, group.model
-        if worker.ready:
-            self._send(worker, group)
+        self._free = [worker for worker in self._free if worker.process.is_alive()]
+        worker = next((w for w in self._free if w.model == group.model), None)
+        if worker is None and len(self._free) + len(self._busy) < self.slots:
+            worker = self._start()
+        else:
+            worker = worker or self._free[0]
+            self._free.remove(worker)
+        worker.model = group.model
+        self._busy[worker.pool.submit(_compute, group)] = (worker, group)
 
     def wait(self, timeout: float) -> list[Outcomes]:
         """Outcomes that came within `timeout` seconds.
 
         Raises:
-            InputError: a worker could not be started, or could not read the context.
+            InputError: a worker ended before it was ready.
         """
-        busy = [w for w in self._workers if w.group is not None]
-        heard = set(wait([x for w in busy for x in (w.pipe, w.process.sentinel)], timeout))
-        found = [self._hear(w) for w in busy if w.pipe in heard or w.process.sentinel in heard]
-        return [outcomes for outcomes in found if outcomes is not None]
+        ended, _ = wait(self._busy, timeout, FIRST_COMPLETED)
+        return [self._outcomes(future, *self._busy.pop(future)) for future in ended]
 
     def interrupt(self) -> None:
         """SIGINT for every worker that computes; once, since a second one stops training without a checkpoint."""
-        if not self._interrupted:
-            self._interrupted = True
-            for worker in self._workers:
-                if worker.group is not None and worker.process.pid is not None:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(worker.process.pid, signal.SIGINT)
+        if self._interrupted:
+            return
+        self._interrupted = True
+        for worker, _ in self._busy.values():
+            if not worker.ready.done():
+                worker.process.kill()
+            elif worker.process.pid is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(worker.process.pid, signal.SIGINT)
 
     def close(self) -> None:
-        """End all workers at once; a free one holds nothing that could be lost."""
-        for worker in self._workers:
+        """End all workers: one that computes at once."""
+        busy = [worker for worker, _ in self._busy.values()]
+        for worker in busy:
             worker.process.kill()
-        for worker in [*self._workers]:
-            self._drop(worker)
+        for worker in self._free:
+            worker.pool.shutdown(wait=False)
+        for worker in [*self._free, *busy]:
+            _exit_code(worker)
+        self._free, self._busy = [], {}
 
     def _start(self) -> _Worker:
-        used = [w.device for w in self._workers]
+        used = [w.device for w in [*self._free, *(worker for worker, _ in self._busy.values())]]
         device = min(self._devices, key=used.count)
-        pipe, theirs = multiprocessing.Pipe()
-        process = multiprocessing.get_context("spawn").Process(target=_serve, args=(theirs, device), daemon=True)
-        with _no_ctrl_c():
-            process.start()
-        theirs.close()
-        self._workers.append(_Worker(process, pipe, device))
-        return self._workers[-1]
-
-    def _send(self, worker: _Worker, message: Any) -> None:
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it died, which `wait` sees
-            worker.pipe.send(message)
-
-    def _hear(self, worker: _Worker) -> Outcomes | None:
+        before = multiprocessing.active_children()
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, CTRL_C)  # in the new process too
         try:
-            message = worker.pipe.recv() if worker.pipe.poll() else None
-        except (EOFError, OSError):
-            message = None
-        if message is None:
-            return self._died(worker)
-        if message == _READY:
-            worker.ready = True
-            try:
-                self._send(worker, self._setting)
-            except Exception as e:
-                raise InputError(
-                    f"the work or its context cannot be sent to a worker process ({e}); use workers=1"
-                ) from e
-            self._send(worker, worker.group)
-            return None
-        if isinstance(message, str):
-            raise InputError(f"a worker process cannot read the work or its context; it said:\n{message}")
-        worker.group = None
-        self._workers.append(self._workers.pop(self._workers.index(worker)))
-        return message
+            pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin, (*self._setting, device))
+            ready = pool.submit(os.getpid)
+        except Exception as e:
+            raise InputError(
+                f"a worker process cannot be started, or the work and its context cannot be sent to it ({e}); use workers=1"
+            ) from e
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        (process,) = set(multiprocessing.active_children()) - set(before)
+        return _Worker(pool, process, device, ready)
 
-    def _died(self, worker: _Worker) -> Outcomes:
-        group = worker.group
-        assert group is not None
-        code = self._drop(worker)
+    def _outcomes(self, future: Future[Outcomes], worker: _Worker, group: Group) -> Outcomes:
+        error = future.exception()
+        if isinstance(error, BrokenProcessPool):
+            return self._died(worker, group)
+        self._free.append(worker)
+        if isinstance(error, KeyboardInterrupt):  # just before or after the attempt
+            return tuple(Outcome(cell.name, "stopped") for cell in group.cells)
+        return future.result()
+
+    def _died(self, worker: _Worker, group: Group) -> Outcomes:
+        code = _exit_code(worker)
         if self._interrupted:
             return tuple(Outcome(cell.name, "stopped") for cell in group.cells)
-        if not worker.ready and code > 0:
+        if code >= 0 and worker.ready.exception() is not None:
             raise InputError(
                 f"a worker process ended while it started (exit code {code}); its own message is on stderr. A script that "
-                'calls this needs `if __name__ == "__main__":` around it; or use workers=1'
+                'calls this needs `if __name__ == "__main__":` around it, and workers must be able to import the work and '
+                "what is in its context; or use workers=1"
             )
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         error = f"worker died ({how}){': out of memory?' if code == -signal.SIGKILL else ''}"
-        for cell in group.cells:
-            write_line(self._setting[0], cell, error)
+        log_line(self._setting[0], group, error)
         return tuple(Outcome(cell.name, "failed", error) for cell in group.cells)
 
-    def _drop(self, worker: _Worker) -> int:
-        """Forget a worker that is dead or dying; its exit code, negative for a signal."""
-        worker.process.join(PATIENCE)
-        if worker.process.is_alive():
-            worker.process.kill()
-            worker.process.join()
-        code = worker.process.exitcode
-        worker.pipe.close()
-        worker.process.close()
-        self._workers.remove(worker)
-        return code if code is not None else 1
 
-
-@contextlib.contextmanager
-def _no_ctrl_c() -> Iterator[None]:
-    """Block SIGINT here and in a process that is started meanwhile, until that has a process group of its own."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+def _exit_code(worker: _Worker) -> int:
+    """Of a worker that is dead or about to exit, negative for a signal."""
+    worker.process.join(PATIENCE)
+    worker.process.kill()
+    worker.pool.shutdown()
+    return worker.process.exitcode or 0
 
 
 # ------------------------------------------------------------------------------------------------- in the worker
 
+_given: tuple[Any, ...] = ()
 
-def _serve(pipe: Connection, device: str | None) -> None:
+
+def _begin(store: Store, work: Work, context: Any, device: str | None) -> None:
+    """Prepare this process. It was started with SIGINT blocked, which then waits for a group."""
+    global _given
     os.setpgid(0, 0)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    _silence()
+    streams_to(os.devnull)  # the parent's bar is on the terminal
+    faulthandler.enable()  # a crash's C traceback goes to the group's log
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    # Ctrl-C outside a cell and a parent that is gone or wants no more: the end.
-    with contextlib.suppress(KeyboardInterrupt, EOFError, OSError):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        prepare_process()
-        pipe.send(_READY)
-        try:
-            store, work, context = pipe.recv()
-        except (EOFError, OSError):
-            return
-        except Exception:
-            pipe.send(traceback.format_exc())
-            return
-        while True:
-            group = pipe.recv()
-            pipe.send(attempt(store, group, work, context, device, whole_process=True))
+    prepare_process()
+    _given = (store, work, context, device)
+
+
+def _compute(group: Group) -> Outcomes:
+    store, work, context, device = _given
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, CTRL_C)
+        return attempt(store, group, work, context, device, whole_process=True)
+    finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, CTRL_C)
 
 
 def _exit_with_parent() -> None:
@@ -209,13 +197,3 @@ def _exit_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
-
-
-def _silence() -> None:
-    """Outside a cell nothing goes to the terminal, where the parent's table is; a crash's C traceback goes to the cell's log."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for number in (1, 2):
-        os.dup2(nowhere, number)
-    os.close(nowhere)
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
-    faulthandler.enable()

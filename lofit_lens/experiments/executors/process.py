@@ -5,7 +5,10 @@ So a result does not depend on the number of processes: sums over many threads m
 
 import contextlib
 import gc
+import logging
 import multiprocessing
+import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -95,11 +98,22 @@ class Pool:
                 bar.update()
 
 
+def streams_to(path: str | os.PathLike[str]) -> None:
+    """Make the end of a file the stdout and stderr of this process, C libraries' too."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    with open(path, "ab") as file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+
+
 def prepare_process() -> None:
     """One thread, and no bars and advice from transformers: for a process that does nothing but work on a model."""
     import transformers
 
     torch.set_num_threads(1)
+    logging.getLogger("lofit_lens").setLevel(logging.INFO)  # for the logs of cells
     # tqdm's own lock is a semaphore of the system, which a process that is ended leaves behind.
     tqdm.set_lock(threading.RLock())
     transformers.utils.logging.set_verbosity_error()

@@ -11,34 +11,20 @@ import os
 import platform
 import signal
 import socket
-import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lofit_lens import io
 from lofit_lens.errors import InputError
 from lofit_lens.experiments.executors.attempt import Outcome, Outcomes, Work, attempt
-from lofit_lens.experiments.executors.groups import Group
 from lofit_lens.experiments.executors.process import prepare_process
+from lofit_lens.experiments.executors.schedule import Group
 from lofit_lens.experiments.store.store import Store
 
 SAME = ("lofit-lens", "torch", "transformer-lens", "transformers")  # packages of one version on all nodes
-LOOK = 5.0  # seconds between two looks at the cluster's nodes
-PATIENCE = 600.0  # seconds that a node gets to answer at the start: a cold import over a slow file system takes minutes
-
-
-@dataclass(frozen=True)
-class _Setting:
-    """What all tasks share: sent to every node once."""
-
-    store: Store
-    work: Work
-    context: Any
-    probe: str
-    versions: dict[str, str]
+RETRIES = 3  # of a task whose node or process died
 
 
 class RayExecutor:
@@ -53,42 +39,35 @@ class RayExecutor:
         cpus: CPUs a group.
         gpus: GPUs a group; at 0.5 two share one. None = 1 where the cluster has GPUs, else 0. A group without one is computed on
             the CPU.
-        slots: groups at a time, at most; None = as many as the cluster has room for.
-        max_retries: further tries of a group whose node or process died.
 
     Raises:
-        InputError: Ray is not installed or cannot be reached; no node has room for a cell; a node (named) does not see the store
-            or has other versions.
+        InputError: Ray is not installed or cannot be reached, or no node has room for a cell.
     """
 
     def __init__(
-        self, store: Store, work: Work, context: Any, *, address: str | None = None, cpus: float = 1.0, gpus: float | None = None,
-        slots: int | None = None, max_retries: int = 3,
+        self, store: Store, work: Work, context: Any, *, address: str | None = None, cpus: float = 1.0, gpus: float | None = None
     ) -> None:  # fmt: skip
-        if (
-            cpus < 0
-            or (gpus or 0) < 0
-            or cpus + (gpus or 0) == 0
-            or (slots is not None and slots < 1)
-            or max_retries < 0
-        ):
-            raise InputError(
-                f"a cell needs some CPU or GPU, one slot or more and 0 retries or more; got cpus={cpus}, gpus={gpus}, "
-                f"slots={slots}, max_retries={max_retries}"
-            )
+        if cpus < 0 or (gpus or 0) < 0 or cpus + (gpus or 0) == 0:
+            raise InputError(f"a cell needs some CPU or GPU; got cpus={cpus}, gpus={gpus}")
         self._ray = _ray()
-        self._most = slots
         self._running: dict[Any, Group] = {}  # by the task's reference
+        self._interrupted = False
         self._ours = not self._ray.is_initialized()
         self._probe = store.root / f".seen-by-{uuid.uuid4().hex[:12]}"
         if self._ours:
             _connect(self._ray, address)
         try:
+            there = self._ray.cluster_resources()
             if gpus is None:
-                gpus = 1.0 if self._ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
-            self._cpus, self._gpus = cpus, gpus
+                gpus = 1.0 if there.get("GPU", 0) >= 1 else 0.0
+            self._wants = {"CPU": cpus, "GPU": gpus}
+            if not self._room():
+                raise InputError(
+                    f"no node of this cluster has room for a cell ({cpus:g} CPUs, {gpus:g} GPUs); it has {there}. Ask for less "
+                    "a cell, or add a node"
+                )
             io.write_text(self._probe, "every node of the cluster must see this file\n")
-            setting = _Setting(store, work, context, str(self._probe), _versions())
+            setting = (store, work, context, str(self._probe), _versions())
             try:
                 self._shared = [self._ray.put(setting)]  # in a list: a task gets the reference, not a copy of its own
             except TypeError as e:
@@ -96,13 +75,16 @@ class RayExecutor:
             # A process sees all GPUs of its node and takes the one that it is given, which may be another one at the next cell.
             seen = {"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}} if gpus else None
             self._task = self._ray.remote(_compute).options(
-                num_cpus=cpus, num_gpus=gpus, max_retries=max_retries, runtime_env=seen
+                num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES, runtime_env=seen
             )
-            self._count()
-            self._check_nodes(setting)
         except BaseException:
             self.close()
             raise
+
+    @property
+    def slots(self) -> int:
+        """Groups that the cluster has room for now; one at least, which waits for a node that comes back."""
+        return max(1, self._room())
 
     def submit(self, group: Group) -> None:
         """Hand a group to the cluster."""
@@ -112,17 +94,14 @@ class RayExecutor:
         """Outcomes that came within `timeout` seconds.
 
         Raises:
-            InputError: a node (named) that joined the cluster does not see the store or has other versions.
+            InputError: a node (named) does not see the store, has other versions, or cannot run this library.
         """
-        if time.monotonic() > self._looked + LOOK:
-            self._count()
         ready, _ = self._ray.wait(list(self._running), timeout=timeout)
-        if ready:  # and what else is ready by now
-            ready, _ = self._ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
         return [self._outcomes(ref, self._running.pop(ref)) for ref in ready]
 
     def interrupt(self) -> None:
         """KeyboardInterrupt in every task."""
+        self._interrupted = True
         for ref in self._running:
             self._ray.cancel(ref, force=False)
 
@@ -137,57 +116,25 @@ class RayExecutor:
         self._running.clear()
 
     def _outcomes(self, ref: Any, group: Group) -> Outcomes:
-        errors = self._ray.exceptions
         try:
             found = self._ray.get(ref)
-        except errors.TaskCancelledError:
-            return tuple(Outcome(cell.name, "stopped") for cell in group.cells)
-        except errors.RayError as e:
-            error = f"{type(e).__name__}: {_first_line(e)}"
-            return tuple(Outcome(cell.name, "failed", error, str(e)) for cell in group.cells)
+        except self._ray.exceptions.RayError as e:
+            if self._interrupted:
+                return tuple(Outcome(cell.name, "stopped") for cell in group.cells)
+            if isinstance(e, self._ray.exceptions.RayTaskError):  # not of the work, whose errors are outcomes
+                raise InputError(
+                    f"a node cannot run this library; install the same lofit-lens on every node. It said:\n{e}"
+                ) from e
+            return tuple(Outcome(cell.name, "failed", f"{type(e).__name__}: {_first_line(e)}") for cell in group.cells)
         if isinstance(found, str):
             raise InputError(found)
         return found
 
-    def _nodes(self) -> list[dict[str, Any]]:
-        """Nodes with room for a cell."""
-        return [n for n in self._ray.nodes() if n["Alive"] and self._room(n)]
-
-    def _room(self, node: dict[str, Any]) -> int:
-        has, wants = node["Resources"], {"CPU": self._cpus, "GPU": self._gpus}
-        return int(min(has.get(kind, 0.0) / amount + 1e-9 for kind, amount in wants.items() if amount))
-
-    def _count(self) -> None:
-        """Look how many cells the cluster has room for; one at least, which waits for a node that comes back."""
-        room = max(1, sum(map(self._room, self._nodes())))
-        self.slots = room if self._most is None else min(room, self._most)
-        self._looked = time.monotonic()
-
-    def _check_nodes(self, setting: _Setting) -> None:
-        nodes = self._nodes()
-        if not nodes:
-            raise InputError(
-                f"no node of this cluster has room for a cell ({self._cpus:g} CPUs, {self._gpus:g} GPUs); it has "
-                f"{self._ray.cluster_resources()}. Ask for less a cell, or add a node"
-            )
-        at = importlib.import_module("ray.util.scheduling_strategies").NodeAffinitySchedulingStrategy
-        task, asked = self._ray.remote(_complaint), {}
-        for node in nodes:
-            there = task.options(num_cpus=0, scheduling_strategy=at(node["NodeID"], soft=False))
-            asked[there.remote(setting.probe, setting.versions)] = node
-        ready, _ = self._ray.wait(list(asked), num_returns=len(asked), timeout=PATIENCE)
-        for ref, node in asked.items():
-            name = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
-            if ref not in ready:
-                raise InputError(f"node {name} did not answer within {PATIENCE:.0f} s; look at it, or take it out")
-            try:
-                complaint = self._ray.get(ref)
-            except self._ray.exceptions.RayError as e:
-                raise InputError(
-                    f"node {name} cannot run this library ({_first_line(e)}); install the same lofit-lens on every node"
-                ) from e
-            if complaint:
-                raise InputError(complaint)
+    def _room(self) -> int:
+        """Groups at a time, over all nodes."""
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        wants = [(kind, amount) for kind, amount in self._wants.items() if amount]
+        return sum(int(min(has.get(kind, 0.0) / amount + 1e-9 for kind, amount in wants)) for has in nodes)
 
 
 def _ray() -> Any:
@@ -250,13 +197,13 @@ def _first_line(e: BaseException) -> str:
 def _compute(shared: list[Any], group: Group) -> Outcomes | str:
     """A task: the outcomes, or what is wrong with this node."""
     ray = importlib.import_module("ray")
-    setting = _opened(shared[0])
-    complaint = _complaint(setting.probe, setting.versions)
+    store, work, context, probe, versions = _opened(shared[0])
+    complaint = _complaint(probe, versions)
     if complaint:
         return complaint
     device = _device(ray.get_gpu_ids(), os.environ.get("CUDA_VISIBLE_DEVICES"))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a Ray that was begun in the background ignores it
-    return attempt(setting.store, group, setting.work, setting.context, device, whole_process=True)
+    return attempt(store, group, work, context, device, whole_process=True)
 
 
 def _device(given: Sequence[Any], visible: str | None) -> str:
@@ -269,8 +216,8 @@ def _device(given: Sequence[Any], visible: str | None) -> str:
 
 
 @functools.lru_cache(maxsize=1)
-def _opened(ref: Any) -> _Setting:
-    """The setting, read once a process."""
+def _opened(ref: Any) -> Any:
+    """What all tasks share, read once a process."""
     prepare_process()
     return importlib.import_module("ray").get(ref)
 

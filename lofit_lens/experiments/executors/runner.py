@@ -1,29 +1,31 @@
 """Run a grid's cells: those that are not in the store, each after the cells it needs, on any executor.
 
-Cells that can share a pass over the model are handed out as one group (`groups.grouped`); all others are groups of one.
+Cells that can share a pass over the model are handed out as one group (`schedule.grouped`); all others are groups of one.
 The store alone knows what is done, so a run that was stopped or killed goes on when it is called again, and several runners
 on one store share the work: a cell that another one holds is looked at again later.
 """
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lofit_lens.errors import DiskFull, InputError
 from lofit_lens.experiments.executors.attempt import Outcome, Outcomes, Work, attempt
-from lofit_lens.experiments.executors.groups import TOGETHER, Group, grouped
-from lofit_lens.experiments.executors.live import Tally, board, duration
 from lofit_lens.experiments.executors.local import LocalExecutor
-from lofit_lens.experiments.executors.schedule import Schedule, checked
+from lofit_lens.experiments.executors.schedule import TOGETHER, Group, Schedule, grouped
 from lofit_lens.experiments.store.cells import Cell
 from lofit_lens.experiments.store.store import Store
 from lofit_lens.training.loop import first_ctrl_c
 
 TICK = 0.2  # seconds between two looks at Ctrl-C
 LOOK_AGAIN = 1.0  # seconds until a cell that another runner holds is tried again
+STOPPING = "stopping: training writes its checkpoint; Ctrl-C again kills it;"
 
 log = logging.getLogger(__name__)
 
@@ -63,14 +65,12 @@ class Report:
         there: cells that were done already, or done by another runner meanwhile.
         failed: cell -> its error.
         blocked: cell -> the failed cell that it, or another of its group, needs, directly or not.
-        seconds: from start to end.
     """
 
     computed: tuple[str, ...]
     there: tuple[str, ...]
     failed: dict[str, str]
     blocked: dict[str, str]
-    seconds: float
 
 
 def run_cells(
@@ -98,13 +98,13 @@ def run_cells(
         devices: given to the workers in turn; None = `work` gets None.
         retries: further tries of a group with a cell that failed in a way that may not come again.
         together: cells at most that share a pass over the model; 1 = none. Results of another number differ by rounding.
-        progress: show a live table on a terminal; elsewhere every finished cell is a log record (INFO).
+        progress: show a bar on a terminal. What is begun and done are log records (INFO).
 
     Returns:
         What was computed, what was there, what failed and what could not be begun for it.
 
     Raises:
-        InputError: cells that cannot be run (see `schedule.checked`), no workers, or workers that cannot start.
+        InputError: no workers, or workers that cannot start.
         DiskFull: cells in progress were let finish, no other was begun.
         KeyboardInterrupt: Ctrl-C; training in progress wrote its checkpoint. A second Ctrl-C kills it.
     """
@@ -113,142 +113,143 @@ def run_cells(
             f"a run needs 1 worker or more, 0 retries or more, 1 cell or more together, and devices, if any; got "
             f"workers={workers}, retries={retries}, together={together}, devices={devices}"
         )
-    try:
-        by_name = checked(cells, store.done)
-    except InputError:
-        if executor is not None:
-            executor.close()
-        raise
-    there = {name for name in by_name if store.done(name)}
     here = executor is None and workers == 1
     if executor is None:
         executor = (
             _Here(store, work, context, devices) if here else LocalExecutor(store, work, context, workers, devices)
         )
-    run = _Run(store, by_name, grouped(by_name, together), there, executor, retries)
-    try:
-        with board(run.tally, progress), nullcontext(lambda: False) if here else first_ctrl_c() as stopped:
-            run.loop(stopped)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"stopped: {run.tally.counts}; the same call goes on with the rest") from None
-    finally:
-        executor.close()
+    with closing(executor):
+        run = _Run(store, {cell.name: cell for cell in cells}, executor, retries, together)
+        try:
+            with _bar(run, progress) as run.bar, nullcontext(lambda: False) if here else first_ctrl_c() as ctrl_c:
+                run.loop(ctrl_c)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"stopped: {run.schedule.counts}; the same call goes on with the rest") from None
     if run.full:
-        raise DiskFull(f"{run.full}; {run.tally.counts}; free space and run the same command again")
-    report = run.report()
-    log.info("%s in %s", run.tally.counts, duration(report.seconds))
-    return report
+        raise DiskFull(f"{run.full}; {run.schedule.counts}; free space and run the same command again")
+    log.info("%s", run.schedule.counts)
+    return run.report()
 
 
 class _Run:
-    """One run of a grid: the loop and what it has seen."""
+    """One run of a grid: the loop between its schedule and its executor."""
 
-    def __init__(
-        self, store: Store, cells: Mapping[str, Cell], groups: Sequence[Group], there: set[str], executor: Executor, retries: int
-    ) -> None:  # fmt: skip
-        self.store, self.cells, self.there, self.executor, self.retries = store, cells, there, executor, retries
-        self.schedule = Schedule(groups, there)
-        self.tally = Tally(cells, there, executor.slots)
-        self.running: list[Group] = []
-        self.loaded: list[Any] = []  # the model that each free worker holds
+    bar: tqdm
+
+    def __init__(self, store: Store, cells: dict[str, Cell], executor: Executor, retries: int, together: int) -> None:
+        self.store, self.cells, self.executor = store, cells, executor
+        self.there = {name for name in cells if store.done(name)}
         self.computed: set[str] = set()
-        self.failed: dict[str, str] = {}
-        self.full = ""
-        self.asked = False  # to stop, by Ctrl-C in a worker
-        self.stopping = False
-        self.start = time.monotonic()
+        self.schedule = Schedule(grouped(cells, together), self.there, retries)
+        self.loaded: list[Any] = []  # the model that each free worker holds
+        self.stopped = False  # by Ctrl-C
+        self.full = ""  # the error of a full disk
 
-    def loop(self, stopped: Callable[[], bool]) -> None:
+    def loop(self, ctrl_c: Callable[[], bool]) -> None:
+        schedule = self.schedule
         while True:
-            if (self.asked or stopped()) and not self.stopping:
-                self.stopping = True
-                self.tally.note = "stopping: training writes its checkpoint; Ctrl-C again kills it"
-                self.executor.interrupt()
-            if not (self.stopping or self.full):
-                self._hand_out()
-            if not self.running:
-                if self.stopping:
-                    raise KeyboardInterrupt
-                if self.full or self.schedule.idle:
-                    return
+            if ctrl_c():
+                self._stop()
+            self._hand_out()
+            if schedule.running:
+                self._show()
+                for outcomes in self.executor.wait(TICK):
+                    self._take_in(outcomes)
+            elif self.stopped:
+                raise KeyboardInterrupt
+            elif schedule.stopping or schedule.idle:
+                return
+            else:
                 time.sleep(TICK)  # another runner holds what is left
-                continue
-            for outcomes in self.executor.wait(TICK):
-                self._take_in(outcomes)
+
+    def _stop(self) -> None:
+        if not self.stopped:
+            self.stopped = self.schedule.stopping = True
+            self.executor.interrupt()
+
+    def _show(self) -> None:
+        running = ", ".join(group.label for group in self.schedule.running)
+        self.bar.set_description_str(self.schedule.counts, refresh=False)
+        self.bar.set_postfix_str(f"{STOPPING} {running}" if self.stopped else running)
 
     def _hand_out(self) -> None:
-        self.tally.slots = self.executor.slots
-        while len(self.running) < self.executor.slots:
+        running = self.schedule.running
+        while len(running) < self.executor.slots:
             group = self.schedule.take(time.monotonic(), self.loaded)
             if group is None:
                 return
-            if all(self.store.done(cell.name) for cell in group.cells):  # by another runner
-                self._finish(Outcome(cell.name, "there") for cell in group.cells)
-                continue
-            model = group.model
-            if model in self.loaded:
-                self.loaded.remove(model)
-            elif self.loaded and len(self.loaded) + len(self.running) >= self.executor.slots:
+            if group.model in self.loaded:
+                self.loaded.remove(group.model)
+            elif self.loaded and len(self.loaded) + len(running) > self.executor.slots:
                 self.loaded.pop(0)
-            self.running.append(group)
-            self.tally.begin(group)
+            log.info("begun: %s", group.label)
             self.executor.submit(group)
 
     def _take_in(self, outcomes: Outcomes) -> None:
-        group = next(g for g in self.running if g.cells[0].name == outcomes[0].name)
-        self.running.remove(group)
+        group = next(g for g in self.schedule.running if g.cells[0].name == outcomes[0].name)
         self.loaded.append(group.model)
-        self.tally.end(group)
-        # A worker may have died after it wrote some of its cells.
-        outcomes = tuple(
-            replace(o, state="there") if o.state == "failed" and self.store.done(o.name) else o for o in outcomes
-        )
-        self._finish(outcome for outcome in outcomes if outcome.state in ("done", "there"))
-        failed = [outcome for outcome in outcomes if outcome.state == "failed"]
+        failed: list[Outcome] = []
+        for outcome in outcomes:
+            # A worker may have died after it wrote some of its cells.
+            if outcome.state in ("done", "there") or (outcome.state == "failed" and self.store.done(outcome.name)):
+                self._finish(outcome)
+            elif outcome.state == "failed":
+                failed.append(outcome)
+        full = next((outcome for outcome in failed if outcome.full), None)
         if any(outcome.state == "busy" for outcome in outcomes):
             self.schedule.put_back(group, time.monotonic() + LOOK_AGAIN)
-        elif any(outcome.state == "stopped" for outcome in outcomes):
-            self.asked = True
-        elif full := [outcome for outcome in failed if outcome.full]:
-            self.full = full[0].error
-        elif any(outcome.again for outcome in failed) and self.schedule.again(group, self.retries):
+        elif full or any(outcome.state == "stopped" for outcome in outcomes):
+            self.schedule.running.remove(group)
+            if full:
+                self.full, self.schedule.stopping = full.error, True
+            else:
+                self._stop()
+        elif self.schedule.finish(group, {o.name: o.error for o in failed}, may_pass=any(o.again for o in failed)):
             for outcome in failed:
                 log.info("%s failed and is tried again: %s", self.cells[outcome.name].label, outcome.error)
         else:
             for outcome in failed:
-                self._fail(outcome)
+                self._fail(group, outcome)
 
-    def _finish(self, outcomes: Iterable[Outcome]) -> None:
-        for outcome in outcomes:
-            if outcome.name not in self.schedule.left:  # it was there before this run began
-                continue
-            (self.computed if outcome.state == "done" else self.there).add(outcome.name)
-            self.schedule.done(outcome.name)
-            self.tally.finish(outcome.name, outcome.seconds if outcome.state == "done" else None)
-            log.info(
-                "[%d/%d] %s: %s", self.tally.done, len(self.cells), self.cells[outcome.name].label,
-                f"done in {outcome.seconds:.1f} s" if outcome.state == "done" else "done by another runner",
-            )  # fmt: skip
+    def _finish(self, outcome: Outcome) -> None:
+        name, left = outcome.name, self.schedule.left
+        if name not in left:  # it was there before this run began
+            return
+        self.schedule.done(name)
+        (self.computed if outcome.state == "done" else self.there).add(name)
+        self.bar.update(self.cells[name].cost)
+        how = "done" if outcome.state == "done" else "done by another runner"
+        log.info("[%d/%d] %s: %s", len(self.cells) - len(left), len(self.cells), self.cells[name].label, how)
 
-    def _fail(self, outcome: Outcome) -> None:
-        label, name = self.cells[outcome.name].label, outcome.name
-        self.failed[name] = outcome.error
+    def _fail(self, group: Group, outcome: Outcome) -> None:
+        name = outcome.name
         if not outcome.again:
             self.schedule.lose(name)
-        log.warning("%s failed: %s (see %s)", label, outcome.error, self.store.log_file(name))
-        self.tally.fail(name, outcome.error, set(self.schedule.blocked(self.failed)))
+        log.warning("%s failed: %s (see %s)", self.cells[name].label, outcome.error, self.store.log_file(group.name))
         try:
             self.store.fail(name, outcome.error)
         except DiskFull as e:
-            self.full = str(e)
+            self.full, self.schedule.stopping = str(e), True
 
     def report(self) -> Report:
-        blocked = self.schedule.blocked(self.failed)
+        failed, blocked = self.schedule.failed, self.schedule.blocked
         return Report(
             tuple(n for n in self.cells if n in self.computed), tuple(n for n in self.cells if n in self.there),
-            {n: self.failed[n] for n in self.cells if n in self.failed}, {n: blocked[n] for n in self.cells if n in blocked},
-            time.monotonic() - self.start,
+            {n: failed[n] for n in self.cells if n in failed}, {n: blocked[n] for n in self.cells if n in blocked},
         )  # fmt: skip
+
+
+@contextmanager
+def _bar(run: _Run, progress: bool) -> Iterator[tqdm]:
+    """A bar over the cost of what is left, on a terminal only; log records appear above it."""
+    cost = sum(run.cells[name].cost for name in run.schedule.left)
+    form = "{desc} |{bar}| {elapsed}, {remaining} left{postfix}"
+    quiet = None if progress else True
+    with (
+        tqdm(total=cost, bar_format=form, smoothing=0, dynamic_ncols=True, leave=False, disable=quiet) as bar,
+        nullcontext() if bar.disable else logging_redirect_tqdm(),
+    ):
+        yield bar
 
 
 class _Here:

@@ -1,133 +1,214 @@
-"""The order of a grid's groups: what may begin now, what comes first, what can no longer be computed. No clock, no files."""
+"""The order of a grid's work: which cells share a pass, what may begin now, what can no longer be computed. No files.
 
-import bisect
+Fits of one model can share the passes over it (`training.many`); such cells form a group. Numbers of a shared pass differ by
+rounding from those of another, so who shares one follows from the grid: groups are a function of the list of cells, whatever is
+done already and whoever computes it (but a cell that can never be computed, since one that it needs failed for good, leaves its
+group). A group is handed out, claimed, tried again and checkpointed as a whole; members that are there already are trained along
+and not written again. In another grid, with other partners, last digits differ.
+"""
+
 import graphlib
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from lofit_lens.errors import InputError
-from lofit_lens.experiments.executors.groups import Group
+from lofit_lens import io
 from lofit_lens.experiments.store.cells import Cell
+from lofit_lens.experiments.store.records import JOINED
+
+TOGETHER = 8  # cells of a group at most: on two cores more gain little (`benchmarks/many.py`)
+LEAST = 3  # of a group, where one more group keeps a second worker busy
 
 
-def checked(cells: Iterable[Cell], done: Callable[[str], bool]) -> dict[str, Cell]:
-    """The cells by name, each once, in the order given.
+@dataclass(frozen=True)
+class Group:
+    """Cells that are computed at once; none of them needs another. Most groups are one cell.
+
+    Attributes:
+        cells: in the grid's order.
+    """
+
+    cells: tuple[Cell, ...]
+
+    @cached_property
+    def name(self) -> str:
+        """Of its checkpoint and log: the last cell's name, of several cells with a digest of all names behind it."""
+        names = [cell.name for cell in self.cells]
+        return names[-1] if len(names) == 1 else f"{names[-1]}{JOINED}{io.digest(names)[:16]}"
+
+    @property
+    def label(self) -> str:
+        """What people read."""
+        more = len(self.cells) - 1
+        return self.cells[0].label + (f" and {more} more" if more else "")
+
+    @property
+    def model(self) -> Any:
+        """The cells' own."""
+        return self.cells[0].model
+
+    @property
+    def cost(self) -> float:
+        """Of all cells."""
+        return sum(cell.cost for cell in self.cells)
+
+    @cached_property
+    def needs(self) -> frozenset[str]:
+        """Cells that must be done before."""
+        return frozenset(need for cell in self.cells for need in cell.needs)
+
+
+def grouped(cells: Mapping[str, Cell], together: int = TOGETHER) -> list[Group]:
+    """Every cell in one group: those that share a pass (`Cell.shares`) and stand on the same step of the graph of needs.
+
+    A step's n cells are split evenly, in order, into groups of `together` at most, and into an even number of groups where
+    those have three cells or more.
 
     Args:
-        cells: of a grid; the same cell may come several times.
-        done: whether the store has a finished run of that name.
+        cells: of a grid, by name, free of cycles.
+        together: cells of a group at most; 1 = each alone.
 
-    Raises:
-        InputError: two cells of one name with different specs, a need that is neither among the cells nor done, or a
-            cycle of needs (shows it).
+    Returns:
+        Groups in the order of their first cells.
     """
-    by_name: dict[str, Cell] = {}
-    for cell in cells:
-        other = by_name.setdefault(cell.name, cell)
-        if other.spec != cell.spec or set(other.needs) != set(cell.needs):
-            raise InputError(
-                f"two cells of the name {cell.name} differ in what they ask for; a cell is named by its spec"
-            )
-    for cell in by_name.values():
-        for need in cell.needs:
-            if need not in by_name and not done(need):
-                raise InputError(
-                    f"{cell.name} needs {need}, which is neither in this grid nor in the store; add that cell to the grid"
-                )
-    try:
-        graphlib.TopologicalSorter({n: c.needs for n, c in by_name.items()}).prepare()
-    except graphlib.CycleError as e:
-        # graphlib gives each cell after one that it is needed by.
-        raise InputError(f"these cells need one another in a circle: {' -> '.join(e.args[1][::-1])}") from e
-    return by_name
+    steps: dict[str, int] = {}  # length of the longest chain of needs below a cell
+    for name in graphlib.TopologicalSorter({n: c.needs for n, c in cells.items()}).static_order():
+        below = cells[name].needs if name in cells else ()
+        steps[name] = max((1 + steps[need] for need in below if need in cells), default=0)
+    sharing: dict[tuple[Any, ...], list[Cell]] = {}
+    for name, cell in cells.items():
+        sharing.setdefault((cell.shares, cell.model, steps[name]) if cell.shares else (name,), []).append(cell)
+    found = [Group(tuple(part)) for step in sharing.values() for part in _split(step, together)]
+    place = {name: i for i, name in enumerate(cells)}
+    return sorted(found, key=lambda group: place[group.cells[0].name])
+
+
+def _split(cells: list[Cell], together: int) -> Iterable[list[Cell]]:
+    n, parts = len(cells), -(-len(cells) // together)
+    if parts % 2 and together > 1 and n // (parts + 1) >= LEAST:
+        parts += 1
+    return (cells[n * i // parts : n * (i + 1) // parts] for i in range(parts))
 
 
 class Schedule:
-    """Groups with cells that are not done, handed out in order: first tries before others, long ones first, then as given.
+    """What is left of a grid, handed out in order: first tries before others, long ones first, then as given.
 
-    Args:
-        groups: of all cells, free of cycles.
-        there: names of cells that are done.
+    Attributes:
+        cells: of all groups, by name.
+        left: names of cells that are not done.
+        failed: cell -> its error, of those that are not tried again by this run.
+        running: groups that were handed out.
+        stopping: nothing more is handed out.
     """
 
-    def __init__(self, groups: Iterable[Group], there: Iterable[str]) -> None:
-        groups, there = list(groups), set(there)
-        self.left = {cell.name for group in groups for cell in group.cells if cell.name not in there}
-        self._place = {group.name: i for i, group in enumerate(groups)}
-        self._tries = dict.fromkeys(self._place, 0)
-        self._ready: list[Group] = []
-        self._later: list[tuple[float, Group]] = []
-        self._waiting = {g.name: g for g in groups if any(cell.name in self.left for cell in g.cells)}
-        self._lost: dict[str, str] = {}
-        self._open()
-
-    def take(self, now: float, loaded: list[Any]) -> Group | None:
-        """The next group; None where none can begin now.
+    def __init__(self, groups: Iterable[Group], there: Iterable[str], retries: int = 0) -> None:
+        """List what is left.
 
         Args:
-            now: seconds on the clock of `put_back`.
+            groups: of all cells, free of cycles.
+            there: names of cells that are done.
+            retries: further tries of a group after a failure that may pass.
+        """
+        self._groups = list(groups)
+        self.cells = {cell.name: cell for group in self._groups for cell in group.cells}
+        self.left = self.cells.keys() - set(there)
+        self.failed: dict[str, str] = {}
+        self.running: list[Group] = []
+        self.stopping = False
+        self._retries = retries
+        self._tries: Counter[Group] = Counter()
+        self._not_before: dict[Group, float] = {}
+        self._lost: dict[str, str] = {}  # cells that left their groups -> the failed cell that they need
+
+    # -------------------------------------------------------------------------------------------------- what comes
+
+    def take(self, now: float, loaded: Collection[Any]) -> Group | None:
+        """Hand out the next group; None where none can begin now.
+
+        Args:
+            now: seconds.
             loaded: models (`Cell.model`) that free workers hold; a group of one of them goes first.
         """
-        for entry in [e for e in self._later if e[0] <= now]:
-            self._later.remove(entry)
-            self._insert(entry[1])
-        if not self._ready:
+        ready = [group for group in self._open() if self._not_before.get(group, now) <= now]
+        if self.stopping or not ready:
             return None
-        first = next((i for i, group in enumerate(self._ready) if group.model in loaded), 0)
-        return self._ready.pop(first)
-
-    def put_back(self, group: Group, when: float) -> None:
-        """Another runner holds one of its cells: hand it out again from then on."""
-        self._later.append((when, group))
-
-    def again(self, group: Group, retries: int) -> bool:
-        """A try failed: hand the group out again, after those not tried yet; False where its retries are used up."""
-        self._tries[group.name] += 1
-        if self._tries[group.name] > retries:
-            return False
-        self._insert(group)
-        return True
-
-    def done(self, name: str) -> None:
-        """A cell is in the store: those that waited for it may begin."""
-        self.left.discard(name)
-        self._open()
-
-    def lose(self, name: str) -> None:
-        """A cell fails whenever it is tried: those that need it, directly or not, leave their groups, which go on without."""
-        gone = {name}
-        while more := {c.name for g in self._waiting.values() for c in g.cells if gone & set(c.needs)} - gone:
-            gone |= more
-        self._lost |= dict.fromkeys((gone & self.left) - {name}, name)
-        for group in [g for g in self._waiting.values() if any(c.name in gone for c in g.cells)]:
-            del self._waiting[group.name]
-            kept = Group(tuple(cell for cell in group.cells if cell.name not in gone))
-            if any(cell.name in self.left for cell in kept.cells):
-                self._waiting[kept.name] = kept
-                self._place[kept.name], self._tries[kept.name] = self._place[group.name], 0
-        self._open()
-
-    def blocked(self, failed: Iterable[str]) -> dict[str, str]:
-        """Cells that cannot be computed -> the failed cell that they, or others of their group, need, directly or not."""
-        cause = {name: name for name in failed} | self._lost
-        more = True
-        while more:
-            more = {
-                cell.name: next(cause[need] for cell in group.cells for need in cell.needs if need in cause)
-                for group in self._waiting.values() if cause.keys() & group.needs
-                for cell in group.cells if cell.name in self.left and cell.name not in cause
-            }  # fmt: skip
-            cause |= more
-        return {name: bad for name, bad in cause.items() if name != bad}
+        first = min(ready, key=lambda g: (g.model not in loaded, self._tries[g], -g.cost))  # the first of equals
+        self.running.append(first)
+        return first
 
     @property
     def idle(self) -> bool:
         """Nothing can begin, now or later, before a cell that was handed out is done."""
-        return not self._ready and not self._later
+        return not self._open()
 
-    def _open(self) -> None:
-        for group in [g for g in self._waiting.values() if not g.needs & self.left]:
-            self._insert(self._waiting.pop(group.name))
+    def _open(self) -> list[Group]:
+        return [
+            group
+            for group in self._groups
+            if group.needs.isdisjoint(self.left) and group not in self.running
+            and any(cell.name in self.left for cell in group.cells)
+        ]  # fmt: skip
 
-    def _insert(self, group: Group) -> None:
-        bisect.insort(self._ready, group, key=lambda g: (self._tries[g.name], -g.cost, self._place[g.name]))
+    # ------------------------------------------------------------------------------------- what became of a group
+
+    def put_back(self, group: Group, when: float) -> None:
+        """Another runner holds one of its cells: it is handed out again from then on."""
+        self.running.remove(group)
+        self._not_before[group] = when
+
+    def done(self, name: str) -> None:
+        """A cell is in the store: those that waited for it may begin."""
+        self.left.discard(name)
+
+    def finish(self, group: Group, failed: Mapping[str, str], *, may_pass: bool) -> bool:
+        """A group that was handed out has ended.
+
+        Args:
+            group: the group.
+            failed: those of its cells that failed -> their errors.
+            may_pass: whether one of them may do better the next time.
+
+        Returns:
+            Whether it will be handed out again, after those not tried yet; if not, its failures are in `failed` for good.
+        """
+        self.running.remove(group)
+        self._tries[group] += 1
+        if failed and may_pass and self._tries[group] <= self._retries:
+            return True
+        self._groups.remove(group)
+        self.failed |= failed
+        return False
+
+    def lose(self, name: str) -> None:
+        """A cell fails whenever it is tried: those that need it, directly or not, leave their groups, which go on without."""
+        gone = {name}
+        while more := {c.name for g in self._groups for c in g.cells if not gone.isdisjoint(c.needs)} - gone:
+            gone |= more
+        self._lost |= dict.fromkeys((gone & self.left) - {name}, name)
+        kept = [Group(tuple(cell for cell in group.cells if cell.name not in gone)) for group in self._groups]
+        self._groups = [group for group in kept if group.cells]
+
+    # ---------------------------------------------------------------------------------------------- how it stands
+
+    @property
+    def blocked(self) -> dict[str, str]:
+        """Cells that cannot be computed -> the failed cell that they, or others of their group, need, directly or not."""
+        cause = dict.fromkeys(self.failed, "") | self._lost
+        more = True
+        while more:
+            more = {
+                cell.name: next(cause[need] or need for cell in group.cells for need in cell.needs if need in cause)
+                for group in self._groups if not group.needs.isdisjoint(cause)
+                for cell in group.cells if cell.name in self.left and cell.name not in cause
+            }  # fmt: skip
+            cause |= more
+        return {name: failed for name, failed in cause.items() if failed}
+
+    @property
+    def counts(self) -> str:
+        """One sentence for messages."""
+        n, others = len(self.cells), (("failed", self.failed), ("blocked", self.blocked))
+        more = "".join(f", {len(names)} {what}" for what, names in others if names)
+        return f"{n - len(self.left)} of {n} cells are done{more}"

@@ -16,8 +16,8 @@ from typing import Any
 from lofit_lens import io
 from lofit_lens.errors import InputError
 from lofit_lens.evaluation.texts import load_texts
-from lofit_lens.experiments.executors.groups import TOGETHER
 from lofit_lens.experiments.executors.runner import Executor, Report, Work, run_cells
+from lofit_lens.experiments.executors.schedule import TOGETHER
 from lofit_lens.experiments.grid.compute import Context, compute
 from lofit_lens.experiments.grid.expand import Setting, expand
 from lofit_lens.experiments.grid.paper import grid_named, known_grids

@@ -7,13 +7,14 @@ ROOT/locks/NAME.lock       who computes it now
 ROOT/states/, logs/        checkpoints of training inside a run, and its log (NAME+DIGEST.*: of runs that are computed together)
 ROOT/failed/               why a run could not be computed
 ROOT/inputs/, grids/       what specs refer to by hash, and which runs a grid names
-ROOT/index.parquet         one row a run; made anew from the folders whenever it does not match them
+ROOT/index.parquet         one row a run, as of the last time that somebody asked
 
 A kill at any moment leaves nothing or a finished run. Two that write the same run leave one: the later one's draft is dropped.
 """
 
 import contextlib
 import json
+import logging
 import math
 import os
 import platform
@@ -30,8 +31,9 @@ from typing import Any
 import pandas as pd
 
 from lofit_lens import io
-from lofit_lens.errors import DataError, DiskFull, InputError
+from lofit_lens.errors import DataError, InputError, NewerData
 from lofit_lens.experiments.store.cells import Cell
+from lofit_lens.experiments.store.index import table_of
 from lofit_lens.experiments.store.locks import claimed, held
 from lofit_lens.experiments.store.records import Records, checked
 
@@ -41,25 +43,7 @@ RUN_FIELDS = ("name", "label", "spec", "needs", "row", "versions", "files", "che
 OWN_FILES = ("run.json", "timing.json")
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Something in a store that is not as it should be.
-
-    Attributes:
-        path: file or folder, relative to the store.
-        what: what is wrong, and what to do.
-        kind: `damaged` (the run is lost, and can be computed again), `newer` (written by a later version), `unreadable` (may be
-            well again later), `foreign` (not of this store) or `leftover` (of a killed process, for `collect_garbage`).
-        run: name of the run that it belongs to, "" for none.
-    """
-
-    path: str
-    what: str
-    kind: str
-    run: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.what}"
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -154,15 +138,15 @@ class Store(Records):
         again = f"run `lofit-lens store verify {self.root} --remove`, then the same grid again"
         try:
             record = io.read_json(path)
+            io.check_record(record, RUN, RUN_SCHEMA, RUN_FIELDS, str(path))
+        except NewerData:
+            raise
         except DataError as e:
-            raise DataError(f"{e}; {again}") from e
-        if isinstance(record, dict) and record.get("kind") == RUN and record.get("schema") == RUN_SCHEMA:
-            found = io.digest({k: v for k, v in record.items() if k != "checksum"})
-            if record.get("checksum") != found:
-                raise DataError(f"{path} is damaged (its checksum is another); {again}")
-        io.check_record(record, RUN, RUN_SCHEMA, RUN_FIELDS, str(path))
-        if record["name"] != name:
-            raise DataError(f"{path} is of the run {record['name']}; {again}")
+            raise DataError(f"{e}; {again}") from (e.__cause__ or e)  # the system's error, if it is one
+        if record["checksum"] != io.digest({k: v for k, v in record.items() if k != "checksum"}):
+            raise DataError(f"{path} is damaged (its checksum is another); {again}")
+        if record["name"] != name or not name.endswith(io.digest(record["spec"])[:16]):
+            raise DataError(f"{path} is of another run than its folder says ({record['name']}); {again}")
         return record
 
     def timing(self, name: str) -> dict[str, Any]:
@@ -180,31 +164,27 @@ class Store(Records):
         Hold the cell's lock (`claim`) meanwhile, or `collect_garbage` takes the draft for a dead process's.
 
         Raises:
-            InputError: a field of `record` or a file has a name that the store itself writes, or a file is a link; `DiskFull`
-                where no space is left. Nothing is left of the run then.
+            InputError: it cannot be written (`DiskFull`: no space is left). Nothing is left of the run then.
+            ValueError: `record` holds NaN or infinity, which JSON has not.
         """
         name, clock, started = cell.name, time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
         target = self.folder(name)
         try:
-            path = Path(tempfile.mkdtemp(dir=self._part("drafts"), prefix=f"{name}."))
+            draft = Draft(Path(tempfile.mkdtemp(dir=self._part("drafts"), prefix=f"{name}.")))
         except OSError as e:
             raise io.cannot_write(target, e) from e
-        draft = Draft(path)
         try:
             yield draft
-            timing = {
-                "seconds": time.perf_counter() - clock,
-                "started": started,
-                "host": platform.node(),
-                "device": None,
-            }
-            io.write_json(path / "run.json", _run_record(cell, draft))
-            io.write_json(path / "timing.json", {**timing, "pid": os.getpid(), **draft.timing})
-            self._put(path, target)
+            timing = {"started": started, "host": platform.node(), "device": None, "pid": os.getpid()}
+            io.write_json(draft.path / "run.json", _run_record(cell, draft))
+            io.write_json(
+                draft.path / "timing.json", {"seconds": time.perf_counter() - clock, **timing, **draft.timing}
+            )
+            self._put(draft.path, target)
         except BaseException as e:
-            if isinstance(e, OSError | InputError) and not path.exists() and self.done(name):
+            if isinstance(e, OSError | InputError) and not draft.path.exists() and self.done(name):
                 return  # this lock was taken over, and another has finished the run and tidied up
-            shutil.rmtree(path, ignore_errors=True)
+            shutil.rmtree(draft.path, ignore_errors=True)
             if isinstance(e, OSError) and e.errno in io.FULL:
                 raise io.cannot_write(target, e) from e
             raise
@@ -226,16 +206,15 @@ class Store(Records):
             shutil.rmtree(draft, ignore_errors=True)
 
     def remove(self, name: str) -> bool:
-        """Remove a finished run, whole in one step; False where it is not there, or its lock is held by another."""
-        with self.claim_to_remove(name) as mine:
-            if not mine or not self.done(name):
-                return False
-            aside = self._part("drafts") / f"{name}.{uuid.uuid4().hex[:8]}"
-            try:
-                os.rename(self.folder(name), aside)
-            except OSError as e:
-                raise io.cannot_write(self.folder(name), e) from e
-            shutil.rmtree(aside, ignore_errors=True)
+        """Remove a finished run, whole in one step; False where it is not there, or its lock is held."""
+        if not self.done(name) or self.held(name):
+            return False
+        aside = self._part("drafts") / f"{name}.{uuid.uuid4().hex[:8]}"
+        try:
+            os.rename(self.folder(name), aside)
+        except OSError as e:
+            raise io.cannot_write(self.folder(name), e) from e
+        shutil.rmtree(aside, ignore_errors=True)
         return True
 
     # ----------------------------------------------------------------------------------------------------- locks
@@ -253,16 +232,6 @@ class Store(Records):
                     pass  # makes a network file system look afresh at which runs are there
             yield mine
 
-    @contextlib.contextmanager
-    def claim_to_remove(self, name: str) -> Iterator[bool]:
-        """As `claim`; on a full disk, where no lock can be written, whether nobody holds it: else nothing could be freed."""
-        with contextlib.ExitStack() as stack:
-            try:
-                mine = stack.enter_context(self.claim(name))
-            except DiskFull:
-                mine = not self.held(name)
-            yield mine
-
     def held(self, name: str) -> bool:
         """Whether a run's lock is held by a process that may be alive; changes nothing."""
         return held(self._lock(name), self.lease)
@@ -274,64 +243,38 @@ class Store(Records):
         (folder := self.root / name).mkdir(parents=True, exist_ok=True)
         return folder
 
-    # ---------------------------------------------------------------------------------------------- all at once
+    # ------------------------------------------------------------------------------------------------------ index
 
-    def index(self, *, rebuild: bool = False) -> pd.DataFrame:
-        """One row a run: name, label, what its cell's `row` says, seconds, n_items, and each metric with its 95 % interval.
+    def index(self) -> pd.DataFrame:
+        """One row a run, sorted by name, also kept as ROOT/index.parquet.
 
-        See `checks.read_index`. Kept as ROOT/index.parquet, and made anew where it does not name the runs that are there.
-
-        Raises:
-            DataError: a run is damaged.
-        """
-        from lofit_lens.experiments.store.checks import read_index
-
-        return read_index(self, rebuild=rebuild)
-
-    def verify(self) -> list[Problem]:
-        """Check every file of every run, and all else in the store; see `checks.verify`. Changes nothing."""
-        from lofit_lens.experiments.store.checks import verify
-
-        return verify(self)
-
-    def collect_garbage(self, *, dry_run: bool, unused: bool = False) -> list[Path]:
-        """Remove what dead processes left, and (`unused`) runs that no grid names; see `checks.collect_garbage`.
+        Columns: `name`, `label`; what the cells' `row` says (task, method, k, seed, ...); `seconds`; `n_items`; each metric as
+        `M`, `M_low`, `M_high` (mean and 95 % interval). Whole numbers are Int64, other numbers float64, all else string; a
+        column with texts and numbers is text. What a run does not have is missing.
 
         Raises:
-            InputError: `unused` in a store without grids.
-            DataError: a grid's record is damaged.
+            DataError: a run is damaged, or of a newer version.
         """
-        from lofit_lens.experiments.store.checks import collect_garbage
-
-        return collect_garbage(self, dry_run=dry_run, unused=unused)
+        table = table_of([(self.read(name), self.timing(name).get("seconds")) for name in self.names()])
+        try:
+            io.write_bytes(self.root / "index.parquet", table.to_parquet(index=False))
+        except InputError as e:  # a store that may only be read has an index all the same
+            log.info("the index is not kept: %s", e)
+        return table
 
 
 def _run_record(cell: Cell, draft: Draft) -> dict[str, Any]:
     """run.json of a draft whose files are all there."""
-    files = {
-        p.relative_to(draft.path).as_posix(): p for p in sorted(draft.path.rglob("*")) if p.is_symlink() or p.is_file()
-    }
-    for name, path in files.items():
-        if name in OWN_FILES or path.is_symlink():
-            what = (
-                "a link; copy what it leads to"
-                if path.is_symlink()
-                else "what the store itself writes; name it otherwise"
-            )
-            raise InputError(f"the run {cell.name} holds {name}, which is {what}")
+    files = [p for p in sorted(draft.path.rglob("*")) if p.is_symlink() or p.is_file()]
+    digests = {p.relative_to(draft.path).as_posix(): io.file_digest(p) for p in files}
+    assert not any(p.is_symlink() for p in files), "what a link leads to may change"
+    assert not digests.keys() & set(OWN_FILES), "the store writes these itself"
     record = {
         "kind": RUN, "schema": RUN_SCHEMA, "name": cell.name, "label": cell.label, "spec": cell.spec, "needs": list(cell.needs),
         "row": cell.row, "versions": io.environment(),
     }  # fmt: skip
-    if taken := [k for k in draft.record if k in (*record, "files", "checksum")]:
-        raise InputError(
-            f"the record of run {cell.name} has the field {taken[0]!r}, which the store itself writes; rename it"
-        )
-    record |= {**draft.record, "files": {name: io.file_digest(path) for name, path in files.items()}}
-    try:
-        record = json.loads(json.dumps(record, allow_nan=False))  # as it will be read: lists for tuples, text for keys
-    except (TypeError, ValueError) as e:
-        raise InputError(f"the record of run {cell.name} is not JSON: {e}") from e
-    if io.digest(record["spec"]) != cell.key:
-        raise InputError(f"the spec of run {cell.name} is another when it is read again; use texts as its keys")
+    assert not draft.record.keys() & {*record, "files", "checksum"}, "the store writes these itself"
+    record |= {**draft.record, "files": digests}
+    record = json.loads(json.dumps(record, allow_nan=False))  # as it will be read: lists for tuples, text for keys
+    assert io.digest(record["spec"]) == cell.key, "keys of a spec must be texts, or it is another when it is read again"
     return {**record, "checksum": io.digest(record)}
