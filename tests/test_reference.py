@@ -15,7 +15,17 @@ from lofit_lens.models import load_model, logits_of
 from lofit_lens.sharing.reference import import_lofit
 from tests import tiny
 from tests.adapters import output_projection
-from tests.test_iti_dict import Trap
+
+
+class Trap:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
 
 TOKENS = torch.randint(3, 400, (2, 10), generator=torch.Generator().manual_seed(3))
 TUNED = ((2, 1), (0, 3), (2, 0))
