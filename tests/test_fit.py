@@ -7,7 +7,7 @@ from torch import nn
 from lofit_lens import Task, TrainConfig
 from lofit_lens.errors import AdapterError, DataError, InputError, TrainingDiverged
 from lofit_lens.training.fitting import fit
-from lofit_lens.training.steps import Steps
+from lofit_lens.training.objective import Steps
 from tests import golden
 from tests.shift import Shift, shift_of
 from tests.test_adapters_base import run

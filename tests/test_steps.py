@@ -10,9 +10,9 @@ from lofit_lens import HeadSet, Lofit, Task, TrainConfig
 from lofit_lens.errors import InputError, ModelError
 from lofit_lens.models import logits_of
 from lofit_lens.tasks.collate import Encoded
-from lofit_lens.training import FAST, PLAIN, Passes, objective, passes, steps
+from lofit_lens.training import FAST, PLAIN, Passes, objective, passes
+from lofit_lens.training.objective import Steps
 from lofit_lens.training.objective import objective as objective_of
-from lofit_lens.training.steps import Steps
 from tests import golden
 from tests.adapters import CHOSEN
 from tests.conftest import BACKENDS
@@ -34,7 +34,7 @@ WAYS = {
 @pytest.fixture(autouse=True)
 def _every_shortcut_pays(monkeypatch):
     """On tiny texts too."""
-    monkeypatch.setattr(steps, "WASTE", 0)
+    monkeypatch.setattr(passes, "WASTE", 0)
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,7 @@ def test_prompts_of_pairs_run_once(bridge_llama, counted):
 
 def test_prompts_are_not_shared_where_it_does_not_pay(bridge_llama, counted, monkeypatch):
     """With a pass worth a thousand tokens each step is one pass."""
-    monkeypatch.setattr(steps, "WASTE", 1000)
+    monkeypatch.setattr(passes, "WASTE", 1000)
     config = TUNE.with_changes(epochs=1, max_steps=2)
     objective_of(bridge_llama, golden.dpo_task().training_examples(), beta=0.5, passes=FAST, batch_size=4)
     counted.clear()
@@ -163,7 +163,7 @@ def test_a_model_whose_cache_is_wrong_shares_nothing(bridge_llama, monkeypatch, 
     def wrong(model):
         raise ModelError("logits behind cached keys are off")
 
-    monkeypatch.setattr(steps, "gaps_are_exact", wrong)
+    monkeypatch.setattr(passes, "gaps_are_exact", wrong)
     got = learn(bridge_llama, "dpo", "v", WAYS["shared prompts"])
     assert torch.equal(got.v, trained("bridge", "dpo", "v").v)
 
@@ -300,13 +300,13 @@ def test_shared_prompts_keep_no_more_than_both_sequences(bridge_llama):
 @pytest.fixture
 def computed(monkeypatch):
     """Rows of each computation of reference log-probs."""
-    calls, inner = [], objective.reference_log_probs
+    calls, inner = [], objective._reference
 
-    def spy(model, rows, **options):
+    def spy(model, rows, *options):
         calls.append(len(rows))
-        return inner(model, rows, **options)
+        return inner(model, rows, *options)
 
-    monkeypatch.setattr(objective, "reference_log_probs", spy)
+    monkeypatch.setattr(objective, "_reference", spy)
     objective._references.clear()
     return calls
 
@@ -391,13 +391,13 @@ def test_the_number_of_kept_references_is_bounded(llama, computed, monkeypatch):
 def test_a_pair_behind_a_merged_border_is_run_whole(monkeypatch):
     """Prompts that end at different places for chosen and rejected are not shared; nor answers of one token."""
     pair = lambda starts, lengths: tuple(Encoded(tuple(range(n)), s) for s, n in zip(starts, lengths, strict=True))
-    assert steps._sharing_pays([pair((20, 20), (24, 25))], 0)
-    assert not steps._sharing_pays([pair((20, 19), (24, 25))], 0)
-    assert not steps._sharing_pays([pair((20, 20), (21, 25))], 0)
-    assert not steps._sharing_pays([pair((20, 20), (24, 25)), (Encoded((1, 2, 3), 1),)], 0)
+    assert passes.sharing_pays([pair((20, 20), (24, 25))], 0)
+    assert not passes.sharing_pays([pair((20, 19), (24, 25))], 0)
+    assert not passes.sharing_pays([pair((20, 20), (21, 25))], 0)
+    assert not passes.sharing_pays([pair((20, 20), (24, 25)), (Encoded((1, 2, 3), 1),)], 0)
     # 2 x 25 places against 20 + 2 x 4: 22 saved.
-    assert steps._sharing_pays([pair((20, 20), (24, 25))], 21)
-    assert not steps._sharing_pays([pair((20, 20), (24, 25))], 22)
+    assert passes.sharing_pays([pair((20, 20), (24, 25))], 21)
+    assert not passes.sharing_pays([pair((20, 20), (24, 25))], 22)
 
 
 def test_one_config_field_is_no_way_of_running():

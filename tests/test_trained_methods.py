@@ -18,8 +18,7 @@ from lofit_lens.interventions.files import CONFIG_FILE, WEIGHTS_FILE
 from lofit_lens.models import load_model, logits_of, model_info, tokenizer_of
 from lofit_lens.tasks.collate import encode_training
 from lofit_lens.training.fitting import fit
-from lofit_lens.training.objective import task_loss
-from lofit_lens.training.steps import Steps
+from lofit_lens.training.objective import Steps, task_loss
 from tests import golden, slow, tiny
 from tests.adapters import random_adapter
 from tests.conftest import PAIRS, needs_hooked

@@ -12,7 +12,7 @@ from lofit_lens.errors import DataError, InputError, TrainingDiverged
 from lofit_lens.models import ModelInfo, hooked_class, logits_of, tokenizer_of
 from lofit_lens.training import fitting, objective
 from lofit_lens.training.config import preset
-from lofit_lens.training.steps import Steps
+from lofit_lens.training.objective import Steps
 from tests import golden
 from tests.adapters import CHOSEN
 
@@ -157,15 +157,15 @@ def test_the_penalty_counts_in_step_one_only(llama):
 
 def test_the_reference_is_the_model_without_the_adapter(llama, monkeypatch):
     """Computed once, before training, with nothing attached: no init shows in it, however large."""
-    calls, inner = [], objective.reference_log_probs
+    calls, inner = [], objective._reference
 
     objective._references.clear()  # what other tests left
 
-    def spy(model, encoded, **options):
+    def spy(model, *options):
         calls.append(sum(len(p.fwd_hooks) for p in model.hook_dict.values()))
-        return inner(model, encoded, **options)
+        return inner(model, *options)
 
-    monkeypatch.setattr(objective, "reference_log_probs", spy)
+    monkeypatch.setattr(objective, "_reference", spy)
     large = SHORT.with_changes(init_std=0.5, max_steps=1)
     first = ll.tune_offsets(llama, golden.dpo_task(), CHOSEN, config=large, progress=False).meta.history[0]
     assert calls == [0]

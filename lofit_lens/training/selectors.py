@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from einops import reduce
+from einops import rearrange, reduce
 from jaxtyping import Float, Float64
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -78,7 +78,8 @@ def random_scores(
     random.Random(seed).shuffle(order)
     values = torch.zeros(len(order), dtype=torch.float64)
     values[order] = torch.arange(len(order), 0, -1, dtype=torch.float64)
-    return _scored(values.view(info.n_layers, info.n_heads), "random", model, task, seed=seed, n_train=0, config={})
+    grid = rearrange(values, "(layer head) -> layer head", head=info.n_heads)
+    return _scored(grid, "random", model, task, seed=seed, n_train=0, config={})
 
 
 def bias_scores(
@@ -96,19 +97,7 @@ def bias_scores(
     return learned_scores(lofit, "v", kind="bias norm")
 
 
-def probe_scores(
-    model: Any, task: Task | str, *, seed: int = 42, n_train: int | None = None, progress: bool = True
-) -> HeadScores:
-    """Validation accuracy of each head's probe of true and false statements; see `probing.probe_heads`."""
-    return probe_heads(model, task, seed=seed, n_train=n_train, progress=progress)
-
-
-def probing_layers(
-    model: Any, task: Task | str, *, seed: int = 42, n_train: int | None = None, progress: bool = True
-) -> HeadScores:
-    """All heads of the best-probed layer first, then the next; see `probing.probe_layers`."""
-    return probe_layers(model, task, seed=seed, n_train=n_train, progress=progress)
-
+probe_scores, probing_layers = probe_heads, probe_layers  # see `lofit_lens.probing`
 
 # --------------------------------------------------------------------------------------------------- attribution
 
@@ -247,7 +236,7 @@ def patching_scores(
                 model, AnswerLogProbs(model, [rows[i] for i in part]), progress=progress,
                 patch=lambda head: replace_head(head.head, mean[head], at=0), label=f"patch heads {number}/{len(parts)}",
             )  # fmt: skip
-    per_example = effects.unflatten(2, (len(measured), len(forms[0])))
+    per_example = rearrange(effects, "layer head (row form) -> layer head row form", form=len(forms[0]))
     gains = per_example[..., 0] - per_example[..., 1] if len(forms[0]) == 2 else per_example[..., 0]
     settings = {
         "n_prompts": len(measured), "n_donors": len(donors), "n_shots": n_shots, "shots": [min(counts), max(counts)],

@@ -1,4 +1,4 @@
-"""Cells that are computed together: fits of one model that share the passes over it (`training.many`).
+"""Cells that are computed together: fits of one model that share the passes over it (`training.tune_many`).
 
 Numbers of a shared pass differ by rounding from those of another, so who shares one follows from the grid: groups are a
 function of the list of cells, whatever is done already and whoever computes it (but a cell that can never be computed, since one
