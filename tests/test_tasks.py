@@ -380,7 +380,7 @@ def test_a_known_task_is_not_shadowed_by_a_folder(tmp_path, monkeypatch):
 def test_a_folder_that_is_called_as_a_task_is_said(tmp_path, monkeypatch, caplog):
     """By its name the built-in task is read, with a warning that names both; `./name`, or a Path, is one's own."""
     monkeypatch.setattr(
-        "lofit_lens.tasks.registry.TASKS", {"mine": lambda _: Task.from_records("known", train=ROWS, test=ROWS)}
+        "lofit_lens.tasks.registry.TASKS", {"mine": lambda *_: Task.from_records("known", train=ROWS, test=ROWS)}
     )
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()

@@ -11,11 +11,12 @@ Source: Wang et al. 2023 (arXiv 2211.00593), section 2.2 (mean ablation).
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from einops import reduce
 from jaxtyping import Float
 from torch import Tensor
 
@@ -132,9 +133,6 @@ class HeadAblation(HeadAdapter):
 
     # ------------------------------------------------------------------------------------------- saving
 
-    def _tensors(self) -> Mapping[str, Tensor]:
-        return {"values": self.values}
-
     def _settings(self) -> dict[str, Any]:
         return super()._settings() | {"how": self.how}
 
@@ -189,7 +187,7 @@ def _totals(model: Any, tokens: Tensor, mask: Tensor, layers: Iterable[int]) -> 
     def adder(layer: int) -> Any:
         def add(z: Tensor, hook: Any) -> None:
             kept = torch.where(mask.to(z.device).bool()[..., None, None], z.detach(), 0)
-            found[layer] = kept.double().sum(dim=(0, 1)).cpu()
+            found[layer] = reduce(kept.double(), "batch pos head d -> head d", "sum").cpu()
 
         return add
 

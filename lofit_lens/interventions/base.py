@@ -27,7 +27,7 @@ from lofit_lens.interventions.files import (
     read_tensors,
     write_files,
 )
-from lofit_lens.interventions.provenance import AdapterMeta, Measured, described, meta_of, with_metrics
+from lofit_lens.interventions.provenance import AdapterMeta, described, meta_of, with_metrics
 from lofit_lens.models import (
     ALL,
     Layout,
@@ -147,8 +147,8 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     def _tensors(self) -> Mapping[str, Tensor]:
-        """What the safetensors file holds."""
-        raise NotImplementedError
+        """What the safetensors file holds; unless a method says otherwise, its parameters and buffers by name."""
+        return self.state_dict()
 
     def _settings(self) -> dict[str, Any]:
         """What the JSON file holds beside the provenance; JSON-able."""
@@ -256,7 +256,7 @@ class Adapter(nn.Module):
 
     # ------------------------------------------------------------------------------------------------- saving
 
-    def add_metrics(self, result: Measured) -> None:
+    def add_metrics(self, result: Any) -> None:
         """Keep what an evaluation with this adapter found (an `EvalResult`), for its files and its card on the hub.
 
         An earlier result of the same task, split and form is replaced.

@@ -6,7 +6,7 @@ fitted. The instruction stands in front of the whole prompt, behind BOS; where a
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -195,9 +195,6 @@ class ContrastVectors(ResidualAdapter, Steering):
         layout.found[self] = found
 
     # ------------------------------------------------------------------------------------------------- saving
-
-    def _tensors(self) -> Mapping[str, Tensor]:
-        return {}
 
     def _settings(self) -> dict[str, Any]:
         mine = {"positive": self.positive, "negative": self.negative, "coefficient": self.coefficient}

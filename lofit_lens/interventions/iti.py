@@ -10,7 +10,6 @@ the scores of answers as they are: `positions="last"`.
 """
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -122,9 +121,6 @@ class ITI(HeadAdapter, Steering):
         return lambda z: shift_z(z, self.shift(layer).to(z.device))
 
     # ------------------------------------------------------------------------------------------- saving
-
-    def _tensors(self) -> Mapping[str, Tensor]:
-        return {"directions": self.directions, "sigma": self.sigma}
 
     def _settings(self) -> dict[str, Any]:
         return super()._settings() | {"alpha": self.alpha}

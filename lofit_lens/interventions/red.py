@@ -3,7 +3,7 @@
 s starts at 1 and b at 0, which leaves the model bit-equal. `2 * d_model` learned numbers a layer. Written from the formula.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -78,9 +78,6 @@ class Red(ResidualAdapter):
     def _edit(self, layer: int) -> Edit:
         at = self.layers.index(layer)
         return lambda x: scale_and_shift(x, self.s[at].to(x.device), self.b[at].to(x.device))
-
-    def _tensors(self) -> Mapping[str, Tensor]:
-        return {"s": self.s, "b": self.b}
 
     @classmethod
     def _made_from(cls, record: dict[str, Any], tensors: dict[str, Tensor], meta: AdapterMeta, where: Path) -> "Red":

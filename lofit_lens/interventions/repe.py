@@ -5,7 +5,7 @@ statements; `lofit_lens.probing.reading_vectors` finds it.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -125,9 +125,6 @@ class RepE(ResidualAdapter, Steering):
 
     def _edit(self, layer: int) -> Edit:
         return lambda h: shift_h(h, self.shift(layer).to(h.device))
-
-    def _tensors(self) -> Mapping[str, Tensor]:
-        return {"directions": self.directions, "scale": self.scale}
 
     def _settings(self) -> dict[str, Any]:
         return super()._settings() | {"coefficient": self.coefficient, "relative": self.relative}

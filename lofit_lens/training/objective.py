@@ -16,12 +16,12 @@ from torch import Tensor
 from lofit_lens import io
 from lofit_lens.checks import check_is
 from lofit_lens.errors import DataError, InputError
-from lofit_lens.models import Borders, context_length, device_of, fingerprint, is_watched, logits_of, tokenizer_of
-from lofit_lens.tasks.collate import Batch, collate, encode_training, pad_id
+from lofit_lens.models import context_length, device_of, fingerprint, is_watched, tokenizer_of
+from lofit_lens.tasks.collate import encode_training
 from lofit_lens.tasks.examples import TrainingExample
 from lofit_lens.tasks.grouping import near_lengths
 from lofit_lens.training.loop import Share
-from lofit_lens.training.losses import dpo_loss, sft_loss, summed_log_probs
+from lofit_lens.training.losses import dpo_loss
 from lofit_lens.training.passes import (
     PLAIN,
     Forms,
@@ -109,39 +109,15 @@ def task_loss(
 ) -> LossOfRows:  # fmt: skip
     """The loss of given rows as a function of whatever is attached when it is called: one padded batch, full logits.
 
-    Arguments and errors as in `objective`. In the batch stand all first forms (chosen), then all second ones (rejected).
+    Arguments and errors as in `objective`. In the batch of pairs each chosen answer stands before its rejected one.
     """
     known = objective(model, examples, beta=beta, batch_size=batch_size, reference=reference)
-    batch_of = _batcher(model, known.rows)
-    if known.reference is None:
 
-        def sft(rows: Sequence[int]) -> Tensor:
-            batch = batch_of(rows)
-            return sft_loss(logits(model, batch), batch.tokens, batch.labels)
+    def loss_of(rows: Sequence[int]) -> Tensor:
+        sums = log_probs_of(model, [known.rows[row] for row in rows], PLAIN)
+        return known.total(rows, sums) / known.parts(rows)
 
-        return sft
-
-    def dpo(rows: Sequence[int]) -> Tensor:
-        batch = batch_of(rows)
-        sums = summed_log_probs(logits(model, batch), batch.tokens, batch.labels)
-        return known.total(rows, rearrange(sums, "(form row) -> row form", form=2)) / len(rows)
-
-    return dpo
-
-
-def logits(model: Any, batch: Batch) -> Float[Tensor, "batch pos d_vocab"]:
-    """Logits of a right-padded batch whose labels are its answers."""
-    borders = Borders(batch.labels.int().argmax(dim=1), batch.mask.sum(dim=1))
-    return logits_of(model, batch.tokens, batch.mask, borders)
-
-
-def _batcher(model: Any, rows: Sequence[Forms]) -> Callable[[Sequence[int]], Batch]:
-    fill, device = pad_id(tokenizer_of(model)), device_of(model)
-
-    def batch_of(some: Sequence[int]) -> Batch:
-        return collate([rows[r][f] for f in range(len(rows[0])) for r in some], pad_id=fill, device=device)
-
-    return batch_of
+    return loss_of
 
 
 _references: "weakref.WeakKeyDictionary[Any, dict[str, Tensor]]" = weakref.WeakKeyDictionary()

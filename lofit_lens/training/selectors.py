@@ -154,7 +154,7 @@ def attribution_scores(
                 (slopes,) = torch.autograd.grad(loss_of(rows), gates)
             scale = sum(weights[r] for r in rows)
             per_example = scale * reduce(
-                slopes.cpu().double(), "layer (form row) head -> layer row head", "sum", row=len(rows)
+                slopes.cpu().double(), "layer (row form) head -> layer row head", "sum", row=len(rows)
             )
             total += per_example.abs().sum(dim=1)
             bar.update(len(rows))
