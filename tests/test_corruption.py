@@ -1,7 +1,7 @@
 """Damaged and hostile adapter folders: each is refused with an AdapterError that names the file, and nothing of it is run.
 
-Folders of every method are damaged as they lie (checksums then tell), and with checksums computed again, as somebody would who means
-harm.
+Folders of every method are damaged as they lie (checksums then tell), and with checksums computed again, as somebody would who
+means harm.
 """
 
 import json
