@@ -22,7 +22,6 @@ from lofit_lens.models import (
     hooked,
     load_model,
     logits_of,
-    model_info,
     positions_of,
     prefill,
     residual_point,
@@ -398,20 +397,6 @@ def test_instructions_of_the_same_tokens_are_refused(llama):
     one.negative = "x"
     with pytest.raises(AdapterError, match=r"reads 'x' and 'x' as the same tokens \(\[\d+\]\)"), one.attached(llama):
         pass
-
-
-@torch.no_grad()
-def test_a_saved_one_is_the_same(llama, tmp_path):
-    """Settings, provenance and logits, to the bit."""
-    one, (tokens, mask) = contrast(llama, positions="predicting"), batch(ROWS)
-    read = ContrastVectors.from_pretrained(one.save_pretrained(tmp_path / "x"), model=llama)
-    assert (read.layers, read.coefficient, str(read.positions)) == (LAYERS, COEFFICIENT, "predicting")
-    assert (read.positive, read.negative, read.meta.model) == (PLUS, MINUS, model_info(llama))
-    found = []
-    for each in (one, read):
-        with each.attached(llama):
-            found.append(logits_of(llama, tokens, mask, BORDERS))
-    assert torch.equal(*found)
 
 
 @pytest.fixture(scope="module")

@@ -1,18 +1,16 @@
 """ITI's laws: what the shift is and where, that it flips planted answers, comes and goes without a trace, and lasts in files."""
 
 import contextlib
-import json
 import logging
 
 import pytest
 import torch
 
-from lofit_lens import HeadSet, Lofit, Task, evaluate, generate, io
+from lofit_lens import HeadSet, Lofit, Task, evaluate, generate
 from lofit_lens.errors import InputError
 from lofit_lens.evaluation import score_continuations
 from lofit_lens.interventions import ITI
 from lofit_lens.interventions.base import AdapterMeta
-from lofit_lens.interventions.files import CONFIG_FILE, WEIGHTS_FILE
 from lofit_lens.interventions.iti import shift_z
 from lofit_lens.models import hook_z, hooked, load_model, logits_of, model_info, prefill, run_through, step
 from lofit_lens.probing import fit_probes
@@ -350,41 +348,6 @@ def test_llama_2_7b_has_the_count():
     """48 heads of d_head 128: 6,144 estimated numbers."""
     heads = HeadSet.random((32, 32), 48, seed=0)
     assert ITI((32, 32, 128), heads, **numbers(48, 128)).n_parameters == 6144
-
-
-def test_printing_says_what_it_is(bridge_llama):
-    """Model, task, K, direction, strength, positions, count and heads."""
-    iti = random_iti(bridge_llama, alpha=15.0, positions="answer")
-    iti.meta.task, iti.meta.config = "truth", {"direction": "mass_mean"}
-    shown = repr(iti)
-    for part in (
-        iti.meta.model.name, "truth", "K=3 of 3x4 heads", "mass_mean directions", "alpha 15 at answer", "24 parameters",
-        "L2H1 L0H3 L2H0",
-    ):  # fmt: skip
-        assert part in shown
-    assert "alpha 15 at answer" in iti._repr_html_()
-    assert "no model, no task" in repr(small())
-
-
-def test_a_saved_adapter_gives_the_same_logits(llama, tmp_path):
-    """save -> load: numbers, heads with scores, strength, positions, provenance and logits are the same to the bit."""
-    iti = random_iti(
-        llama, HeadSet(["L2H1", "L0H3"], [0.7, 0.1], label="mine"), alpha=0.1 + 0.2, positions="predicting"
-    )
-    iti.meta.task, iti.meta.seed, iti.meta.config = "truth", 42, {"direction": "probe", "n_fitting": 66}
-    read = ITI.from_pretrained(iti.save_pretrained(tmp_path / "adapter"), model=llama)
-    with iti.attached(llama):
-        expected = run(llama)
-    with read.attached(llama):
-        assert torch.equal(run(llama), expected)
-    for name in ("directions", "sigma"):
-        assert torch.equal(getattr(read, name), getattr(iti, name))
-    assert (read.heads, read.alpha, read.positions, read.shape) == (iti.heads, iti.alpha, iti.positions, iti.shape)
-    iti.meta.versions = read.meta.versions
-    assert read.meta == iti.meta
-    stored = io.load_tensors(tmp_path / "adapter" / WEIGHTS_FILE)
-    assert {n: tuple(t.shape) for n, t in stored.items()} == {"directions": (2, 8), "sigma": (2,)}
-    assert json.loads((tmp_path / "adapter" / CONFIG_FILE).read_text())["method"] == "iti"
 
 
 @pytest.mark.parametrize(

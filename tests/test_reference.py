@@ -149,14 +149,6 @@ def test_a_head_file_of_another_run_is_refused(tmp_path):
         import_lofit(tmp_path / "c", heads=HeadSet(["L1H1", "L0H2"]))
 
 
-def test_every_tuned_head_kept_means_no_warning(tmp_path, caplog):
-    """Nothing is left out where the heads hold all numbers."""
-    official(tmp_path / "c")
-    with caplog.at_level(logging.WARNING, "lofit_lens"):
-        import_lofit(tmp_path / "c", heads=HeadSet([*TUNED, (1, 1)], scores=[4, 3, 2, 1]))
-    assert not caplog.records
-
-
 KEY = "model.layers.1.self_attn.attn_v.2"
 WRONG = {
     "missing": (lambda x: x.pop(KEY), "attn_v of L1H2 is missing"),
@@ -213,9 +205,3 @@ def test_pickled_weights_are_never_opened(tmp_path):
     with pytest.raises(ModelError, match=r"pickled weights \(pytorch_model.bin\).*safe_serialization=True"):
         import_lofit(tmp_path / "c")
     assert not (tmp_path / "ran").exists()
-
-
-def test_no_such_checkpoint(tmp_path):
-    """A path that is none."""
-    with pytest.raises(InputError, match="nowhere"):
-        import_lofit(tmp_path / "nowhere")

@@ -166,24 +166,6 @@ def test_what_control_refuses(changes, message):
 # ------------------------------------------------------------------------------------------------------- files
 
 
-def test_a_saved_control_is_the_same(llama, tmp_path):
-    """Numbers, settings, provenance and logits, to the bit."""
-    repe = control(scale=torch.tensor([0.5, 2.0]), relative=True, positions="predicting")
-    repe.meta.model, repe.meta.task, repe.meta.config = model_info(llama), "t", {"reading": "pca"}
-    read = RepE.from_pretrained(repe.save_pretrained(tmp_path / "x"), model=llama)
-    assert torch.equal(read.directions, repe.directions)
-    assert (read.layers, read.coefficient, read.relative, str(read.positions)) == ((0, 2), 3.0, True, "predicting")
-    assert (read.meta.model, read.meta.task, read.meta.config) == (model_info(llama), "t", {"reading": "pca"})
-    outputs = []
-    for one in (repe, read):
-        with one.attached(llama):
-            outputs.append(run(llama))
-    assert torch.equal(*outputs)
-    assert read.scale.tolist() == [2.0, 0.5]
-    for part in ("RepE(", "t, coefficient 3 sigma at predicting", "layers 0 2", "64 parameters"):
-        assert part in repr(read)
-
-
 # --------------------------------------------------------------------------------------------- reading, numbers
 
 

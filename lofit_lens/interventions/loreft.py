@@ -29,7 +29,7 @@ from lofit_lens.models import Positions, Site, device_of, model_info
 
 POSITIONS = "f7+l7"
 RANK = 8
-ORTHONORMAL = 1e-3  # how far R R^T of a file may be from the identity
+ORTHONORMAL = 1e-3  # how far R of a file may be from the rows that its coordinates give
 
 
 def edit_subspace(
@@ -175,18 +175,12 @@ class LoReft(ResidualAdapter):
         layers, d_model, rank = [int(n) for n in record["layers"]], int(record["d_model"]), int(record["rank"])
         n = len(layers)
         shapes = {"R": (n, rank, d_model), "W": (n, rank, d_model), "b": (n, rank)}
-        if record["lofit_lens_schema"] > 1:  # files of schema 1 hold R alone
-            shapes["X"] = (n, d_model, rank)
-        check_tensors(tensors, shapes, where)
+        check_tensors(tensors, shapes | {"X": (n, d_model, rank)}, where)
         made = cls(int(record["n_layers"]), d_model, rank=rank, layers=layers, positions=record["positions"], meta=meta)
-        R = tensors["R"]
-        if not torch.allclose(R @ R.mT, torch.eye(rank), atol=ORTHONORMAL):
-            raise AdapterError(f"{where / WEIGHTS_FILE}: the rows of R are not orthonormal; save the adapter again")
-        X = tensors.get("X", torch.stack([coordinates(one) for one in R]))
-        made.load_state_dict({"X": X, "W": tensors["W"], "b": tensors["b"]})
-        if not torch.allclose(made.R, R, atol=ORTHONORMAL):
+        made.load_state_dict({name: tensors[name] for name in ("X", "W", "b")})
+        if not torch.allclose(made.R, tensors["R"], atol=ORTHONORMAL):
             raise AdapterError(
-                f"{where / WEIGHTS_FILE}: R and its coordinates X do not belong together; save the adapter again"
+                f"{where / WEIGHTS_FILE}: R is not orthonormal, or its coordinates X are another's; save the adapter again"
             )
         return made.requires_grad_(False)
 

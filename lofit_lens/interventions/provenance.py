@@ -35,7 +35,7 @@ def meta_of(record: Mapping[str, Any], source: str = "") -> AdapterMeta:
     """The provenance in the record of an adapter's files; KeyError or TypeError where it is incomplete."""
     return AdapterMeta(
         read_base_model(record), record["task"], record["data_hash"], record["seed"], record["config"], record["versions"],
-        record["history"], record["n_train"], record["metrics"] if record.get("lofit_lens_schema") != 1 else [], source,
+        record["history"], record["n_train"], record["metrics"], source,
         record.get("attached", []),
     )  # fmt: skip
 

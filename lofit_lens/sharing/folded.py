@@ -78,11 +78,6 @@ class FoldedExport:
     added: tuple[str, ...]
 
 
-def folded_weight(weight: Float[Tensor, "d_model z"], scale: Float[Tensor, " z"]) -> Float[Tensor, "d_model z"]:
-    """`W diag(s)`; column j takes entry j of all heads' outputs side by side."""
-    return weight * scale
-
-
 def folded_bias(
     weight: Float[Tensor, "d_model z"], bias: Float[Tensor, " d_model"] | None, shift: Float[Tensor, " z"]
 ) -> Float[Tensor, " d_model"]:
@@ -230,7 +225,7 @@ def _edits(outputs: Outputs, scale: Tensor, shift: Tensor) -> Makers:
 
 
 def _new_weight(outputs: Outputs, layer: int, scale: Float[Tensor, " z"]) -> Tensor:
-    return outputs.raw(folded_weight(outputs.weight(layer), scale))
+    return outputs.raw(outputs.weight(layer) * scale)  # column j takes entry j of all heads' outputs side by side
 
 
 def _new_bias(outputs: Outputs, layer: int, shift: Float[Tensor, " z"]) -> Tensor:
