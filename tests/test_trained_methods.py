@@ -142,20 +142,6 @@ def test_it_goes_with_lofit(loaded, hf, method, on):
     assert all((both - run(model, one)).abs().max() > 0.01 for one in (adapter, lofit))
 
 
-@each_method
-def test_a_model_of_another_shape_is_refused(loaded, tmp_path, method, on):
-    """Layers or widths that do not fit are named, also when loading for a model."""
-    model = loaded("llama", on)
-    before = run(model)
-    wide = ll.load_model("organism", backend=on, device="cpu")
-    other = new(method, wide)
-    with pytest.raises(AdapterError, match=r"6 layers.* 3"), other.attached(model):
-        pass
-    with pytest.raises(AdapterError, match="6 layers"):
-        CLASSES[method].from_pretrained(other.save_pretrained(tmp_path / "x"), model=model)
-    assert torch.equal(run(model), before)
-
-
 # ---------------------------------------------------------------------------------- scoring, decoding, and training
 
 FRONT = "Q: Imagine that the capital of France is Rome. What is "

@@ -27,7 +27,7 @@ from lofit_lens.interventions.files import (
     read_tensors,
     write_files,
 )
-from lofit_lens.interventions.provenance import AdapterMeta, described, meta_of, with_metrics
+from lofit_lens.interventions.provenance import KEPT, AdapterMeta, described, meta_of, with_metrics
 from lofit_lens.models import (
     ALL,
     Layout,
@@ -316,10 +316,10 @@ class Adapter(nn.Module):
             "base_model": meta.model.to_dict() if meta.model else None,
             **self._settings(),
             "positions": str(self.positions),
-            "task": meta.task, "data_hash": meta.data_hash, "n_train": meta.n_train, "seed": meta.seed,
-            "config": meta.config, "metrics": meta.metrics, "versions": meta.versions or io.environment(),
-            "history": meta.history, "attached": meta.attached,
-        }  # fmt: skip
+            **{name: getattr(meta, name) for name in KEPT},
+            "versions": meta.versions or io.environment(),
+            "attached": meta.attached,
+        }
 
     @classmethod
     def from_pretrained(

@@ -8,6 +8,17 @@ from lofit_lens.errors import InputError
 from lofit_lens.interventions.files import read_base_model
 from lofit_lens.models import ModelInfo, same_weights
 
+KEPT = (
+    "task",
+    "data_hash",
+    "n_train",
+    "seed",
+    "config",
+    "metrics",
+    "versions",
+    "history",
+)  # as an adapter's file names them
+
 
 @dataclass
 class AdapterMeta:
@@ -33,11 +44,8 @@ class AdapterMeta:
 
 def meta_of(record: Mapping[str, Any], source: str = "") -> AdapterMeta:
     """The provenance in the record of an adapter's files; KeyError or TypeError where it is incomplete."""
-    return AdapterMeta(
-        read_base_model(record), record["task"], record["data_hash"], record["seed"], record["config"], record["versions"],
-        record["history"], record["n_train"], record["metrics"], source,
-        record.get("attached", []),
-    )  # fmt: skip
+    told = {name: record[name] for name in KEPT}
+    return AdapterMeta(model=read_base_model(record), source=source, attached=record.get("attached", []), **told)
 
 
 def with_metrics(meta: AdapterMeta, result: Any) -> list[dict[str, Any]]:

@@ -144,8 +144,9 @@ def fit_together(
             run = Training(one, len(examples), _identity(one, info))
             given = {name: run.what[name] for name in ("order", "reference") if name in run.what}
             one.adapter.meta = AdapterMeta(
-                info, one.task.name, one.task.data_hash, one.seed, one.config.to_dict() | given, io.environment(),
-                run.history, len(examples), attached=others,
+                model=info, task=one.task.name, data_hash=one.task.data_hash, seed=one.seed,
+                config=one.config.to_dict() | given, versions=io.environment(), history=run.history, n_train=len(examples),
+                attached=others,
             )  # fmt: skip
             runs.append(run)
         with attached(model):
