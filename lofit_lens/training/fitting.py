@@ -151,8 +151,6 @@ def fit_together(
             runs.append(run)
         with attached(model):
             train_together(runs, steps, checkpoint=checkpoint, progress=progress, label=label)
-    done = steps.tokens
-    logger.info("trained in %d passes: %d tokens, %d with padding", done.passes, done.real, done.padded)
     for one, run in zip(fits, runs, strict=True):
         if run.error is not None:
             if not run.history or info.dtype == "float16":

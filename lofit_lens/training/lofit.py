@@ -21,6 +21,7 @@ from lofit_lens.checks import check_is, check_one_of, shown
 from lofit_lens.errors import InputError, TrainingDiverged
 from lofit_lens.heads import Heads, HeadScores
 from lofit_lens.interventions.lofit import LOFIT, Component, Lofit
+from lofit_lens.interventions.provenance import KEPT
 from lofit_lens.interventions.side_by_side import side_by_side
 from lofit_lens.models import model_info
 from lofit_lens.tasks.base import Task
@@ -80,9 +81,8 @@ def learned_scores(lofit: Lofit, component: Component, *, kind: str) -> HeadScor
     check_is(lofit, Lofit, "lofit", LOFIT)
     scores, meta = lofit.norms(component), lofit.meta
     return HeadScores(scores.values, kind, scores.model, scores.task, {
-        "step": "head selection", "model": meta.model.to_dict() if meta.model else None, "task": meta.task,
-        "data_hash": meta.data_hash, "n_train": meta.n_train, "seed": meta.seed, "config": meta.config,
-        "versions": meta.versions, "history": meta.history, "attached": meta.attached,
+        "step": "head selection", "model": meta.model.to_dict() if meta.model else None,
+        **{name: getattr(meta, name) for name in KEPT if name != "metrics"}, "attached": meta.attached,
     })  # fmt: skip
 
 
@@ -176,15 +176,10 @@ class LofitRun:
 
 
 def _tune(model: Any, run: LofitRun, passes: Passes, checkpoint: str | Path | None, progress: bool) -> Lofit:
-    asked = run.fit(model)
-    lofit: Lofit = asked.adapter
-    (error,) = fit_together(
-        model, [asked], lofit.attached, checkpoint=checkpoint, passes=passes, progress=progress,
-        label=f"{'select heads' if run.component == 'A' else f'tune offsets (K={lofit.k})'} {asked.task.name}",
-    )  # fmt: skip
-    if error is not None:
-        raise error
-    return lofit
+    (found,) = tune_many(model, [run], passes=passes, checkpoint=checkpoint, progress=progress)
+    if isinstance(found, TrainingDiverged):
+        raise found
+    return found
 
 
 def tune_many(
@@ -219,8 +214,10 @@ def tune_many(
         raise InputError(f"runs is {shown(runs)}; give one or more, e.g. [LofitRun(task, 'v', heads)]")
     fits = [run.fit(model) for run in runs]
     adapters: list[Lofit] = [one.adapter for one in fits]
-    attached = adapters[0].attached if len(runs) == 1 else (lambda model: side_by_side(model, adapters))
-    errors = fit_together(
-        model, fits, attached, checkpoint=checkpoint, passes=passes, progress=progress, label=f"{len(runs)} runs"
-    )
+    label, attached = f"{len(runs)} runs", lambda model: side_by_side(model, adapters)
+    if len(runs) == 1:
+        (lofit,), attached = adapters, adapters[0].attached
+        what = "select heads" if runs[0].component == "A" else f"tune offsets (K={lofit.k})"
+        label = f"{what} {fits[0].task.name}"
+    errors = fit_together(model, fits, attached, checkpoint=checkpoint, passes=passes, progress=progress, label=label)
     return [error or adapter for adapter, error in zip(adapters, errors, strict=True)]

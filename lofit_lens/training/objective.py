@@ -26,7 +26,6 @@ from lofit_lens.training.passes import (
     PLAIN,
     Forms,
     Passes,
-    Tokens,
     cache_is_exact,
     log_probs,
     log_probs_of,
@@ -202,14 +201,10 @@ class Steps:
         objectives: of each run.
         passes: how.
         owned: whether several adapters are attached side by side, so that each pass says whose its rows are.
-
-    Attributes:
-        tokens: what was run so far.
     """
 
     def __init__(self, model: Any, objectives: Sequence[Objective], passes: Passes, *, owned: bool) -> None:
         self.model, self.objectives, self.passes, self.owned = model, objectives, passes, owned
-        self.tokens = Tokens()
         self.waste = waste_of(model) if passes.near_lengths else None
         pairs = any(o.reference is not None for o in objectives)
         # A hook of the user's own may count places, which a pass over the answers alone would shift.
@@ -235,9 +230,9 @@ class Steps:
         """One pass (or two, with shared prompts) forward and backward; what it adds to each run's loss."""
         owner = torch.tensor([i for i, _ in units]) if self.owned else None
         if self.sharing and sharing_pays(forms, self.waste or 0):
-            sums = shared_log_probs(self.model, forms, owner, self.tokens)
+            sums = shared_log_probs(self.model, forms, owner)
         else:
-            sums = log_probs(self.model, forms, owner, self.passes, self.tokens)
+            sums = log_probs(self.model, forms, owner, self.passes)
         found, at = {}, 0
         for i in dict.fromkeys(i for i, _ in units):
             rows = [row for run, row in units if run == i]

@@ -93,37 +93,15 @@ LAUNCHES = 10**9  # on a GPU: parameters below which a pass costs what launching
 Forms = tuple[Encoded, ...]  # of one row: a sequence (SFT), or chosen and rejected (DPO)
 
 
-@dataclass
-class Tokens:
-    """What passes have run.
-
-    Attributes:
-        real: tokens that are no padding.
-        padded: all places.
-        passes: forward passes.
-    """
-
-    real: int = 0
-    padded: int = 0
-    passes: int = 0
-
-    def add(self, mask: Tensor, n_real: int) -> None:
-        """Count one pass."""
-        self.real, self.padded, self.passes = self.real + n_real, self.padded + mask.numel(), self.passes + 1
-
-
 def log_probs_of(model: Any, rows: Sequence[Forms], passes: Passes) -> Float[Tensor, "rows forms"]:
     """Summed log-probs (nats) of rows of equally many sequences, in one pass."""
-    return rearrange(log_probs(model, rows, None, passes, Tokens()), "(row form) -> row form", row=len(rows))
+    return rearrange(log_probs(model, rows, None, passes), "(row form) -> row form", row=len(rows))
 
 
-def log_probs(
-    model: Any, forms: Sequence[Forms], owner: Tensor | None, passes: Passes, tokens: Tokens
-) -> Float[Tensor, " sequences"]:
+def log_probs(model: Any, forms: Sequence[Forms], owner: Tensor | None, passes: Passes) -> Float[Tensor, " sequences"]:
     """Summed log-prob (nats) of each sequence's labels, row by row, in one padded pass."""
     sequences = [e for f in forms for e in f]
     batch = collate(sequences, pad_id=pad_id(tokenizer_of(model)), device=device_of(model))
-    tokens.add(batch.mask, sum(len(e.ids) for e in sequences))
     borders = Borders(
         torch.tensor([e.start for e in sequences]), torch.tensor([len(e.ids) for e in sequences]),
         None if owner is None else owner[torch.tensor([u for u, f in enumerate(forms) for _ in f])],
@@ -149,21 +127,17 @@ def _summed(model: Any, batch: Batch, borders: Borders) -> Float[Tensor, " seque
     return sum_by_row(values.to(scored.device), scored)
 
 
-def shared_log_probs(
-    model: Any, forms: Sequence[Forms], owner: Tensor | None, tokens: Tokens
-) -> Float[Tensor, " sequences"]:
+def shared_log_probs(model: Any, forms: Sequence[Forms], owner: Tensor | None) -> Float[Tensor, " sequences"]:
     """The same for rows whose sequences begin with one prompt each, which runs once; answers have two tokens or more."""
     fill, device = pad_id(tokenizer_of(model)), device_of(model)
     prompts = [f[0].ids[: f[0].start] for f in forms]
     ends = torch.tensor([len(p) for p in prompts])
     ids, mask = pad(prompts, side="left", pad_id=fill, device=device)
-    tokens.add(mask, int(ends.sum()))
     last, state = remember(model, None, ids, mask, Borders(ends, ends + 1, owner))
     rows = torch.tensor([u for u, f in enumerate(forms) for _ in f])
     answers = [e.ids[e.start :] for f in forms for e in f]
     sums = token_log_probs(last[rows.to(device)], torch.tensor([a[0] for a in answers], device=device))
     batch = collate([Encoded(a[:-1], 0) for a in answers], pad_id=fill, device=device)
-    tokens.add(batch.mask, sum(len(a) - 1 for a in answers))
     lengths = torch.tensor([len(e.ids) for f in forms for e in f])
     borders = Borders(ends[rows], lengths, None if owner is None else owner[rows])
     logits = peek(model, state, rows.to(device), batch.tokens, batch.mask, borders)
