@@ -67,8 +67,8 @@ def svec_use(adapter: Adapter) -> str:
         AdapterError: see `export_svec`.
     """
     check_adapter(adapter)
-    offsets = isinstance(adapter, Lofit) and not adapter.A.detach().any()
-    if not (offsets or isinstance(adapter, ITI)) or str(adapter.positions) not in SCOPES:
+    scaled = isinstance(adapter, Lofit) and bool(adapter.A.detach().any())
+    if not isinstance(adapter, ITI | Lofit) or scaled or str(adapter.positions) not in SCOPES:
         raise AdapterError(
             f"a .svec file holds ITI, or LoFiT without scalings, at positions {' or '.join(SCOPES)}, and this is {adapter!r}; "
             "change it (with_positions, train offsets), or fold it (export_folded)"

@@ -114,7 +114,7 @@ class Training:
         """The last step done was an epoch's last one, or the last of all."""
         return len(self.history) % self.steps_per_epoch == 0 or len(self.history) == self.last
 
-    def rows(self) -> list[int]:
+    def rows(self) -> Sequence[int]:
         """Rows of the next step."""
         epoch, place = divmod(len(self.history), self.steps_per_epoch)
         if self._order is None or self._order[0] != epoch:
