@@ -97,10 +97,10 @@ def test_their_file_gives_the_same_logits_here(loaded, hf, tmp_path):
 
 
 def test_their_file_by_hand(tmp_path):
-    """Row (3, 4, 0, ...): sigma 5, d (0.6, 0.8, 0, ...); a row of zeros keeps its head. Positions are their default."""
+    """Row (3, 4, 0, ...): sigma 5, d (0.6, 0.8, 0, ...); a row of zeros keeps its head."""
     rows = [[3.0, 4.0] + [0.0] * 6, [0.0] * 8] + [[1.0] * 8] * 2
     file = theirs(tmp_path / "x.svec", directions={"1": rows}, probe_accuracies=None)
-    iti = import_svec(file, ["L1H1", "L1H0"], SHAPE, alpha=15)
+    iti = import_svec(file, ["L1H1", "L1H0"], SHAPE, alpha=15, positions="answer")
     assert iti.sigma.tolist() == [0.0, 5.0]
     assert iti.directions.tolist() == [[0.0] * 8, torch.tensor([0.6, 0.8] + [0.0] * 6).tolist()]
     assert (iti.alpha, str(iti.positions), iti.shape) == (15.0, "answer", SHAPE)
@@ -119,7 +119,7 @@ def test_their_file_by_hand(tmp_path):
 def test_wrong_files_are_refused(tmp_path, changes, message):
     """Each by its name and with its reason."""
     with pytest.raises(DataError, match=rf"x\.svec.*{message}"):
-        import_svec(theirs(tmp_path / "x.svec", **changes), ["L0H1"], SHAPE, alpha=1)
+        import_svec(theirs(tmp_path / "x.svec", **changes), ["L0H1"], SHAPE, alpha=1, positions="all")
 
 
 def test_wrong_heads_and_other_files_are_refused(tmp_path):
@@ -131,12 +131,12 @@ def test_wrong_heads_and_other_files_are_refused(tmp_path):
         (3, (3, 4, 9), "4 heads of size 9"),
     ):  # fmt: skip
         with pytest.raises((InputError, DataError), match=message):
-            import_svec(file, heads, shape, alpha=1)
+            import_svec(file, heads, shape, alpha=1, positions="all")
     with pytest.raises(InputError, match="L0H"):
-        import_svec(theirs(tmp_path / "y.svec", probe_accuracies={"0": 0.5}), 1, SHAPE, alpha=1)
+        import_svec(theirs(tmp_path / "y.svec", probe_accuracies={"0": 0.5}), 1, SHAPE, alpha=1, positions="all")
     (tmp_path / "x.svec").write_bytes(b"\x80\x04.")
     with pytest.raises(DataError, match=r"x\.svec"):
-        import_svec(file, 3, SHAPE, alpha=1)
+        import_svec(file, 3, SHAPE, alpha=1, positions="all")
 
 
 def test_what_cannot_be_written_is_refused(bridge_llama, tmp_path):
@@ -159,5 +159,7 @@ def test_what_cannot_be_written_is_refused(bridge_llama, tmp_path):
     with pytest.raises(InputError, match="exists; give another name"):
         export_svec(other, file, model_type="llama")
     assert file.read_bytes() == before
-    again = import_svec(export_svec(other, file, model_type="llama", overwrite=True), ["L1H0"], SHAPE, alpha=1)
+    again = import_svec(
+        export_svec(other, file, model_type="llama", overwrite=True), ["L1H0"], SHAPE, alpha=1, positions="all"
+    )
     assert isinstance(again, ITI)

@@ -70,13 +70,13 @@ def bring_in(
         made = sharing.import_folded(source, heads=chosen, base=model, revision=revision, base_revision=base_revision)
     else:
         some = k if chosen is None else chosen
-        if model is None or alpha is None or some is None:
+        if model is None or alpha is None or positions is None or some is None:
             raise InputError(
-                "a .svec file says neither its model's shape nor the strength nor which heads are edited; give --model, --alpha "
-                "and --k 48 (the best by its accuracies, as AISteer360 does) or --heads"
+                "a .svec file says neither model, strength, positions nor heads; give --model, --alpha, --positions (all, or "
+                "answer for AISteer360's after_prompt), and --k 48 (the best by its accuracies, as there) or --heads"
             )
         shape = sharing.outputs_of(sharing.open_checkpoint(model, revision=revision)).shape
-        made = sharing.import_svec(source, some, shape, alpha=alpha, positions=positions or "answer")
+        made = sharing.import_svec(source, some, shape, alpha=alpha, positions=positions)
     made.save_pretrained(out, overwrite=overwrite)
     c.console.print(f"[bold]adapter[/bold] {made!r}", soft_wrap=True)
     residuals = made.meta.config.get("residuals")

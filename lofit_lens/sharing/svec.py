@@ -86,16 +86,18 @@ def import_svec(
     shape: tuple[int, int, int],
     *,
     alpha: float,
-    positions: str | Positions = "answer",
+    positions: str | Positions,
 ) -> ITI:
     """The ITI adapter in a steering vector: d is each row divided by its norm, and sigma the norm.
+
+    The file does not say heads, model, strength or positions: all are asked for.
 
     Args:
         file: made by `SteeringVector.save` or `export_svec`.
         heads: the heads to edit, or how many of the best by the file's probe accuracies (AISteer360 takes 48).
         shape: `(n_layers, n_heads, d_head)` of the model it was made for.
         alpha: strength (15 in ITI's paper and by the tool's default; 1 for offsets of LoFiT).
-        positions: where it acts; `"answer"` is the tool's default (`"after_prompt"`).
+        positions: where it acts; `"answer"` is the tool's default (`"after_prompt"`), `"all"` where offsets of LoFiT do.
 
     Raises:
         DataError: no such file, not JSON (pickles are never opened), a vector of the residual stream, or rows of another shape or
