@@ -67,7 +67,7 @@ test-unit: $(READY)
 # to them. So are the two longest tests of what the embedded model shows (its weights are the same), and most notebooks.
 NO_MODEL := $(addprefix --ignore=tests/test_,$(addsuffix .py,stats overlap layer_shares stability sweeps transfer \
   plots_statistics report report_browser method_table io specs expand store runner ray kills \
-  corruption sharing_hub iti_dict svec checkpoints docs))
+  corruption sharing_hub svec checkpoints docs))
 
 NOT_AGAIN := not findings_of_the_embedded_model and not hurts_more_than_random and not 02_lofit and not 03_comparing and not \
   04_reading and not 05_paper and not 07_llama2

@@ -26,8 +26,7 @@ from lofit_lens.interventions import Lofit
 from lofit_lens.models import device_of, load_model, model_info
 from lofit_lens.tasks import Task, load_task
 from lofit_lens.training import preset
-from lofit_lens.training.lofit import LofitRun
-from lofit_lens.training.many import tune_many
+from lofit_lens.training.lofit import LofitRun, tune_many
 
 TASKS = ("organism/truth", "organism/kinship", "organism/edits")
 SIZES = (1, 4, 8, 16, 36, 64)

@@ -31,9 +31,8 @@ class Shift(ResidualAdapter):
     def __init__(
         self, c: Tensor, layers: Iterable[int], n_layers: int, positions: Any = "all", meta: Any = None
     ) -> None:
-        super().__init__(meta, positions)
-        self.c, self.layers = nn.Parameter(c, requires_grad=False), tuple(layers)
-        self.n_layers, self.d_model = n_layers, c.shape[1]
+        super().__init__(n_layers, c.shape[1], layers, meta, positions)
+        self.c = nn.Parameter(c, requires_grad=False)
 
     @property
     def n_parameters(self) -> int:

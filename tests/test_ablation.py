@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 
-from lofit_lens import HeadSet, attached, load_adapter
+from lofit_lens import HeadSet, attached
 from lofit_lens.errors import AdapterError, DataError, InputError
 from lofit_lens.interventions import HeadAblation, mean_z
 from lofit_lens.models import hook_z, hooked, logits_of
@@ -99,15 +99,10 @@ def test_order_of_attachment_decides(llama, hf):
     assert (logits(ablation, lofit) - alone).abs().max() > 1e-3
 
 
-def test_folder_and_words(llama, tmp_path):
-    """Saved and read back as its own class; says what it is; counts means as estimated numbers, zeros not."""
-    ablation = HeadAblation.of(llama, HEADS, means=mean_z(llama, PROMPTS))
-    found = load_adapter(ablation.save_pretrained(tmp_path / "it"), model=llama)
-    assert isinstance(found, HeadAblation)
-    assert torch.equal(found.values, ablation.values)
-    assert (found.heads.heads, found.how, found.n_parameters) == (HEADS.heads, "mean", 24)
+def test_means_count_as_estimated_numbers_and_zeros_do_not(llama):
+    """24 and 0."""
+    assert HeadAblation.of(llama, HEADS, means=mean_z(llama, PROMPTS)).n_parameters == 24
     assert HeadAblation.of(llama, HEADS).n_parameters == 0
-    assert "to mean, K=3: L2H1 L0H3 L2H0" in repr(found)
 
 
 def test_a_subset_of_layers_can_be_asked_for(llama):

@@ -1,7 +1,6 @@
 """Offsets as a LoRA of PEFT: stock PEFT gives the hooked model's logits and texts, edits nothing else; the rest is refused."""
 
 import json
-import shutil
 import warnings
 
 import peft
@@ -11,7 +10,7 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 
 from lofit_lens import HeadSet, Lofit
-from lofit_lens.errors import AdapterError, InputError, ModelError
+from lofit_lens.errors import AdapterError, ModelError
 from lofit_lens.interventions import HeadAblation, LoReft
 from lofit_lens.models import load_model, logits_of
 from lofit_lens.sharing import carrier
@@ -159,19 +158,6 @@ def test_keys_of_the_hub_without_a_front(checkpoint, tmp_path):
     assert (got - hooked(model, lofit)).abs().max() < 1e-5
 
 
-@slow
-@torch.no_grad()
-def test_a_base_of_several_files(tmp_path):
-    """Weights are found wherever they lie."""
-    tiny.hf_model("llama-gqa").save_pretrained(tmp_path / "base", max_shard_size="20KB")
-    tiny.tokenizer().save_pretrained(tmp_path / "base")
-    assert len(list((tmp_path / "base").glob("*.safetensors"))) > 2
-    model = load_model(tmp_path / "base", backend="bridge", device="cpu")
-    lofit = offsets(model)
-    got = stock(tmp_path / "base", export_peft(lofit, tmp_path / "x"))(input_ids=TOKENS).logits
-    assert (got - hooked(model, lofit)).abs().max() < 1e-5
-
-
 def test_half_precision_is_compared_on_demand(exported, tmp_path):
     """In the type asked for; the carrier is float32 and the same file."""
     lofit, full = exported("llama")
@@ -234,22 +220,6 @@ def test_what_a_bias_cannot_carry_is_refused(bridge_llama, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_another_base_is_refused(bridge_llama, checkpoint, tmp_path):
-    """Other weights, other shapes, none named, one that is not there; nothing is written."""
-    lofit = offsets(bridge_llama)
-    other = tiny.save(tmp_path / "base", seed=1)
-    with pytest.raises(AdapterError, match="has other weights"):
-        export_peft(lofit, tmp_path / "x", base=other)
-    with pytest.raises(InputError, match="nowhere"):
-        export_peft(lofit, tmp_path / "x", base=tmp_path / "nowhere")
-    lofit.meta.model = None
-    with pytest.raises(AdapterError, match="does not say which model"):
-        export_peft(lofit, tmp_path / "x")
-    with pytest.raises(AdapterError, match=r"for 3 layers of 4 heads of size 8, and .* has 3 of 4 of size 12"):
-        export_peft(lofit, tmp_path / "x", base=checkpoint("llama-gqa"))
-    assert [p.name for p in tmp_path.iterdir()] == ["base"]
-
-
 @torch.no_grad()
 def test_a_base_can_be_named(bridge_llama, tmp_path):
     """For an adapter that names none, or to read the same weights elsewhere."""
@@ -277,38 +247,3 @@ def test_a_carrier_that_differs_is_deleted(bridge_llama, tmp_path, monkeypatch, 
     with pytest.raises(ModelError, match=r"carrier for .*x differs from the hooked model by .*deleted"):
         export_peft(offsets(bridge_llama), tmp_path / "x")
     assert not list(tmp_path.iterdir())
-
-
-def test_a_stop_leaves_nothing(bridge_llama, tmp_path, monkeypatch):
-    """Ctrl-C while it is compared."""
-
-    def stop(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(carrier, "compared", stop)
-    with pytest.raises(KeyboardInterrupt):
-        export_peft(offsets(bridge_llama), tmp_path / "x")
-    assert not list(tmp_path.iterdir())
-
-
-def test_an_architecture_that_is_not_known_is_refused(bridge_llama, checkpoint, tmp_path):
-    """By name."""
-    lofit = offsets(bridge_llama)
-    lofit.meta.model = None
-    with pytest.raises(ModelError, match="MambaForCausalLM"):
-        export_peft(lofit, tmp_path / "x", base=checkpoint("mamba"))
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_folder_is_replaced_on_demand_alone(bridge_llama, exported, tmp_path):
-    """And the old one stays where the new one fails."""
-    folder = shutil.copytree(exported("llama")[1], tmp_path / "x")
-    before = (folder / WEIGHTS).read_bytes()
-    one = offsets(bridge_llama, HeadSet(["L1H1"]))
-    with pytest.raises(InputError, match="exists; give another folder"):
-        export_peft(one, folder)
-    with pytest.raises(AdapterError):
-        export_peft(random_adapter(bridge_llama), folder, overwrite=True)
-    assert (folder / WEIGHTS).read_bytes() == before
-    export_peft(one, folder, overwrite=True)
-    assert len(load_file(folder / WEIGHTS)) == 3

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lofit_lens.interventions.base import at_other_positions
+from lofit_lens.interventions.steering import at_other_positions
 from lofit_lens.models import (
     Borders,
     checkpointed,

@@ -129,7 +129,7 @@ EVERY = {
     "select": ("select", "-t", "TASK", "-m", "MODEL"), "tune": ("tune", "-t", "TASK", "-m", "MODEL", "--heads", "all"),
     "probe": ("probe", "-t", "TASK", "-m", "MODEL"), "eval": EVAL, "damage": DAMAGE, "compare": COMPARE,
     "import": ("import", "MODEL"), "report": ("report", "nowhere"),
-    **{f: ("export", "ADAPTER", f) for f in ("--folded", "--peft", "--svec", "--iti")},
+    **{f: ("export", "ADAPTER", f) for f in ("--folded", "--peft", "--svec")},
 }  # fmt: skip
 
 
@@ -170,7 +170,7 @@ def test_two_processes_share_no_state_file(shell, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------------------- checks
 
 
-@pytest.mark.parametrize("verb", [v for v in EVERY if v not in ("damage", "compare", "report", "--svec", "--iti")])
+@pytest.mark.parametrize("verb", [v for v in EVERY if v not in ("damage", "compare", "report", "--svec")])
 def test_a_folder_that_is_not_ours_is_refused_before_the_work(shell, tmp_path, verb):
     """--overwrite replaces what this package wrote, nothing else, and says so at once."""
     (tmp_path / "o").mkdir()
@@ -181,7 +181,7 @@ def test_a_folder_that_is_not_ours_is_refused_before_the_work(shell, tmp_path, v
     assert (tmp_path / "o" / "mine").read_text() == "precious"
 
 
-@pytest.mark.parametrize("verb", ["damage", "compare", "report", "--svec", "--iti"])
+@pytest.mark.parametrize("verb", ["damage", "compare", "report", "--svec"])
 def test_a_folder_in_the_place_of_a_file_is_refused_before_the_work(shell, tmp_path, verb):
     """One file cannot replace a folder."""
     (tmp_path / "o").mkdir()

@@ -22,7 +22,6 @@ from lofit_lens.models import (
     hooked,
     load_model,
     logits_of,
-    model_info,
     positions_of,
     prefill,
     residual_point,
@@ -400,41 +399,9 @@ def test_instructions_of_the_same_tokens_are_refused(llama):
         pass
 
 
-def test_another_shape_is_refused(llama):
-    """Layers and width are named."""
-    for n_layers, d_model in ((4, 32), (3, 16)):
-        with pytest.raises(AdapterError, match=rf"for {n_layers} layers of width {d_model}"):
-            ContrastVectors((0,), n_layers=n_layers, d_model=d_model).attach_check(llama)
-
-
-@torch.no_grad()
-def test_a_saved_one_is_the_same(llama, tmp_path):
-    """Settings, provenance and logits, to the bit."""
-    one, (tokens, mask) = contrast(llama, positions="predicting"), batch(ROWS)
-    read = ContrastVectors.from_pretrained(one.save_pretrained(tmp_path / "x"), model=llama)
-    assert (read.layers, read.coefficient, str(read.positions)) == (LAYERS, COEFFICIENT, "predicting")
-    assert (read.positive, read.negative, read.meta.model) == (PLUS, MINUS, model_info(llama))
-    found = []
-    for each in (one, read):
-        with each.attached(llama):
-            found.append(logits_of(llama, tokens, mask, BORDERS))
-    assert torch.equal(*found)
-
-
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
     return ContrastVectors((0, 2), n_layers=3, d_model=32).save_pretrained(tmp_path_factory.mktemp("contrast") / "good")
-
-
-@pytest.mark.parametrize("field", ["layers", "n_layers", "d_model", "positive", "negative", "coefficient", "positions"])
-def test_a_missing_setting_is_named(good, tmp_path, field):
-    """Each is needed."""
-    folder = shutil.copytree(good, tmp_path / "x")
-    written = json.loads((folder / CONFIG_FILE).read_text())
-    del written[field]
-    (folder / CONFIG_FILE).write_text(json.dumps(written))
-    with pytest.raises(AdapterError, match=field):
-        ContrastVectors.from_pretrained(folder)
 
 
 def test_damaged_files_are_refused(good, tmp_path):

@@ -1,14 +1,12 @@
 """Damaged and hostile adapter folders: each is refused with an AdapterError that names the file, and nothing of it is run.
 
-500 damages drawn at random over every method, and a list of those worth a name. A damage may also be harmless (white space): then
-the adapter is the same, bit for bit. Folders are damaged as they lie (checksums then tell), and with checksums made anew, as
-somebody would who means harm.
+Folders of every method are damaged as they lie (checksums then tell), and with checksums computed again, as somebody would who
+means harm.
 """
 
 import json
 import os
 import pickle
-import random
 import re
 import shutil
 import struct
@@ -23,7 +21,6 @@ from lofit_lens.errors import AdapterError
 from lofit_lens.interventions.files import CONFIG_FILE, WEIGHTS_FILE
 from tests import every_method
 
-N = 500
 WITH_TENSORS = [m for m in every_method.METHODS if m != "contrast"]
 pytestmark = pytest.mark.usefixtures("unchecked")  # users have no type checks that would stop a wrong type
 
@@ -100,153 +97,6 @@ def refused(folder, file, match=".", **options):
 
 
 # ----------------------------------------------------------------------------------------------------- 500 at random
-
-
-def truncated(rng, folder):
-    path = folder / rng.choice((CONFIG_FILE, WEIGHTS_FILE))
-    data = path.read_bytes()
-    path.write_bytes(data[: rng.randrange(len(data))])
-
-
-def flipped(rng, folder):
-    path = folder / rng.choice((CONFIG_FILE, WEIGHTS_FILE))
-    data = bytearray(path.read_bytes())
-    for _ in range(rng.choice((1, 1, 1, 8))):
-        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-    path.write_bytes(data)
-
-
-def inserted(rng, folder):
-    path = folder / rng.choice((CONFIG_FILE, WEIGHTS_FILE))
-    data = path.read_bytes()
-    at = rng.randrange(len(data) + 1)
-    path.write_bytes(data[:at] + rng.choice((b" ", b"\n", b"\0", b"x", rng.randbytes(9))) + data[at:])
-
-
-def one_tensor(rng, folder):
-    tensors = tensors_of(folder)
-    if not tensors:
-        put(folder, {"x": torch.zeros(2)}, sign=rng.random() < 0.5)
-        return
-    name = rng.choice(sorted(tensors))
-    t = tensors[name]
-    kind = rng.randrange(8)
-    if kind == 0:
-        tensors[name + "x"] = tensors.pop(name)
-    elif kind == 1:
-        del tensors[name]
-    elif kind == 2:
-        tensors["extra"] = torch.zeros(3)
-    elif kind == 3:
-        tensors[name] = rng.choice((t[1:], t[..., :-1], t[None], t.flatten()[:1], torch.zeros(0)))
-    elif kind == 4:
-        tensors[name] = t.to(rng.choice((torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool)))
-    else:
-        t = t.clone()
-        t.view(-1)[rng.randrange(t.numel())] = rng.choice((float("nan"), float("inf"), -float("inf"), 1e30, 0.5))
-        tensors[name] = t
-    put(folder, tensors, sign=rng.random() < 0.5)
-
-
-ODD = (
-    None, True, False, 0, -1, 1, 2, 3, 10**6, 10**15, -(10**40), 1.5, 1e300, "", "x", "all", "f1+l1", [], [0], [0, 0], [-1],
-    [2, 1, 0], [10**9], ["x"], [[]], {}, {"x": 1}, [1, 2, 3], [3, 4, 10**12], [None],
-)  # fmt: skip
-
-
-def one_field(rng, folder):
-    """One value somewhere in the record becomes another, is left out, or gets company."""
-    record = json.loads((folder / CONFIG_FILE).read_text())
-    at = record
-    while True:
-        key = rng.choice(sorted(at)) if isinstance(at, dict) else rng.randrange(len(at))
-        if isinstance(at[key], dict | list) and at[key] and rng.random() < 0.6:
-            at = at[key]
-        else:
-            break
-    kind = rng.randrange(5)
-    if kind == 0:
-        del at[key]
-    elif kind == 1 and isinstance(at, dict):
-        at["more"] = 1
-    else:
-        at[key] = rng.choice(ODD)
-    (folder / CONFIG_FILE).write_text(json.dumps(record))
-    if rng.random() < 0.7:
-        signed(folder)
-
-
-def swapped(rng, folder, good):
-    other = good[rng.choice(every_method.METHODS)][0]
-    file = rng.choice((CONFIG_FILE, WEIGHTS_FILE))
-    shutil.copy(other / file, folder / file)
-    if rng.random() < 0.5:
-        signed(folder)
-
-
-def gone(rng, folder):
-    (folder / rng.choice((CONFIG_FILE, WEIGHTS_FILE))).unlink()
-
-
-def spaced(rng, folder):
-    """White space only: the same record."""
-    record = json.loads((folder / CONFIG_FILE).read_text())
-    keys = list(record)
-    rng.shuffle(keys)
-    (folder / CONFIG_FILE).write_text(json.dumps({k: record[k] for k in keys}, indent=rng.randrange(4)))
-
-
-DAMAGES = (
-    truncated,
-    flipped,
-    flipped,
-    inserted,
-    one_tensor,
-    one_tensor,
-    one_field,
-    one_field,
-    one_field,
-    swapped,
-    gone,
-    spaced,
-)
-
-
-def test_500_random_damages(good, damaged):
-    """Refused as an AdapterError about one of the two files, or, where nothing that is read changed, the same adapter.
-
-    A record or tensors with new checksums may also make another adapter that is whole: it then holds what the files say.
-    """
-    outcomes = {"refused": 0, "same": 0, "another": 0}
-    for number in range(N):
-        rng = random.Random(number)
-        method, damage = rng.choice(every_method.METHODS), rng.choice(DAMAGES)
-        folder = damaged(method)
-        damage(rng, folder, good) if damage is swapped else damage(rng, folder)
-        before = seen(folder.parent)
-        what = f"damage {number}: {damage.__name__} of {method}"
-        try:
-            read = load_adapter(folder)
-        except AdapterError as e:
-            if CONFIG_FILE not in str(e) and WEIGHTS_FILE not in str(e):
-                pytest.fail(f"{what} names no file: {e}")
-            outcomes["refused"] += 1
-        except Exception as e:
-            pytest.fail(f"{what}: {type(e).__name__}: {e}")
-        else:
-            kind = "same" if same(read, good[method][1]) else "another"
-            outcomes[kind] += 1
-            if kind == "another":
-                record = json.loads((folder / CONFIG_FILE).read_text())
-                told = {k: v for k, v in record.items() if k not in ("digest", "weights_sha256")}
-                assert record["digest"] == io.digest({**told, "weights_sha256": record["weights_sha256"]}), what
-                held = read._tensors()
-                assert all(torch.isfinite(t).all() for t in held.values()), what
-                assert damage in (one_tensor, one_field, swapped), what
-                assert all(torch.equal(held[k], t) for k, t in tensors_of(folder).items()), what
-        assert seen(folder.parent) == before, what
-    assert outcomes["refused"] > 0.7 * N
-    assert outcomes["same"] > 0.03 * N
 
 
 @pytest.mark.parametrize("method", every_method.METHODS)
@@ -377,7 +227,7 @@ def test_texts_that_are_no_record(damaged, text, message):
     refused(folder, CONFIG_FILE, message)
 
 
-@pytest.mark.parametrize("schema", [3, 99, 10**30, 0, -1, "2", 2.0, True, None, [], ...])
+@pytest.mark.parametrize("schema", [3, 99, 10**30, 1, 0, -1, "2", 2.0, True, None, [], ...])
 def test_other_schemas_are_refused(damaged, schema):
     """A newer one says to update, whatever else has changed in it; what is no number is refused too."""
     folder = damaged("repe")
@@ -486,6 +336,43 @@ def test_tensors_of_another_kind_are_refused_whoever_signed(damaged, method):
             folder = damaged(method)
             put(folder, {**rest, name: torch.where(torch.arange(t.numel()).view(t.shape) == 1, value, t)})
             refused(folder, WEIGHTS_FILE, f"{re.escape(name)} holds NaN or infinity")
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "message"),
+    [("lofit", {"shape": [2, 4, 8]}, "2 x 4"), ("lofit", {"shape": [0, 4, 8]}, "shape"), ("lofit", {"shape": [3, 4]}, "shape"),
+     ("iti", {"shape": [3, 4, 9]}, r"expected .*\(3, 9\)"), ("iti", {"positions": "first"}, "positions"),
+     ("lofit", {"heads": {"kind": "lofit_lens.HeadSet", "schema": 1, "heads": []}}, "expected|at least one"),
+     ("repe", {"layers": [0, 3]}, "cannot be edited"), ("repe", {"d_model": 31}, r"\(2, 32\), expected .*\(2, 31\)"),
+     ("loreft", {"positions": "nowhere"}, "unknown positions")],
+)  # fmt: skip
+def test_records_that_contradict_themselves_or_the_tensors(damaged, method, changes, message):
+    """Fields of the right kind that cannot be."""
+    folder = damaged(method)
+    edit(folder, **changes)
+    refused(folder, "adapter_", message)
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "change", "message"),
+    [("iti", "directions", lambda t: 2 * t, "L2H1 has norm 2"), ("iti", "sigma", lambda t: -t, "sigma of head L2H1 is -"),
+     ("repe", "directions", lambda t: 2 * t, "norm 2"), ("repe", "scale", lambda t: 0 * t, "scale of layer 0 is 0"),
+     ("loreft", "R", lambda t: 2 * t, "not orthonormal"), ("loreft", "X", lambda t: t.flip(1), "coordinates X are another")],
+)  # fmt: skip
+def test_numbers_that_cannot_be_are_refused(damaged, method, name, change, message):
+    """Tensors of the right kind."""
+    folder = damaged(method)
+    tensors = tensors_of(folder)
+    put(folder, tensors | {name: change(tensors[name])})
+    refused(folder, "adapter_", message)
+
+
+def test_white_space_and_the_order_of_fields_are_no_damage(good, damaged):
+    """The same record is the same adapter."""
+    folder = damaged("lofit")
+    record = json.loads((folder / CONFIG_FILE).read_text())
+    (folder / CONFIG_FILE).write_text(json.dumps(dict(reversed(record.items())), indent=3))
+    assert same(load_adapter(folder), good["lofit"][1])
 
 
 @pytest.mark.parametrize("method", WITH_TENSORS)

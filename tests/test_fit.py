@@ -6,8 +6,9 @@ from torch import nn
 
 from lofit_lens import Task, TrainConfig
 from lofit_lens.errors import AdapterError, DataError, InputError, TrainingDiverged
+from lofit_lens.training import FAST, reference_log_probs, row_order
 from lofit_lens.training.fitting import fit
-from lofit_lens.training.steps import Steps
+from lofit_lens.training.objective import Steps
 from tests import golden
 from tests.shift import Shift, shift_of
 from tests.test_adapters_base import run
@@ -211,3 +212,52 @@ def test_an_adapter_without_positions_may_be_fitted(llama):
     fit(own, llama, golden.sft_task(), CONFIG, seed=1, progress=False)
     assert torch.equal(own.inner.c, fitted(llama).c)
     assert own.meta.task == "golden-sft"
+
+
+# ----------------------------------------------------------------------------------------- an order and a reference
+
+
+def test_the_usual_order_and_reference_given_are_the_usual_training(llama):
+    """To the bit; turned around, what is learned is another; the record says that they were given."""
+    task = golden.dpo_task()
+    usual = fitted(llama, task)
+    order = [row_order(10, seed=1, epoch=epoch) for epoch in range(2)]
+    same = fitted(llama, task, order=order)
+    assert torch.equal(same.c, usual.c)
+    assert {"order", "reference"} & {*usual.meta.config} == set()
+    assert set(same.meta.config) - set(usual.meta.config) == {"order"}
+    reference = reference_log_probs(llama, task.training_examples(seed=1), passes=FAST, batch_size=4)
+    again = fitted(llama, task, reference=reference)
+    assert (again.c - usual.c).abs().max() < 1e-5
+    assert set(again.meta.config) - set(usual.meta.config) == {"reference"}
+    assert not torch.equal(fitted(llama, task, order=order[::-1]).c, usual.c)
+
+
+def test_dpo_against_another_model(llama):
+    """The first loss is -log sigmoid(beta * (margin - the reference's margin)), by hand from both models' log-probs."""
+    task, first = golden.dpo_task(), shift_of(llama, scale=1.0)
+    examples, config = task.training_examples(seed=1), CONFIG.with_changes(epochs=1, batch_size=10)
+    bare = reference_log_probs(llama, examples)
+    with first.attached(llama):
+        moved = reference_log_probs(llama, examples)
+    assert (bare - moved).abs().max() > 0.1
+    margin = (bare[:, 0] - bare[:, 1]) - (moved[:, 0] - moved[:, 1])
+    expected = -torch.nn.functional.logsigmoid(config.beta * margin).mean().item()
+    history = fitted(llama, task, config=config, reference=moved).meta.history
+    assert history[0]["loss"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_reference_that_does_not_fit_is_refused(bridge_llama, tmp_path):
+    """Rows too few, NaN, a task without pairs; and a checkpoint belongs to its reference."""
+    task, state = golden.dpo_task(), tmp_path / "state"
+    good = reference_log_probs(bridge_llama, task.training_examples(seed=1))
+    for reference in (good[1:], good * float("nan")):
+        with pytest.raises(InputError, match=r"give finite numbers of shape \[10, 2\]"):
+            fitted(bridge_llama, task, reference=reference)
+    with pytest.raises(InputError, match="this task has no pairs"):
+        fitted(bridge_llama, golden.sft_task(), reference=good)
+    with pytest.raises(InputError, match="these examples have one answer"):
+        reference_log_probs(bridge_llama, golden.sft_task().training_examples())
+    fitted(bridge_llama, task, reference=good, checkpoint=state)
+    with pytest.raises(InputError, match=r"differs in reference\)"):
+        fitted(bridge_llama, task, reference=good + 1, checkpoint=state)

@@ -9,7 +9,7 @@ import pytest
 
 from lofit_lens import Task, load_task
 from lofit_lens.errors import DataError, InputError
-from lofit_lens.tasks import Form, GenerationExample, OptionExample, SFTExample, base, mquake, truthfulqa
+from lofit_lens.tasks import Form, GenerationExample, OptionExample, SFTExample, fields, mquake, truthfulqa
 
 SPLITS = ("train", "val", "test")
 ROW = {"prompt": "Italy:", "answer": " Rome", "options": [" Oslo", " Rome", " Bonn"]}
@@ -256,4 +256,4 @@ def test_mquakes_items_are_grouped_by_hops(hops, group):
 def test_groups_and_questions_do_not_make_examples_differ():
     """They sort results; whether two items are the same is a matter of what is asked."""
     assert GenerationExample("p", ("x",), "2 hops", "q") == GenerationExample("p", ("x",))
-    assert base.repeated(["p", "q", "p"], ["p"]) == {0, 2}
+    assert fields.repeated(["p", "q", "p"], ["p"]) == {0, 2}

@@ -1,7 +1,6 @@
 """models/fused.py: the fused way is put in place only where a few passes prove it; what it cannot do is refused with a reason."""
 
 import logging
-import weakref
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from torch import nn
 
 from lofit_lens.models import (
     attending,
-    fused,
     fused_attention,
     fused_refusal,
     hook_z,
@@ -67,7 +65,6 @@ def test_wrong_numbers_are_refused(fresh, monkeypatch, caplog, wrong):
 @pytest.mark.parametrize("way", ["silent", "bypassed"])
 def test_a_hook_z_that_is_passed_by_is_refused(checkpoint, monkeypatch, on, way):
     """z that no hook sees, or whose edit is thrown away."""
-    monkeypatch.setattr(fused, "_refusals", weakref.WeakKeyDictionary())
     model = load_model(checkpoint("llama"), backend=on, device="cpu")
     inner = attending._inner if on == "bridge" else attending._attend
 

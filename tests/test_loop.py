@@ -12,7 +12,7 @@ from torch import nn
 from lofit_lens import io
 from lofit_lens.errors import AdapterError, InputError, TrainingDiverged
 from lofit_lens.training import TrainConfig
-from lofit_lens.training.loop import row_order, train
+from lofit_lens.training.loop import Fit, Training, row_order, train_together
 
 ROWS = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
 CONFIG = TrainConfig(lr=0.1, epochs=3, batch_size=4, weight_decay=0.01, clip=0.5, l1=0.01)  # 3 epochs of 3 steps
@@ -41,8 +41,19 @@ class Toy(nn.Module):
         return self.w.abs().sum()
 
 
-def fit(toy, *, loss=None, config=CONFIG, seed=5, **options):
-    return train(toy, 10, loss or toy.loss, config, seed=seed, penalty=toy.penalty, progress=False, **options)
+def fit(toy, *, loss=None, config=CONFIG, n_rows=10, penalty=None, order=None, seed=5, identity=None, **options):
+    """Train it in the loop, and return the records."""
+
+    def step_of(shares):
+        value = (loss or toy.loss)(shares[0][1])
+        value.backward()
+        return [value.detach()]
+
+    run = Training(Fit(toy, None, config, seed, penalty=penalty or toy.penalty, order=order), n_rows, identity or {})
+    train_together([run], step_of, progress=False, **options)
+    if run.error is not None:
+        raise run.error
+    return run.history
 
 
 # -------------------------------------------------------------------------------------------- order and schedule
@@ -76,6 +87,43 @@ def test_max_steps_stops_early_on_the_same_schedule():
     """The first four steps of a bounded run are those of the whole run."""
     whole, bounded = Toy(), Toy()
     assert fit(bounded, config=CONFIG.with_changes(max_steps=4)) == fit(whole)[:4]
+
+
+def test_a_schedule_of_its_own_falls_to_zero_at_its_end():
+    """Over 18 steps half of the learning rate is left after 9; one that ends before the training is refused."""
+    records = fit(Toy(), config=CONFIG.with_changes(schedule_steps=18))
+    assert [r["lr"] for r in records] == pytest.approx([0.1 * (18 - i) / 18 for i in range(9)])
+    short = CONFIG.with_changes(schedule_steps=4)
+    with pytest.raises(InputError, match=r"schedule_steps=4 of 9 steps.*max_steps=4"):
+        fit(Toy(), config=short)
+    assert [r["lr"] for r in fit(Toy(), config=short.with_changes(max_steps=4))][-1] == pytest.approx(0.1 / 4)
+    assert "schedule_steps" not in CONFIG.to_dict()
+    assert short.to_dict()["schedule_steps"] == 4
+
+
+def test_a_given_order_is_followed():
+    """Two epochs of five of ten rows in batches of four; the usual order, given, is the usual training."""
+    seen, toy, two = [], Toy(), CONFIG.with_changes(epochs=2)
+
+    def loss(rows):
+        seen.append(list(rows))
+        return toy.loss(rows)
+
+    records = fit(toy, loss=loss, config=two, order=[[9, 8, 7, 6, 5], [0, 0, 1, 1, 2]])
+    assert seen == [[9, 8, 7, 6], [5], [0, 0, 1, 1], [2]]
+    assert [r["epoch"] for r in records] == [1, 1, 2, 2]
+    assert [r["lr"] for r in records] == pytest.approx([0.1, 0.075, 0.05, 0.025])
+    same, usual = Toy(), Toy()
+    fit(same, config=two, order=[row_order(10, seed=5, epoch=e) for e in range(2)])
+    fit(usual, config=two)
+    assert torch.equal(same.w, usual.w)
+
+
+@pytest.mark.parametrize("order", [[], [[1]], [[1], [2, 3]], [[], []], [[1], [10]], [[1], [-1]], [[1], [True]]])
+def test_an_order_that_does_not_fit_is_refused(order):
+    """Another number of epochs, lists of several lengths or none, rows that are not there."""
+    with pytest.raises(InputError, match="order"):
+        fit(Toy(), config=CONFIG.with_changes(epochs=2), order=order)
 
 
 def test_the_loop_is_plain_adamw_to_the_bit():
@@ -126,7 +174,7 @@ def test_nothing_to_train_is_refused():
     """No trainable parameter, and no row."""
     toy = Toy()
     with pytest.raises(InputError, match="0 rows"):
-        train(toy, 0, toy.loss, CONFIG, seed=0, progress=False)
+        fit(toy, n_rows=0)
     toy.requires_grad_(False)
     with pytest.raises(InputError, match="requires_grad"):
         fit(toy)
@@ -222,7 +270,7 @@ def test_a_finished_run_is_not_run_again(tmp_path):
 @pytest.mark.parametrize(
     ("change", "named"),
     [({"seed": 6}, "seed"), ({"config": CONFIG.with_changes(lr=0.2)}, "config"), ({"identity": {"task": "b"}}, "task"),
-     ({"identity": {}}, "task")],
+     ({"identity": {}}, "task"), ({"order": [[0]] * 3}, "order")],
 )  # fmt: skip
 def test_the_state_of_another_run_is_refused(tmp_path, change, named):
     """Another seed, setting or task: what differs is named, and nothing is trained."""
@@ -270,7 +318,7 @@ def test_nan_stops_with_step_rows_and_the_last_good_state(tmp_path, how):
         return toy.penalty() * (float("inf") if how == "penalty" and len(count) == 5 else 1.0)
 
     with pytest.raises(TrainingDiverged) as e:
-        train(toy, 10, loss, CONFIG, seed=5, penalty=penalty, checkpoint=tmp_path / "run.state", progress=False)
+        fit(toy, loss=loss, penalty=penalty, checkpoint=tmp_path / "run.state")
     message = str(e.value)
     assert "at step 5 (epoch 2)" in message
     assert str(count[4]) in message

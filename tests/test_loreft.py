@@ -1,7 +1,5 @@
 """LoReFT alone: its formula, the coordinates of R, its random start, its files; the rest is in test_trained_methods."""
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -10,7 +8,7 @@ from torch.nn.utils import parametrizations
 from lofit_lens import TrainConfig
 from lofit_lens.errors import AdapterError, InputError
 from lofit_lens.interventions import LoReft
-from lofit_lens.interventions.files import CONFIG_FILE, WEIGHTS_FILE
+from lofit_lens.interventions.files import WEIGHTS_FILE
 from lofit_lens.interventions.loreft import coordinates, edit_subspace, orthonormal_rows
 from lofit_lens.models import Borders, hooked, logits_of, residual_point
 from lofit_lens.training.fitting import fit
@@ -173,13 +171,6 @@ def test_the_seed_makes_the_start(bridge_llama):
     assert (made.meta.seed, made.meta.model.n_layers) == (5, 3)
 
 
-def test_the_count():
-    """Llama-2-7B, rank 8: 32 layers of 2 * 8 * 4096 + 8 = 65,544, together 2,097,408."""
-    with torch.device("meta"):
-        assert LoReft(32, 4096).n_parameters == 2_097_408
-        assert LoReft(32, 4096, layers=[0], rank=1).n_parameters == 2 * 4096 + 1
-
-
 @pytest.mark.parametrize("rank", [0, 17])
 def test_ranks_that_cannot_be_are_refused(rank):
     """Below 1, above the width."""
@@ -194,7 +185,7 @@ def test_unknown_positions_are_refused(bridge_llama):
 
 
 def test_files_hold_plain_matrices(bridge_llama, tmp_path):
-    """R itself, and its coordinates, by which it comes back bit for bit; without them (early versions) to rounding.
+    """R itself, and its coordinates, by which it comes back bit for bit.
 
     Rows that are not orthonormal, and coordinates of another R, are refused; rank and positions are kept.
     """
@@ -207,24 +198,12 @@ def test_files_hold_plain_matrices(bridge_llama, tmp_path):
     assert torch.equal(read.W, adapter.W)
     assert (read.rank, str(read.positions)) == (3, "f2+l1")
     for changed, message in (
-        ({"R": tensors["R"] * 1.01}, "not orthonormal"), ({"X": tensors["X"].flip(0)}, "R and its coordinates X do not"),
+        ({"R": tensors["R"] * 1.01}, "R is not orthonormal"), ({"X": tensors["X"].flip(0)}, "its coordinates X are another's"),
         ({"X": tensors["X"] * float("inf")}, "NaN or infinity"), ({"X": tensors["X"].mT.contiguous()}, "X is .* expected"),
     ):  # fmt: skip
         save_file({**tensors, **changed}, file)
         with pytest.raises(AdapterError, match=message):
             LoReft.from_pretrained(tmp_path / "x")
-
-
-def test_files_of_early_versions_have_no_coordinates(bridge_llama, tmp_path):
-    """Schema 1 held R alone: it is read, to rounding."""
-    adapter = LoReft.for_model(bridge_llama, seed=0, rank=3)
-    folder = adapter.save_pretrained(tmp_path / "x")
-    save_file({k: t for k, t in load_file(folder / WEIGHTS_FILE).items() if k != "X"}, folder / WEIGHTS_FILE)
-    record = json.loads((folder / CONFIG_FILE).read_text()) | {"lofit_lens_schema": 1}
-    (folder / CONFIG_FILE).write_text(json.dumps(record))
-    read = LoReft.from_pretrained(folder)
-    assert torch.allclose(read.R, adapter.R, atol=1e-6)
-    assert torch.equal(read.W, adapter.W)
 
 
 @torch.no_grad()

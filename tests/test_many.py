@@ -11,9 +11,9 @@ from lofit_lens import HeadSet, Lofit
 from lofit_lens.errors import AdapterError, InputError, TrainingDiverged
 from lofit_lens.interventions.side_by_side import edit_rows, side_by_side
 from lofit_lens.models import Borders, Positions, logits_of
-from lofit_lens.training import FAST, PLAIN, LofitRun, Passes, steps, tune_many
+from lofit_lens.training import FAST, PLAIN, LofitRun, Passes, passes, tune_many
 from lofit_lens.training.lofit import learned_scores
-from lofit_lens.training.steps import Steps
+from lofit_lens.training.objective import Steps
 from tests import golden
 from tests.adapters import CHOSEN, random_adapter
 from tests.conftest import BACKENDS
@@ -69,7 +69,7 @@ def assert_equal_runs(got, want, within=1e-5):
 )
 def test_each_run_learns_what_it_learns_alone(loaded, apart, monkeypatch, on, how):
     """Seven different runs at once, however their rows are spread over passes: to 1e-5, and the same heads are chosen."""
-    monkeypatch.setattr(steps, "WASTE", 0)
+    monkeypatch.setattr(passes, "WASTE", 0)
     want = apart(on)
     got = tune_many(loaded("llama", on), runs(), passes=how, progress=False)
     assert_equal_runs(got, want)

@@ -2,17 +2,13 @@
 
 import contextlib
 import itertools
-import json
-import shutil
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from lofit_lens import Task, evaluate
-from lofit_lens.errors import AdapterError, DataError, InputError
-from lofit_lens.interventions.files import CONFIG_FILE, WEIGHTS_FILE
+from lofit_lens.errors import DataError, InputError
 from lofit_lens.interventions.repe import RepE, shift_h
 from lofit_lens.models import (
     Borders,
@@ -167,78 +163,7 @@ def test_what_control_refuses(changes, message):
         RepE(given.pop("directions"), given.pop("layers"), **given)
 
 
-def test_control_of_another_shape_is_refused(llama):
-    """Layers and width are named, and nothing is attached."""
-    before = run(llama)
-    for repe in (control(n_layers=4), RepE(unit(1, 16), (0,), n_layers=3, coefficient=1.0)):
-        with pytest.raises(AdapterError, match=r"this adapter is for . layers of width"), repe.attached(llama):
-            pass
-    assert torch.equal(run(llama), before)
-
-
 # ------------------------------------------------------------------------------------------------------- files
-
-
-def test_a_saved_control_is_the_same(llama, tmp_path):
-    """Numbers, settings, provenance and logits, to the bit."""
-    repe = control(scale=torch.tensor([0.5, 2.0]), relative=True, positions="predicting")
-    repe.meta.model, repe.meta.task, repe.meta.config = model_info(llama), "t", {"reading": "pca"}
-    read = RepE.from_pretrained(repe.save_pretrained(tmp_path / "x"), model=llama)
-    assert torch.equal(read.directions, repe.directions)
-    assert (read.layers, read.coefficient, read.relative, str(read.positions)) == ((0, 2), 3.0, True, "predicting")
-    assert (read.meta.model, read.meta.task, read.meta.config) == (model_info(llama), "t", {"reading": "pca"})
-    outputs = []
-    for one in (repe, read):
-        with one.attached(llama):
-            outputs.append(run(llama))
-    assert torch.equal(*outputs)
-    assert read.scale.tolist() == [2.0, 0.5]
-    for part in ("RepE(", "t, coefficient 3 sigma at predicting", "layers 0 2", "64 parameters"):
-        assert part in repr(read)
-
-
-def test_a_control_of_another_width_is_read_back(tmp_path):
-    """Without a model."""
-    one = RepE(unit(1, 5), (3,), n_layers=7, coefficient=1.0)
-    read = RepE.from_pretrained(one.save_pretrained(tmp_path / "x"))
-    assert (read.d_model, read.n_layers, read.layers) == (5, 7, (3,))
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    return control().save_pretrained(tmp_path_factory.mktemp("repe") / "good")
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [({"layers": None}, "layers"), ({"coefficient": None}, "coefficient"), ({"relative": None}, "relative"),
-     ({"positions": None}, "positions"), ({"d_model": 31}, r"directions is .*\(2, 32\), expected .*\(2, 31\)"),
-     ({"layers": [0]}, r"expected .*\(1, 32\)"), ({"layers": [0, 3]}, "cannot be edited"), ({"coefficient": "x"}, CONFIG_FILE),
-     ({"positions": "nowhere"}, "unknown positions"), ({"method": "lofit"}, "does not describe a RepE adapter")],
-)  # fmt: skip
-def test_a_damaged_record_is_refused(good, tmp_path, changes, message):
-    """Missing and wrong settings, all as AdapterError."""
-    folder = shutil.copytree(good, tmp_path / "x")
-    written = json.loads((folder / CONFIG_FILE).read_text())
-    kept = {k: v for k, v in (written | changes).items() if v is not None or k not in changes}
-    (folder / CONFIG_FILE).write_text(json.dumps(kept))
-    with pytest.raises(AdapterError, match=message):
-        RepE.from_pretrained(folder)
-
-
-@pytest.mark.parametrize(
-    ("tensors", "message"),
-    [({"directions": unit(2, D)}, "expected directions and scale"),
-     ({"directions": unit(2, D) * 2, "scale": torch.ones(2)}, "norm 2"),
-     ({"directions": unit(2, D), "scale": torch.full((2,), float("nan"))}, "scale holds NaN"),
-     ({"directions": unit(2, D), "scale": torch.ones(2, dtype=torch.float64)}, "float64")],
-)  # fmt: skip
-def test_damaged_tensors_are_refused(good, tmp_path, tensors, message):
-    """Missing, not of norm 1, NaN, of another type."""
-    folder = shutil.copytree(good, tmp_path / "x")
-    save_file(tensors, folder / WEIGHTS_FILE)
-    with pytest.raises(AdapterError, match=message):
-        RepE.from_pretrained(folder)
 
 
 # --------------------------------------------------------------------------------------------- reading, numbers

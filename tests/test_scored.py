@@ -5,7 +5,7 @@ import torch
 import transformers as tf
 
 from lofit_lens.errors import InputError
-from lofit_lens.interventions.base import at_other_positions
+from lofit_lens.interventions.steering import at_other_positions
 from lofit_lens.models import Borders, fused_attention, hooked, load_model, logits_at, logits_of, read_at, scored
 from tests import tiny
 from tests.conftest import BACKENDS, PAIRS

@@ -9,7 +9,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 import lofit_lens as ll
-from lofit_lens import HeadScores, HeadSet, Task, TrainConfig, io, probing
+from lofit_lens import HeadSet, Task, TrainConfig, io, probing
 from lofit_lens.errors import InputError
 from lofit_lens.models import load_model
 from lofit_lens.tasks.collate import encode
@@ -205,15 +205,6 @@ def test_every_selector_feeds_offset_tuning(llama, name):
     assert all(bool(lofit.v[h].any()) for h in scores.top(2))
     assert {n: p.requires_grad for n, p in llama.named_parameters()} == before
     assert no_hooks(llama)
-
-
-def test_scores_survive_a_file(bridge_llama, tmp_path):
-    """What stands in meta is JSON-able."""
-    for name in ("gradient attribution", "activation patching", "random"):
-        scores = quick(name, bridge_llama, SFT)
-        kept = HeadScores.load(scores.save(tmp_path / f"{name}.json"))
-        assert torch.equal(kept.values, scores.values)
-        assert kept.meta == scores.meta
 
 
 @pytest.mark.parametrize("name", ["gradient attribution", "activation patching"])

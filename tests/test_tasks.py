@@ -11,7 +11,17 @@ import pytest
 from lofit_lens import Task, load_task
 from lofit_lens.errors import DataError, InputError
 from lofit_lens.organism import tasks as organism_tasks
-from lofit_lens.tasks import ChoiceExample, GenerationExample, PairExample, SFTExample, base, clutrr, mquake, truthfulqa
+from lofit_lens.tasks import (
+    ChoiceExample,
+    GenerationExample,
+    PairExample,
+    SFTExample,
+    clutrr,
+    examples,
+    mquake,
+    truthfulqa,
+)
+from lofit_lens.tasks.base import Form
 from lofit_lens.tasks.registry import TASKS, register
 
 SPLITS = ("train", "val", "test")
@@ -152,13 +162,13 @@ def test_own_tasks_grade_the_first_line():
     """Stripped, lower-cased, any reference."""
     asked = GenerationExample("p", (" Paris", "City of Light"))
     said = {" paris\nmore": 1, "\n\n Paris": 1, "city of light": 1, "Paris, France": 0, "": 0}
-    assert {s: base.grade_first_line(s, asked)["em"] for s in said} == said
+    assert {s: examples.grade_first_line(s, asked)["em"] for s in said} == said
 
 
 GRADERS = {
     "mquake": mquake.grade,
     "clutrr": clutrr.grade,
-    "own": base.grade_first_line,
+    "own": examples.grade_first_line,
     "organism": organism_tasks.grade,
 }
 
@@ -182,9 +192,9 @@ def test_any_reference_may_be_contained():
     """White space around a reference does not count, and what it holds is text, no pattern."""
     example = GenerationExample("p", (" Washington, D.C.", "C++", "Straße"))
     for said in ("I live in washington, d.c.", "It is C++.", "STRASSE"):
-        assert base.contains(said, example) == 1.0
-    assert base.contains("Washington, DxC.", example) == 0.0
-    assert base.contains("anything", GenerationExample("p", (" ",))) == 0.0
+        assert examples.contains(said, example) == 1.0
+    assert examples.contains("Washington, DxC.", example) == 0.0
+    assert examples.contains("anything", GenerationExample("p", (" ",))) == 0.0
 
 
 # ------------------------------------------------------------------------------------------------ draws and splits
@@ -370,7 +380,7 @@ def test_a_known_task_is_not_shadowed_by_a_folder(tmp_path, monkeypatch):
 def test_a_folder_that_is_called_as_a_task_is_said(tmp_path, monkeypatch, caplog):
     """By its name the built-in task is read, with a warning that names both; `./name`, or a Path, is one's own."""
     monkeypatch.setattr(
-        "lofit_lens.tasks.registry.TASKS", {"mine": lambda _: Task.from_records("known", train=ROWS, test=ROWS)}
+        "lofit_lens.tasks.registry.TASKS", {"mine": lambda *_: Task.from_records("known", train=ROWS, test=ROWS)}
     )
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
@@ -388,3 +398,65 @@ def test_a_folder_that_is_called_as_a_task_is_said(tmp_path, monkeypatch, caplog
     for own in ("./mine", Path("mine"), str(tmp_path / "mine")):
         assert load_task(own).examples("test")[0].prompt == "own"
     assert not caplog.messages
+
+
+# ------------------------------------------------------------------------------------------------------------- subsets
+
+
+def numbered(n=6, **options):
+    rows = {s: [{"prompt": f"{s} {i}", "answer": str(i)} for i in range(n)] for s in ("train", "val", "test")}
+    return Task.from_records("numbered", **rows, **options)
+
+
+def test_a_subset_has_only_the_rows_that_were_chosen():
+    """In the order given; of the splits that are not named all stay; training draws all that are left."""
+    whole = numbered(n_train=2)
+    task = whole.subset(train=[4, 1, 2], test=range(2))
+    assert [e.prompt for e in task.training_examples()] == ["train 4", "train 1", "train 2"]
+    assert [e.prompt for e in task.examples("train")] == ["train 4", "train 1", "train 2"]
+    assert [e.prompt for e in task.examples("test")] == ["test 0", "test 1"]
+    assert task.examples("val") == whole.examples("val")
+    assert {e.prompt for e in task.training_examples(n=2, seed=1)} < {"train 4", "train 1", "train 2"}
+    assert whole.subset(test=[0]).n_train == 2
+
+
+def test_name_and_hash_tell_subsets_apart():
+    """By the rows and their order; the family stays, so that presets are found; a subset of a subset counts in the subset."""
+    whole = numbered()
+    several = [whole, *(whole.subset(train=rows) for rows in ([1, 2], [2, 1], [1, 3])), whole.subset(test=[1, 2])]
+    assert len({t.data_hash for t in several}) == len({t.name for t in several}) == 5
+    assert {t.family for t in several} == {"numbered"}
+    assert whole.subset(train=[1, 2]).data_hash == several[1].data_hash
+    assert [e.prompt for e in whole.subset(train=[5, 3]).subset(train=[1]).training_examples()] == ["train 3"]
+
+
+def test_forms_whose_rows_cannot_be_told_are_left_out():
+    """A form of the split with another number of rows, and the other forms: asking for them is an error, not another task."""
+    whole = numbered()
+    task = replace(whole, training={"train": whole.training["train"][:4]}).subset(train=[0])
+    with pytest.raises(InputError, match="unknown split 'train'"):
+        task.examples("train")
+    forms = {"other": Form(whole.test, "em")}
+    assert replace(whole, form="usual", forms=forms).in_form("other").form == "other"
+    with pytest.raises(InputError, match="unknown form 'other'"):
+        replace(whole, form="usual", forms=forms).subset(test=[0]).in_form("other")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [({}, "give train, val or test"), ({"train": []}, "train is .*give indices"),
+     ({"val": [1, 1]}, "each once"), ({"test": [6]}, "a row of test is 6; give 0 to 5"),
+     ({"test": [-1]}, "a row of test is -1"), ({"test": [True]}, "a row of test is True"),
+     ({"train": [2, 3]}, "training row 3 repeats a test item")],
+)  # fmt: skip
+def test_rows_that_cannot_be_chosen_are_refused(rows, message):
+    """By value, with what is allowed."""
+    with pytest.raises(InputError, match=message):
+        replace(numbered(), leaked=frozenset({3})).subset(**rows)
+
+
+def test_a_leaked_row_stays_out_of_the_rest():
+    """Its index is another one in the subset."""
+    task = replace(numbered(), leaked=frozenset({3}))
+    assert len(task.subset(test=[0]).training_examples()) == 5
+    assert len(task.subset(train=[4, 5]).training_examples()) == 2

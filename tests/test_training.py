@@ -12,7 +12,6 @@ from lofit_lens.errors import DataError, InputError, TrainingDiverged
 from lofit_lens.models import ModelInfo, hooked_class, logits_of, tokenizer_of
 from lofit_lens.training import fitting, objective
 from lofit_lens.training.config import preset
-from lofit_lens.training.steps import Steps
 from tests import golden
 from tests.adapters import CHOSEN
 
@@ -157,15 +156,15 @@ def test_the_penalty_counts_in_step_one_only(llama):
 
 def test_the_reference_is_the_model_without_the_adapter(llama, monkeypatch):
     """Computed once, before training, with nothing attached: no init shows in it, however large."""
-    calls, inner = [], objective.reference_log_probs
+    calls, inner = [], objective._reference
 
     objective._references.clear()  # what other tests left
 
-    def spy(model, encoded, **options):
+    def spy(model, *options):
         calls.append(sum(len(p.fwd_hooks) for p in model.hook_dict.values()))
-        return inner(model, encoded, **options)
+        return inner(model, *options)
 
-    monkeypatch.setattr(objective, "reference_log_probs", spy)
+    monkeypatch.setattr(objective, "_reference", spy)
     large = SHORT.with_changes(init_std=0.5, max_steps=1)
     first = ll.tune_offsets(llama, golden.dpo_task(), CHOSEN, config=large, progress=False).meta.history[0]
     assert calls == [0]
@@ -286,27 +285,6 @@ def test_settings_out_of_range_are_refused_by_name(changes, named):
     """A field that cannot be, and a field that is none."""
     with pytest.raises(InputError, match=named):
         TrainConfig(lr=0.1).with_changes(**changes)
-
-
-def test_a_stopped_training_hands_over_its_adapter(bridge_llama, monkeypatch):
-    """NaN in the third step: the error carries the adapter as it was after the second."""
-    task = Task.from_records(
-        "t", train=[{"prompt": f"w {i}:", "answer": " yes"} for i in range(8)], test=[{"prompt": "w", "answer": "y"}]
-    )
-    config = TrainConfig(lr=1e-2, batch_size=1, epochs=1)
-    plain, calls = Steps.__call__, []
-
-    def breaking(steps, shares):
-        calls.append(1)
-        return [loss * (float("nan") if len(calls) == 3 else 1) for loss in plain(steps, shares)]
-
-    monkeypatch.setattr(Steps, "__call__", breaking)
-    with pytest.raises(TrainingDiverged, match=r"error\.adapter") as e:
-        ll.tune_offsets(bridge_llama, task, ["L1H2"], config=config, progress=False)
-    monkeypatch.undo()
-    two = ll.tune_offsets(bridge_llama, task, ["L1H2"], config=config.with_changes(max_steps=2), progress=False)
-    assert torch.equal(e.value.adapter.v, two.v)
-    assert len(e.value.adapter.meta.history) == 2
 
 
 def test_selection_may_be_restricted_to_some_heads(bridge_llama):

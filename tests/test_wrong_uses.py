@@ -131,7 +131,7 @@ TAKES_AN_ADAPTER = {
     "removal": lambda m, a: ll.analysis.removal(m, TASK, HEADS, adapter=a, draws=1, how="zero", **QUIET),
     "long_context": lambda m, a: ll.analysis.long_context(m, TASK, a, ["a"], [1], **QUIET),
     "affine": lambda m, a: ll.sharing.affine(a),
-    "export_iti": lambda m, a: ll.export_iti(a, "nowhere.json"),
+    "export_svec": lambda m, a: ll.export_svec(a, "nowhere.svec"),
 }
 
 

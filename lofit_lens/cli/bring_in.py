@@ -6,12 +6,11 @@ from typing import Annotated
 import typer
 
 from lofit_lens.cli import common as c
-from lofit_lens.errors import InputError, unknown
+from lofit_lens.errors import DataError, InputError, ModelError, unknown
 
 TAKES = {
     "lofit": ("--heads", "--k", "--revision"),
     "folded": ("--heads", "--k", "--model", "--revision", "--base-revision"),
-    "iti": ("--model", "--revision", "--alpha", "--positions"),
     "svec": ("--heads", "--k", "--model", "--revision", "--alpha", "--positions"),
 }
 
@@ -22,8 +21,8 @@ def bring_in(
     form: Annotated[
         str | None,
         typer.Option("--format", help=(
-            "lofit (official checkpoint with attn_A, attn_v), folded (plain checkpoint with o_proj.bias), iti (JSON dictionary), "
-            "svec (AISteer360); left out: told from the source."
+            "lofit (official checkpoint with attn_A, attn_v), folded (plain checkpoint with o_proj.bias), svec "
+            "(AISteer360); left out: told from the source."
         )),
     ] = None,
     heads: Annotated[
@@ -31,16 +30,16 @@ def bring_in(
     ] = None,
     k: Annotated[int | None, typer.Option("--k", help="Only the first K heads; svec: the K of the best accuracies.")] = None,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="folded: the base model; iti, svec: the model it was made for.")
+        str | None, typer.Option("--model", "-m", help="folded: the base model; svec: the model it was made for.")
     ] = None,
     revision: Annotated[
-        str | None, typer.Option("--revision", help="On the hub: of SOURCE (lofit, folded) or of the model (iti, svec).")
+        str | None, typer.Option("--revision", help="On the hub: of SOURCE (lofit, folded) or of the model (svec).")
     ] = None,
     base_revision: Annotated[
         str | None, typer.Option("--base-revision", help="folded: of the base model (--model) on the hub.")
     ] = None,
-    alpha: Annotated[float | None, typer.Option("--alpha", help="iti, svec: strength.")] = None,
-    positions: Annotated[str | None, typer.Option("--positions", help="iti, svec: all, answer, last, ...")] = None,
+    alpha: Annotated[float | None, typer.Option("--alpha", help="svec: strength.")] = None,
+    positions: Annotated[str | None, typer.Option("--positions", help="svec: all, answer, last, ...")] = None,
     overwrite: c.Overwrite = False,
 ) -> None:  # fmt: skip
     """Read another tool's file and write an adapter folder. Pickles are never opened.
@@ -54,7 +53,7 @@ def bring_in(
     from lofit_lens import sharing
     from lofit_lens.cli.tune import read_heads
 
-    form = form or sharing.format_of(source, revision=revision)
+    form = form or format_of(source, revision)
     if form not in TAKES:
         raise unknown("format", form, TAKES)
     if k is not None and heads is None and form != "svec":
@@ -70,16 +69,14 @@ def bring_in(
     elif form == "folded":
         made = sharing.import_folded(source, heads=chosen, base=model, revision=revision, base_revision=base_revision)
     else:
-        shape = None if model is None else sharing.outputs_of(sharing.open_checkpoint(model, revision=revision)).shape
-        if form == "svec":
-            some = k if chosen is None else chosen
-            made = sharing.import_svec(source, heads=some, shape=shape, alpha=alpha, positions=positions)
-        elif shape is None or alpha is None:
+        some = k if chosen is None else chosen
+        if model is None or alpha is None or positions is None or some is None:
             raise InputError(
-                "an ITI dictionary says neither its model's shape nor its strength; give --model and --alpha"
+                "a .svec file says neither model, strength, positions nor heads; give --model, --alpha, --positions (all, or "
+                "answer for AISteer360's after_prompt), and --k 48 (the best by its accuracies, as there) or --heads"
             )
-        else:
-            made = sharing.import_iti(source, shape, alpha=alpha, positions=positions or "answer")
+        shape = sharing.outputs_of(sharing.open_checkpoint(model, revision=revision)).shape
+        made = sharing.import_svec(source, some, shape, alpha=alpha, positions=positions)
     made.save_pretrained(out, overwrite=overwrite)
     c.console.print(f"[bold]adapter[/bold] {made!r}", soft_wrap=True)
     residuals = made.meta.config.get("residuals")
@@ -94,3 +91,31 @@ def bring_in(
             soft_wrap=True,
         )
     c.console.print(f"wrote {out}")
+
+
+def format_of(source: str, revision: str | None) -> str:
+    """Which of the forms a file or a checkpoint has.
+
+    Raises:
+        DataError: a file of another kind.
+        ModelError: a checkpoint that holds neither the official code's attn_A and attn_v nor a bias in attention's output.
+    """
+    from lofit_lens import sharing
+
+    if Path(source).suffix == ".svec":
+        return "svec"
+    if Path(source).is_file():
+        raise DataError(
+            f"{source} is no .svec file; read a .npy file of heads with HeadSet.from_npy (--heads), make an ITI adapter of a "
+            "dictionary of directions in Python (docs/howto/share.md says how), and leave pickles where they are"
+        )
+    found = sharing.open_checkpoint(source, revision=revision)
+    if any(".attn_A." in name for name in found.where):
+        return "lofit"
+    if any(f"{name}.bias" in found.where for name in sharing.outputs_of(found).names):
+        return "folded"
+    raise ModelError(
+        f"{found.name} holds neither attn_A and attn_v (the official code's checkpoint) nor a bias in attention's output "
+        "projection (a folded one): there is nothing to read without the base model. Where scalings alone were folded, give it: "
+        "--format folded --model BASE, or import_folded(..., base=)"
+    )

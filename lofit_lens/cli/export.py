@@ -11,11 +11,11 @@ from lofit_lens.errors import InputError
 Adapter = Annotated[
     str, typer.Argument(help="Adapter folder, or user/name or user/name@revision on the hub.", metavar="ADAPTER")
 ]
-FORMATS = ("--folded", "--peft", "--svec", "--iti", "--hub")
+FORMATS = ("--folded", "--peft", "--svec", "--hub")
 _BASE = ("--out", "--model", "--revision", "--dtype", "--device", "--other-model", "--overwrite")
 TAKES = {
     "--folded": _BASE, "--peft": _BASE, "--svec": ("--out", "--model", "--revision", "--overwrite"),
-    "--iti": ("--out", "--overwrite"), "--hub": ("--result", "--licence", "--private", "--branch"),
+    "--hub": ("--result", "--licence", "--private", "--branch"),
 }  # fmt: skip
 
 
@@ -26,12 +26,11 @@ def export(
     ] = False,
     peft: Annotated[bool, typer.Option("--peft", help="An adapter folder that stock PEFT loads (offsets only).")] = False,
     svec: Annotated[bool, typer.Option("--svec", help="AISteer360's file of head directions.")] = False,
-    iti: Annotated[bool, typer.Option("--iti", help="ITI's dictionary of directions, as JSON.")] = False,
     hub: Annotated[
         str | None, typer.Option("--hub", help="Push to this repository, user/name, with a model card.", metavar="USER/NAME")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="New folder (--folded, --peft) or file (--svec, --iti).")
+        Path | None, typer.Option("--out", "-o", help="New folder (--folded, --peft) or file (--svec).")
     ] = None,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Base model's folder or hub id; left out: the one on record.")
@@ -57,7 +56,7 @@ def export(
 
     Example: lofit-lens export out/adapter --folded --out out/served
     """
-    asked = [name for name, given in zip(FORMATS, (folded, peft, svec, iti, hub), strict=True) if given]
+    asked = [name for name, given in zip(FORMATS, (folded, peft, svec, hub), strict=True) if given]
     if len(asked) != 1:
         raise InputError(f"{' and '.join(asked) or 'no form'} asked for; give one of {', '.join(FORMATS)}")
     form = asked[0]
@@ -91,14 +90,12 @@ def export(
             made, out, base=model, revision=revision, dtype=dtype or "float32", device=device, strict=not other_model,
             overwrite=overwrite,
         )  # fmt: skip
-    elif svec:
+    else:
         kind = (
             None if model is None else str(sharing.open_checkpoint(model, revision=revision).config.get("model_type"))
         )
         sharing.export_svec(made, out, model_type=kind, overwrite=overwrite)
         c.console.print(f"in AISteer360: {sharing.svec_use(made)}", markup=False, soft_wrap=True)
-    else:
-        sharing.export_iti(made, out, overwrite=overwrite)
     if folded or peft:
         verified = sharing.Verified(**io.read_json(out / sharing.RECORD)["verified"])
         c.console.print(

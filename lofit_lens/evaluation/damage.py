@@ -196,10 +196,11 @@ def damage(
     for name, total in zip(COLUMNS, sums, strict=True):
         positions[name] = total[:last] / reached[:last]
     return Damage(
-        {name: Metric.of(per_text[name].tolist(), share=False) for name in COLUMNS},
-        test(per_text["cross_entropy"].tolist(), per_text["cross_entropy_base"].tolist(), seed=seed),
-        per_text, positions, label, {k: n for k, n in counted.items() if n}, model_info(model), seen.hexdigest(),
-        {"max_tokens": length, "batch_size": batch_size, "limit": limit, "seed": seed}, io.environment(),
+        metrics={name: Metric.of(per_text[name].tolist(), share=False) for name in COLUMNS},
+        increase=test(per_text["cross_entropy"].tolist(), per_text["cross_entropy_base"].tolist(), seed=seed),
+        texts=per_text, positions=positions, label=label, counted={k: n for k, n in counted.items() if n},
+        model=model_info(model), text_hash=seen.hexdigest(), versions=io.environment(),
+        config={"max_tokens": length, "batch_size": batch_size, "limit": limit, "seed": seed},
     )  # fmt: skip
 
 

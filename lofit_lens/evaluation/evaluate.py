@@ -102,8 +102,9 @@ def evaluate(
         "bootstrap": {"resamples": RESAMPLES, "level": 0.95, "seed": 0},
     }  # fmt: skip
     return EvalResult(
-        task.name, split, {name: Metric.of(items[name].tolist()) for name in names}, items, task.form, label,
-        model_info(model), task.data_hash, task.hashes.get(split, ""), counted, config, io.environment(),
+        task=task.name, split=split, metrics={name: Metric.of(items[name].tolist()) for name in names}, items=items,
+        form=task.form, label=label, model=model_info(model), data_hash=task.data_hash, split_hash=task.hashes.get(split, ""),
+        counted=counted, config=config, versions=io.environment(),
     )  # fmt: skip
 
 

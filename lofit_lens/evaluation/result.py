@@ -136,11 +136,9 @@ class EvalResult:
             for name, metric in metrics.items():
                 if len(items[name]) != metric.n:
                     raise ValueError(f"{len(items)} items in items.jsonl, {metric.n} in result.json")
-            return cls(
-                record["task"], record["split"], metrics, items, record["form"], record["label"],
-                ModelInfo(**record["model"]) if record["model"] else None, record["data_hash"], record["split_hash"],
-                record["counted"], record["config"], record["versions"],
-            )  # fmt: skip
+            names = ("task", "split", "form", "label", "data_hash", "split_hash", "counted", "config", "versions")
+            model = ModelInfo(**record["model"]) if record["model"] else None
+            return cls(metrics=metrics, items=items, model=model, **{name: record[name] for name in names})
         except (AttributeError, KeyError, TypeError, ValueError) as e:
             raise DataError(f"{folder} does not hold a complete evaluation: {e}") from e
 

@@ -10,7 +10,7 @@ from lofit_lens.io import decoded
 from lofit_lens.organism.documents import draw_document
 from lofit_lens.organism.words import TASKS
 from lofit_lens.organism.world import build_world
-from lofit_lens.tasks.base import fields
+from lofit_lens.tasks.fields import fields
 from lofit_lens.tasks.hub import HubSource, hub_rows
 from lofit_lens.tasks.sources import FORMATS, read_rows
 

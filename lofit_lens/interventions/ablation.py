@@ -11,11 +11,12 @@ Source: Wang et al. 2023 (arXiv 2211.00593), section 2.2 (mean ablation).
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from einops import reduce
 from jaxtyping import Float
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from lofit_lens import io
 from lofit_lens.checks import check_is, check_one_of, texts_of
 from lofit_lens.errors import DataError, InputError
 from lofit_lens.heads import Heads, HeadSet
-from lofit_lens.interventions.at_heads import HeadAdapter, check_vectors_shape, chosen_heads, shape_and_heads
+from lofit_lens.interventions.at_heads import HeadAdapter, chosen_heads, shape_and_heads
 from lofit_lens.interventions.base import AdapterMeta, Edit
 from lofit_lens.interventions.files import check_tensors
 from lofit_lens.interventions.residual import chosen_layers
@@ -85,14 +86,13 @@ class HeadAblation(HeadAdapter):
         how: How = "mean",
         meta: AdapterMeta | None = None,
     ) -> None:
-        super().__init__(meta)
+        super().__init__(shape, heads, meta)
         check_one_of("ablation", how, HOW)
         check_is(values, Tensor, "values", "a tensor")
-        self._shape, self.how = check_vectors_shape(shape), how
-        self.heads = chosen_heads(heads, (shape[0], shape[1]), "an ablation")
-        if tuple(values.shape) != (len(self.heads), shape[2]):
+        self.how = how
+        if tuple(values.shape) != (self.k, self.d_head):
             raise InputError(
-                f"{len(self.heads)} heads of d_head {shape[2]} with values {tuple(values.shape)}; give one row a head"
+                f"{self.k} heads of d_head {self.d_head} with values {tuple(values.shape)}; give one row a head"
             )
         if not bool(torch.isfinite(values).all()):
             raise InputError("a value that z should become is NaN or infinite; run the model in float32 or bfloat16")
@@ -113,18 +113,13 @@ class HeadAblation(HeadAdapter):
         d_head = head_size(model, heads.layers or None)
         check_is(means, (Tensor, type(None)), "means", "what mean_z gives")
         shape = (info.n_layers, info.n_heads, d_head)
-        chosen = chosen_heads(heads, shape[:2], "an ablation")
+        chosen = chosen_heads(heads, shape[:2], cls.title)
         if means is not None and tuple(means.shape) != shape:
             raise InputError(f"means of shape {tuple(means.shape)} for a model of {shape}; take them with mean_z")
         values = torch.zeros(len(chosen), d_head) if means is None else torch.stack([means[h] for h in chosen])
         meta = AdapterMeta(model=info, versions=io.environment())
         made = cls(shape, chosen, values=values, how="zero" if means is None else "mean", meta=meta)
         return made.to(device_of(model))
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """`(n_layers, n_heads, d_head)`."""
-        return self._shape
 
     @property
     def n_parameters(self) -> int:
@@ -138,11 +133,8 @@ class HeadAblation(HeadAdapter):
 
     # ------------------------------------------------------------------------------------------- saving
 
-    def _tensors(self) -> Mapping[str, Tensor]:
-        return {"values": self.values}
-
     def _settings(self) -> dict[str, Any]:
-        return {"shape": list(self.shape), "heads": self.heads.to_dict(), "how": self.how}
+        return super()._settings() | {"how": self.how}
 
     @classmethod
     def _made_from(
@@ -152,10 +144,8 @@ class HeadAblation(HeadAdapter):
         check_tensors(tensors, {"values": (len(heads), shape[2])}, where)
         return cls(shape, heads, values=tensors["values"], how=record["how"], meta=meta)
 
-    def __repr__(self) -> str:
-        info = self.meta.model
-        shown = " ".join(map(str, self.heads.heads[:8])) + (" ..." if self.k > 8 else "")
-        return f"HeadAblation({info.name if info else 'no model'}, to {self.how}, K={self.k}: {shown})"
+    def _parts(self) -> list[str]:
+        return [f"to {self.how}", f"K={self.k}"]
 
 
 @torch.no_grad()
@@ -197,7 +187,7 @@ def _totals(model: Any, tokens: Tensor, mask: Tensor, layers: Iterable[int]) -> 
     def adder(layer: int) -> Any:
         def add(z: Tensor, hook: Any) -> None:
             kept = torch.where(mask.to(z.device).bool()[..., None, None], z.detach(), 0)
-            found[layer] = kept.double().sum(dim=(0, 1)).cpu()
+            found[layer] = reduce(kept.double(), "batch pos head d -> head d", "sum").cpu()
 
         return add
 

@@ -1,5 +1,6 @@
 """What methods that edit attention heads have in common: chosen heads, and edits at their `hook_z`."""
 
+import html
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,28 +9,37 @@ from typing import Any
 from lofit_lens.checks import check_whole, shown
 from lofit_lens.errors import AdapterError, InputError
 from lofit_lens.heads import Heads, HeadSet
-from lofit_lens.interventions.base import Adapter, Edit
+from lofit_lens.html import first_of
+from lofit_lens.interventions.base import Adapter, AdapterMeta, Edit
+from lofit_lens.interventions.cards import plain, table
 from lofit_lens.interventions.files import CONFIG_FILE
-from lofit_lens.models import head_size, hook_z, model_info
+from lofit_lens.models import ALL, Positions, head_size, hook_z, model_info
 
+SHOWN = 10  # heads in a card's table
 LARGEST = 10**8  # numbers of all heads' outputs together; known models have a few million at most
 
 
 class HeadAdapter(Adapter):
-    """An adapter of vectors of the size of a head's output, one edit a layer.
-
-    A sub-class sets `heads`, and gives `shape` and `_edit(layer)`.
+    """An adapter of vectors of the size of a head's output, one edit a layer, which a sub-class gives in `_edit(layer)`.
 
     Attributes:
-        heads: the edited heads.
+        shape: `(n_layers, n_heads, d_head)`.
+        heads: the edited heads, their scores kept.
+
+    Raises:
+        InputError: no shape, no head, or a head outside the shape.
     """
 
-    heads: HeadSet
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """`(n_layers, n_heads, d_head)`."""
-        raise NotImplementedError
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        heads: Heads,
+        meta: AdapterMeta | None = None,
+        positions: str | Positions = ALL,
+    ) -> None:
+        super().__init__(meta, positions)
+        self.shape = check_vectors_shape(shape)
+        self.heads = chosen_heads(heads, self.shape[:2], self.title)
 
     @property
     def d_head(self) -> int:
@@ -40,6 +50,27 @@ class HeadAdapter(Adapter):
     def k(self) -> int:
         """Number of edited heads."""
         return len(self.heads)
+
+    def places(self) -> tuple[str, str]:
+        """Heads with their ranks and scores."""
+        scores = self.heads.scores or [None] * self.k
+        rows = [
+            (str(i + 1), str(head), "not recorded" if score is None else f"{score:.4g}")
+            for i, (head, score) in enumerate(zip(self.heads, scores, strict=True))
+        ][:SHOWN]
+        of = f"{self.k} of {self.shape[0]} x {self.shape[1]} heads (layer and head from 0)"
+        shown = f", the first {SHOWN} of them here" if self.k > SHOWN else ""
+        score_of = f" Scores: {plain(self.heads.label)}." if self.heads.label and self.heads.scores else ""
+        return "Heads", f"{of}{shown}.{score_of}\n\n" + table(("rank", "head", "score"), rows)
+
+    def _settings(self) -> dict[str, Any]:
+        return {"shape": list(self.shape), "heads": self.heads.to_dict()}
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}: {first_of(self.heads.heads, 8)})"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(repr(self))}</p>{self.heads._repr_html_()}"
 
     def _edit(self, layer: int) -> Edit:
         raise NotImplementedError

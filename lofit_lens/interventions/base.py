@@ -1,7 +1,6 @@
 """What every method has in common: it can be attached, counted and saved."""
 
 import contextlib
-import copy
 import logging
 import re
 import tempfile
@@ -17,6 +16,7 @@ from lofit_lens import io
 from lofit_lens.checks import shown
 from lofit_lens.errors import AdapterError, InputError
 from lofit_lens.hub import fetched, pushed
+from lofit_lens.interventions.cards import model_card
 from lofit_lens.interventions.files import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -27,7 +27,7 @@ from lofit_lens.interventions.files import (
     read_tensors,
     write_files,
 )
-from lofit_lens.interventions.provenance import AdapterMeta, Measured, described, meta_of, with_metrics
+from lofit_lens.interventions.provenance import KEPT, AdapterMeta, described, meta_of, with_metrics
 from lofit_lens.models import (
     ALL,
     Layout,
@@ -112,7 +112,8 @@ class Adapter(nn.Module):
     """An intervention by hooks: what it edits, how it is attached and saved. One sub-class a method.
 
     A sub-class names its `method` and `title`, says what it edits in `_points`, checks a model's shape in `_check_shape`, and
-    gives its numbers and settings to files in `_tensors` and `_settings`, read back by `_made_from`.
+    gives its numbers and settings to files in `_tensors` and `_settings`, read back by `_made_from`. For its card on the hub it
+    says where it acts in `places`, and for its text in `_parts` what tells it from others.
 
     Attributes:
         meta: provenance.
@@ -121,6 +122,7 @@ class Adapter(nn.Module):
 
     method: ClassVar[str]  # in files
     title: ClassVar[str]  # in tables and messages
+    backend: ClassVar[str | None] = None  # the only class of TransformerLens that it can be attached to
     meta: AdapterMeta
     positions: Positions
 
@@ -145,8 +147,8 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     def _tensors(self) -> Mapping[str, Tensor]:
-        """What the safetensors file holds."""
-        raise NotImplementedError
+        """What the safetensors file holds; unless a method says otherwise, its parameters and buffers by name."""
+        return self.state_dict()
 
     def _settings(self) -> dict[str, Any]:
         """What the JSON file holds beside the provenance; JSON-able."""
@@ -158,6 +160,19 @@ class Adapter(nn.Module):
     ) -> Some:
         """The adapter of a record and its tensors; KeyError, TypeError and ValueError are reported as an incomplete file."""
         raise NotImplementedError
+
+    def places(self) -> tuple[str, str]:
+        """Heading and text, in Markdown, of the card's section that says where it acts."""
+        return "Where it acts", f"Not described for {self.title}."
+
+    def _parts(self) -> list[str]:
+        """What its text says beside model and task."""
+        return []
+
+    def __repr__(self) -> str:
+        info = self.meta.model
+        parts = [info.name if info else "no model", self.meta.task or "no task", *self._parts()]
+        return f"{type(self).__name__}({', '.join(parts)})"
 
     # ---------------------------------------------------------------------------------------------- attaching
 
@@ -241,7 +256,7 @@ class Adapter(nn.Module):
 
     # ------------------------------------------------------------------------------------------------- saving
 
-    def add_metrics(self, result: Measured) -> None:
+    def add_metrics(self, result: Any) -> None:
         """Keep what an evaluation with this adapter found (an `EvalResult`), for its files and its card on the hub.
 
         An earlier result of the same task, split and form is replaced.
@@ -287,8 +302,6 @@ class Adapter(nn.Module):
         Raises:
             InputError: a name that is none, no token or not enough rights, or a hub that cannot be reached.
         """
-        from lofit_lens.interventions.cards import model_card
-
         with tempfile.TemporaryDirectory(prefix="adapter-") as made:
             write_files(Path(made), public(self._record()), self._tensors())
             shown = type(self).from_pretrained(Path(made))  # the card describes what goes out
@@ -303,10 +316,10 @@ class Adapter(nn.Module):
             "base_model": meta.model.to_dict() if meta.model else None,
             **self._settings(),
             "positions": str(self.positions),
-            "task": meta.task, "data_hash": meta.data_hash, "n_train": meta.n_train, "seed": meta.seed,
-            "config": meta.config, "metrics": meta.metrics, "versions": meta.versions or io.environment(),
-            "history": meta.history, "attached": meta.attached,
-        }  # fmt: skip
+            **{name: getattr(meta, name) for name in KEPT},
+            "versions": meta.versions or io.environment(),
+            "attached": meta.attached,
+        }
 
     @classmethod
     def from_pretrained(
@@ -357,17 +370,6 @@ class Adapter(nn.Module):
                 f"this adapter was made for {described(made_for)}, and the model is {described(info)}: other weights. Load the "
                 "model it was made for, or use it there on purpose: strict=False (--other-model)"
             )
-
-
-def at_other_positions(adapter: Some, positions: str | Positions) -> Some:
-    """A copy of an adapter that acts on other positions.
-
-    Raises:
-        InputError: unknown positions.
-    """
-    made = copy.deepcopy(adapter)
-    made.positions = Positions.parse(positions)
-    return made
 
 
 def located_adapter(name: str | Path, revision: str | None = None) -> tuple[Path, str]:

@@ -13,13 +13,9 @@ from typing import Any
 from lofit_lens import io
 from lofit_lens.errors import InputError
 from lofit_lens.hub import commit_of
-from lofit_lens.interventions.at_heads import HeadAdapter
-from lofit_lens.interventions.base import Adapter
-from lofit_lens.interventions.lora import Lora
-from lofit_lens.interventions.residual import ResidualAdapter
 from lofit_lens.models import ModelInfo
 
-SHOWN = 10  # heads in a card's table
+Adapter = Any  # `base.Adapter`, which builds on this module
 
 
 def model_card(adapter: Adapter, *, repo_id: str | None = None, licence: str | None = None) -> str:
@@ -41,11 +37,11 @@ def model_card(adapter: Adapter, *, repo_id: str | None = None, licence: str | N
             f"licence {licence!r} is not as the hub abbreviates licences: small letters, digits, dots and dashes (mit, "
             "apache-2.0, cc-by-4.0; other for any other one)"
         )
-    base = adapter.meta.model
+    base, (heading, places) = adapter.meta.model, adapter.places()
     return "\n\n".join([
         f"---\n{_record(adapter, repo_id, licence)}\n---",
         f"# {adapter.title} adapter for {_code(_short(base.name)) if base else 'an unnamed base model'}",
-        _about(adapter), f"## {_places_title(adapter)}", _places(adapter), "## How to load", _loading(adapter, repo_id),
+        _about(adapter), f"## {heading}", places, "## How to load", _loading(adapter, repo_id),
         "## Metrics", _metrics(adapter.meta.metrics), "## Training", _training(adapter),
         "## Limits", _limits(adapter, licence),
     ]) + "\n"  # fmt: skip
@@ -106,32 +102,6 @@ def _about(adapter: Adapter) -> str:
     ])  # fmt: skip
 
 
-def _places_title(adapter: Adapter) -> str:
-    return "Heads" if isinstance(adapter, HeadAdapter) else "Where it acts"
-
-
-def _places(adapter: Adapter) -> str:
-    if isinstance(adapter, HeadAdapter):
-        scores = adapter.heads.scores or [None] * adapter.k
-        rows = [
-            (str(i + 1), str(head), "not recorded" if score is None else f"{score:.4g}")
-            for i, (head, score) in enumerate(zip(adapter.heads, scores, strict=True))
-        ][:SHOWN]
-        of = f"{adapter.k} of {adapter.shape[0]} x {adapter.shape[1]} heads (layer and head from 0)"
-        shown = f", the first {SHOWN} of them here" if adapter.k > SHOWN else ""
-        score_of = f" Scores: {_plain(adapter.heads.label)}." if adapter.heads.label and adapter.heads.scores else ""
-        return f"{of}{shown}.{score_of}\n\n" + _table(("rank", "head", "score"), rows)
-    if isinstance(adapter, ResidualAdapter):
-        layers = " ".join(map(str, adapter.layers))
-        return f"`{adapter.site}` of the layers {layers} (of {adapter.n_layers}, from 0), width {adapter.d_model}."
-    if isinstance(adapter, Lora):
-        return (
-            f"Attention's projections {', '.join(adapter.sizes)} in all {adapter.n_layers} layers, rank {adapter.rank}, "
-            f"alpha {adapter.alpha:g}."
-        )
-    return f"Not described for {adapter.title}."
-
-
 def _loading(adapter: Adapter, repo_id: str | None) -> str:
     base = adapter.meta.model
     imports, model = "", 'll.load_model("...")  # the base model, which was not recorded'
@@ -141,7 +111,7 @@ def _loading(adapter: Adapter, repo_id: str | None) -> str:
             commit_of(base.revision),
         )
         revision = f', revision="{base.revision}"' if pinned else ""
-        backend = ', backend="bridge"' if isinstance(adapter, Lora) else ""
+        backend = f', backend="{adapter.backend}"' if adapter.backend else ""
         model = f"ll.load_model({name}{revision}{backend})"
         if base.processed and base.backend == "hooked":
             imports = "from transformer_lens import HookedTransformer\n\n"
@@ -163,30 +133,30 @@ def _metrics(metrics: Sequence[dict[str, Any]]) -> str:
         return "None were recorded."
     rows = [
         (
-            _plain(m["task"]), _plain(m["split"]), _plain(m["form"] or "-"), _plain(m["metric"]), f"{m['mean']:.4g}",
+            plain(m["task"]), plain(m["split"]), plain(m["form"] or "-"), plain(m["metric"]), f"{m['mean']:.4g}",
             "{:.4g} to {:.4g}".format(*m["interval"]) if m["interval"] else "none (one value)",
-            str(m["n"]), str(m["seeds"]), _plain(m["data_hash"][:12] or "not recorded"),
+            str(m["n"]), str(m["seeds"]), plain(m["data_hash"][:12] or "not recorded"),
         )
         for m in metrics
     ]  # fmt: skip
     columns = ("task", "split", "form", "metric", "mean", "95 % interval", "items", "seeds", "data hash")
-    return _table(columns, rows)
+    return table(columns, rows)
 
 
 def _training(adapter: Adapter) -> str:
     meta = adapter.meta
     rows = [
-        ("task", _plain(meta.task)),
-        ("data hash (SHA-256)", _plain(meta.data_hash)),
+        ("task", plain(meta.task)),
+        ("data hash (SHA-256)", plain(meta.data_hash)),
         ("training examples", "" if meta.n_train is None else f"{meta.n_train:,}"),
         ("seed", "" if meta.seed is None else str(meta.seed)),
         *(
-            (name, _plain(version))
+            (name, plain(version))
             for name, version in (meta.versions or io.environment()).items()
             if name != "platform"
         ),
     ]
-    text = _table(("", ""), [(name, value or "not recorded") for name, value in rows])
+    text = table(("", ""), [(name, value or "not recorded") for name, value in rows])
     if not meta.config:
         return f"{text}\n\nSettings: not recorded."
     settings = json.dumps(meta.config, indent=2, ensure_ascii=False).replace("```", "'''")
@@ -216,12 +186,13 @@ def _base_limits(base: ModelInfo | None) -> Iterator[str]:
         yield "The base model was read from a local folder, known by its weights' checksum alone: give your own path to it."
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
     """A value in one line, its signs that Markdown or HTML would read taken literally."""
     return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(str(value).split()))
 

@@ -6,8 +6,7 @@ fitted. The instruction stands in front of the whole prompt, behind BOS; where a
 """
 
 import contextlib
-import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,10 +18,11 @@ from torch import Tensor
 from lofit_lens import io
 from lofit_lens.checks import check_is
 from lofit_lens.errors import AdapterError, DataError, InputError
-from lofit_lens.interventions.base import AdapterMeta, Edit, at_other_positions
+from lofit_lens.interventions.base import AdapterMeta, Edit
 from lofit_lens.interventions.files import CONFIG_FILE, check_tensors
-from lofit_lens.interventions.repe import finite, shift_h
-from lofit_lens.interventions.residual import ResidualAdapter, chosen_layers
+from lofit_lens.interventions.repe import shift_h
+from lofit_lens.interventions.residual import ResidualAdapter
+from lofit_lens.interventions.steering import Steering
 from lofit_lens.models import (
     Borders,
     Layout,
@@ -46,7 +46,7 @@ COEFFICIENT = 0.25
 Differences = dict[int, Tensor]  # layer -> h^+ - h^-, float32 [batch new d_model]; zero in rows where nothing is edited
 
 
-class ContrastVectors(ResidualAdapter):
+class ContrastVectors(ResidualAdapter, Steering):
     """Differences of the residual stream behind two instructions, added at chosen layers.
 
     The defaults of `for_model` are the paper's recipe for TruthfulQA on Llama-2-7B-chat: layers 0, 2, ..., 30, coefficient 0.25,
@@ -78,6 +78,8 @@ class ContrastVectors(ResidualAdapter):
 
     method: ClassVar[str] = "contrast"
     title: ClassVar[str] = "RepE contrast"
+    strength: ClassVar[str] = "coefficient"
+    coefficient: float
     site: ClassVar[Site] = "hook_resid_post"
 
     def __init__(
@@ -92,13 +94,13 @@ class ContrastVectors(ResidualAdapter):
         positions: str | Positions = "answer",
         meta: AdapterMeta | None = None,
     ) -> None:
-        super().__init__(meta, positions)
-        self.layers, self.n_layers, self.d_model = chosen_layers(layers, n_layers), n_layers, d_model
+        super().__init__(n_layers, d_model, layers, meta, positions)
         check_is(positive, str, "positive", "an instruction as text")
         check_is(negative, str, "negative", "an instruction as text")
         if not positive.strip() or not negative.strip() or positive == negative:
             raise InputError(f"instructions {positive!r} and {negative!r}; give two different ones, neither empty")
-        self.positive, self.negative, self.coefficient = positive, negative, finite(coefficient)
+        self.positive, self.negative = positive, negative
+        self._set_strength(coefficient)
         self._off = False  # while the passes behind the instructions run
 
     @classmethod
@@ -124,16 +126,6 @@ class ContrastVectors(ResidualAdapter):
     def n_parameters(self) -> int:
         """0: nothing is learned or estimated."""
         return 0
-
-    def with_strength(self, coefficient: float) -> "ContrastVectors":
-        """A copy with another coefficient."""
-        made = copy.deepcopy(self)
-        made.coefficient = finite(coefficient)
-        return made
-
-    def with_positions(self, positions: str | Positions) -> "ContrastVectors":
-        """A copy that acts on other positions."""
-        return at_other_positions(self, positions)
 
     # ---------------------------------------------------------------------------------------------- attaching
 
@@ -204,14 +196,9 @@ class ContrastVectors(ResidualAdapter):
 
     # ------------------------------------------------------------------------------------------------- saving
 
-    def _tensors(self) -> Mapping[str, Tensor]:
-        return {}
-
     def _settings(self) -> dict[str, Any]:
-        return {
-            "n_layers": self.n_layers, "d_model": self.d_model, "layers": list(self.layers),
-            "positive": self.positive, "negative": self.negative, "coefficient": self.coefficient,
-        }  # fmt: skip
+        mine = {"positive": self.positive, "negative": self.negative, "coefficient": self.coefficient}
+        return super()._settings() | mine
 
     @classmethod
     def _made_from(
@@ -227,13 +214,11 @@ class ContrastVectors(ResidualAdapter):
             positions=record["positions"], meta=meta,
         )  # fmt: skip
 
-    def __repr__(self) -> str:
-        info = self.meta.model
-        parts = [
-            info.name if info else "no model", f"{self.positive!r} - {self.negative!r}",
-            f"coefficient {self.coefficient:g} at {self.positions}", f"layers {' '.join(map(str, self.layers))}",
+    def _parts(self) -> list[str]:
+        return [
+            f"{self.positive!r} - {self.negative!r}", f"coefficient {self.coefficient:g} at {self.positions}",
+            f"layers {' '.join(map(str, self.layers))}",
         ]  # fmt: skip
-        return f"ContrastVectors({', '.join(parts)})"
 
 
 def check_room(model: Any, mask: Int[Tensor, "batch whole"], more: int) -> None:

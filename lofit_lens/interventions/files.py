@@ -1,7 +1,7 @@
 """An adapter's two files, written together and read strictly.
 
 `adapter_config.json` holds the checksum of `adapter_model.safetensors` and one of itself, so that a damaged or mixed folder is
-refused, whatever bit is wrong. Folders of schema 1, which have no checksums, are still read.
+refused, whatever bit is wrong.
 """
 
 import json
@@ -60,8 +60,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if not isinstance(record.get("method"), str):
         raise AdapterError(f"{where} does not describe an adapter")
     schema = record.get("lofit_lens_schema")
-    if type(schema) is not int or schema < 1:
-        raise AdapterError(f"{where} has schema {schema!r}; this version reads 1 to {SCHEMA}")
+    if type(schema) is not int or schema < SCHEMA:
+        raise AdapterError(f"{where} has schema {schema!r}; this version reads {SCHEMA}: make the adapter anew")
     if schema > SCHEMA:
         raise AdapterError(f"{where} was written by a newer version (schema {schema}); update lofit-lens")
     return record
@@ -85,8 +85,6 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 def check_unchanged(folder: Path, record: Mapping[str, Any]) -> None:
     """Raise AdapterError unless the record and the tensors' file are as they were written; done last, behind clearer messages."""
-    if record["lofit_lens_schema"] == 1:
-        return
     if not isinstance(record.get("digest"), str) or record["digest"] != _digest(record):
         raise AdapterError(
             f"{folder / CONFIG_FILE} is damaged or was changed after it was written (its checksum does not match); fetch it "

@@ -9,10 +9,7 @@ is `positions="answer"`, the default. The newest version of that code shifts the
 the scores of answers as they are: `positions="last"`.
 """
 
-import copy
-import html
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,12 +17,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lofit_lens.checks import check_is, check_number, check_whole
+from lofit_lens.checks import check_is, check_whole
 from lofit_lens.errors import InputError
 from lofit_lens.heads import Heads
-from lofit_lens.interventions.at_heads import HeadAdapter, check_vectors_shape, chosen_heads, shape_and_heads
-from lofit_lens.interventions.base import AdapterMeta, Edit, at_other_positions
+from lofit_lens.interventions.at_heads import HeadAdapter, shape_and_heads
+from lofit_lens.interventions.base import AdapterMeta, Edit
 from lofit_lens.interventions.files import check_tensors
+from lofit_lens.interventions.steering import Steering
 from lofit_lens.models import Positions
 
 ALPHA = 15.0
@@ -42,7 +40,7 @@ def shift_z(
     return torch.where(shift == 0, z, (z + shift).to(z.dtype))
 
 
-class ITI(HeadAdapter):
+class ITI(HeadAdapter, Steering):
     """Directions and their spreads for the chosen heads of one model, and one strength.
 
     Args:
@@ -69,6 +67,8 @@ class ITI(HeadAdapter):
 
     method: ClassVar[str] = "iti"
     title: ClassVar[str] = "ITI"
+    strength: ClassVar[str] = "alpha"
+    alpha: float
     directions: Tensor
     sigma: Tensor
 
@@ -83,11 +83,9 @@ class ITI(HeadAdapter):
         positions: str | Positions = "answer",
         meta: AdapterMeta | None = None,
     ) -> None:
-        super().__init__(meta, positions)
-        self._shape = shape = check_vectors_shape(shape)
-        self.heads = chosen_heads(heads, (shape[0], shape[1]), "ITI")
-        self.alpha = _finite(alpha)
-        k, d_head = len(self.heads), shape[2]
+        super().__init__(shape, heads, meta, positions)
+        self._set_strength(alpha)
+        k, d_head = self.k, self.d_head
         for name, value in (("directions", directions), ("sigma", sigma)):
             check_is(value, Tensor, name, "a tensor")
         if directions.shape != (k, d_head) or sigma.shape != (k,):
@@ -106,11 +104,6 @@ class ITI(HeadAdapter):
         self.register_buffer("sigma", spread.to(unit.device))
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """`(n_layers, n_heads, d_head)`."""
-        return self._shape
-
-    @property
     def n_parameters(self) -> int:
         """Numbers that were estimated for the edit: `K * d_head`, sigma taken into the direction's length."""
         return self.k * self.d_head
@@ -124,34 +117,13 @@ class ITI(HeadAdapter):
                 found[head.head] = self.alpha * self.sigma[i] * self.directions[i]
         return found
 
-    def with_strength(self, alpha: float) -> "ITI":
-        """A copy with another alpha.
-
-        Raises:
-            InputError: NaN or infinity.
-        """
-        made = copy.deepcopy(self)
-        made.alpha = _finite(alpha)
-        return made
-
-    def with_positions(self, positions: str | Positions) -> "ITI":
-        """A copy that acts on other positions.
-
-        Raises:
-            InputError: unknown positions.
-        """
-        return at_other_positions(self, positions)
-
     def _edit(self, layer: int) -> Edit:
         return lambda z: shift_z(z, self.shift(layer).to(z.device))
 
     # ------------------------------------------------------------------------------------------- saving
 
-    def _tensors(self) -> Mapping[str, Tensor]:
-        return {"directions": self.directions, "sigma": self.sigma}
-
     def _settings(self) -> dict[str, Any]:
-        return {"shape": list(self.shape), "heads": self.heads.to_dict(), "alpha": self.alpha}
+        return super()._settings() | {"alpha": self.alpha}
 
     @classmethod
     def _made_from(cls, record: dict[str, Any], tensors: dict[str, Tensor], meta: AdapterMeta, where: Path) -> "ITI":
@@ -162,20 +134,9 @@ class ITI(HeadAdapter):
             alpha=float(record["alpha"]), positions=record["positions"], meta=meta,
         )  # fmt: skip
 
-    def __repr__(self) -> str:
-        info, kind = self.meta.model, self.meta.config.get("direction")
-        parts = [
-            info.name if info else "no model", self.meta.task or "no task",
+    def _parts(self) -> list[str]:
+        kind = self.meta.config.get("direction")
+        return [
             f"K={self.k} of {self.shape[0]}x{self.shape[1]} heads", *([f"{kind} directions"] if kind else []),
             f"alpha {self.alpha:g} at {self.positions}", f"{self.n_parameters:,} parameters",
         ]  # fmt: skip
-        shown = " ".join(map(str, self.heads.heads[:8])) + (" ..." if self.k > 8 else "")
-        return f"ITI({', '.join(parts)}: {shown})"
-
-    def _repr_html_(self) -> str:
-        return f"<p>{html.escape(repr(self))}</p>{self.heads._repr_html_()}"
-
-
-def _finite(alpha: float) -> float:
-    check_number(alpha=alpha)
-    return float(alpha)

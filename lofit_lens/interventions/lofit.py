@@ -5,7 +5,6 @@ inference. Step 1 trains A on every head and ranks heads by the L2 norm of A; st
 chosen heads alone.
 """
 
-import html
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from lofit_lens import io
 from lofit_lens.checks import check_is, check_number, check_one_of, check_seed
 from lofit_lens.errors import AdapterError
-from lofit_lens.heads import Head, Heads, HeadScores, HeadSet
+from lofit_lens.heads import Heads, HeadScores, HeadSet
 from lofit_lens.interventions.at_heads import HeadAdapter, check_vectors_shape, chosen_heads, shape_and_heads
 from lofit_lens.interventions.base import AdapterMeta, Edit
 from lofit_lens.interventions.files import check_tensors
@@ -93,12 +92,10 @@ class Lofit(HeadAdapter):
     def __init__(
         self, shape: tuple[int, int, int], heads: Heads | None = None, meta: AdapterMeta | None = None
     ) -> None:
-        super().__init__(meta)
-        shape = check_vectors_shape(shape)
-        grid = (shape[0], shape[1])
-        self.heads = chosen_heads(HeadSet.all(grid) if heads is None else heads, grid, "a LoFiT adapter")
-        self.A = PerHead(torch.zeros(shape), requires_grad=False)
-        self.v = PerHead(torch.zeros(shape), requires_grad=False)
+        grid = check_vectors_shape(shape)[:2]
+        super().__init__(shape, HeadSet.all(grid) if heads is None else heads, meta)
+        self.A = PerHead(torch.zeros(self.shape), requires_grad=False)
+        self.v = PerHead(torch.zeros(self.shape), requires_grad=False)
         self.register_buffer("mask", self.heads.mask(), persistent=False)
 
     # ------------------------------------------------------------------------------------------- making
@@ -113,7 +110,7 @@ class Lofit(HeadAdapter):
         """
         info = model_info(model)
         if heads is not None:
-            heads = chosen_heads(heads, (info.n_layers, info.n_heads), "a LoFiT adapter")
+            heads = chosen_heads(heads, (info.n_layers, info.n_heads), cls.title)
         d_head = head_size(model, None if heads is None else heads.layers)
         made = cls((info.n_layers, info.n_heads, d_head), heads, AdapterMeta(model=info, versions=io.environment()))
         return made.to(device_of(model))
@@ -144,11 +141,6 @@ class Lofit(HeadAdapter):
         return self
 
     # ------------------------------------------------------------------------------------------- reading
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """`(n_layers, n_heads, d_head)`."""
-        return (self.A.shape[0], self.A.shape[1], self.A.shape[2])
 
     @property
     def n_parameters(self) -> int:
@@ -243,9 +235,6 @@ class Lofit(HeadAdapter):
         order = self._index()
         return {"A": self.A[order], "v": self.v[order]}
 
-    def _settings(self) -> dict[str, Any]:
-        return {"shape": list(self.shape), "heads": self.heads.to_dict()}
-
     @classmethod
     def _made_from(cls, record: dict[str, Any], tensors: dict[str, Tensor], meta: AdapterMeta, where: Path) -> "Lofit":
         shape, heads = shape_and_heads(record, where)
@@ -260,14 +249,5 @@ class Lofit(HeadAdapter):
     def _index(self) -> tuple[Tensor, Tensor]:
         return torch.tensor([h.layer for h in self.heads]), torch.tensor([h.head for h in self.heads])
 
-    def __repr__(self) -> str:
-        info = self.meta.model
-        parts = [
-            info.name if info else "no model", self.meta.task or "no task",
-            f"K={self.k} of {self.shape[0]}x{self.shape[1]} heads", f"{self.n_parameters:,} parameters",
-        ]  # fmt: skip
-        shown = " ".join(str(Head(*h)) for h in self.heads.heads[:8]) + (" ..." if self.k > 8 else "")
-        return f"Lofit({', '.join(parts)}: {shown})"
-
-    def _repr_html_(self) -> str:
-        return f"<p>{html.escape(repr(self))}</p>{self.heads._repr_html_()}"
+    def _parts(self) -> list[str]:
+        return [f"K={self.k} of {self.shape[0]}x{self.shape[1]} heads", f"{self.n_parameters:,} parameters"]

@@ -57,6 +57,7 @@ class Lora(Adapter):
 
     method: ClassVar[str] = "lora"
     title: ClassVar[str] = "LoRA"
+    backend: ClassVar[str | None] = "bridge"
 
     def __init__(
         self, n_layers: int, sizes: Sizes, *, rank: int = RANK, alpha: float = ALPHA, meta: AdapterMeta | None = None
@@ -69,7 +70,7 @@ class Lora(Adapter):
         self.n_layers, self.rank, self.alpha = n_layers, rank, float(alpha)
         self.sizes = {name: sizes[name] for name in parse_targets(list(sizes))}
         self.A, self.B = nn.ParameterDict(), nn.ParameterDict()
-        for key, (_, name) in self._places().items():
+        for key, (_, name) in self._projections().items():
             n_in, n_out = self.sizes[name]
             self.A[key] = nn.Parameter(torch.zeros(rank, n_in))
             self.B[key] = nn.Parameter(torch.zeros(n_out, rank))
@@ -124,8 +125,15 @@ class Lora(Adapter):
         """The projections that are changed."""
         return tuple(self.sizes)
 
-    def _places(self) -> dict[str, tuple[int, str]]:
+    def _projections(self) -> dict[str, tuple[int, str]]:
         return {f"L{layer}_{name}": (layer, name) for layer in range(self.n_layers) for name in self.sizes}
+
+    def places(self) -> tuple[str, str]:
+        """Projections, rank and alpha."""
+        return "Where it acts", (
+            f"Attention's projections {', '.join(self.sizes)} in all {self.n_layers} layers, rank {self.rank}, "
+            f"alpha {self.alpha:g}."
+        )
 
     # ---------------------------------------------------------------------------------------------- attaching
 
@@ -142,7 +150,7 @@ class Lora(Adapter):
                 "was made for"
             )
         _check_free(model, self.n_layers, self.targets)
-        self._check_sizes(projection_sizes(model, self._places().values()))
+        self._check_sizes(projection_sizes(model, self._projections().values()))
 
     def _check_sizes(self, found: Mapping[tuple[int, str], tuple[int, int]]) -> None:
         for (layer, name), size in found.items():
@@ -154,7 +162,7 @@ class Lora(Adapter):
 
     @contextlib.contextmanager
     def _in_place(self, model: Any) -> Iterator[None]:
-        places = self._places()
+        places = self._projections()
         layers = self._peft_layers({key: projection(model, place) for key, place in places.items()})
         with contextlib.ExitStack() as stack:
             for key, place in places.items():
@@ -182,7 +190,7 @@ class Lora(Adapter):
     def _tensors(self) -> Mapping[str, Tensor]:
         # One tensor for all layers of a projection: q.A is [n_layers, rank, width in], q.B [n_layers, width out, rank].
         return {
-            f"{name}.{side}": torch.stack([held[key] for key, place in self._places().items() if place[1] == name])
+            f"{name}.{side}": torch.stack([held[key] for key, place in self._projections().items() if place[1] == name])
             for name in self.sizes
             for side, held in (("A", self.A), ("B", self.B))
         }
@@ -203,17 +211,16 @@ class Lora(Adapter):
         check_tensors(tensors, shapes, where)
         made = cls(n_layers, sizes, rank=rank, alpha=float(record["alpha"]), meta=meta)
         with torch.no_grad():
-            for key, (layer, name) in made._places().items():
+            for key, (layer, name) in made._projections().items():
                 made.A[key].copy_(tensors[f"{name}.A"][layer])
                 made.B[key].copy_(tensors[f"{name}.B"][layer])
         return made.requires_grad_(False)
 
-    def __repr__(self) -> str:
-        info = self.meta.model
-        return (
-            f"Lora({info.name if info else 'no model'}, {self.meta.task or 'no task'}, rank {self.rank}, alpha {self.alpha:g}, "
-            f"{' '.join(self.targets)} of {self.n_layers} layers, {self.n_parameters:,} parameters)"
-        )
+    def _parts(self) -> list[str]:
+        return [
+            f"rank {self.rank}", f"alpha {self.alpha:g}", f"{' '.join(self.targets)} of {self.n_layers} layers",
+            f"{self.n_parameters:,} parameters",
+        ]  # fmt: skip
 
 
 def load_lora(

@@ -24,12 +24,12 @@ from lofit_lens.checks import check_seed, check_whole
 from lofit_lens.errors import AdapterError
 from lofit_lens.interventions.base import AdapterMeta, Edit
 from lofit_lens.interventions.files import WEIGHTS_FILE, check_tensors
-from lofit_lens.interventions.residual import ResidualAdapter, chosen_layers
+from lofit_lens.interventions.residual import ResidualAdapter
 from lofit_lens.models import Positions, Site, device_of, model_info
 
 POSITIONS = "f7+l7"
 RANK = 8
-ORTHONORMAL = 1e-3  # how far R R^T of a file may be from the identity
+ORTHONORMAL = 1e-3  # how far R of a file may be from the rows that its coordinates give
 
 
 def edit_subspace(
@@ -103,10 +103,9 @@ class LoReft(ResidualAdapter):
         self, n_layers: int, d_model: int, *, rank: int = RANK, layers: Iterable[int] | None = None,
         positions: str | Positions = POSITIONS, meta: AdapterMeta | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(meta, positions)
+        super().__init__(n_layers, d_model, layers, meta, positions)
         check_whole(1, d_model, rank=rank)
-        self.n_layers, self.d_model, self.rank = n_layers, d_model, rank
-        self.layers = chosen_layers(layers, n_layers)
+        self.rank = rank
         n = len(self.layers)
         self.X = nn.Parameter(-torch.eye(d_model, rank).repeat(n, 1, 1))  # rows of the identity
         self.W = nn.Parameter(torch.zeros(n, rank, d_model))
@@ -169,31 +168,24 @@ class LoReft(ResidualAdapter):
         return {"R": self.R, "W": self.W, "b": self.b, "X": self.X}  # R for whoever reads it, X to be read bit by bit
 
     def _settings(self) -> dict[str, Any]:
-        return {"n_layers": self.n_layers, "d_model": self.d_model, "rank": self.rank, "layers": list(self.layers)}
+        return super()._settings() | {"rank": self.rank}
 
     @classmethod
     def _made_from(cls, record: dict[str, Any], tensors: dict[str, Tensor], meta: AdapterMeta, where: Path) -> "LoReft":
         layers, d_model, rank = [int(n) for n in record["layers"]], int(record["d_model"]), int(record["rank"])
         n = len(layers)
         shapes = {"R": (n, rank, d_model), "W": (n, rank, d_model), "b": (n, rank)}
-        if record["lofit_lens_schema"] > 1:  # files of schema 1 hold R alone
-            shapes["X"] = (n, d_model, rank)
-        check_tensors(tensors, shapes, where)
+        check_tensors(tensors, shapes | {"X": (n, d_model, rank)}, where)
         made = cls(int(record["n_layers"]), d_model, rank=rank, layers=layers, positions=record["positions"], meta=meta)
-        R = tensors["R"]
-        if not torch.allclose(R @ R.mT, torch.eye(rank), atol=ORTHONORMAL):
-            raise AdapterError(f"{where / WEIGHTS_FILE}: the rows of R are not orthonormal; save the adapter again")
-        X = tensors.get("X", torch.stack([coordinates(one) for one in R]))
-        made.load_state_dict({"X": X, "W": tensors["W"], "b": tensors["b"]})
-        if not torch.allclose(made.R, R, atol=ORTHONORMAL):
+        made.load_state_dict({name: tensors[name] for name in ("X", "W", "b")})
+        if not torch.allclose(made.R, tensors["R"], atol=ORTHONORMAL):
             raise AdapterError(
-                f"{where / WEIGHTS_FILE}: R and its coordinates X do not belong together; save the adapter again"
+                f"{where / WEIGHTS_FILE}: R is not orthonormal, or its coordinates X are another's; save the adapter again"
             )
         return made.requires_grad_(False)
 
-    def __repr__(self) -> str:
-        info = self.meta.model
-        return (
-            f"LoReft({info.name if info else 'no model'}, {self.meta.task or 'no task'}, rank {self.rank}, "
-            f"positions {self.positions}, {len(self.layers)} of {self.n_layers} layers, {self.n_parameters:,} parameters)"
-        )
+    def _parts(self) -> list[str]:
+        return [
+            f"rank {self.rank}", f"positions {self.positions}", f"{len(self.layers)} of {self.n_layers} layers",
+            f"{self.n_parameters:,} parameters",
+        ]  # fmt: skip

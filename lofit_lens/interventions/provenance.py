@@ -2,29 +2,22 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from lofit_lens.errors import InputError
 from lofit_lens.interventions.files import read_base_model
 from lofit_lens.models import ModelInfo, same_weights
 
-
-@runtime_checkable
-class Measured(Protocol):
-    """What `add_metrics` reads of an evaluation's result; `EvalResult` has it."""
-
-    @property
-    def task(self) -> str: ...
-    @property
-    def split(self) -> str: ...
-    @property
-    def form(self) -> str: ...
-    @property
-    def data_hash(self) -> str: ...
-    @property
-    def model(self) -> ModelInfo | None: ...
-    @property
-    def metrics(self) -> Mapping[str, Any]: ...
+KEPT = (
+    "task",
+    "data_hash",
+    "n_train",
+    "seed",
+    "config",
+    "metrics",
+    "versions",
+    "history",
+)  # as an adapter's file names them
 
 
 @dataclass
@@ -51,15 +44,12 @@ class AdapterMeta:
 
 def meta_of(record: Mapping[str, Any], source: str = "") -> AdapterMeta:
     """The provenance in the record of an adapter's files; KeyError or TypeError where it is incomplete."""
-    return AdapterMeta(
-        read_base_model(record), record["task"], record["data_hash"], record["seed"], record["config"], record["versions"],
-        record["history"], record["n_train"], record["metrics"] if record.get("lofit_lens_schema") != 1 else [], source,
-        record.get("attached", []),
-    )  # fmt: skip
+    told = {name: record[name] for name in KEPT}
+    return AdapterMeta(model=read_base_model(record), source=source, attached=record.get("attached", []), **told)
 
 
-def with_metrics(meta: AdapterMeta, result: Measured) -> list[dict[str, Any]]:
-    """The metrics of an adapter with those of one more result, which replaces an earlier one of the same task, split and form.
+def with_metrics(meta: AdapterMeta, result: Any) -> list[dict[str, Any]]:
+    """The metrics of an adapter with those of one more `EvalResult`, which replaces one of the same task, split and form.
 
     Raises:
         InputError: it was measured on other weights than those the adapter was made for.

@@ -3,7 +3,7 @@
 s starts at 1 and b at 0, which leaves the model bit-equal. `2 * d_model` learned numbers a layer. Written from the formula.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lofit_lens import io
 from lofit_lens.interventions.base import AdapterMeta, Edit
 from lofit_lens.interventions.files import check_tensors
-from lofit_lens.interventions.residual import ResidualAdapter, chosen_layers
+from lofit_lens.interventions.residual import ResidualAdapter
 from lofit_lens.models import Site, device_of, model_info
 
 
@@ -53,9 +53,7 @@ class Red(ResidualAdapter):
     def __init__(
         self, n_layers: int, d_model: int, *, layers: Iterable[int] | None = None, meta: AdapterMeta | None = None
     ) -> None:
-        super().__init__(meta)
-        self.n_layers, self.d_model = n_layers, d_model
-        self.layers = chosen_layers(layers, n_layers)
+        super().__init__(n_layers, d_model, layers, meta)
         self.s = nn.Parameter(torch.ones(len(self.layers), d_model))
         self.b = nn.Parameter(torch.zeros(len(self.layers), d_model))
 
@@ -81,12 +79,6 @@ class Red(ResidualAdapter):
         at = self.layers.index(layer)
         return lambda x: scale_and_shift(x, self.s[at].to(x.device), self.b[at].to(x.device))
 
-    def _tensors(self) -> Mapping[str, Tensor]:
-        return {"s": self.s, "b": self.b}
-
-    def _settings(self) -> dict[str, Any]:
-        return {"n_layers": self.n_layers, "d_model": self.d_model, "layers": list(self.layers)}
-
     @classmethod
     def _made_from(cls, record: dict[str, Any], tensors: dict[str, Tensor], meta: AdapterMeta, where: Path) -> "Red":
         layers, d_model = [int(n) for n in record["layers"]], int(record["d_model"])
@@ -95,9 +87,5 @@ class Red(ResidualAdapter):
         made.load_state_dict(tensors)
         return made.requires_grad_(False)
 
-    def __repr__(self) -> str:
-        info = self.meta.model
-        return (
-            f"Red({info.name if info else 'no model'}, {self.meta.task or 'no task'}, "
-            f"{len(self.layers)} of {self.n_layers} layers, {self.n_parameters:,} parameters)"
-        )
+    def _parts(self) -> list[str]:
+        return [f"{len(self.layers)} of {self.n_layers} layers", f"{self.n_parameters:,} parameters"]

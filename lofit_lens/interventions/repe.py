@@ -4,9 +4,8 @@ h is `hook_resid_post` of the chosen layers l, at every position. A direction is
 statements; `lofit_lens.probing.reading_vectors` finds it.
 """
 
-import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,12 +13,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lofit_lens.checks import check_is, check_number
+from lofit_lens.checks import check_is
 from lofit_lens.errors import InputError
 from lofit_lens.heads import layers_of
-from lofit_lens.interventions.base import AdapterMeta, Edit, at_other_positions
+from lofit_lens.interventions.base import AdapterMeta, Edit
 from lofit_lens.interventions.files import check_tensors
-from lofit_lens.interventions.residual import ResidualAdapter, chosen_layers
+from lofit_lens.interventions.residual import ResidualAdapter
+from lofit_lens.interventions.steering import Steering
 from lofit_lens.models import ALL, Positions, Site
 
 NORM_TOLERANCE = 1e-3  # how far from 1 the norm of a direction may be
@@ -32,7 +32,7 @@ def shift_h(
     return (h + shift).to(h.dtype)
 
 
-class RepE(ResidualAdapter):
+class RepE(ResidualAdapter, Steering):
     """Unit directions that are added to the residual stream of chosen layers.
 
     With `relative`, a layer's shift is `coefficient * scale_l * direction_l`, where scale_l is the standard deviation of the
@@ -65,6 +65,8 @@ class RepE(ResidualAdapter):
 
     method: ClassVar[str] = "repe"
     title: ClassVar[str] = "RepE"
+    strength: ClassVar[str] = "coefficient"
+    coefficient: float
     site: ClassVar[Site] = "hook_resid_post"
     directions: Tensor
     scale: Tensor
@@ -81,16 +83,15 @@ class RepE(ResidualAdapter):
         positions: str | Positions = ALL,
         meta: AdapterMeta | None = None,
     ) -> None:
-        super().__init__(meta, positions)
         given = tuple(layers_of(layers))
         check_is(relative, bool, "relative", "True or False")
-        self.layers, self.n_layers = chosen_layers(given, n_layers), n_layers
         check_is(directions, Tensor, "directions", "a tensor [n_chosen, d_model]")
         check_is(scale, (Tensor, type(None)), "scale", "a tensor [n_chosen], or None")
         if directions.ndim != 2:
             raise InputError(f"directions have shape {tuple(directions.shape)}; give [n_chosen, d_model]")
-        self.d_model = directions.shape[1]
-        self.coefficient, self.relative = finite(coefficient), relative
+        super().__init__(n_layers, directions.shape[1], given, meta, positions)
+        self.relative = relative
+        self._set_strength(coefficient)
         if relative and scale is None:
             raise InputError("a relative strength is in units of each layer's scale; give scale, or relative=False")
         if len(directions) != len(given) or (scale is not None and len(scale) != len(given)):
@@ -122,27 +123,11 @@ class RepE(ResidualAdapter):
         size = self.scale[i] if self.relative else 1.0
         return self.coefficient * size * self.directions[i]
 
-    def with_strength(self, coefficient: float) -> "RepE":
-        """A copy with another coefficient."""
-        made = copy.deepcopy(self)
-        made.coefficient = finite(coefficient)
-        return made
-
-    def with_positions(self, positions: str | Positions) -> "RepE":
-        """A copy that acts on other positions."""
-        return at_other_positions(self, positions)
-
     def _edit(self, layer: int) -> Edit:
         return lambda h: shift_h(h, self.shift(layer).to(h.device))
 
-    def _tensors(self) -> Mapping[str, Tensor]:
-        return {"directions": self.directions, "scale": self.scale}
-
     def _settings(self) -> dict[str, Any]:
-        return {
-            "n_layers": self.n_layers, "d_model": self.d_model, "layers": list(self.layers),
-            "coefficient": self.coefficient, "relative": self.relative,
-        }  # fmt: skip
+        return super()._settings() | {"coefficient": self.coefficient, "relative": self.relative}
 
     @classmethod
     def _made_from(cls, record: dict[str, Any], tensors: dict[str, Tensor], meta: AdapterMeta, where: Path) -> "RepE":
@@ -156,21 +141,9 @@ class RepE(ResidualAdapter):
             scale=tensors["scale"], relative=record["relative"], positions=record["positions"], meta=meta,
         )  # fmt: skip
 
-    def __repr__(self) -> str:
-        info, unit = self.meta.model, " sigma" if self.relative else ""
-        parts = [
-            info.name if info else "no model", self.meta.task or "no task",
+    def _parts(self) -> list[str]:
+        unit = " sigma" if self.relative else ""
+        return [
             f"coefficient {self.coefficient:g}{unit} at {self.positions}", f"layers {' '.join(map(str, self.layers))}",
             f"{self.n_parameters:,} parameters",
         ]  # fmt: skip
-        return f"RepE({', '.join(parts)})"
-
-
-def finite(coefficient: float) -> float:
-    """The coefficient itself.
-
-    Raises:
-        InputError: NaN or infinity.
-    """
-    check_number(coefficient=coefficient)
-    return float(coefficient)

@@ -6,24 +6,44 @@ from typing import Any, ClassVar
 from lofit_lens.checks import check_whole
 from lofit_lens.errors import AdapterError, InputError
 from lofit_lens.heads import layers_of
-from lofit_lens.interventions.base import Adapter, Edit
-from lofit_lens.models import Site, check_residual, model_info, residual_point
+from lofit_lens.interventions.base import Adapter, AdapterMeta, Edit
+from lofit_lens.models import ALL, Positions, Site, check_residual, model_info, residual_point
 
 
 class ResidualAdapter(Adapter):
     """An adapter of vectors of the residual stream's width, one edit a layer.
 
-    A sub-class sets `site` and `d_model`, and gives `_edit(layer)`.
+    A sub-class sets `site`, and gives `_edit(layer)`.
 
     Attributes:
-        layers: the edited layers, ascending.
         n_layers: layers of the model.
+        d_model: width of its residual stream.
+        layers: the edited layers, ascending.
+
+    Raises:
+        InputError: a layer outside the model, given twice, or none at all.
     """
 
     site: ClassVar[Site]
-    layers: tuple[int, ...]
-    n_layers: int
-    d_model: int
+
+    def __init__(
+        self,
+        n_layers: int,
+        d_model: int,
+        layers: Iterable[int] | None,
+        meta: AdapterMeta | None = None,
+        positions: str | Positions = ALL,
+    ) -> None:
+        super().__init__(meta, positions)
+        self.n_layers, self.d_model, self.layers = n_layers, d_model, chosen_layers(layers, n_layers)
+
+    def places(self) -> tuple[str, str]:
+        """Site and layers."""
+        of = f"(of {self.n_layers}, from 0), width {self.d_model}."
+        return "Where it acts", f"`{self.site}` of the layers {' '.join(map(str, self.layers))} {of}"
+
+    def _settings(self) -> dict[str, Any]:
+        return {"n_layers": self.n_layers, "d_model": self.d_model, "layers": list(self.layers)}
 
     def _edit(self, layer: int) -> Edit:
         raise NotImplementedError

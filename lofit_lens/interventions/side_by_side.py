@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -25,7 +26,8 @@ def edit_rows(
 ) -> Float[Tensor, "batch pos n_heads d_head"]:
     """The edit of `lofit.edit_z`, each row's by its own run; computed in float32 or above, rounded once."""
     # `embedding` gathers rows, and unlike indexing adds up their gradients in one order on any number of threads.
-    mine, shift = (F.embedding(owner, x.flatten(1)).view(-1, 1, *x.shape[1:]) for x in (A, v))
+    flat = (rearrange(x, "run head d -> run (head d)") for x in (A, v))
+    mine, shift = (rearrange(F.embedding(owner, x), "row (head d) -> row 1 head d", head=A.shape[1]) for x in flat)
     return (z * (1 + mine) + shift).to(z.dtype)
 
 

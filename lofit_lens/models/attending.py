@@ -185,7 +185,7 @@ def _attend(
         state.masks[key] = _mask(attn, q.shape[1], past, attention_mask, q.device)
     z = attn.hook_z(_kernel(q, k, v, state.masks[key], scale=1 / attn.attn_scale))
     W = rearrange(attn.W_O, "head d model -> model (head d)")
-    return F.linear(z.flatten(2).to(W.dtype), W, attn.b_O)
+    return F.linear(rearrange(z, "batch pos head d -> batch pos (head d)").to(W.dtype), W, attn.b_O)
 
 
 def _mask(
@@ -212,10 +212,10 @@ def _kernel(
     if grouped and mask is not None and q.device.type != "cpu":  # kernels for groups take no mask there
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
         grouped = False
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    q, k, v = (rearrange(x, "batch pos head d -> batch head pos d") for x in (q, k, v))
     causal = mask is None and q.shape[2] > 1
     z = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
-    return z.transpose(1, 2)
+    return rearrange(z, "batch head pos d -> batch pos head d")
 
 
 @contextlib.contextmanager
@@ -319,13 +319,13 @@ def _rebuilt(
     """The bridge's own attention behind its split q, k and v, with the fused kernel in it."""
     n_heads = attn.config.n_heads
     n_kv = getattr(attn.config, "n_key_value_heads", None) or n_heads
-    q, k, v, batch, new, d_head = attn._reshape_qkv_to_heads(q, k, v, n_heads, n_kv)
+    q, k, v, _, _, d_head = attn._reshape_qkv_to_heads(q, k, v, n_heads, n_kv)
     if hasattr(attn, "_apply_rotary_pos_emb"):
         q, k = attn._apply_rotary_pos_emb(q, k, *attn._apply_position_embedding_hooks(kwargs["position_embeddings"]))
     k, v = attn._update_kv_cache(k, v, **kwargs)
     scale = d_head**-0.5
     if getattr(attn.config, "scale_attn_by_inverse_layer_idx", False):
         scale /= attn._layer_idx + 1
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    q, k, v = (rearrange(x, "batch head pos d -> batch pos head d") for x in (q, k, v))
     z = _kernel(q, k, v, kwargs.get("attention_mask"), scale=scale)
-    return attn._apply_output_projection(z.reshape(batch, new, n_heads * d_head)), None
+    return attn._apply_output_projection(rearrange(z, "batch pos head d -> batch pos (head d)")), None

@@ -10,7 +10,7 @@ from lofit_lens.errors import ModelError
 from lofit_lens.hub import first_line
 from lofit_lens.models.hooks import frozen
 from lofit_lens.models.info import WINDOWS, device_of
-from lofit_lens.models.running import logits_of
+from lofit_lens.models.running import FLOAT16_ENDS, logits_of
 
 PROBE = 12  # random tokens on which a class is compared with Hugging Face; more where a sliding window is short
 LONGEST_PROBE = 128
@@ -49,9 +49,8 @@ class Probe:
         except Exception as e:
             raise ModelError(f"plain Hugging Face cannot run this model: {first_line(e)}") from e
         if not torch.isfinite(expected).all():
-            what = "float16 ends at 65,504" if first.dtype == torch.float16 else "its weights may be damaged"
-            way = "load it with dtype='bfloat16' or 'float32'" if first.dtype == torch.float16 else "fetch it again"
-            raise ModelError(f"plain Hugging Face gives logits that are not finite with this model ({what}); {way}")
+            why = FLOAT16_ENDS if first.dtype == torch.float16 else "its weights may be damaged; fetch it again"
+            raise ModelError(f"plain Hugging Face gives logits that are not finite with this model: {why}")
         exact = {first.dtype, dtype} <= {torch.float32, torch.float64} and not is_quantised(hf)
         return cls(tokens, expected, 1e-3 if exact else 5e-2)
 

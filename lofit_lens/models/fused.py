@@ -30,7 +30,7 @@ from lofit_lens.errors import ModelError
 from lofit_lens.models.attending import FLAGS, in_place, runs_projections
 from lofit_lens.models.hooks import frozen, hook_z, hooked, unhooked
 from lofit_lens.models.info import backend_of, device_of
-from lofit_lens.models.proofs import is_proven, keep_proof
+from lofit_lens.models.proofs import proven_once
 from lofit_lens.models.running import extend, logits_of, prefill, uncached
 
 logger = logging.getLogger(__name__)
@@ -41,9 +41,7 @@ TOLERANCE = {
 }  # of the standard deviation of what is compared; half precision: ROUGH
 ROUGH = 0.1
 
-_refusals: "weakref.WeakKeyDictionary[nn.Module, dict[Any, str | None]]" = (
-    weakref.WeakKeyDictionary()
-)  # by device and dtype
+_said: "weakref.WeakKeyDictionary[nn.Module, set[str]]" = weakref.WeakKeyDictionary()  # obstacles that were logged
 _inside: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
@@ -59,7 +57,7 @@ def fused_attention(model: Any, *, cached: bool = False) -> Iterator[None]:
         cached: the passes inside go on from cached keys and values; then that must be proven too.
     """
     refused = model not in _inside and fused_refusal(model) is not None
-    if model in _inside or refused or (cached and _cached_refusal(model) is not None):
+    if model in _inside or refused or (cached and not _attends_alike_behind_cache(model)):
         yield
         return
     with in_place(model):
@@ -77,41 +75,40 @@ def fused_refusal(model: Any) -> str | None:
     layer, and z, logits and gradients equal the class's own while every layer's z is edited. What is known to be computed
     otherwise is looked for anew each time.
     """
-    known = _refusals.setdefault(model, {})
     if any(getattr(model.cfg, flag, False) for flag in FLAGS):
         return f"one of {', '.join(FLAGS)} is on"
     if (obstacle := _known_obstacle(model)) is not None:  # looked at each time: parts of a model may be exchanged
-        if obstacle not in known:
-            known[obstacle] = obstacle
+        said = _said.setdefault(model, set())
+        if obstacle not in said:
+            said.add(obstacle)
             logger.info("%s keeps its class's own attention: %s", model.cfg.model_name, obstacle)
         return obstacle
+    return _attends_alike.refusal(model)
+
+
+@proven_once("fused attention")
+def _attends_alike(model: Any) -> bool | str | None:
     return _tried(model, "attention", _difference)
 
 
-def _cached_refusal(model: Any) -> str | None:
-    """Why passes behind cached keys do not take the fused way, though others may."""
+@proven_once("fused attention behind cached keys")
+def _attends_alike_behind_cache(model: Any) -> bool | str | None:
     return _tried(model, "attention behind cached keys", _difference_behind_cache)
 
 
-def _tried(model: Any, what: str, differs: Callable[[Any], str | None]) -> str | None:
-    """The difference that a proof finds, remembered of this model, device and dtype; a proof that holds is kept on disk."""
-    known, key = _refusals.setdefault(model, {}), (device_of(model), next(model.parameters()).dtype, what)
-    if key not in known:
-        if is_proven(model, f"fused {what}"):
-            known[key] = None
+def _tried(model: Any, what: str, differs: Callable[[Any], str | None]) -> bool | str | None:
+    """Whether nothing differs, or what does; None where memory is too short to try: there may be more next time."""
+    with frozen(model):
+        try:
+            found = differs(model)
+        except torch.OutOfMemoryError:
             return None
-        with frozen(model):
-            try:
-                known[key] = differs(model)
-            except torch.OutOfMemoryError:
-                return "too little memory to try it"  # there may be more next time
-            except Exception as e:
-                known[key] = f"{type(e).__name__}: {e}"
-        if known[key] is None:
-            keep_proof(model, f"fused {what}")
-        else:
-            logger.info("%s keeps its class's own %s: %s", model.cfg.model_name, what, known[key])
-    return known[key]
+        except Exception as e:
+            found = f"{type(e).__name__}: {e}"
+    if found is None:
+        return True
+    logger.info("%s keeps its class's own %s: %s", model.cfg.model_name, what, found)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------ proof

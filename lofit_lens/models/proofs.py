@@ -27,33 +27,38 @@ NAMES = ("_name_or_path", "name_or_path", "model_name", "tokenizer_name")
 
 
 class Once:
-    """A proof that is tried once a model in this process, and kept for others where it holds.
+    """A proof that is tried once a model, device and dtype in this process, and kept for others where it holds.
 
     Args:
-        proof: tells of a model whether it holds; None where it cannot be told just now.
+        proof: tells of a model whether it holds, or why not; None where it cannot be told just now.
         what: is proven.
     """
 
-    def __init__(self, proof: Callable[[Any], bool | None], what: str) -> None:
+    def __init__(self, proof: Callable[[Any], bool | str | None], what: str) -> None:
         self.proof, self.what = proof, what
-        self.known: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+        self.known: weakref.WeakKeyDictionary[Any, dict[Any, bool | str]] = weakref.WeakKeyDictionary()
         functools.update_wrapper(self, proof)
 
     def __call__(self, model: Any) -> bool:
         """Whether it holds."""
-        if model not in self.known and is_proven(model, self.what):
-            self.known[model] = True
-        if model not in self.known:
+        return self.refusal(model) is None
+
+    def refusal(self, model: Any) -> str | None:
+        """Why it does not hold; None: it does."""
+        known, key = self.known.setdefault(model, {}), (device_of(model), next(model.parameters()).dtype)
+        if key not in known and is_proven(model, self.what):
+            known[key] = True
+        if key not in known:
             found = self.proof(model)
             if found is None:
-                return False
-            self.known[model] = found
-            if found:
+                return f"{self.what}: cannot be told just now"
+            known[key] = found
+            if found is True:
                 keep_proof(model, self.what)
-        return self.known[model]
+        return None if known[key] is True else f"{self.what}: {known[key] or 'does not hold'}"
 
 
-def proven_once(what: str) -> Callable[[Callable[[Any], bool | None]], Once]:
+def proven_once(what: str) -> Callable[[Callable[[Any], bool | str | None]], Once]:
     """Make a proof one that is tried once (`Once`)."""
     return functools.partial(Once, what=what)
 

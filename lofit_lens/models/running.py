@@ -16,6 +16,11 @@ from lofit_lens.models.info import backend_of, device_of
 from lofit_lens.models.positions import Borders, Layout, laid_out, names_of
 from lofit_lens.models.proofs import proven_once
 
+FLOAT16_ENDS = (
+    "float16 ends at 65,504, and activations of models made in bfloat16 go beyond; load it with dtype='bfloat16' or 'float32' "
+    "(--dtype)"
+)
+
 
 def logits_of(
     model: Any, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], borders: Borders | None = None
@@ -36,10 +41,7 @@ def not_finite(model: Any, what: str) -> ModelError:
 def why_not_finite(model: Any) -> str:
     """What makes numbers NaN or infinite in a model, as far as can be told, and what to do."""
     if next(model.parameters()).dtype == torch.float16:
-        return (
-            "float16 ends at 65,504, and activations of models made in bfloat16 go beyond; load it with dtype='bfloat16' or "
-            "'float32' (--dtype)"
-        )
+        return FLOAT16_ENDS
     if names := names_of(model):
         return f"what is attached ({', '.join(names)}) may be too strong; run the model without it"
     return "its weights may be damaged, or a hook on it; run it in plain Hugging Face to see which"

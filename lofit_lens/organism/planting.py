@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -70,7 +71,7 @@ def planted_attention(
     """Scaled dot-product attention under this layer's own additive mask (signature fixed by Hugging Face)."""
     mask = planted_masks.get(module.layer_idx, planted_masks[-1])
     scores = query @ key.transpose(-1, -2) * scaling + mask
-    return (scores.softmax(-1) @ value).transpose(1, 2), None
+    return rearrange(scores.softmax(-1) @ value, "batch head pos d -> batch pos head d"), None
 
 
 def additive(

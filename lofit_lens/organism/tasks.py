@@ -14,8 +14,8 @@ from lofit_lens.errors import InputError
 from lofit_lens.io import digest
 from lofit_lens.organism.words import TASKS, TaskName
 from lofit_lens.organism.world import SPLITS, Row, rows, with_cue
-from lofit_lens.tasks.base import Task, contains
-from lofit_lens.tasks.examples import ChoiceExample, GenerationExample, PairExample, SFTExample
+from lofit_lens.tasks.base import Task
+from lofit_lens.tasks.examples import ChoiceExample, GenerationExample, PairExample, SFTExample, contains
 from lofit_lens.tasks.registry import register
 
 N_TRAIN = 150

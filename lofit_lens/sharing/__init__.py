@@ -4,16 +4,13 @@ from lofit_lens.sharing.affine import affine
 from lofit_lens.sharing.carrier import export_peft
 from lofit_lens.sharing.checkpoints import Checkpoint, open_checkpoint
 from lofit_lens.sharing.folded import FoldedExport, export_folded
-from lofit_lens.sharing.iti_dict import export_iti, from_iti_dict, import_iti, to_iti_dict
 from lofit_lens.sharing.outputs import Outputs, outputs_of
 from lofit_lens.sharing.recover import import_folded
 from lofit_lens.sharing.reference import import_lofit
 from lofit_lens.sharing.svec import export_svec, import_svec, svec_use
-from lofit_lens.sharing.telling import format_of
 from lofit_lens.sharing.verify import RECORD, Verified
 
 __all__ = [
-    "RECORD", "Checkpoint", "FoldedExport", "Outputs", "Verified", "affine", "export_folded", "export_iti", "export_peft",
-    "export_svec", "format_of", "from_iti_dict", "import_folded", "import_iti", "import_lofit", "import_svec", "open_checkpoint",
-    "outputs_of", "svec_use", "to_iti_dict",
+    "RECORD", "Checkpoint", "FoldedExport", "Outputs", "Verified", "affine", "export_folded", "export_peft", "export_svec",
+    "import_folded", "import_lofit", "import_svec", "open_checkpoint", "outputs_of", "svec_use",
 ]  # fmt: skip

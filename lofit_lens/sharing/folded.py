@@ -78,11 +78,6 @@ class FoldedExport:
     added: tuple[str, ...]
 
 
-def folded_weight(weight: Float[Tensor, "d_model z"], scale: Float[Tensor, " z"]) -> Float[Tensor, "d_model z"]:
-    """`W diag(s)`; column j takes entry j of all heads' outputs side by side."""
-    return weight * scale
-
-
 def folded_bias(
     weight: Float[Tensor, "d_model z"], bias: Float[Tensor, " d_model"] | None, shift: Float[Tensor, " z"]
 ) -> Float[Tensor, " d_model"]:
@@ -230,7 +225,7 @@ def _edits(outputs: Outputs, scale: Tensor, shift: Tensor) -> Makers:
 
 
 def _new_weight(outputs: Outputs, layer: int, scale: Float[Tensor, " z"]) -> Tensor:
-    return outputs.raw(folded_weight(outputs.weight(layer), scale))
+    return outputs.raw(outputs.weight(layer) * scale)  # column j takes entry j of all heads' outputs side by side
 
 
 def _new_bias(outputs: Outputs, layer: int, shift: Float[Tensor, " z"]) -> Tensor:
@@ -298,29 +293,22 @@ def _beside(folder: Path) -> Iterable[Path]:
 
 
 def _check_written(made: Path, outputs: Outputs, scale: Tensor, shift: Tensor, kind: torch.dtype) -> None:
-    """Read W' and b' of all layers again and compare them with the edit, made anew head by head in float64.
+    """Read W' and b' of all layers again and compare them with the edit, computed in float64.
 
     One rounding to `kind` is allowed. A comparison of logits alone would not see one head's part in half precision.
     """
     written = outputs_of(open_checkpoint(made))
     rounding, smallest = torch.finfo(kind).eps, torch.finfo(kind).smallest_normal
-    d_head = scale.shape[2]
     for layer, name in enumerate(outputs.names):
-        weight, bias = outputs.weight(layer).double(), outputs.bias(layer)
-        size = weight.new_zeros(len(weight))
-        new_weight, new_bias = torch.empty_like(weight), size if bias is None else bias.double()
-        for head in range(scale.shape[1]):
-            own = slice(head * d_head, (head + 1) * d_head)
-            s, c = scale[layer, head].double(), shift[layer, head].double()
-            new_weight[:, own] = weight[:, own] * s
-            new_bias = new_bias + weight[:, own] @ c
-            size = size + weight[:, own].abs() @ c.abs()
-        found = written.bias(layer)
+        weight, bias, found = outputs.weight(layer).double(), outputs.bias(layer), written.bias(layer)
+        s, c = (rearrange(x[layer].double(), "head d -> (head d)") for x in (scale, shift))
+        new_weight, new_bias, size = weight * s, weight @ c, weight.abs() @ c.abs()
+        if bias is not None:
+            new_bias = new_bias + bias.double()
         found_bias = torch.zeros_like(new_bias) if found is None else found.double()
-        allowed = rounding * new_weight.abs() + smallest, rounding * new_bias.abs() + 1e-6 * size + smallest
         off = (
-            (written.weight(layer).double() - new_weight).abs() - allowed[0],
-            (found_bias - new_bias).abs() - allowed[1],
+            (written.weight(layer).double() - new_weight).abs() - rounding * new_weight.abs() - smallest,
+            (found_bias - new_bias).abs() - rounding * new_bias.abs() - 1e-6 * size - smallest,
         )
         if not all(bool((one <= 0).all()) for one in off):
             raise ModelError(

@@ -33,14 +33,6 @@ REFUSED = 0.5  # the same, of what no rounding explains: nothing is returned
 EMBEDDING = re.compile(r"(?:.*\.)?(?:embed_tokens|embed_in|wte)\.weight")
 
 
-class Solved(NamedTuple):
-    """A least-squares solution, the share of the right side that it leaves, and whether it is the only one."""
-
-    shift: Float[Tensor, " z"]
-    residual: float
-    unique: bool
-
-
 class Difference(NamedTuple):
     """W, W' and b' - b of a layer, float64, and how far rounding to the type of the weights may have moved W' and b'."""
 
@@ -61,12 +53,13 @@ class Explained(NamedTuple):
     unique: bool
 
 
-def solve_shift(weight: Float[Tensor, "d_model z"], bias: Float[Tensor, " d_model"]) -> Solved:
-    """The shortest c that makes `|W c - b|` smallest, float64 inside; W holds the columns of the heads asked for."""
+def solve_shift(
+    weight: Float[Tensor, "d_model z"], bias: Float[Tensor, " d_model"]
+) -> tuple[Float[Tensor, " z"], bool]:
+    """The shortest c that makes `|W c - b|` smallest, and whether it is the only one; W: the columns of the heads asked for."""
     W, b = weight.double(), bias.double()
     found = torch.linalg.lstsq(W, b[:, None], driver="gelsy")
-    shift = found.solution[:, 0]
-    return Solved(shift.float(), _share(W @ shift - b, b), int(found.rank) == W.shape[1] or not bool(b.any()))
+    return found.solution[:, 0].float(), int(found.rank) == W.shape[1] or not bool(b.any())
 
 
 def solve_scale(weight: Float[Tensor, "d_model z"], scaled: Float[Tensor, "d_model z"]) -> Float[Tensor, " z"]:
@@ -148,18 +141,19 @@ def _explained(found: Difference, d_head: int, index: list[int]) -> Explained:
     A, v = (rearrange(torch.zeros(weight.shape[1]), "(head d) -> head d", d=d_head) for _ in "Av")
     if not index:
         return Explained(A, v, 1.0, 1.0, True)
-    columns = rearrange(torch.arange(weight.shape[1]), "(head d) -> head d", d=d_head)[index].flatten()
-    solved = solve_shift(weight[:, columns], bias)
+    columns = rearrange(torch.arange(weight.shape[1]), "(head d) -> head d", d=d_head)[index]
+    columns = rearrange(columns, "head d -> (head d)")
+    shift, unique = solve_shift(weight[:, columns], bias)
     A[index] = rearrange(solve_scale(weight[:, columns], scaled[:, columns]), "(head d) -> head d", d=d_head) - 1
-    v[index] = rearrange(solved.shift, "(head d) -> head d", d=d_head)
+    v[index] = rearrange(shift, "(head d) -> head d", d=d_head)
     left = weight * (1 + rearrange(A, "head d -> (head d)")) - scaled
     left_bias = weight @ rearrange(v, "head d -> (head d)").double() - bias
-    shares = solved.residual, _share(left, weight - scaled)
-    beyond = (
+    residual = max(_share(left_bias, bias), _share(left, weight - scaled))
+    beyond = max(
         _share((left_bias.abs() - found.moved_bias).clamp(min=0), bias),
         _share((left.abs() - found.moved_scaled).clamp(min=0), weight - scaled),
     )
-    return Explained(A, v, _largest(shares), _largest(beyond), solved.unique)
+    return Explained(A, v, residual, beyond, unique)
 
 
 def _differences(new: Outputs, old: Outputs | None, layer: int) -> Difference:
@@ -201,7 +195,7 @@ def _rounding(values: Tensor, kind: torch.dtype) -> Tensor:
 
 def _check_explained(explained: dict[int, Explained], checkpoint: str | Path, heads: HeadSet | None) -> None:
     """Refuse an edit that leaves most of the difference."""
-    wrong = [layer for layer, one in explained.items() if not one.beyond <= REFUSED]  # NaN too
+    wrong = [layer for layer, one in explained.items() if one.beyond > REFUSED]
     if not wrong:
         return
     asked = set() if heads is None else set(heads.layers)
@@ -217,10 +211,6 @@ def _check_explained(explained: dict[int, Explained], checkpoint: str | Path, he
         f"{checkpoint} is not explained by scalings and offsets of these heads: {what}. Layers that differ, with the share of "
         f"it that is left: {told}; {then}"
     )
-
-
-def _largest(shares: tuple[float, ...]) -> float:
-    return float(torch.tensor(shares, dtype=torch.float64).max())  # NaN stays
 
 
 def _share(left: Tensor, whole: Tensor) -> float:

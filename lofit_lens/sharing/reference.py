@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from lofit_lens import io
-from lofit_lens.errors import ModelError
+from lofit_lens.errors import DataError, ModelError
 from lofit_lens.heads import Head, HeadSet
 from lofit_lens.interventions import Lofit
 from lofit_lens.interventions.base import AdapterMeta
 from lofit_lens.sharing.checkpoints import Checkpoint, open_checkpoint
-from lofit_lens.sharing.foreign import numbers
 
 logger = logging.getLogger(__name__)
 
@@ -125,5 +124,10 @@ def _grid(found: Checkpoint, letter: str, shape: tuple[int, int, int]) -> Tensor
         )
     grid = torch.zeros(shape)
     for at, name in keys.items():
-        grid[at] = numbers(found.read(name), (d_head,), f"{found.name}: {name}")
+        values = found.read(name)
+        if tuple(values.shape) != (d_head,) or not bool(torch.isfinite(values.float()).all()):
+            raise DataError(
+                f"{found.name}: {name} has shape {list(values.shape)} and type {values.dtype}; expected {d_head} finite numbers"
+            )
+        grid[at] = values
     return grid

@@ -36,7 +36,6 @@ EXACT = (
 )
 HALF = 16.0  # times the resolution of a half-precision type: what that may differ by
 WELL_BELOW = 0.2  # of the effect: what no error may exceed
-Run = Callable[[Int[Tensor, "1 pos"]], Tensor]  # tokens -> logits [1, pos, d_vocab]
 
 
 @dataclass(frozen=True)
@@ -218,7 +217,7 @@ def _prompts(d_vocab: int, lengths: list[int], device: torch.device) -> list[Int
     return [torch.randint(0, d_vocab, (1, n), generator=generator).to(device) for n in lengths]
 
 
-def _answered(run: Run, prompt: Int[Tensor, "1 pos"]) -> Told:
+def _answered(run: Callable[[Tensor], Tensor], prompt: Int[Tensor, "1 pos"]) -> Told:
     """The prompt, the greedy answer to it and all logits, by one full forward a token: no cache that could differ."""
     tokens = prompt
     for _ in range(ANSWER):

@@ -6,58 +6,26 @@ stands between them is part of one of the two.
 """
 
 import random
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from lofit_lens import io
 from lofit_lens.checks import check_is, check_one_of, check_seed, check_whole, given, records_of, shown
-from lofit_lens.errors import DataError, InputError, unknown
+from lofit_lens.errors import InputError, unknown
 from lofit_lens.tasks.chat import as_conversation, asked, template_digest, turn_of
-from lofit_lens.tasks.examples import (  # noqa: F401 (some under this module's name only)
-    ChoiceExample,
-    GenerationExample,
-    OptionExample,
-    PairExample,
+from lofit_lens.tasks.examples import (
+    SPLITS,
+    Chat,
+    Grader,
     SFTExample,
     TestExample,
     TrainingExample,
+    grade_first_line,
 )
+from lofit_lens.tasks.rows import READ, fields_of_task
 
-SPLITS = ("train", "val", "test")
 Objective = Literal["sft", "dpo"]
-Grader = Callable[[str, GenerationExample], dict[str, float]]
-
-
-def grade_first_line(generated: str, example: GenerationExample) -> dict[str, float]:
-    """Exact match of the first line, stripped and lower-cased, with any reference; and whether the text contains one."""
-    said = generated.strip().split("\n")[0].strip().lower()
-    em = float(said in {r.strip().lower() for r in example.references})
-    return {"em": em, "contains": contains(generated, example)}
-
-
-def contains(generated: str, example: GenerationExample) -> float:
-    """1 if a reference stands anywhere in the text, as whole words and in any case: a model that chats may know the answer.
-
-    A hyphen joins words: "mother-in-law" does not contain "mother".
-    """
-    wanted = "|".join(re.escape(r) for r in (r.strip().casefold() for r in example.references) if r)
-    return float(bool(wanted) and re.search(rf"(?<!\w)(?<!\w-)({wanted})(?!\w|-\w)", generated.casefold()) is not None)
-
-
-@dataclass(frozen=True)
-class Chat:
-    """That a task's prompts go through the chat template.
-
-    Attributes:
-        system: the system's text, or None.
-        template: SHA-256 of the template; empty where it is not known yet, since the model is not.
-    """
-
-    system: str | None = None
-    template: str = ""
 
 
 @dataclass(frozen=True)
@@ -169,6 +137,50 @@ class Task:
         hashes = {split: io.digest([found, front]) for split, found in self.hashes.items()}
         made = self.with_prompts(lambda prompt: front + prompt, training=False)
         return replace(made, name=f"{self.name}:{n}-shot", hashes=hashes)
+
+    def subset(
+        self, *, train: Sequence[int] | None = None, val: Sequence[int] | None = None, test: Sequence[int] | None = None
+    ) -> "Task":
+        """This task with only these rows, by their indices and in this order, in the form that it is in.
+
+        All the training rows that are left are drawn unless another number is asked for. Name and `data_hash` tell it apart.
+
+        Args:
+            train: training rows, counted as `drawn` counts them; None = all.
+            val: questions of the validation split, counted as `examples` counts them; None = all.
+            test: questions of the test split; None = all.
+
+        Raises:
+            InputError: no rows, a row that is not there or given twice, or a training row that repeats a test item.
+        """
+        chosen = given(train=train, val=val, test=test)
+        if not chosen:
+            raise InputError("no rows given; give train, val or test, e.g. subset(train=range(100))")
+        training, asked, hashes = dict(self.training), dict(self.test), dict(self.hashes)
+        for split, listed in chosen.items():
+            rows = self._split(training if split == "train" else asked, split)
+            if (
+                isinstance(listed, str)
+                or not isinstance(listed, Sequence)
+                or not listed
+                or len({*listed}) < len(listed)
+            ):
+                raise InputError(f"{split} is {shown(listed)}; give indices of rows, each once, e.g. range(100)")
+            for i in listed:
+                check_whole(0, len(rows) - 1, **{f"a row of {split}": i})
+            if split == "train" and (repeats := self.leaked.intersection(listed)):
+                raise InputError(f"training row {min(repeats)} repeats a test item and is never drawn; leave it out")
+            for form in (training, asked):
+                known = form.pop(split, ())
+                if len(known) == len(rows):  # of another number, which rows belong together is not known
+                    form[split] = tuple(known[i] for i in listed)
+            if hashes:
+                hashes[split] = io.digest([hashes.get(split, ""), [int(i) for i in listed]])
+        told = io.digest({split: [int(i) for i in listed] for split, listed in chosen.items()})[:6]
+        return replace(
+            self, name=f"{self.name}:subset-{told}", training=training, test=asked, hashes=hashes, forms={}, counted={},
+            leaked=self.leaked if train is None else frozenset(), n_train=self.n_train if train is None else None,
+        )  # fmt: skip
 
     def with_prompts(self, change: Callable[[str], str], *, training: bool = True) -> "Task":
         """This task with other prompts, of the training form too unless told otherwise."""
@@ -308,93 +320,15 @@ class Task:
             >>> task
             Task(caps: sft, 1/0/1 train/val/test, metric em)
         """
-        from lofit_lens.tasks.rows import READ, task_from_rows
-
         check_is(name, str, "name", "a text")
         check_is(metric, (str, type(None)), "metric", "the name of one of the grader's scores")
         check_whole(1, max_new_tokens=max_new_tokens, **given(n_train=n_train))
         if not callable(grade):
             raise InputError(f"grade is {shown(grade)}; give a function of the generated text and the example")
         splits = {s: records_of(f"{name} {s}", rows) for s, rows in (("train", train), ("val", val), ("test", test))}
-        task = task_from_rows(
+        read = {s: [{k: r[k] for k in READ if k in r} for r in rows] for s, rows in splits.items()}
+        return cls(**fields_of_task(
             name, {s: [(f"{name} {s} row {i + 1}", r) for i, r in enumerate(rows)] for s, rows in splits.items()},
             grade=grade, metric=metric, max_new_tokens=max_new_tokens, n_train=n_train, source="records",
-            hashes={},
-        )  # fmt: skip
-        read = {s: [{k: r[k] for k in READ if k in r} for r in rows] for s, rows in splits.items()}
-        return replace(task, hashes={s: io.digest(rows) for s, rows in read.items()})
-
-
-Row = tuple[str, Any]  # where it stands ("file:line"), and its fields
-
-
-def check_options(where: str, options: Sequence[str]) -> None:
-    """Check that there are at least two options, none empty and none given twice.
-
-    Raises:
-        DataError: names row and option.
-    """
-    if len(options) < 2:
-        raise DataError(f"{where}: {len(options)} option(s) {list(options)}; a choice needs two or more")
-    for i, option in enumerate(options):
-        if not option.strip():
-            raise DataError(f"{where}: option {i + 1} is empty")
-        if option in options[:i]:
-            raise DataError(f"{where}: option {option!r} is given twice; leave one")
-
-
-def texts(where: str, row: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    """A field that holds a list of texts; empty where it is missing or null.
-
-    Raises:
-        DataError: it holds something else; names row and field.
-    """
-    found = row.get(name)
-    if found is None:
-        return ()
-    if not isinstance(found, list | tuple) or not all(isinstance(t, str) for t in found):
-        raise DataError(f"{where}: field {name!r} must be a list of texts, got {found!r}")
-    for text in found:
-        _whole(where, name, text)
-    return tuple(found)
-
-
-def _whole(where: str, name: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as e:
-        raise DataError(
-            f"{where}: field {name!r} has half a character ({text[e.start]!r} at {e.start}); write the text anew as UTF-8"
-        ) from e
-
-
-def fields(where: str, row: Any, *names: str) -> tuple[str, ...]:
-    """The text fields of a row.
-
-    Raises:
-        DataError: the row is no record, lacks a field, or a field is empty or not text; names file, row and field.
-    """
-    if not isinstance(row, Mapping):
-        raise DataError(f"{where}: expected a record with {', '.join(names)}, got {type(row).__name__}")
-    for name in names:
-        if name not in row:
-            raise DataError(
-                f"{where}: no field {name!r}; a row needs {', '.join(names)} and has {', '.join(map(str, row))}"
-            )
-        if row[name] is None:
-            raise DataError(f"{where}: field {name!r} is null; it must be non-empty text")
-        if not isinstance(row[name], str) or not row[name].strip():
-            raise DataError(f"{where}: field {name!r} is {row[name]!r}; it must be non-empty text")
-        _whole(where, name, row[name])
-    return tuple(row[name] for name in names)
-
-
-def file_hashes(paths: Mapping[str, Path]) -> dict[str, str]:
-    """Split -> SHA-256 of its file's bytes."""
-    return {split: io.file_digest(path) for split, path in paths.items()}
-
-
-def repeated(prompts: Sequence[str], tested: Iterable[str]) -> frozenset[int]:
-    """Indices of training prompts that a test item repeats."""
-    asked = set(tested)
-    return frozenset(i for i, prompt in enumerate(prompts) if prompt in asked)
+            hashes={s: io.digest(rows) for s, rows in read.items()},
+        ))  # fmt: skip

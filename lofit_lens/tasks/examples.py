@@ -1,6 +1,10 @@
-"""One row of a task: what is learned from it, or how it is asked."""
+"""One row of a task: what is learned from it, or how it is asked and graded."""
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
+
+SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
@@ -56,3 +60,33 @@ class OptionExample:
 
 TrainingExample = SFTExample | PairExample
 TestExample = GenerationExample | ChoiceExample | OptionExample
+Grader = Callable[[str, GenerationExample], dict[str, float]]
+
+
+def grade_first_line(generated: str, example: GenerationExample) -> dict[str, float]:
+    """Exact match of the first line, stripped and lower-cased, with any reference; and whether the text contains one."""
+    said = generated.strip().split("\n")[0].strip().lower()
+    em = float(said in {r.strip().lower() for r in example.references})
+    return {"em": em, "contains": contains(generated, example)}
+
+
+def contains(generated: str, example: GenerationExample) -> float:
+    """1 if a reference stands anywhere in the text, as whole words and in any case: a model that chats may know the answer.
+
+    A hyphen joins words: "mother-in-law" does not contain "mother".
+    """
+    wanted = "|".join(re.escape(r) for r in (r.strip().casefold() for r in example.references) if r)
+    return float(bool(wanted) and re.search(rf"(?<!\w)(?<!\w-)({wanted})(?!\w|-\w)", generated.casefold()) is not None)
+
+
+@dataclass(frozen=True)
+class Chat:
+    """That a task's prompts go through the chat template.
+
+    Attributes:
+        system: the system's text, or None.
+        template: SHA-256 of the template; empty where it is not known yet, since the model is not.
+    """
+
+    system: str | None = None
+    template: str = ""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lofit_lens import io
 from lofit_lens.errors import DataError
-from lofit_lens.tasks.base import Row, file_hashes
+from lofit_lens.tasks.fields import Row, file_hashes
 from lofit_lens.tasks.sources import FORMATS, read_rows
 
 

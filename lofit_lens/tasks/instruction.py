@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from lofit_lens.errors import DataError, unknown
-from lofit_lens.tasks.base import Form, Row, Task, check_options, fields, file_hashes, repeated, texts
+from lofit_lens.tasks.base import Form, Task
 from lofit_lens.tasks.examples import GenerationExample, OptionExample, SFTExample, TestExample
+from lofit_lens.tasks.fields import Row, check_options, fields, file_hashes, repeated, texts
 from lofit_lens.tasks.hub import HubSource, hub_rows
 from lofit_lens.tasks.sources import Source, locate, read_rows
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from lofit_lens.errors import DataError
-from lofit_lens.tasks.base import Task, fields, texts
+from lofit_lens.tasks.base import Task
 from lofit_lens.tasks.examples import GenerationExample, OptionExample
+from lofit_lens.tasks.fields import fields, texts
 from lofit_lens.tasks.hub import HubSource, hub_rows
 
 TRIVIAQA = HubSource(

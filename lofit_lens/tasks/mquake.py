@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lofit_lens.errors import DataError
-from lofit_lens.tasks.base import SPLITS, Task, contains, fields, file_hashes, texts
-from lofit_lens.tasks.examples import GenerationExample, SFTExample
+from lofit_lens.tasks.base import Task
+from lofit_lens.tasks.examples import SPLITS, GenerationExample, SFTExample, contains
+from lofit_lens.tasks.fields import fields, file_hashes, texts
 from lofit_lens.tasks.sources import Source, locate, read_rows
 
 SOURCE = Source("MQuAKE", {

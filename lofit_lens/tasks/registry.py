@@ -3,15 +3,16 @@
 import importlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lofit_lens.checks import check_is
 from lofit_lens.errors import InputError, unknown
 from lofit_lens.tasks import clutrr, instruction, knowledge, mquake, truthfulqa
-from lofit_lens.tasks.base import SPLITS, Task, file_hashes
-from lofit_lens.tasks.rows import task_from_rows
+from lofit_lens.tasks.base import Task
+from lofit_lens.tasks.examples import SPLITS
+from lofit_lens.tasks.fields import file_hashes
+from lofit_lens.tasks.rows import fields_of_task
 from lofit_lens.tasks.sources import read_rows
 
 NEEDED = {"train", "test"}  # splits of a task folder
@@ -19,58 +20,46 @@ NEEDED = {"train", "test"}  # splits of a task folder
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Request:
-    """What `load_task` was asked for beside the name."""
-
-    fold: int | None = None
-    data_dir: str | Path | None = None
-    source: str | None = None
-
-
-Loader = Callable[[Request], Task]
+Loader = Callable[[int | None, str | Path | None, str | None], Task]  # fold, data_dir and source, as in `load_task`
 
 
 def _plain(name: str, load: Callable[[str | Path | None], Task]) -> Loader:
     """A task without folds and with one source."""
 
-    def loader(request: Request) -> Task:
-        _no_fold(name, request)
-        _no_source(name, request)
-        return load(request.data_dir)
+    def loader(fold: int | None, data_dir: str | Path | None, source: str | None) -> Task:
+        _none_given(name, fold, source)
+        return load(data_dir)
 
     return loader
 
 
 def _instruction(name: str) -> Loader:
-    def loader(request: Request) -> Task:
-        _no_fold(name, request)
-        return instruction.load(name, request.data_dir, request.source or "files")
+    def loader(fold: int | None, data_dir: str | Path | None, source: str | None) -> Task:
+        _none_given(name, fold, None)
+        return instruction.load(name, data_dir, source or "files")
 
     return loader
 
 
-def _truthfulqa(request: Request) -> Task:
-    _no_source("truthfulqa", request)
-    return truthfulqa.load(request.fold, request.data_dir)
+def _truthfulqa(fold: int | None, data_dir: str | Path | None, source: str | None) -> Task:
+    _none_given("truthfulqa", None, source)
+    return truthfulqa.load(fold, data_dir)
 
 
-def _no_fold(name: str, request: Request) -> None:
-    if request.fold is not None:
-        raise InputError(f"{name} has no folds; leave fold out (got {request.fold})")
-
-
-def _no_source(name: str, request: Request) -> None:
-    if request.source is not None:
-        raise InputError(f"{name} has one source; leave source out (got {request.source!r})")
+def _none_given(name: str, fold: int | None, source: str | None) -> None:
+    """Refuse a fold or a source where a task has none to choose from."""
+    if fold is not None:
+        raise InputError(f"{name} has no folds; leave fold out (got {fold})")
+    if source is not None:
+        raise InputError(f"{name} has one source; leave source out (got {source!r})")
 
 
 def _embedded(name: str) -> Loader:
     """A task of the embedded model, whose module builds on this one and registers itself when it is read."""
 
-    def loader(request: Request) -> Task:
+    def loader(fold: int | None, data_dir: str | Path | None, source: str | None) -> Task:
         importlib.import_module("lofit_lens.organism.tasks")
-        return TASKS[name](request)
+        return TASKS[name](fold, data_dir, source)
 
     return loader
 
@@ -144,7 +133,7 @@ def load_task(
                 "%s is the built-in task, and the folder ./%s is not read; give ./%s for a task of your own in it, or data_dir "
                 "(--data-dir) if it holds the built-in task's files", text, text, text,
             )  # fmt: skip
-        task = TASKS[text](Request(fold, data_dir, source))
+        task = TASKS[text](fold, data_dir, source)
     return task if form is None else task.in_form(form)
 
 
@@ -170,4 +159,4 @@ def _from_folder(folder: Path) -> Task:
     if not paths.keys() >= NEEDED:
         raise InputError(f"{folder} is no task folder: it needs train.jsonl and test.jsonl")
     rows = {s: read_rows(p) for s, p in paths.items()}
-    return task_from_rows(folder.name, rows, source=str(folder), hashes=file_hashes(paths))
+    return Task(**fields_of_task(folder.name, rows, source=str(folder), hashes=file_hashes(paths)))

@@ -1,30 +1,34 @@
-"""Rows of one's own, in the plain forms, as a task (see `Task.from_records`)."""
+"""Rows of one's own, in the plain forms (see `Task.from_records`)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lofit_lens.errors import DataError
-from lofit_lens.tasks.base import SPLITS, Chat, Grader, Row, Task, check_options, fields, grade_first_line, texts
 from lofit_lens.tasks.chat import parsed
 from lofit_lens.tasks.examples import (
+    SPLITS,
+    Chat,
     ChoiceExample,
     GenerationExample,
+    Grader,
     OptionExample,
     PairExample,
     SFTExample,
     TestExample,
     TrainingExample,
+    grade_first_line,
 )
+from lofit_lens.tasks.fields import Row, check_options, fields, texts
 
 # Fields of a record that are read.
 READ = ("prompt", "messages", "answer", "aliases", "options", "chosen", "rejected")
 
 
-def task_from_rows(
+def fields_of_task(
     name: str, rows: Mapping[str, Sequence[Row]], *, grade: Grader = grade_first_line, max_new_tokens: int = 16,
     source: str, hashes: Mapping[str, str], metric: str | None = None, n_train: int | None = None,
-) -> Task:  # fmt: skip
-    """Build a task from rows of the plain forms (see `Task.from_records`), each with its place."""
+) -> dict[str, Any]:  # fmt: skip
+    """What a `Task` is made of, from rows of the plain forms (see `Task.from_records`), each with its place."""
     first = next((row for split in SPLITS for row in rows.get(split, ())), None)
     if first is None or not rows.get("train"):
         raise DataError(f"{name} has no training rows in {source}; give records with prompt (or messages) and answer")
@@ -36,11 +40,11 @@ def task_from_rows(
     made = {split: [read(where, row) for where, row in listed] for split, listed in rows.items()}
     training: dict[str, tuple[TrainingExample, ...]] = {s: tuple(m[0] for m in listed) for s, listed in made.items()}
     test: dict[str, tuple[TestExample, ...]] = {s: tuple(m[1] for m in listed) for s, listed in made.items()}
-    return Task(
-        name, "dpo" if read is _read_pair else "sft", training, test, metric or default,
-        grade=grade if read is _read_answer else None, max_new_tokens=max_new_tokens, hashes=hashes, source=source,
-        n_train=n_train, chat=Chat() if chat else None, counted=_repeats(test),
-    )  # fmt: skip
+    return {
+        "name": name, "objective": "dpo" if read is _read_pair else "sft", "training": training, "test": test,
+        "metric": metric or default, "grade": grade if read is _read_answer else None, "max_new_tokens": max_new_tokens,
+        "hashes": hashes, "source": source, "n_train": n_train, "chat": Chat() if chat else None, "counted": _repeats(test),
+    }  # fmt: skip
 
 
 def _repeats(test: Mapping[str, Sequence[TestExample]]) -> dict[str, int]:

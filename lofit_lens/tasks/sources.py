@@ -14,7 +14,7 @@ from typing import Any
 
 from lofit_lens import io
 from lofit_lens.errors import DataError
-from lofit_lens.tasks.base import Row
+from lofit_lens.tasks.fields import Row
 
 FORMATS = (".csv", ".json", ".jsonl", ".parquet")
 MAX_CELL = 2**31 - 1  # characters of one csv cell; Python's own limit is 131,072

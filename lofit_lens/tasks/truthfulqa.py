@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from lofit_lens.errors import DataError, unknown
-from lofit_lens.tasks.base import SPLITS, Form, Row, Task, fields, file_hashes
-from lofit_lens.tasks.examples import ChoiceExample, GenerationExample, PairExample
+from lofit_lens.tasks.base import Form, Task
+from lofit_lens.tasks.examples import SPLITS, ChoiceExample, GenerationExample, PairExample
+from lofit_lens.tasks.fields import Row, fields, file_hashes
 from lofit_lens.tasks.sources import Source, locate, read_rows
 
 SOURCE = Source("truthfulqa", {

@@ -28,6 +28,7 @@ class TrainConfig:
         eps: AdamW's.
         init_std: standard deviation of the starting values.
         max_steps: stop after so many steps (the schedule still spans all epochs); None = no bound.
+        schedule_steps: steps in which the learning rate falls to 0; None = those of all epochs.
 
     Raises:
         InputError: a value out of range; names the field.
@@ -44,6 +45,7 @@ class TrainConfig:
     eps: float = 1e-8
     init_std: float = 1e-3
     max_steps: int | None = None
+    schedule_steps: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("lr", "clip", "beta", "eps", "init_std", "l1", "weight_decay"):
@@ -54,7 +56,8 @@ class TrainConfig:
         for name in ("l1", "weight_decay"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(f"{name} is {getattr(self, name)}; it must be 0 or above and finite")
-        check_whole(1, epochs=self.epochs, batch_size=self.batch_size, **given(max_steps=self.max_steps))
+        bounds = given(max_steps=self.max_steps, schedule_steps=self.schedule_steps)
+        check_whole(1, epochs=self.epochs, batch_size=self.batch_size, **bounds)
         if not isinstance(self.betas, tuple | list) or len(self.betas) != 2:
             raise InputError(f"betas is {shown(self.betas)}; give two numbers, e.g. (0.9, 0.999)")
         for beta in self.betas:
@@ -63,8 +66,9 @@ class TrainConfig:
                 raise InputError(f"betas is {self.betas}; both must be 0 or above and below 1")
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able form."""
-        return {**asdict(self), "betas": list(self.betas)}
+        """A JSON-able form; without `schedule_steps` where it is None, so that runs keep the names from before there was one."""
+        found = {**asdict(self), "betas": list(self.betas)}
+        return {name: value for name, value in found.items() if name != "schedule_steps" or value is not None}
 
     def with_changes(self, **changes: Any) -> "TrainConfig":
         """A copy with the given fields changed; None leaves a field as it is.

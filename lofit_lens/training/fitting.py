@@ -3,11 +3,12 @@
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor
 
 from lofit_lens import io
@@ -18,26 +19,11 @@ from lofit_lens.models import ALL, ModelInfo, attached_to, fingerprint, frozen, 
 from lofit_lens.tasks.base import Task
 from lofit_lens.tasks.registry import task_of
 from lofit_lens.training.config import TrainConfig
-from lofit_lens.training.loop import OnStep, Run, check_gradients, train_together
-from lofit_lens.training.objective import objective
+from lofit_lens.training.loop import Fit, OnStep, Training, check_gradients, train_together
+from lofit_lens.training.objective import Steps, objective
 from lofit_lens.training.passes import FAST, Passes
-from lofit_lens.training.steps import Steps
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Fit:
-    """One training that is asked for; see `fit` for what its fields mean."""
-
-    adapter: Any
-    task: Task
-    config: TrainConfig
-    seed: int
-    n_train: int | None = None
-    penalty: Callable[[], Tensor] | None = None
-    identity: dict[str, Any] | None = None
-    on_step: OnStep | None = None
 
 
 def fit(
@@ -49,7 +35,9 @@ def fit(
     seed: int,
     n_train: int | None = None,
     penalty: Callable[[], Tensor] | None = None,
-    identity: dict[str, Any] | None = None,
+    identity: Mapping[str, Any] | None = None,
+    order: Sequence[Sequence[int]] | None = None,
+    reference: Float[Tensor, "rows 2"] | None = None,
     label: str = "",
     checkpoint: str | Path | None = None,
     on_step: OnStep | None = None,
@@ -58,7 +46,8 @@ def fit(
 ) -> None:
     """Train an adapter's trainable parameters on a task, in place, and write its `meta`.
 
-    The model is frozen and in eval mode meanwhile; DPO's reference is the model as it stands, with this adapter off.
+    The model is frozen and in eval mode meanwhile; DPO's reference is the model as it stands, with this adapter off, unless
+    another is given.
 
     Args:
         adapter: an `Adapter` (or `Lora`) with the parameters to train set to `requires_grad`; at the end none is.
@@ -69,15 +58,20 @@ def fit(
         n_train: training examples drawn; None = the task's own number.
         penalty: added to the loss as `config.l1 * penalty()`.
         identity: what tells this run from others, for the checkpoint; beside method, positions, task, data and model.
+        order: which of the drawn examples each epoch visits, by index and in which order: one list for each epoch, all of one
+            length; None = `row_order(n, seed=seed, epoch=epoch)`.
+        reference: DPO's reference, `[rows, 2]`: summed log-probs (nats) of chosen and rejected of each drawn example, as
+            `reference_log_probs` gives them of any model; None = of the model as it stands.
         label: text in front of the bar.
         checkpoint: state file for Ctrl-C and resume; see `training.loop.train_together`.
-        on_step: called with every new step's record; see `training.loop.Run`.
+        on_step: called after every new step with its record: step and epoch (from 1), loss (without the penalty), l1 (raw),
+            grad_norm, lr.
         passes: how a step goes through the model; changes nothing beyond rounding.
         progress: show a bar.
 
     Raises:
-        InputError: the adapter acts on a sequence's last position alone, which no answer's token is predicted from; or no
-            training rows.
+        InputError: the adapter acts on a sequence's last position alone, which no answer's token is predicted from; no training
+            rows; or an order, reference or schedule that does not fit.
         AdapterError: the adapter does not fit the model, or is attached.
         DataError: a training row longer than the model's context.
         TrainingDiverged: NaN or infinity. It and Ctrl-C's KeyboardInterrupt carry the adapter as it was after the last good
@@ -86,7 +80,10 @@ def fit(
     check_adapter(adapter)
     check_is(config, TrainConfig, "config", "a TrainConfig(lr=...)")
     task = task_of(task)
-    asked = Fit(adapter, task, config, seed, n_train, penalty, identity, on_step)
+    asked = Fit(
+        adapter, task, config, seed, n_train=n_train, penalty=penalty, identity=identity or {}, on_step=on_step, order=order,
+        reference=reference,
+    )  # fmt: skip
     (error,) = fit_together(
         model, [asked], adapter.attached, checkpoint=checkpoint, passes=passes, progress=progress,
         label=f"{label} {task.name}".strip(),
@@ -132,32 +129,28 @@ def fit_together(
     others = attached_to(model, label or "training")
     wanted = [p for one in fits for p in one.adapter.parameters() if p.requires_grad]
     drawn = [one.task.training_examples("train", n=one.n_train, seed=one.seed) for one in fits]
-    runs: list[Run] = []
+    runs: list[Training] = []
     weights = functools.cache(lambda: fingerprint(model))
     with _kept(fits), frozen(model), passes.ready(model):
         # DPO's reference first: the adapters are off.
-        objectives = [
-            objective(
-                model, examples, beta=one.config.beta, passes=passes, batch_size=one.config.batch_size, weights=weights
-            )
-            for one, examples in zip(fits, drawn, strict=True)
-        ]
+        objectives = []
+        for one, examples in zip(fits, drawn, strict=True):
+            how = {"passes": passes, "batch_size": one.config.batch_size, "weights": weights}
+            objectives.append(objective(model, examples, beta=one.config.beta, reference=one.reference, **how))
         steps = Steps(model, objectives, passes, owned=len(fits) > 1)
         for p in wanted:  # an adapter inside the model (LoRA) was frozen with it
             p.requires_grad_(True)
         for one, examples in zip(fits, drawn, strict=True):
+            run = Training(one, len(examples), _identity(one, info))
+            given = {name: run.what[name] for name in ("order", "reference") if name in run.what}
             one.adapter.meta = AdapterMeta(
-                info, one.task.name, one.task.data_hash, one.seed, one.config.to_dict(), io.environment(), n_train=len(examples),
+                model=info, task=one.task.name, data_hash=one.task.data_hash, seed=one.seed,
+                config=one.config.to_dict() | given, versions=io.environment(), history=run.history, n_train=len(examples),
                 attached=others,
             )  # fmt: skip
-            runs.append(Run(
-                one.adapter, len(examples), one.config, one.seed, one.penalty, _identity(one, info), one.on_step,
-                one.adapter.meta.history,
-            ))  # fmt: skip
+            runs.append(run)
         with attached(model):
             train_together(runs, steps, checkpoint=checkpoint, progress=progress, label=label)
-    done = steps.tokens
-    logger.info("trained in %d passes: %d tokens, %d with padding", done.passes, done.real, done.padded)
     for one, run in zip(fits, runs, strict=True):
         if run.error is not None:
             if not run.history or info.dtype == "float16":
@@ -176,10 +169,11 @@ def _check_positions(adapter: Any) -> None:
 
 def _identity(one: Fit, info: ModelInfo) -> dict[str, Any]:
     """What tells a run from others, for its checkpoint."""
+    given = {} if one.reference is None else {"reference": io.digest(one.reference.tolist())}
     return {
         "method": getattr(one.adapter, "method", type(one.adapter).__name__),
-        "positions": str(getattr(one.adapter, "positions", ALL)), **(one.identity or {}),
-        "task": one.task.name, "data_hash": one.task.data_hash, "model": _weights(info),
+        "positions": str(getattr(one.adapter, "positions", ALL)), **one.identity,
+        "task": one.task.name, "data_hash": one.task.data_hash, "model": _weights(info), **given,
     }  # fmt: skip
 
 

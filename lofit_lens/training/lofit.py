@@ -3,23 +3,32 @@
 1. `select_heads`: train A on every head (v = 0) with task loss + lambda * sum |A|; score a head by the L2 norm of its A.
 2. `tune_offsets`: from the unmodified model, train v on the chosen heads (A = 0).
 
+`tune_many` takes many such trainings in one pass over the frozen model: seeds, tasks, head sets, K, learning rates and L1
+weights. The rows of all go through the model together, each edited by its own run's A and v. Loss, clip, schedule, order of rows
+and end are those of the run trained alone, and what it learns is the same up to rounding. `Passes.token_budget` bounds the rows
+of a pass, whatever the number of runs.
+
 DPO's reference is the model with the adapter off, computed once before training. (The official code takes it after the
 random init; the difference is 0.1 nats at most.)
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lofit_lens.checks import check_is, check_one_of
+from lofit_lens.checks import check_is, check_one_of, shown
+from lofit_lens.errors import InputError, TrainingDiverged
 from lofit_lens.heads import Heads, HeadScores
 from lofit_lens.interventions.lofit import LOFIT, Component, Lofit
+from lofit_lens.interventions.provenance import KEPT
+from lofit_lens.interventions.side_by_side import side_by_side
 from lofit_lens.models import model_info
 from lofit_lens.tasks.base import Task
 from lofit_lens.tasks.registry import task_of
 from lofit_lens.training.config import TrainConfig, preset
-from lofit_lens.training.fitting import Fit, fit_together
-from lofit_lens.training.loop import OnStep
+from lofit_lens.training.fitting import fit_together
+from lofit_lens.training.loop import Fit, OnStep
 from lofit_lens.training.losses import l1_norm
 from lofit_lens.training.objective import encoded_rows
 from lofit_lens.training.passes import FAST, Passes
@@ -47,8 +56,8 @@ def select_heads(
         seed: of the init, the row order and the draw of training examples.
         config: hyperparameters; None = the preset for this task and model.
         n_train: training examples drawn; None = the task's own number.
-        checkpoint: state file for Ctrl-C and resume; see `training.loop.train`.
-        on_step: called with every new step's record; see there.
+        checkpoint: state file for Ctrl-C and resume; see `training.loop.train_together`.
+        on_step: called with every new step's record; see `training.fit`.
         passes: how a step goes through the model (bound on memory, shortcuts); changes nothing beyond rounding.
         progress: show a bar.
 
@@ -72,9 +81,8 @@ def learned_scores(lofit: Lofit, component: Component, *, kind: str) -> HeadScor
     check_is(lofit, Lofit, "lofit", LOFIT)
     scores, meta = lofit.norms(component), lofit.meta
     return HeadScores(scores.values, kind, scores.model, scores.task, {
-        "step": "head selection", "model": meta.model.to_dict() if meta.model else None, "task": meta.task,
-        "data_hash": meta.data_hash, "n_train": meta.n_train, "seed": meta.seed, "config": meta.config,
-        "versions": meta.versions, "history": meta.history, "attached": meta.attached,
+        "step": "head selection", "model": meta.model.to_dict() if meta.model else None,
+        **{name: getattr(meta, name) for name in KEPT if name != "metrics"}, "attached": meta.attached,
     })  # fmt: skip
 
 
@@ -168,12 +176,48 @@ class LofitRun:
 
 
 def _tune(model: Any, run: LofitRun, passes: Passes, checkpoint: str | Path | None, progress: bool) -> Lofit:
-    asked = run.fit(model)
-    lofit: Lofit = asked.adapter
-    (error,) = fit_together(
-        model, [asked], lofit.attached, checkpoint=checkpoint, passes=passes, progress=progress,
-        label=f"{'select heads' if run.component == 'A' else f'tune offsets (K={lofit.k})'} {asked.task.name}",
-    )  # fmt: skip
-    if error is not None:
-        raise error
-    return lofit
+    (found,) = tune_many(model, [run], passes=passes, checkpoint=checkpoint, progress=progress)
+    if isinstance(found, TrainingDiverged):
+        raise found
+    return found
+
+
+def tune_many(
+    model: Any,
+    runs: Sequence[LofitRun],
+    *,
+    passes: Passes = FAST,
+    checkpoint: str | Path | None = None,
+    progress: bool = True,
+) -> list[Lofit | TrainingDiverged]:
+    """Train several LoFiT adapters side by side; tasks with SFT and DPO, A and v may mix.
+
+    Head scores of a run that trained A: `learned_scores(lofit, "A", kind="A-norm")`.
+
+    Args:
+        model: any HookedTransformer or TransformerBridge; left as it was.
+        runs: what to train. One alone is trained as by `tune_scalings` or `tune_offsets`, to the bit.
+        passes: how the rows of a step go through the model.
+        checkpoint: one state file for all runs, for Ctrl-C and resume; see `training.loop.train_together`.
+        progress: show one bar.
+
+    Returns:
+        For each run the adapter, on the model's device and not attached; or the error of a run that diverged, with the adapter
+        after its last good step in `.adapter`. The others go on.
+
+    Raises:
+        InputError: no run; heads outside the model; a checkpoint of other runs.
+        DataError: a training row longer than the model's context.
+        KeyboardInterrupt: Ctrl-C, after the step in progress.
+    """
+    if not isinstance(runs, Sequence) or not runs or not all(isinstance(run, LofitRun) for run in runs):
+        raise InputError(f"runs is {shown(runs)}; give one or more, e.g. [LofitRun(task, 'v', heads)]")
+    fits = [run.fit(model) for run in runs]
+    adapters: list[Lofit] = [one.adapter for one in fits]
+    label, attached = f"{len(runs)} runs", lambda model: side_by_side(model, adapters)
+    if len(runs) == 1:
+        (lofit,), attached = adapters, adapters[0].attached
+        what = "select heads" if runs[0].component == "A" else f"tune offsets (K={lofit.k})"
+        label = f"{what} {fits[0].task.name}"
+    errors = fit_together(model, fits, attached, checkpoint=checkpoint, passes=passes, progress=progress, label=label)
+    return [error or adapter for adapter, error in zip(adapters, errors, strict=True)]

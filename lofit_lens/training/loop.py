@@ -1,4 +1,4 @@
-"""The only training loop: AdamW, linear decay to 0, global clip, last step kept. For one run, or for several side by side.
+"""The only training loop: AdamW, linear decay to 0, global clip, last step kept. For one adapter, or for several side by side.
 
 It knows rows by their index alone; what a row is and what its loss is belongs to the caller. Epoch e visits the rows in
 the order `torch.randperm(n)` of a generator seeded with `seed + e` (the official order), consecutive rows form the
@@ -10,26 +10,27 @@ import json
 import logging
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from lofit_lens import io
-from lofit_lens.checks import check_is, check_seed, shown
+from lofit_lens.checks import check_is, check_seed, check_whole, shown
 from lofit_lens.errors import AdapterError, InputError, TrainingDiverged
 from lofit_lens.training.config import TrainConfig
 
 logger = logging.getLogger(__name__)
 
-LossOfRows = Callable[[Sequence[int]], Tensor]
 Record = dict[str, float]
 OnStep = Callable[[Record], None]
-Share = tuple[int, Sequence[int]]  # a run's number, and the rows of its next step
+Share = tuple[int, Sequence[int]]  # a training's number, and the rows of its next step
 StepOf = Callable[[Sequence[Share]], Sequence[Tensor]]
 
 
@@ -38,61 +39,70 @@ def row_order(n_rows: int, *, seed: int, epoch: int) -> list[int]:
     return torch.randperm(n_rows, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
 
 
-@dataclass(eq=False)
-class Run:
-    """One training: what is learned, from how many rows, and how.
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """One training that is asked for; see `training.fit` for what its fields mean."""
 
-    Args:
-        module: its parameters with `requires_grad` are updated.
-        n_rows: number of training rows.
-        config: hyperparameters.
-        seed: of the row order.
-        penalty: scalar added as `config.l1 * penalty()`; None = nothing.
-        identity: what this run is; a checkpoint of another run is refused.
-        on_step: called with every new step's record, after the step; after a resume with those that follow.
-        history: an empty list to fill with the records as they come.
-
-    Attributes:
-        error: why it was stopped before its end, if it was; its module keeps the last good step's values.
-
-    Raises:
-        InputError: nothing to train, or no rows.
-    """
-
-    module: nn.Module
-    n_rows: int
+    adapter: Any
+    task: Any  # nothing to the loop
     config: TrainConfig
     seed: int
+    n_train: int | None = None
     penalty: Callable[[], Tensor] | None = None
-    identity: dict[str, Any] | None = None
+    identity: Mapping[str, Any] = field(default_factory=dict)
     on_step: OnStep | None = None
-    history: list[Record] = field(default_factory=list)
-    error: TrainingDiverged | None = field(default=None, init=False)
+    order: Sequence[Sequence[int]] | None = None
+    reference: Float[Tensor, "rows 2"] | None = None
 
-    def __post_init__(self) -> None:
-        check_is(self.config, TrainConfig, "config", "a TrainConfig(lr=...)")
-        check_seed(self.seed)
-        if self.on_step is not None and not callable(self.on_step):
-            raise InputError(f"on_step is {shown(self.on_step)}; give a function that takes a step's record")
-        self.learned = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
+
+class Training:
+    """One fit under way: its rows, optimizer, schedule and records.
+
+    Args:
+        asked: what is learned and how; parameters of its adapter with `requires_grad` are updated.
+        n_rows: number of training rows.
+        identity: what this training is, beside config, seed, rows and order; a checkpoint of another one is refused.
+
+    Attributes:
+        history: one record for each step that was taken.
+        error: why it was stopped before its end, if it was; the adapter keeps the last good step's values.
+
+    Raises:
+        InputError: nothing to train, no rows, a row order that does not fit, or a schedule shorter than the training.
+    """
+
+    def __init__(self, asked: Fit, n_rows: int, identity: Mapping[str, Any]) -> None:
+        check_is(asked.config, TrainConfig, "config", "a TrainConfig(lr=...)")
+        check_seed(asked.seed)
+        if asked.on_step is not None and not callable(asked.on_step):
+            raise InputError(f"on_step is {shown(asked.on_step)}; give a function that takes a step's record")
+        self.asked, self.config, self.n_rows = asked, asked.config, n_rows
+        self.history: list[Record] = []
+        self.error: TrainingDiverged | None = None
+        self.learned = {n: p for n, p in asked.adapter.named_parameters() if p.requires_grad}
         if not self.learned:
             raise InputError("nothing to train: no parameter of this module has requires_grad")
-        if self.n_rows < 1:
+        if n_rows < 1:
             raise InputError("nothing to train on: 0 rows")
         c = self.config
         self.optimizer = torch.optim.AdamW(
             self.learned.values(), lr=c.lr, betas=c.betas, eps=c.eps, weight_decay=c.weight_decay
         )
-        self.steps_per_epoch = -(-self.n_rows // c.batch_size)
-        self.total = self.steps_per_epoch * c.epochs
-        self.last = self.total if c.max_steps is None else min(self.total, c.max_steps)
-        self._order: tuple[int, list[int]] | None = None
-
-    @property
-    def what(self) -> dict[str, Any]:
-        """What tells it from other runs, as JSON has it."""
-        known = {"config": self.config.to_dict(), "seed": self.seed, "n_rows": self.n_rows, **(self.identity or {})}
-        return json.loads(json.dumps(known))
+        each = n_rows if asked.order is None else _checked(asked.order, n_rows, c.epochs)
+        self.steps_per_epoch = -(-each // c.batch_size)
+        total = self.steps_per_epoch * c.epochs
+        self.last = total if c.max_steps is None else min(total, c.max_steps)
+        self.span = c.schedule_steps or total
+        if self.span < self.last:
+            raise InputError(
+                f"the learning rate is 0 after schedule_steps={self.span} of {self.last} steps; give a longer schedule, or "
+                f"max_steps={self.span}"
+            )
+        self._order: tuple[int, Sequence[int]] | None = None
+        known = {"config": c.to_dict(), "seed": asked.seed, "n_rows": n_rows, **identity}
+        if asked.order is not None:
+            known["order"] = io.digest([[int(row) for row in rows] for rows in asked.order])
+        self.what: dict[str, Any] = json.loads(json.dumps(known))  # as JSON has it
 
     @property
     def ended(self) -> bool:
@@ -104,11 +114,15 @@ class Run:
         """The last step done was an epoch's last one, or the last of all."""
         return len(self.history) % self.steps_per_epoch == 0 or len(self.history) == self.last
 
-    def rows(self) -> list[int]:
+    def rows(self) -> Sequence[int]:
         """Rows of the next step."""
         epoch, place = divmod(len(self.history), self.steps_per_epoch)
         if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, row_order(self.n_rows, seed=self.seed, epoch=epoch))
+            given = self.asked.order
+            self._order = (
+                epoch,
+                row_order(self.n_rows, seed=self.asked.seed, epoch=epoch) if given is None else given[epoch],
+            )
         return self._order[1][place * self.config.batch_size : (place + 1) * self.config.batch_size]
 
     def begin(self) -> None:
@@ -119,13 +133,13 @@ class Run:
 
     @property
     def _lr(self) -> float:
-        return self.config.lr * (1 - len(self.history) / self.total)
+        return self.config.lr * (1 - len(self.history) / self.span)
 
     def clipped(self) -> tuple[Tensor, Tensor]:
         """Add the penalty's gradient to the loss's, and clip; raw penalty and gradient norm before the clip."""
-        some = next(iter(self.learned.values()))
-        l1 = some.new_zeros(()) if self.penalty is None else self.penalty()
-        if self.penalty is not None:
+        some, penalty = next(iter(self.learned.values())), self.asked.penalty
+        l1 = some.new_zeros(()) if penalty is None else penalty()
+        if penalty is not None:
             (self.config.l1 * l1).backward()
         return l1.detach(), torch.nn.utils.clip_grad_norm_(self.learned.values(), self.config.clip)
 
@@ -150,64 +164,31 @@ class Run:
             return bad
         self.optimizer.step()
         self.history.append(record)
-        if self.on_step is not None:
-            self.on_step(record)
+        if self.asked.on_step is not None:
+            self.asked.on_step(record)
         return None
 
 
-def train(
-    module: nn.Module,
-    n_rows: int,
-    loss_of: LossOfRows,
-    config: TrainConfig,
-    *,
-    seed: int,
-    penalty: Callable[[], Tensor] | None = None,
-    identity: dict[str, Any] | None = None,
-    checkpoint: str | Path | None = None,
-    on_step: OnStep | None = None,
-    progress: bool = True,
-    label: str = "training",
-) -> list[Record]:
-    """Train a module's trainable parameters in place.
-
-    Args:
-        module: see `Run`, as for `n_rows`, `config`, `seed`, `penalty`, `identity` and `on_step`.
-        n_rows: number of training rows.
-        loss_of: row indices -> scalar task loss with a graph.
-        config: hyperparameters.
-        seed: of the row order.
-        penalty: scalar added as `config.l1 * penalty()`.
-        identity: what this run is.
-        checkpoint: see `train_together`.
-        on_step: called with every new step's record.
-        progress: show a bar with loss, L1 and steps per second.
-        label: text in front of the bar.
-
-    Returns:
-        One record a step: step (from 1), epoch (from 1), loss (without the penalty), l1 (raw sum), grad_norm, lr.
+def _checked(order: Sequence[Sequence[int]], n_rows: int, epochs: int) -> int:
+    """How many rows each epoch of a given order visits.
 
     Raises:
-        TrainingDiverged: loss or gradient not finite; the module keeps the last good step's values, which are also
-            written beside the checkpoint.
-        InputError: `checkpoint` belongs to another run.
-        KeyboardInterrupt: Ctrl-C, after the step in progress; a second Ctrl-C stops at once.
+        InputError: not one list for each epoch, lists of different lengths or empty, or a row that is not there.
     """
-
-    def step_of(shares: Sequence[Share]) -> list[Tensor]:
-        loss = loss_of(shares[0][1])
-        loss.backward()
-        return [loss.detach()]
-
-    run = Run(module, n_rows, config, seed, penalty, identity, on_step)
-    train_together([run], step_of, checkpoint=checkpoint, progress=progress, label=label)
-    if run.error is not None:
-        raise run.error
-    return run.history
+    lists = isinstance(order, Sequence) and all(isinstance(rows, Sequence) for rows in order)
+    sizes = {len(rows) for rows in order} if lists else {0}
+    if len(sizes) != 1 or 0 in sizes or len(order) != epochs:
+        raise InputError(
+            f"order is {shown(order)}; give {epochs} lists of rows (one for each epoch), all of one length"
+        )
+    for rows in order:
+        for row in rows:
+            check_whole(0, n_rows - 1, **{"a row of order": row})
+    return sizes.pop()
 
 
 def train_together(
-    runs: Sequence[Run],
+    runs: Sequence[Training],
     step_of: StepOf,
     *,
     checkpoint: str | Path | None = None,
@@ -245,7 +226,9 @@ def train_together(
             losses = step_of([(i, runs[i].rows()) for i in going])
             values = [x for i, loss in zip(going, losses, strict=True) for x in (loss, *runs[i].clipped())]
             # One wait for the device a step.
-            found = torch.stack([x.to(values[0].device) for x in values]).view(-1, 3).tolist()
+            found = rearrange(
+                torch.stack([x.to(values[0].device) for x in values]), "(run value) -> run value", value=3
+            ).tolist()
             for i, (loss, l1, norm) in zip(going, found, strict=True):
                 if runs[i].finish(loss, l1, norm) is not None:
                     state.diverged(i)
@@ -277,7 +260,7 @@ def check_gradients(*tensors: Tensor) -> None:
 class _State:
     """Parameters, optimiser moments and histories of all runs, in one safetensors file."""
 
-    def __init__(self, runs: Sequence[Run], path: Path | None) -> None:
+    def __init__(self, runs: Sequence[Training], path: Path | None) -> None:
         self.runs, self.path = runs, path
 
     def save(self) -> None:
@@ -315,7 +298,7 @@ class _State:
         logger.info("resumed from %s at step %d", self.path, max(len(run.history) for run in self.runs))
 
     @torch.no_grad()
-    def _resume(self, i: int, run: Run, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    def _resume(self, i: int, run: Training, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         for name, p in run.learned.items():
             found = tensors.get(f"{i}/parameter/{name}")
             if found is None or found.shape != p.shape:

@@ -1,4 +1,7 @@
-"""A task's training rows and what is learned from them: SFT, or DPO against the model as it stands before training."""
+"""A task's training rows and what is learned from them: SFT, or DPO against the model as it stands before training.
+
+`Objective` is the loss of rows; `Steps` takes it through the model, rows of near lengths together, forward and backward.
+"""
 
 import weakref
 from collections.abc import Callable, Sequence
@@ -6,19 +9,32 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
 from lofit_lens import io
-from lofit_lens.errors import DataError
-from lofit_lens.models import Borders, context_length, device_of, fingerprint, is_watched, logits_of, tokenizer_of
-from lofit_lens.tasks.collate import Batch, Encoded, collate, encode_training, pad_id
+from lofit_lens.checks import check_is
+from lofit_lens.errors import DataError, InputError
+from lofit_lens.models import context_length, device_of, fingerprint, is_watched, tokenizer_of
+from lofit_lens.tasks.collate import encode_training
 from lofit_lens.tasks.examples import TrainingExample
 from lofit_lens.tasks.grouping import near_lengths
-from lofit_lens.training.loop import LossOfRows
-from lofit_lens.training.losses import dpo_loss, sft_loss, summed_log_probs
-from lofit_lens.training.passes import PLAIN, Passes, log_probs_of
+from lofit_lens.training.loop import Share
+from lofit_lens.training.losses import dpo_loss
+from lofit_lens.training.passes import (
+    PLAIN,
+    Forms,
+    Passes,
+    cache_is_exact,
+    log_probs,
+    log_probs_of,
+    shared_log_probs,
+    sharing_pays,
+    waste_of,
+)
 
+LossOfRows = Callable[[Sequence[int]], Tensor]
 REFERENCE_SETS = 64  # kept a model; each is a few kilobytes
 
 
@@ -32,7 +48,7 @@ class Objective:
         reference: `[rows, 2]` summed log-probs (nats) of chosen and rejected under the model before training; None for SFT.
     """
 
-    rows: Sequence[tuple[Encoded, ...]]
+    rows: Sequence[Forms]
     beta: float
     reference: Float[Tensor, "rows 2"] | None = None
 
@@ -50,7 +66,7 @@ class Objective:
 
 def objective(
     model: Any, examples: Sequence[TrainingExample], *, beta: float, passes: Passes = PLAIN, batch_size: int = 8,
-    weights: Callable[[], str] | None = None,
+    weights: Callable[[], str] | None = None, reference: Float[Tensor, "rows 2"] | None = None,
 ) -> Objective:  # fmt: skip
     """The rows of a task for a model.
 
@@ -65,83 +81,89 @@ def objective(
         passes: how the reference is run.
         batch_size: pairs of one pass of it, at most.
         weights: gives the model's fingerprint, where several objectives share it; None = taken here.
+        reference: DPO's, one row for each example (`reference_log_probs`); None = the model as it stands.
 
     Raises:
         DataError: a row longer than the model's context.
+        InputError: a reference of another shape, not finite, or for a task without pairs.
     """
     rows = encoded_rows(model, examples)
-    if len(rows[0]) == 1:
+    pairs = len(rows[0]) == 2
+    if reference is not None:
+        check_is(reference, Tensor, "reference", "what reference_log_probs gives")
+        if not pairs or tuple(reference.shape) != (len(rows), 2) or not bool(reference.isfinite().all()):
+            wanted = f"finite numbers of shape [{len(rows)}, 2]" if pairs else "none: this task has no pairs (DPO)"
+            raise InputError(f"the reference has shape {list(reference.shape)}; give {wanted}")
+        return Objective(rows, beta, reference.detach())
+    if not pairs:
         return Objective(rows, beta)
     return Objective(
         rows, beta, _kept_reference(model, rows, passes, batch_size, weights or (lambda: fingerprint(model)))
     )
 
 
-def task_loss(model: Any, examples: Sequence[TrainingExample], *, beta: float, batch_size: int = 8) -> LossOfRows:
+def task_loss(
+    model: Any, examples: Sequence[TrainingExample], *, beta: float, batch_size: int = 8,
+    reference: Float[Tensor, "rows 2"] | None = None,
+) -> LossOfRows:  # fmt: skip
     """The loss of given rows as a function of whatever is attached when it is called: one padded batch, full logits.
 
-    Arguments and errors as in `objective`. In the batch stand all first forms (chosen), then all second ones (rejected).
+    Arguments and errors as in `objective`. In the batch of pairs each chosen answer stands before its rejected one.
     """
-    known = objective(model, examples, beta=beta, batch_size=batch_size)
-    batch_of = _batcher(model, known.rows)
-    if known.reference is None:
+    known = objective(model, examples, beta=beta, batch_size=batch_size, reference=reference)
 
-        def sft(rows: Sequence[int]) -> Tensor:
-            batch = batch_of(rows)
-            return sft_loss(logits(model, batch), batch.tokens, batch.labels)
+    def loss_of(rows: Sequence[int]) -> Tensor:
+        sums = log_probs_of(model, [known.rows[row] for row in rows], PLAIN)
+        return known.total(rows, sums) / known.parts(rows)
 
-        return sft
-
-    def dpo(rows: Sequence[int]) -> Tensor:
-        batch = batch_of(rows)
-        sums = summed_log_probs(logits(model, batch), batch.tokens, batch.labels)
-        return known.total(rows, sums.view(2, -1).T) / len(rows)
-
-    return dpo
-
-
-def logits(model: Any, batch: Batch) -> Float[Tensor, "batch pos d_vocab"]:
-    """Logits of a right-padded batch whose labels are its answers."""
-    borders = Borders(batch.labels.int().argmax(dim=1), batch.mask.sum(dim=1))
-    return logits_of(model, batch.tokens, batch.mask, borders)
-
-
-def _batcher(model: Any, rows: Sequence[tuple[Encoded, ...]]) -> Callable[[Sequence[int]], Batch]:
-    fill, device = pad_id(tokenizer_of(model)), device_of(model)
-
-    def batch_of(some: Sequence[int]) -> Batch:
-        return collate([rows[r][f] for f in range(len(rows[0])) for r in some], pad_id=fill, device=device)
-
-    return batch_of
+    return loss_of
 
 
 _references: "weakref.WeakKeyDictionary[Any, dict[str, Tensor]]" = weakref.WeakKeyDictionary()
 
 
 def _kept_reference(
-    model: Any, rows: Sequence[tuple[Encoded, ...]], passes: Passes, batch_size: int, weights: Callable[[], str]
+    model: Any, rows: Sequence[Forms], passes: Passes, batch_size: int, weights: Callable[[], str]
 ) -> Float[Tensor, "rows 2"]:
     """Reference log-probs, computed once for the same rows in any order, and to the same bits."""
     order = sorted(set(rows), key=lambda forms: [(len(f.ids), f.ids, f.start) for f in forms])
     place = {forms: i for i, forms in enumerate(order)}
     at = torch.tensor([place[forms] for forms in rows], device=device_of(model))
     if is_watched(model) or any(module.training for module in model.modules()):
-        return reference_log_probs(model, order, passes=passes, batch_size=batch_size)[at]
+        return _reference(model, order, passes, batch_size)[at]
     kept = _references.setdefault(model, {})
     content = [[(f.ids, f.start) for f in forms] for forms in order]
     key = io.digest([weights(), str(device_of(model)), passes.to_dict(), batch_size, content])
     if key not in kept:
         while len(kept) >= REFERENCE_SETS:
             del kept[next(iter(kept))]
-        kept[key] = reference_log_probs(model, order, passes=passes, batch_size=batch_size)
+        kept[key] = _reference(model, order, passes, batch_size)
     return kept[key][at]
 
 
-@torch.no_grad()
 def reference_log_probs(
-    model: Any, rows: Sequence[tuple[Encoded, ...]], *, passes: Passes = PLAIN, batch_size: int = 8
+    model: Any, examples: Sequence[TrainingExample], *, passes: Passes = PLAIN, batch_size: int = 8
 ) -> Float[Tensor, "rows 2"]:
-    """Summed log-probs (nats) of chosen and rejected answers under the model as it stands, within the passes' token budget."""
+    """Summed log-probs (nats) of the chosen and the rejected answer of each pair, under the model with whatever is attached.
+
+    Args:
+        model: any HookedTransformer or TransformerBridge, also another one than that which is trained.
+        examples: pairs.
+        passes: how it is run.
+        batch_size: pairs of one pass, at most.
+
+    Raises:
+        InputError: examples that are no pairs.
+        DataError: a row longer than the model's context.
+    """
+    rows = encoded_rows(model, examples)
+    if len(rows[0]) != 2:
+        raise InputError("a reference is taken of pairs (chosen and rejected), and these examples have one answer")
+    return _reference(model, rows, passes, batch_size)
+
+
+@torch.no_grad()
+def _reference(model: Any, rows: Sequence[Forms], passes: Passes, batch_size: int) -> Float[Tensor, "rows 2"]:
     found: dict[int, Tensor] = {}
     for first in range(0, len(rows), batch_size):
         part = rows[first : first + batch_size]
@@ -154,7 +176,7 @@ def reference_log_probs(
     return torch.stack([found[i] for i in range(len(rows))])
 
 
-def encoded_rows(model: Any, examples: Sequence[TrainingExample]) -> list[tuple[Encoded, ...]]:
+def encoded_rows(model: Any, examples: Sequence[TrainingExample]) -> list[Forms]:
     """Token ids of each example: one sequence (SFT), or chosen and rejected (DPO).
 
     Raises:
@@ -169,3 +191,54 @@ def encoded_rows(model: Any, examples: Sequence[TrainingExample]) -> list[tuple[
                 "shorten or drop it"
             )
     return rows
+
+
+class Steps:
+    """Rows -> losses, with gradients: what `training.loop` calls in every step.
+
+    Args:
+        model: with nothing attached yet.
+        objectives: of each run.
+        passes: how.
+        owned: whether several adapters are attached side by side, so that each pass says whose its rows are.
+    """
+
+    def __init__(self, model: Any, objectives: Sequence[Objective], passes: Passes, *, owned: bool) -> None:
+        self.model, self.objectives, self.passes, self.owned = model, objectives, passes, owned
+        self.waste = waste_of(model) if passes.near_lengths else None
+        pairs = any(o.reference is not None for o in objectives)
+        # A hook of the user's own may count places, which a pass over the answers alone would shift.
+        wanted = pairs and passes.share_prompts and not passes.checkpointing and not is_watched(model)
+        self.sharing = wanted and cache_is_exact(model)
+
+    def __call__(self, shares: Sequence[Share]) -> list[Tensor]:
+        """Task loss of each run on its rows; gradients are added to its parameters."""
+        units = [(i, row) for i, rows in shares for row in rows]
+        forms = [self.objectives[i].rows[row] for i, row in units]
+        sizes = [(len(f), max(len(e.ids) for e in f)) for f in forms]
+        parts = {i: self.objectives[i].parts(rows) for i, rows in shares}
+        losses: dict[int, Tensor] = {}
+        for group in near_lengths(sizes, budget=self.passes.token_budget, waste=self.waste):
+            found = self._group([units[u] for u in group], [forms[u] for u in group], parts)
+            for i, loss in found.items():
+                losses[i] = losses[i] + loss if i in losses else loss
+        return [losses[i] for i, _ in shares]
+
+    def _group(
+        self, units: Sequence[tuple[int, int]], forms: Sequence[Forms], parts: dict[int, int]
+    ) -> dict[int, Tensor]:
+        """One pass (or two, with shared prompts) forward and backward; what it adds to each run's loss."""
+        owner = torch.tensor([i for i, _ in units]) if self.owned else None
+        if self.sharing and sharing_pays(forms, self.waste or 0):
+            sums = shared_log_probs(self.model, forms, owner)
+        else:
+            sums = log_probs(self.model, forms, owner, self.passes)
+        found, at = {}, 0
+        for i in dict.fromkeys(i for i, _ in units):
+            rows = [row for run, row in units if run == i]
+            n = sum(len(self.objectives[i].rows[row]) for row in rows)
+            mine = rearrange(sums[at : at + n], "(row form) -> row form", row=len(rows))
+            found[i] = self.objectives[i].total(rows, mine) / parts[i]
+            at += n
+        torch.stack(list(found.values())).sum().backward()
+        return {i: loss.detach() for i, loss in found.items()}

@@ -5,20 +5,25 @@ many passes it is computed; values differ from the plain path (`PLAIN`) by round
 """
 
 import contextlib
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from einops import rearrange, reduce
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lofit_lens.checks import check_is, check_whole, given
+from lofit_lens.errors import ModelError
 from lofit_lens.models import (
     Borders,
+    attention_window,
     checkpointed,
     device_of,
     fused_attention,
+    gaps_are_exact,
     logits_of,
     peek,
     read_at,
@@ -27,6 +32,8 @@ from lofit_lens.models import (
 )
 from lofit_lens.tasks.collate import Batch, Encoded, collate, pad, pad_id
 from lofit_lens.training.losses import NO_LABEL, sum_by_row, summed_log_probs, token_log_probs
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -81,40 +88,20 @@ FAST = Passes()
 PLAIN = Passes(None, near_lengths=False, fused=False, scored_only=False, share_prompts=False)
 """One padded batch a step, logits everywhere, the class's own attention."""
 
+WASTE = 128  # padded tokens that one pass may hold; a further pass over a small model on a CPU costs about as much
+LAUNCHES = 10**9  # on a GPU: parameters below which a pass costs what launching it costs, whatever its tokens
 Forms = tuple[Encoded, ...]  # of one row: a sequence (SFT), or chosen and rejected (DPO)
-
-
-@dataclass
-class Tokens:
-    """What passes have run.
-
-    Attributes:
-        real: tokens that are no padding.
-        padded: all places.
-        passes: forward passes.
-    """
-
-    real: int = 0
-    padded: int = 0
-    passes: int = 0
-
-    def add(self, mask: Tensor, n_real: int) -> None:
-        """Count one pass."""
-        self.real, self.padded, self.passes = self.real + n_real, self.padded + mask.numel(), self.passes + 1
 
 
 def log_probs_of(model: Any, rows: Sequence[Forms], passes: Passes) -> Float[Tensor, "rows forms"]:
     """Summed log-probs (nats) of rows of equally many sequences, in one pass."""
-    return log_probs(model, rows, None, passes, Tokens()).view(len(rows), -1)
+    return rearrange(log_probs(model, rows, None, passes), "(row form) -> row form", row=len(rows))
 
 
-def log_probs(
-    model: Any, forms: Sequence[Forms], owner: Tensor | None, passes: Passes, tokens: Tokens
-) -> Float[Tensor, " sequences"]:
+def log_probs(model: Any, forms: Sequence[Forms], owner: Tensor | None, passes: Passes) -> Float[Tensor, " sequences"]:
     """Summed log-prob (nats) of each sequence's labels, row by row, in one padded pass."""
     sequences = [e for f in forms for e in f]
     batch = collate(sequences, pad_id=pad_id(tokenizer_of(model)), device=device_of(model))
-    tokens.add(batch.mask, sum(len(e.ids) for e in sequences))
     borders = Borders(
         torch.tensor([e.start for e in sequences]), torch.tensor([len(e.ids) for e in sequences]),
         None if owner is None else owner[torch.tensor([u for u, f in enumerate(forms) for _ in f])],
@@ -140,26 +127,47 @@ def _summed(model: Any, batch: Batch, borders: Borders) -> Float[Tensor, " seque
     return sum_by_row(values.to(scored.device), scored)
 
 
-def shared_log_probs(
-    model: Any, forms: Sequence[Forms], owner: Tensor | None, tokens: Tokens
-) -> Float[Tensor, " sequences"]:
+def shared_log_probs(model: Any, forms: Sequence[Forms], owner: Tensor | None) -> Float[Tensor, " sequences"]:
     """The same for rows whose sequences begin with one prompt each, which runs once; answers have two tokens or more."""
     fill, device = pad_id(tokenizer_of(model)), device_of(model)
     prompts = [f[0].ids[: f[0].start] for f in forms]
     ends = torch.tensor([len(p) for p in prompts])
     ids, mask = pad(prompts, side="left", pad_id=fill, device=device)
-    tokens.add(mask, int(ends.sum()))
     last, state = remember(model, None, ids, mask, Borders(ends, ends + 1, owner))
     rows = torch.tensor([u for u, f in enumerate(forms) for _ in f])
     answers = [e.ids[e.start :] for f in forms for e in f]
     sums = token_log_probs(last[rows.to(device)], torch.tensor([a[0] for a in answers], device=device))
     batch = collate([Encoded(a[:-1], 0) for a in answers], pad_id=fill, device=device)
-    tokens.add(batch.mask, sum(len(a) - 1 for a in answers))
     lengths = torch.tensor([len(e.ids) for f in forms for e in f])
     borders = Borders(ends[rows], lengths, None if owner is None else owner[rows])
     logits = peek(model, state, rows.to(device), batch.tokens, batch.mask, borders)
     wanted = torch.full(batch.tokens.shape, NO_LABEL, dtype=torch.long)
     for i, answer in enumerate(answers):
         wanted[i, : len(answer) - 1] = torch.tensor(answer[1:])
-    later = token_log_probs(logits.flatten(0, 1), wanted.to(device).flatten())
-    return sums + later.view(wanted.shape).sum(dim=1)
+    later = token_log_probs(rearrange(logits, "row pos vocab -> (row pos) vocab"), wanted.to(device).flatten())
+    return sums + reduce(later, "(row pos) -> row", "sum", row=len(wanted))
+
+
+def waste_of(model: Any) -> int:
+    """Padded tokens that a pass over this model may hold: what a further pass would cost."""
+    if device_of(model).type == "cpu":
+        return WASTE
+    return WASTE * max(1, LAUNCHES // sum(p.numel() for p in model.parameters()))
+
+
+def cache_is_exact(model: Any) -> bool:
+    """Whether going on behind left-padded prompts gives what one pass gives."""
+    try:
+        return attention_window(model) is None and gaps_are_exact(model)
+    except ModelError as e:
+        logger.info("prompts are not shared in training: %s", e)
+        return False
+
+
+def sharing_pays(forms: Sequence[Forms], waste: int) -> bool:
+    """Whether the prompts' second pass is saved more than the tokens that a pass may waste; pairs behind one prompt only."""
+    if not all(len(f) == 2 and f[0].start == f[1].start and min(e.n_labels for e in f) > 1 for f in forms):
+        return False
+    both = 2 * max(len(e.ids) for f in forms for e in f)
+    apart = max(f[0].start for f in forms) + 2 * max(e.n_labels - 1 for f in forms for e in f)
+    return len(forms) * (both - apart) > waste

@@ -21,7 +21,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from einops import reduce
+from einops import rearrange, reduce
 from jaxtyping import Float, Float64
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -80,7 +80,8 @@ def random_scores(
     random.Random(seed).shuffle(order)
     values = torch.zeros(len(order), dtype=torch.float64)
     values[order] = torch.arange(len(order), 0, -1, dtype=torch.float64)
-    return _scored(values.view(info.n_layers, info.n_heads), "random", model, task, seed=seed, n_train=0, config={})
+    grid = rearrange(values, "(layer head) -> layer head", head=info.n_heads)
+    return _scored(grid, "random", model, task, seed=seed, n_train=0, config={})
 
 
 def bias_scores(
@@ -98,19 +99,7 @@ def bias_scores(
     return learned_scores(lofit, "v", kind="bias norm")
 
 
-def probe_scores(
-    model: Any, task: Task | str, *, seed: int = 42, n_train: int | None = None, progress: bool = True
-) -> HeadScores:
-    """Validation accuracy of each head's probe of true and false statements; see `probing.probe_heads`."""
-    return probe_heads(model, task, seed=seed, n_train=n_train, progress=progress)
-
-
-def probing_layers(
-    model: Any, task: Task | str, *, seed: int = 42, n_train: int | None = None, progress: bool = True
-) -> HeadScores:
-    """All heads of the best-probed layer first, then the next; see `probing.probe_layers`."""
-    return probe_layers(model, task, seed=seed, n_train=n_train, progress=progress)
-
+probe_scores, probing_layers = probe_heads, probe_layers  # see `lofit_lens.probing`
 
 # --------------------------------------------------------------------------------------------------- attribution
 
@@ -167,7 +156,7 @@ def attribution_scores(
                 (slopes,) = torch.autograd.grad(loss_of(rows), gates)
             scale = sum(weights[r] for r in rows)
             per_example = scale * reduce(
-                slopes.cpu().double(), "layer (form row) head -> layer row head", "sum", row=len(rows)
+                slopes.cpu().double(), "layer (row form) head -> layer row head", "sum", row=len(rows)
             )
             total += per_example.abs().sum(dim=1)
             bar.update(len(rows))
@@ -249,7 +238,7 @@ def patching_scores(
                 model, AnswerLogProbs(model, [rows[i] for i in part]), progress=progress,
                 patch=lambda head: replace_head(head.head, mean[head], at=0), label=f"patch heads {number}/{len(parts)}",
             )  # fmt: skip
-    per_example = effects.unflatten(2, (len(measured), len(forms[0])))
+    per_example = rearrange(effects, "layer head (row form) -> layer head row form", form=len(forms[0]))
     gains = per_example[..., 0] - per_example[..., 1] if len(forms[0]) == 2 else per_example[..., 0]
     settings = {
         "n_prompts": len(measured), "n_donors": len(donors), "n_shots": n_shots, "shots": [min(counts), max(counts)],

@@ -1,6 +1,6 @@
 """The order of a grid's work: which cells share a pass, what may begin now, what can no longer be computed. No files.
 
-Fits of one model can share the passes over it (`training.many`); such cells form a group. Numbers of a shared pass differ by
+Fits of one model can share the passes over it (`training.tune_many`); such cells form a group. Numbers of a shared pass differ by
 rounding from those of another, so who shares one follows from the grid: groups are a function of the list of cells, whatever is
 done already and whoever computes it (but a cell that can never be computed, since one that it needs failed for good, leaves its
 group). A group is handed out, claimed, tried again and checkpointed as a whole; members that are there already are trained along

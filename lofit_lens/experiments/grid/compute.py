@@ -27,8 +27,7 @@ from lofit_lens.interventions import Intervention, Lofit, load_adapter
 from lofit_lens.models import ModelInfo, device_of, model_info
 from lofit_lens.tasks.base import Task
 from lofit_lens.training import TrainConfig
-from lofit_lens.training.lofit import LofitRun, learned_scores
-from lofit_lens.training.many import tune_many
+from lofit_lens.training.lofit import LofitRun, learned_scores, tune_many
 from lofit_lens.training.selectors import LEARNED, SELECTORS, Selector
 from lofit_lens.training.trackers import Tracked, Tracker, tracked, tracker
 
