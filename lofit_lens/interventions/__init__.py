@@ -1,6 +1,7 @@
 """Interventions on a frozen model: each is attached for the length of a `with` block."""
 
 from lofit_lens.interventions.ablation import HeadAblation, mean_z
+from lofit_lens.interventions.at_heads import HeadAdapter
 from lofit_lens.interventions.base import Adapter, Intervention, attached
 from lofit_lens.interventions.contrast import ContrastVectors
 from lofit_lens.interventions.folders import load_adapter
@@ -12,6 +13,6 @@ from lofit_lens.interventions.red import Red
 from lofit_lens.interventions.repe import RepE
 
 __all__ = [
-    "ITI", "Adapter", "ContrastVectors", "HeadAblation", "Intervention", "LoReft", "Lofit", "Lora", "Red", "RepE", "attached",
+    "ITI", "Adapter", "ContrastVectors", "HeadAblation", "HeadAdapter", "Intervention", "LoReft", "Lofit", "Lora", "Red", "RepE", "attached",
     "edit_z", "load_adapter", "load_lora", "mean_z",
 ]  # fmt: skip

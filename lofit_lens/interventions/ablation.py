@@ -23,7 +23,7 @@ from torch import Tensor
 from lofit_lens import io
 from lofit_lens.checks import check_is, check_one_of, texts_of
 from lofit_lens.errors import DataError, InputError
-from lofit_lens.heads import Heads, HeadSet
+from lofit_lens.heads import Head, Heads, HeadSet
 from lofit_lens.interventions.at_heads import HeadAdapter, chosen_heads, shape_and_heads
 from lofit_lens.interventions.base import AdapterMeta, Edit
 from lofit_lens.interventions.files import check_tensors
@@ -97,6 +97,11 @@ class HeadAblation(HeadAdapter):
         if not bool(torch.isfinite(values).all()):
             raise InputError("a value that z should become is NaN or infinite; run the model in float32 or bfloat16")
         self.register_buffer("values", values.detach().float().clone())
+
+    def affine(self, head: Head) -> tuple[Float[Tensor, " d_head"], Float[Tensor, " d_head"]]:
+        """0 and the constant."""
+        value = self.values[self.heads.heads.index(head)]
+        return torch.zeros_like(value), value
 
     @classmethod
     def of(

@@ -4,16 +4,20 @@ import html
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from jaxtyping import Float
+from torch import Tensor
+
+from lofit_lens import io
 from lofit_lens.checks import check_whole, shown
 from lofit_lens.errors import AdapterError, InputError
-from lofit_lens.heads import Heads, HeadSet
+from lofit_lens.heads import Head, Heads, HeadSet
 from lofit_lens.html import first_of
 from lofit_lens.interventions.base import Adapter, AdapterMeta, Edit
 from lofit_lens.interventions.cards import plain, table
 from lofit_lens.interventions.files import CONFIG_FILE
-from lofit_lens.models import ALL, Positions, head_size, hook_z, model_info
+from lofit_lens.models import ALL, Positions, device_of, head_size, hook_z, model_info
 
 SHOWN = 10  # heads in a card's table
 LARGEST = 10**8  # numbers of all heads' outputs together; known models have a few million at most
@@ -71,6 +75,32 @@ class HeadAdapter(Adapter):
 
     def _repr_html_(self) -> str:
         return f"<p>{html.escape(repr(self))}</p>{self.heads._repr_html_()}"
+
+    @classmethod
+    def for_model(cls, model: Any, heads: Heads | None = None) -> Self:
+        """The adapter as it starts, for a model and on its device; `heads=None` takes every head.
+
+        Raises:
+            InputError: a head outside the model.
+            ModelError: heads that cannot be reached at hook_z.
+        """
+        info = model_info(model)
+        grid = (info.n_layers, info.n_heads)
+        chosen = HeadSet.all(grid) if heads is None else chosen_heads(heads, grid, cls.title)
+        d_head = head_size(model, None if heads is None else chosen.layers)
+        made = cls((*grid, d_head), chosen, AdapterMeta(model=info, versions=io.environment()))
+        return made.to(device_of(model))
+
+    def affine(self, head: Head) -> tuple[Float[Tensor, " d_head"], Float[Tensor, " d_head"]]:
+        """Scale and shift of one chosen head's edit, `z <- scale * z + shift`: what export can fold into weights.
+
+        Raises:
+            AdapterError: the method's edit is not of this form.
+        """
+        raise AdapterError(
+            f"{self.title} does not edit a head's output by a constant scale and shift, which is what fits into attention's "
+            "output projection; LoFiT, ITI at all positions and ablations do"
+        )
 
     def _edit(self, layer: int) -> Edit:
         raise NotImplementedError

@@ -108,12 +108,16 @@ def adapters_of(adapters: Any) -> tuple[Intervention, ...]:
     return listed
 
 
+KNOWN: "dict[str, type[Adapter]]" = {}  # method, as in files -> the adapter's class
+
+
 class Adapter(nn.Module):
     """An intervention by hooks: what it edits, how it is attached and saved. One sub-class a method.
 
     A sub-class names its `method` and `title`, says what it edits in `_points`, checks a model's shape in `_check_shape`, and
     gives its numbers and settings to files in `_tensors` and `_settings`, read back by `_made_from`. For its card on the hub it
-    says where it acts in `places`, and for its text in `_parts` what tells it from others.
+    says where it acts in `places`, and for its text in `_parts` what tells it from others. `load_adapter` knows it by its
+    `method` from then on.
 
     Attributes:
         meta: provenance.
@@ -125,6 +129,15 @@ class Adapter(nn.Module):
     backend: ClassVar[str | None] = None  # the only class of TransformerLens that it can be attached to
     meta: AdapterMeta
     positions: Positions
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "method" not in vars(cls):
+            return  # a base of others
+        known = KNOWN.get(cls.method)
+        if known is not None and known.__module__.startswith("lofit_lens.") and cls.__module__ != known.__module__:
+            raise InputError(f"the library has a method {cls.method!r} already; name that of {cls.__name__} otherwise")
+        KNOWN[cls.method] = cls
 
     def __init__(self, meta: AdapterMeta | None = None, positions: str | Positions = ALL) -> None:
         super().__init__()

@@ -4,20 +4,18 @@ from pathlib import Path
 from typing import Any
 
 from lofit_lens.errors import AdapterError
-from lofit_lens.interventions.ablation import HeadAblation
-from lofit_lens.interventions.base import Adapter, located_adapter
-from lofit_lens.interventions.contrast import ContrastVectors
+from lofit_lens.interventions import (  # noqa: F401 (each makes its class known)
+    ablation,
+    contrast,
+    iti,
+    lofit,
+    lora,
+    loreft,
+    red,
+    repe,
+)
+from lofit_lens.interventions.base import KNOWN, Adapter, located_adapter
 from lofit_lens.interventions.files import CONFIG_FILE, read_config
-from lofit_lens.interventions.iti import ITI
-from lofit_lens.interventions.lofit import Lofit
-from lofit_lens.interventions.lora import Lora
-from lofit_lens.interventions.loreft import LoReft
-from lofit_lens.interventions.red import Red
-from lofit_lens.interventions.repe import RepE
-
-CLASSES: dict[str, type[Adapter]] = {
-    c.method: c for c in (Lofit, ITI, RepE, ContrastVectors, Red, LoReft, Lora, HeadAblation)
-}
 
 
 def method_in(folder: str | Path) -> str:
@@ -27,9 +25,10 @@ def method_in(folder: str | Path) -> str:
         AdapterError: it holds no adapter, or one of an unknown method.
     """
     method = read_config(folder)["method"]
-    if method not in CLASSES:
+    if method not in KNOWN:
         raise AdapterError(
-            f"{Path(folder) / CONFIG_FILE} describes an adapter of method {method!r}; known: {', '.join(CLASSES)}"
+            f"{Path(folder) / CONFIG_FILE} describes an adapter of method {method!r}; known: {', '.join(KNOWN)}. For one of "
+            "your own, import the file that holds its class first"
         )
     return method
 
@@ -49,6 +48,6 @@ def load_adapter(folder: str | Path, *, model: Any = None, revision: str | None 
         ModelError: a model that the method cannot be attached to (LoRA needs a TransformerBridge).
     """
     found, source = located_adapter(folder, revision)
-    made = CLASSES[method_in(found)].from_pretrained(found, model=model, strict=strict)
+    made = KNOWN[method_in(found)].from_pretrained(found, model=model, strict=strict)
     made.meta.source = source
     return made

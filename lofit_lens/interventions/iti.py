@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lofit_lens.checks import check_is, check_whole
 from lofit_lens.errors import InputError
-from lofit_lens.heads import Heads
+from lofit_lens.heads import Head, Heads
 from lofit_lens.interventions.at_heads import HeadAdapter, shape_and_heads
 from lofit_lens.interventions.base import AdapterMeta, Edit
 from lofit_lens.interventions.files import check_tensors
@@ -107,6 +107,11 @@ class ITI(HeadAdapter, Steering):
     def n_parameters(self) -> int:
         """Numbers that were estimated for the edit: `K * d_head`, sigma taken into the direction's length."""
         return self.k * self.d_head
+
+    def affine(self, head: Head) -> tuple[Float[Tensor, " d_head"], Float[Tensor, " d_head"]]:
+        """1 and `alpha * sigma * d`."""
+        shift = self.shift(head.layer)[head.head]
+        return torch.ones_like(shift), shift
 
     def shift(self, layer: int) -> Float[Tensor, "n_heads d_head"]:
         """What is added to z in one layer, `alpha * sigma * d` in units of z, float32; zero outside the chosen heads."""

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from lofit_lens import io
 from lofit_lens.checks import check_is, check_number, check_one_of, check_seed
 from lofit_lens.errors import AdapterError
-from lofit_lens.heads import Heads, HeadScores, HeadSet
-from lofit_lens.interventions.at_heads import HeadAdapter, check_vectors_shape, chosen_heads, shape_and_heads
+from lofit_lens.heads import Head, Heads, HeadScores, HeadSet
+from lofit_lens.interventions.at_heads import HeadAdapter, check_vectors_shape, shape_and_heads
 from lofit_lens.interventions.base import AdapterMeta, Edit
 from lofit_lens.interventions.files import check_tensors
-from lofit_lens.models import device_of, head_size, model_info, value_biases_folded
+from lofit_lens.models import model_info, value_biases_folded
 
 INIT_STD = 1e-3
 LOFIT = "a LoFiT adapter (tune_offsets, Lofit.from_pretrained)"  # what to give, in errors
@@ -100,20 +100,9 @@ class Lofit(HeadAdapter):
 
     # ------------------------------------------------------------------------------------------- making
 
-    @classmethod
-    def for_model(cls, model: Any, heads: Heads | None = None) -> "Lofit":
-        """The zero adapter for a model, on its device; `heads=None` takes every head.
-
-        Raises:
-            InputError: a head outside the model.
-            ModelError: heads that cannot be reached at hook_z.
-        """
-        info = model_info(model)
-        if heads is not None:
-            heads = chosen_heads(heads, (info.n_layers, info.n_heads), cls.title)
-        d_head = head_size(model, None if heads is None else heads.layers)
-        made = cls((info.n_layers, info.n_heads, d_head), heads, AdapterMeta(model=info, versions=io.environment()))
-        return made.to(device_of(model))
+    def affine(self, head: Head) -> tuple[Float[Tensor, " d_head"], Float[Tensor, " d_head"]]:
+        """`1 + A` and `v`."""
+        return 1 + self.A[head], self.v[head]
 
     @torch.no_grad()
     def init_(self, component: Component, *, seed: int, std: float = INIT_STD) -> "Lofit":

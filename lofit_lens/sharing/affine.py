@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lofit_lens.errors import AdapterError
-from lofit_lens.interventions import ITI, Adapter, HeadAblation, Lofit
+from lofit_lens.interventions import Adapter, HeadAdapter
 from lofit_lens.interventions.base import check_adapter
 
 Grid = Float[Tensor, "n_layers n_heads d_head"]
@@ -22,7 +22,7 @@ def affine(adapter: Adapter) -> tuple[Grid, Grid]:
             that changes nothing.
     """
     check_adapter(adapter)
-    if not isinstance(adapter, Lofit | ITI | HeadAblation):
+    if not isinstance(adapter, HeadAdapter):
         raise AdapterError(
             f"{adapter.title} does not edit single heads' outputs by a constant scale and shift, which is what fits into "
             "attention's output projection; LoFiT, ITI at all positions and ablations do"
@@ -33,13 +33,8 @@ def affine(adapter: Adapter) -> tuple[Grid, Grid]:
             'one that acts everywhere (with_positions("all")), measure what that changes, and export that'
         )
     scale, shift = torch.ones(adapter.shape), torch.zeros(adapter.shape)
-    for i, head in enumerate(adapter.heads):
-        if isinstance(adapter, Lofit):
-            scale[head], shift[head] = 1 + adapter.A[head].cpu(), adapter.v[head].cpu()
-        elif isinstance(adapter, ITI):
-            shift[head] = adapter.shift(head.layer)[head.head].cpu()
-        else:
-            scale[head], shift[head] = 0, adapter.values[i].cpu()
+    for head in adapter.heads:
+        scale[head], shift[head] = (part.detach().float().cpu() for part in adapter.affine(head))
     if not bool(torch.isfinite(scale).all() and torch.isfinite(shift).all()):
         raise AdapterError("this adapter holds NaN or infinity; train it again, or load its last good state")
     if bool((scale == 1).all() and (shift == 0).all()):
