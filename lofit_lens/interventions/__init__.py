@@ -13,6 +13,6 @@ from lofit_lens.interventions.red import Red
 from lofit_lens.interventions.repe import RepE
 
 __all__ = [
-    "ITI", "Adapter", "ContrastVectors", "HeadAblation", "HeadAdapter", "Intervention", "LoReft", "Lofit", "Lora", "Red", "RepE", "attached",
-    "edit_z", "load_adapter", "load_lora", "mean_z",
+    "ITI", "Adapter", "ContrastVectors", "HeadAblation", "HeadAdapter", "Intervention", "LoReft", "Lofit", "Lora", "Red",
+    "RepE", "attached", "edit_z", "load_adapter", "load_lora", "mean_z",
 ]  # fmt: skip

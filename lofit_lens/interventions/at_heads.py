@@ -4,7 +4,7 @@ import html
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, TypeVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -20,6 +20,7 @@ from lofit_lens.interventions.files import CONFIG_FILE
 from lofit_lens.models import ALL, Positions, device_of, head_size, hook_z, model_info
 
 SHOWN = 10  # heads in a card's table
+Some = TypeVar("Some", bound="HeadAdapter")
 LARGEST = 10**8  # numbers of all heads' outputs together; known models have a few million at most
 
 
@@ -77,7 +78,7 @@ class HeadAdapter(Adapter):
         return f"<p>{html.escape(repr(self))}</p>{self.heads._repr_html_()}"
 
     @classmethod
-    def for_model(cls, model: Any, heads: Heads | None = None) -> Self:
+    def for_model(cls: type[Some], model: Any, heads: Heads | None = None) -> Some:
         """The adapter as it starts, for a model and on its device; `heads=None` takes every head.
 
         Raises:
