@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from lofit_lens.evaluation import Damage, EvalResult, compare, damage, evaluate, generate, over_seeds
     from lofit_lens.experiments.comparison import compare_methods, compare_selectors, tune_method
     from lofit_lens.experiments.grid.paper import paper_grid
-    from lofit_lens.experiments.grid.run import run_grid
-    from lofit_lens.experiments.grid.specs import Grid, read_grid
+    from lofit_lens.experiments.grid.run import read_grid, run_grid
+    from lofit_lens.experiments.grid.specs import Grid
     from lofit_lens.experiments.methods import Method
-    from lofit_lens.experiments.tables.results import load_results
+    from lofit_lens.experiments.tables.load import load_results
     from lofit_lens.explorer import explore
     from lofit_lens.heads import Head, HeadScores, HeadSet
     from lofit_lens.interventions import (
@@ -68,10 +68,10 @@ _PARTS = (
 _HOMES = {
     "evaluation": "Damage EvalResult compare damage evaluate generate over_seeds",
     "experiments.comparison": "compare_methods compare_selectors tune_method",
-    "experiments.grid.run": "run_grid",
+    "experiments.grid.run": "read_grid run_grid",
     "experiments.grid.paper": "paper_grid",
-    "experiments.tables.results": "load_results",
-    "experiments.grid.specs": "Grid read_grid",
+    "experiments.tables.load": "load_results",
+    "experiments.grid.specs": "Grid",
     "experiments.methods": "Method",
     "explorer": "explore",
     "heads": "Head HeadScores HeadSet",

@@ -9,7 +9,7 @@ from lofit_lens.cli import common
 from lofit_lens.experiments.demo import embedded_grid, questions, ranks, real_grid
 from lofit_lens.experiments.grid.run import plan_grid
 from lofit_lens.experiments.organism import planted
-from lofit_lens.experiments.tables.results import load_results
+from lofit_lens.experiments.tables.load import load_results
 from lofit_lens.models import ORGANISM
 from lofit_lens.organism.words import TASKS
 from tests.test_cli import run as run_cli

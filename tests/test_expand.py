@@ -7,7 +7,9 @@ import pytest
 
 from lofit_lens.errors import InputError
 from lofit_lens.experiments.grid import expand as expansion
-from lofit_lens.experiments.grid.expand import Setting, expand, model_key, task_key
+from lofit_lens.experiments.grid import keys
+from lofit_lens.experiments.grid.expand import Setting, expand
+from lofit_lens.experiments.grid.keys import model_key, task_key
 from lofit_lens.experiments.grid.specs import Grid, Run, Selection
 from lofit_lens.models import ModelInfo
 from tests.studies import OTHER, TASKS
@@ -195,7 +197,7 @@ def test_names_follow_all_that_can_change_a_result(monkeypatch):
         other = names(**changes)
         assert other[0] == base[0]
         assert other[1] != base[1], changes
-    versions = expansion.versions_key()
+    versions = keys.versions_key()
     assert set(versions) == {"lofit-lens", "torch", "transformers", "transformer-lens"}
     monkeypatch.setattr(expansion, "versions_key", lambda: {**versions, "torch": "99"})
     assert not set(names()) & set(base)
@@ -210,8 +212,8 @@ def test_versions_are_cut_to_what_may_change_a_result(monkeypatch):
         "transformers": "5.9",
         "transformer-lens": "4.3.0",
     }
-    monkeypatch.setattr(expansion.io, "environment", lambda: found)
-    assert expansion.versions_key() == {"lofit-lens": "0.1", "torch": "2", "transformers": "5", "transformer-lens": "4"}
+    monkeypatch.setattr(keys.io, "environment", lambda: found)
+    assert keys.versions_key() == {"lofit-lens": "0.1", "torch": "2", "transformers": "5", "transformer-lens": "4"}
 
 
 def test_keys_hold_no_path():

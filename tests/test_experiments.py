@@ -7,7 +7,7 @@ import lofit_lens as ll
 from lofit_lens.experiments.grid.run import run_grid
 from lofit_lens.experiments.grid.specs import Grid, Run
 from lofit_lens.experiments.organism import cue_patching, planted
-from lofit_lens.experiments.tables.results import load_results
+from lofit_lens.experiments.tables.load import load_results
 from lofit_lens.models import ORGANISM, hooked, logits_of
 from lofit_lens.organism.words import TASKS
 from lofit_lens.organism.world import rows, with_cue

@@ -13,7 +13,7 @@ from lofit_lens.errors import DataError, InputError
 from lofit_lens.evaluation.stats import bootstrap_interval_over_seeds
 from lofit_lens.experiments.grid.paper import PARTS, SCORES_ALONE, paper_grid
 from lofit_lens.experiments.grid.run import run_grid
-from lofit_lens.experiments.tables.results import load_results
+from lofit_lens.experiments.tables.load import load_results
 from lofit_lens.plots import methods as method_plots
 from lofit_lens.plots import style
 from lofit_lens.plots.methods import method_bars

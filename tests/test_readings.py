@@ -12,7 +12,7 @@ from lofit_lens.errors import DataError, InputError
 from lofit_lens.experiments import readings
 from lofit_lens.experiments.grid.run import plan_grid
 from lofit_lens.experiments.store.store import Store
-from lofit_lens.experiments.tables.results import load_results
+from lofit_lens.experiments.tables.load import load_results
 from lofit_lens.report.collect import collect, head_readings
 from lofit_lens.report.data import checked
 from tests import studies

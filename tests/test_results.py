@@ -12,8 +12,8 @@ from lofit_lens.evaluation.compare import compare, over_seeds
 from lofit_lens.evaluation.stats import holm, paired_permutation_test
 from lofit_lens.experiments.grid.specs import Run
 from lofit_lens.experiments.store.store import Store
+from lofit_lens.experiments.tables.load import load_results
 from lofit_lens.experiments.tables.paper_tables import paper_tables
-from lofit_lens.experiments.tables.results import load_results
 from tests import studies
 from tests.studies import GRID, OTHER, TASKS
 

@@ -4,7 +4,8 @@ import pytest
 
 from lofit_lens.errors import DataError, InputError
 from lofit_lens.experiments.grid.paper import BLOCKS, PARTS, grid_named, known_grids, paper_grid
-from lofit_lens.experiments.grid.specs import Grid, ModelSpec, Run, Selection, TaskSpec, heads_of, read_grid
+from lofit_lens.experiments.grid.run import read_grid
+from lofit_lens.experiments.grid.specs import Grid, ModelSpec, Run, Selection, TaskSpec, heads_of
 
 SMALL = "name: small\nmodel: organism\ntasks: [organism/truth]\n"
 

@@ -54,7 +54,7 @@ def demo(
     c.check_writable(out)
     c.quiet_libraries()
     from lofit_lens.experiments.demo import REAL_MODEL, embedded_grid, real_grid
-    from lofit_lens.experiments.tables.results import load_results
+    from lofit_lens.experiments.tables.load import load_results
     from lofit_lens.plots.style import check_formats, check_static
 
     formats = ("html", "png") if png else ("html",)

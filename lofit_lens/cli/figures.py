@@ -75,7 +75,7 @@ def figures(
                 system, workers, True, quiet,
             ), "figures")  # fmt: skip
             c.console.print(f"study in {results}: {time.perf_counter() - start:.0f} s")
-        from lofit_lens.experiments.tables.results import load_results
+        from lofit_lens.experiments.tables.load import load_results
 
         files = draw_all(load_results(results, grids=grid), out, formats=wanted, heads=heads)
     s.print_files(files, out)

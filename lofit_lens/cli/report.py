@@ -20,7 +20,7 @@ def report(
     Example: lofit-lens report runs/study -o report.html
     """
     c.check_new(out, overwrite=overwrite, folder=False)
-    from lofit_lens.experiments.tables.results import load_results
+    from lofit_lens.experiments.tables.load import load_results
     from lofit_lens.report.collect import collect
     from lofit_lens.report.page import write_report
 

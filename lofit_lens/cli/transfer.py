@@ -39,7 +39,7 @@ def transfer(
     s.run(s.Study(
         out, how, names, seeds, draws, limit, ["fig2"], False, None, "none", data_dir, chat, system, workers, False, quiet,
     ), "transfer")  # fmt: skip
-    from lofit_lens.experiments.tables.results import load_results
+    from lofit_lens.experiments.tables.load import load_results
     from lofit_lens.plots.style import save_figure
     from lofit_lens.plots.transfer import transfer_heatmap
     from lofit_lens.report.figures import transfer as matrix

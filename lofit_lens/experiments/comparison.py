@@ -21,7 +21,8 @@ from lofit_lens.experiments.methods import METHODS, Method, lofit, method_of
 from lofit_lens.experiments.methods.base import OWN, RANDOM
 from lofit_lens.experiments.methods.choice import Settings, Tuned
 from lofit_lens.experiments.store.store import Store
-from lofit_lens.experiments.tables.results import Results, load_results
+from lofit_lens.experiments.tables.load import load_results
+from lofit_lens.experiments.tables.results import Results
 from lofit_lens.experiments.tables.table import MethodTable
 from lofit_lens.tasks.base import Task
 from lofit_lens.training.selectors import SELECTORS

@@ -10,7 +10,8 @@ from lofit_lens.analysis.overlap import joint_shape
 from lofit_lens.checks import check_one_of, texts_of
 from lofit_lens.errors import InputError, unknown
 from lofit_lens.experiments.grid.expand import TOGETHER
-from lofit_lens.experiments.tables.results import Results, load_results
+from lofit_lens.experiments.tables.load import load_results
+from lofit_lens.experiments.tables.results import Results
 from lofit_lens.heads import Head, HeadScores, HeadSet, named_rankings
 from lofit_lens.models import ModelInfo, model_info, same_weights
 from lofit_lens.report.collect import ORDER, attention_readings, head_readings

@@ -16,7 +16,7 @@ from lofit_lens.evaluation.evaluate import evaluate
 from lofit_lens.experiments.executors.attempt import Each
 from lofit_lens.experiments.executors.process import kept_model
 from lofit_lens.experiments.executors.schedule import Group
-from lofit_lens.experiments.grid.expand import model_key
+from lofit_lens.experiments.grid.keys import model_key
 from lofit_lens.experiments.methods import Fit, Method, Workbench, method_of, register
 from lofit_lens.experiments.methods.choice import Tuned, choose
 from lofit_lens.experiments.readings import read_adapter, read_together

@@ -11,21 +11,21 @@ Nothing is loaded but the data: a model is known by its configuration (`models.p
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from lofit_lens import io
 from lofit_lens.errors import InputError, unknown
+from lofit_lens.experiments.grid.keys import model_key, selector_source, task_key, versions_key
 from lofit_lens.experiments.grid.specs import CHOSEN, EVERY, ITSELF, OTHERS, PRESET, Grid, Run, heads_of
 from lofit_lens.experiments.methods import Method, Outline, method_of
 from lofit_lens.experiments.methods.base import ALL, OWN, RANDOM
-from lofit_lens.experiments.methods.source import digest_of, in_library
 from lofit_lens.experiments.store.cells import Cell
 from lofit_lens.models import ModelInfo
 from lofit_lens.tasks.base import Task
 from lofit_lens.training.config import TrainConfig
-from lofit_lens.training.selectors import LEARNED, SELECTORS
+from lofit_lens.training.selectors import LEARNED
 
 COST = {
     "scores": 1.2,
@@ -76,64 +76,6 @@ class Setting:
     def outline(self, task: str) -> Outline:
         """Model and preset."""
         return Outline.of(self.info, self.tasks[task])
-
-
-def model_key(info: ModelInfo, files: str = "") -> dict[str, Any]:
-    """What of a model can change a result: weights, configuration and tokenizer, class, dtype, BOS; not where they lie.
-
-    Args:
-        info: of the model.
-        files: digest of a local folder's configuration and tokenizer (`models.folder_digest`), or of a model in memory.
-    """
-    weights = info.revision if (info.revision or "").startswith("sha256:") else f"{info.name}@{info.revision}"
-    return {
-        "weights": weights, "files": files, "backend": info.backend, "processed": info.processed, "dtype": info.dtype,
-        "heads": [info.n_layers, info.n_heads], "prepend_bos": info.prepend_bos,
-    }  # fmt: skip
-
-
-def task_key(task: Task) -> dict[str, Any]:
-    """What of a task can change a result: its rows in training and test form, and how answers are graded.
-
-    Raises:
-        InputError: a grader that is not known by a name and its source.
-    """
-    rows = {
-        name: {split: [repr(e) for e in listed] for split, listed in form.items()}
-        for name, form in (("training", task.training), ("test", task.test))
-    }
-    return {
-        "name": task.name, "form": task.form, "objective": task.objective, "metric": task.metric,
-        "max_new_tokens": task.max_new_tokens, "data": io.digest([rows, sorted(task.leaked), task.n_train]),
-        "grade": _grader(task), **({} if task.chat is None else {"chat": asdict(task.chat)}),
-    }  # fmt: skip
-
-
-def _grader(task: Task) -> str:
-    """A grader's name; outside the library its source too, since it may change under its name."""
-    grade: Any = task.grade
-    if grade is None:
-        return ""
-    name = f"{getattr(grade, '__module__', '')}.{getattr(grade, '__qualname__', '')}"
-    return name if in_library(grade) else f"{name}:{digest_of([grade], f'the grader of {task.name}')}"
-
-
-def _selector_source(name: str) -> dict[str, str]:
-    """Digest of the source of a selector from outside the library."""
-    select: Any = SELECTORS[name]
-    return {} if in_library(select) else {"source": digest_of([select], f"the selector {name}")}
-
-
-def versions_key() -> dict[str, str]:
-    """Major versions (for a 0.x version the minor too) of what computes."""
-    found = io.environment()
-    return {
-        name: _cut(found[name]) for name in ("lofit-lens", "torch", "transformers", "transformer-lens") if name in found
-    }
-
-
-def _cut(version: str) -> str:
-    return ".".join(version.split(".")[: 2 if version.startswith("0.") else 1])
 
 
 def expand(setting: Setting) -> list[Cell]:
@@ -196,7 +138,7 @@ class _Maker:
         spec = {
             "kind": "scores", "task": self.setting.task_keys[task], "by": selection.by, "seed": seed,
             "n_train": _rows(data, n, seed), "config": config and config.to_dict(), "among": among,
-            **_selector_source(selection.by),
+            **selector_source(selection.by),
         }  # fmt: skip
         row = {"task": task, "heads_from": name, "seed": seed, "n_train": None if selection.n_train else n}
         label = (task, selection.by, among and f"of {among['k']}", n and f"n{n}", f"seed{seed}")

@@ -13,16 +13,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from lofit_lens import io
-from lofit_lens.errors import InputError
+from lofit_lens.errors import DataError, InputError
 from lofit_lens.evaluation.texts import load_texts
 from lofit_lens.experiments.executors.runner import Executor, Report, Work, run_cells
 from lofit_lens.experiments.executors.schedule import TOGETHER
 from lofit_lens.experiments.grid.compute import Context, compute
 from lofit_lens.experiments.grid.expand import Setting, expand
 from lofit_lens.experiments.grid.paper import grid_named, known_grids
-from lofit_lens.experiments.grid.specs import Grid, ModelSpec, TaskSpec, read_grid
-from lofit_lens.experiments.methods import Outline, Workbench
+from lofit_lens.experiments.grid.specs import Grid, ModelSpec, TaskSpec
+from lofit_lens.experiments.methods import Outline, Workbench, use_file
 from lofit_lens.experiments.methods.base import ALL, RANDOM, Method
 from lofit_lens.experiments.methods.source import in_library
 from lofit_lens.experiments.store.cells import Cell
@@ -62,6 +64,34 @@ def open_grid(grid: Grid | str | Path) -> Grid:
     if str(grid) not in known_grids() and (Path(grid).is_file() or Path(grid).suffix in (".yaml", ".yml")):
         return read_grid(grid)
     return grid_named(str(grid))
+
+
+def read_grid(path: str | Path) -> Grid:
+    """A grid from a YAML file.
+
+    Raises:
+        DataError: unreadable, or not YAML; names the line.
+        InputError: an unknown field, a wrong type or name; says where in the file and what is allowed.
+    """
+    try:
+        found = yaml.safe_load(io.decoded(path))
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        where = f":{mark.line + 1}" if mark is not None else ""
+        raise DataError(f"{path}{where} is not YAML: {getattr(e, 'problem', None) or e}") from e
+    if not isinstance(found, dict):
+        raise DataError(f"{path} holds {type(found).__name__}; a grid is a record with name, model, tasks and runs")
+    try:
+        for file in _files(found.get("code", [])):
+            use_file(Path(path).parent / str(file))
+        return Grid(**{str(k): v for k, v in found.items()})
+    except InputError as e:
+        raise InputError(f"{path}: {e}") from e
+
+
+def _files(given: Any) -> list[str]:
+    """One file, or several."""
+    return [str(file) for file in (given if isinstance(given, list) else [given])]
 
 
 def plan_grid(

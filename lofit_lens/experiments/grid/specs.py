@@ -18,16 +18,13 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Annotated, Any
 
 import pydantic
-import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from lofit_lens import io
-from lofit_lens.errors import DataError, InputError, no_field, unknown
-from lofit_lens.experiments.methods import method_of, use_file
+from lofit_lens.errors import InputError, no_field, unknown
+from lofit_lens.experiments.methods import method_of
 from lofit_lens.experiments.methods.base import ALL, OWN, RANDOM, TRAINED, Method
 from lofit_lens.heads import check_k
 from lofit_lens.io import torch_dtype
@@ -376,29 +373,6 @@ def heads_of(k: int | str, usual: int, n_heads: int) -> int:
     raise InputError(
         f"k is {k!r}; give a number of heads, K or 3K (the preset's number, or times 3), or a share such as 20 %"
     )
-
-
-def read_grid(path: str | Path) -> Grid:
-    """A grid from a YAML file.
-
-    Raises:
-        DataError: unreadable, or not YAML; names the line.
-        InputError: an unknown field, a wrong type or name; says where in the file and what is allowed.
-    """
-    try:
-        found = yaml.safe_load(io.decoded(path))
-    except yaml.YAMLError as e:
-        mark = getattr(e, "problem_mark", None)
-        where = f":{mark.line + 1}" if mark is not None else ""
-        raise DataError(f"{path}{where} is not YAML: {getattr(e, 'problem', None) or e}") from e
-    if not isinstance(found, dict):
-        raise DataError(f"{path} holds {type(found).__name__}; a grid is a record with name, model, tasks and runs")
-    try:
-        for file in _listed(found.get("code", ())):
-            use_file(Path(path).parent / str(file))
-        return Grid(**{str(k): v for k, v in found.items()})
-    except InputError as e:
-        raise InputError(f"{path}: {e}") from e
 
 
 @contextmanager

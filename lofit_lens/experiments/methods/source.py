@@ -11,6 +11,7 @@ from typing import Any
 from lofit_lens import io
 from lofit_lens.errors import InputError
 
+_DESCRIBED = (types.FunctionType, classmethod, staticmethod, property)  # members that are read as functions
 _INSTALLED = tuple({Path(sysconfig.get_paths()[part]).resolve() for part in ("stdlib", "purelib", "platlib")})
 
 
@@ -63,11 +64,18 @@ class _Reader:
             self.found.append([name, self._plain(value, name)])
 
     def _read_source(self, value: Any, name: str) -> None:
-        try:
-            self.found.append([name, inspect.getsource(value)])
-        except (OSError, TypeError) as e:
-            raise InputError(f"the source of {name}, a part of {self.what}, cannot be read; put it into a file") from e
-        for function in [value] if isinstance(value, types.FunctionType) else _functions(value):
+        functions = [value] if isinstance(value, types.FunctionType) else list(_functions(value))
+        # A notebook's class has no file; its functions have. What else it holds is read below, as data.
+        for function in functions:
+            try:
+                self.found.append([function.__qualname__, inspect.getsource(function)])
+            except (OSError, TypeError) as e:
+                raise InputError(
+                    f"the source of {name}, a part of {self.what}, cannot be read; put it into a file"
+                ) from e
+        if isinstance(value, type):
+            self._read_class(value)
+        for function in functions:
             for given in (function.__defaults__, function.__kwdefaults__):
                 self.found.append([function.__qualname__, self._plain(given, f"a default of {function.__qualname__}")])
             for free, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
@@ -76,6 +84,13 @@ class _Reader:
             for used in _names(function.__code__):
                 if used in function.__globals__:
                     self.read(function.__globals__[used], used)
+
+    def _read_class(self, cls: type) -> None:
+        for base in cls.__bases__:
+            self.read(base, base.__qualname__)
+        for name, member in vars(cls).items():
+            if not name.startswith("__") and not isinstance(member, _DESCRIBED):
+                self.found.append([f"{cls.__qualname__}.{name}", self._plain(member, f"{cls.__qualname__}.{name}")])
 
     def _plain(self, value: Any, name: str) -> Any:
         """The value, if it is data that can be written down."""

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from lofit_lens import io
 from lofit_lens.errors import InputError
 from lofit_lens.evaluation.compare import Comparison, PairedTester, compare, over_seeds
-from lofit_lens.evaluation.result import EvalResult, Metric, table_html
+from lofit_lens.evaluation.result import Metric, table_html
 from lofit_lens.evaluation.stats import (
     FEW,
     bootstrap_interval_over_seeds,
@@ -20,46 +20,10 @@ from lofit_lens.evaluation.stats import (
     paired_bootstrap_test,
     paired_permutation_test,
 )
-from lofit_lens.experiments.methods.choice import Tuned
+from lofit_lens.experiments.tables.runs import MethodRuns
 from lofit_lens.models import ModelInfo
 
 KIND, SCHEMA = "lofit_lens.MethodTable", 1
-
-
-@dataclass(frozen=True, eq=False)
-class TestedFit:
-    """One fit and its evaluation.
-
-    Attributes:
-        seed: of the fit (draw of rows, init, row order; random heads: of the draw of heads too).
-        settings: given, or chosen for the method.
-        result: on the evaluated split.
-        n_parameters: numbers learned or estimated that the method adds to the model.
-        fit_seconds: selection or probing included, choice of settings and loading not.
-        eval_seconds: of the task alone.
-        damage: per text `kl`, `cross_entropy` and `cross_entropy_base` in nats; None where not measured.
-        heads: edited heads, for methods that edit heads.
-    """
-
-    __test__ = False  # pytest: no test case
-
-    seed: int
-    settings: dict[str, Any]
-    result: EvalResult
-    n_parameters: int
-    fit_seconds: float
-    eval_seconds: float
-    damage: dict[str, list[float]] | None = None
-    heads: str = ""
-
-
-@dataclass(frozen=True, eq=False)
-class MethodRuns:
-    """A method's fits, one a seed, and how its settings were chosen (None: they were given, or taken over)."""
-
-    method: str
-    runs: tuple[TestedFit, ...]
-    tuned: Tuned | None = None
 
 
 @dataclass(frozen=True)
