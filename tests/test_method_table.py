@@ -11,7 +11,8 @@ from lofit_lens.evaluation.compare import compare
 from lofit_lens.evaluation.result import EvalResult, Metric
 from lofit_lens.evaluation.stats import bootstrap_interval_over_seeds, holm
 from lofit_lens.experiments.methods.choice import Tuned
-from lofit_lens.experiments.tables.table import MethodRuns, MethodTable, Spread, TestedFit
+from lofit_lens.experiments.tables.runs import MethodRuns, TestedFit
+from lofit_lens.experiments.tables.table import MethodTable, Spread
 from lofit_lens.tasks import Task
 
 N = 60
