@@ -69,8 +69,9 @@ def compare(
         opened = [c.TaskOptions(name, fold, data_dir, source, chat, system).opened(form) for name in task_names(task)]
         c.say_template_of([(how.model, how.revision)], used=chat or system is not None)
         tables = compare_on_tasks(Comparison(
-            how.spec(), opened, method, selectors, seeds, [] if selectors else ordinary_texts(texts, how.model, n_texts), limit,
-            n_train, workers, how.device, out or Path("runs/compare"), quiet,
+            model=how.spec(), device=how.device, tasks=opened, methods=method, selectors=selectors, seeds=seeds,
+            texts=[] if selectors else ordinary_texts(texts, how.model, n_texts), limit=limit, n_train=n_train,
+            workers=workers, out=out or Path("runs/compare"), quiet=quiet,
         ))  # fmt: skip
         if as_json:
             c.print_json({name: table.to_dict() for name, table in tables.items()})

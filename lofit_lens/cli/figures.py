@@ -70,10 +70,12 @@ def figures(
         files = save_all(official_figures(heads), out, formats=wanted)
     else:
         if run:
-            s.run(s.Study(
-                results, how, task or ["organism/all"], seeds, draws, limit, part, tune, other_task, texts, data_dir, chat,
-                system, workers, True, quiet,
-            ), "figures")  # fmt: skip
+            study = s.Study(
+                results=results, how=how, tasks=task or ["organism/all"], seeds=seeds, draws=draws, limit=limit, parts=part,
+                tune=tune, others=other_task, texts=texts, data_dir=data_dir, chat=chat, system=system, workers=workers,
+                readings=True, quiet=quiet,
+            )  # fmt: skip
+            s.run(study, "figures")
             c.console.print(f"study in {results}: {time.perf_counter() - start:.0f} s")
         from lofit_lens.experiments.tables.load import load_results
 

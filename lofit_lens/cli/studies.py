@@ -36,15 +36,15 @@ class Study:
     draws: int
     limit: int | None
     parts: Sequence[str] | None
-    tune: bool
-    others: Sequence[str] | None
     texts: str | None
     data_dir: Path | None
     chat: bool
     system: str | None
     workers: int
-    readings: bool
     quiet: bool
+    tune: bool = False
+    others: Sequence[str] | None = None
+    readings: bool = False
 
 
 def run(asked: Study, name: str) -> None:

@@ -36,9 +36,11 @@ def transfer(
     if len(names := task_names(task or ["organism/all"])) < 2:
         raise InputError(f"transfer between tasks needs two or more; got {names[0]} alone: repeat --task")
     c.check_writable(out)
-    s.run(s.Study(
-        out, how, names, seeds, draws, limit, ["fig2"], False, None, "none", data_dir, chat, system, workers, False, quiet,
-    ), "transfer")  # fmt: skip
+    study = s.Study(
+        results=out, how=how, tasks=names, seeds=seeds, draws=draws, limit=limit, parts=["fig2"], texts="none",
+        data_dir=data_dir, chat=chat, system=system, workers=workers, quiet=quiet,
+    )  # fmt: skip
+    s.run(study, "transfer")
     from lofit_lens.experiments.tables.load import load_results
     from lofit_lens.plots.style import save_figure
     from lofit_lens.plots.transfer import transfer_heatmap
