@@ -11,7 +11,7 @@ from lofit_lens.evaluation.compare import compare
 from lofit_lens.evaluation.result import EvalResult, Metric
 from lofit_lens.evaluation.stats import bootstrap_interval_over_seeds, holm
 from lofit_lens.experiments.methods.choice import Tuned
-from lofit_lens.experiments.tables.runs import MethodRuns, TestedFit
+from lofit_lens.experiments.tables.runs import FitResult, MethodRuns
 from lofit_lens.experiments.tables.table import MethodTable, Spread
 from lofit_lens.tasks import Task
 
@@ -34,7 +34,7 @@ def run(seed, values, *, n=8, fit=1.0, took=0.5, kl=None, heads="L0H1"):
     hurt = None
     if kl is not None:
         hurt = {"kl": kl, "cross_entropy": [2.0 + k for k in kl], "cross_entropy_base": [1.5] * len(kl)}
-    return TestedFit(seed, {"lr": 0.01}, result(values), n, fit, took, hurt, heads)
+    return FitResult(seed, {"lr": 0.01}, result(values), n, fit, took, hurt, heads)
 
 
 GOOD = [scores(0.9, 1), scores(0.9, 2)]
@@ -170,7 +170,7 @@ def test_notes_say_how_settings_came_about(table):
 def test_few_items_take_the_permutation_test():
     """Below 50 items the bootstrap finds too much."""
     few = [EvalResult(r.task, r.split, r.metrics, r.items.head(20)) for r in (result(GOOD[0]), result(BAD[0]))]
-    runs = [TestedFit(0, {}, r, 1, 1.0, 1.0) for r in few]
+    runs = [FitResult(0, {}, r, 1, 1.0, 1.0) for r in few]
     table = MethodTable.of([MethodRuns("a", (runs[0],)), MethodRuns("b", (runs[1],))], "a")
     assert "permutation" in table["b"].against["em"].method
 

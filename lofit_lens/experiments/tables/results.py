@@ -19,7 +19,7 @@ from lofit_lens.experiments.methods import METHODS, Method, lofit, zero_shot
 from lofit_lens.experiments.methods.base import ALL, OWN, RANDOM
 from lofit_lens.experiments.methods.choice import Tuned
 from lofit_lens.experiments.store.store import Store
-from lofit_lens.experiments.tables.runs import MethodRuns, TestedFit
+from lofit_lens.experiments.tables.runs import FitResult, MethodRuns
 from lofit_lens.experiments.tables.table import MethodTable
 from lofit_lens.heads import HeadScores, HeadSet
 from lofit_lens.interventions import Lofit
@@ -277,10 +277,10 @@ class Results:
     def _store(self) -> Store:
         return Store(self.folder)
 
-    def _run(self, i: Any) -> TestedFit:
+    def _run(self, i: Any) -> FitResult:
         record = self._store.read(self.folders[i].name)
         row, run = self.runs.loc[i], record["run"]
-        return TestedFit(
+        return FitResult(
             int(record["spec"]["seed"]), record["settings"], self.evaluations[i], run["n_parameters"], float(row["fit_seconds"]),
             float(row["eval_seconds"]), self.record["damage"].get(self.folders[i].name), run["heads"],
         )  # fmt: skip

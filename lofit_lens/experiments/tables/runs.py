@@ -8,7 +8,7 @@ from lofit_lens.experiments.methods.choice import Tuned
 
 
 @dataclass(frozen=True, eq=False)
-class TestedFit:
+class FitResult:
     """One fit and its evaluation.
 
     Attributes:
@@ -21,8 +21,6 @@ class TestedFit:
         damage: per text `kl`, `cross_entropy` and `cross_entropy_base` in nats; None where not measured.
         heads: edited heads, for methods that edit heads.
     """
-
-    __test__ = False  # pytest: no test case
 
     seed: int
     settings: dict[str, Any]
@@ -39,5 +37,5 @@ class MethodRuns:
     """A method's fits, one a seed, and how its settings were chosen (None: they were given, or taken over)."""
 
     method: str
-    runs: tuple[TestedFit, ...]
+    runs: tuple[FitResult, ...]
     tuned: Tuned | None = None
