@@ -331,7 +331,7 @@ def test_a_failure_that_may_pass_blocks_the_group(tmp_path, store):
 
 
 def test_garbage_and_the_checkpoints_of_groups(tmp_path, store):
-    """That of a group in the making and one to come stay; one whose last member is done or nobody's goes."""
+    """That of a group in the making and one to come stay; one whose last member is done goes, and (unused) nobody's."""
     cells = sharing(tmp_path, 3)
     held, waits, over = Group(tuple(cells[:2])), Group(tuple(cells[1:])), Group((cells[1], cells[0]))
     nobodys = Group((cells[0], cell("x", tmp_path)))
@@ -341,11 +341,14 @@ def test_garbage_and_the_checkpoints_of_groups(tmp_path, store):
         io.write_text(store.state_file(group.name), "checkpoint")
         io.write_text(store.log_file(group.name), "log")
     with store.claim(cells[1].name):
-        removed = collect_garbage(store, dry_run=False)
-    assert set(removed) == {store.state_file(over.name), store.state_file(nobodys.name), store.log_file(nobodys.name)}
-    assert collect_garbage(store, dry_run=False) == []
+        assert collect_garbage(store, dry_run=False) == [store.state_file(over.name)]
+        removed = collect_garbage(store, dry_run=False, unused=True)
+    assert removed == [store.state_file(nobodys.name), store.log_file(nobodys.name)]
+    assert collect_garbage(store, dry_run=False, unused=True) == []
     store.write_grid("g", {"cells": []})
-    assert {store.state_file(held.name), store.state_file(waits.name)} <= set(collect_garbage(store, dry_run=False))
+    assert {store.state_file(held.name), store.state_file(waits.name)} <= set(
+        collect_garbage(store, dry_run=False, unused=True)
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- processes

@@ -122,12 +122,11 @@ class RayExecutor:
             if self._interrupted:
                 return tuple(Outcome(cell.name, "stopped") for cell in group.cells)
             if isinstance(e, self._ray.exceptions.RayTaskError):  # not of the work, whose errors are outcomes
-                raise InputError(
-                    f"a node cannot run this library; install the same lofit-lens on every node. It said:\n{e}"
-                ) from e
+                why = e.cause or e
+                if isinstance(why, InputError):
+                    raise InputError(str(why)) from e
+                raise InputError(f"a node cannot run this library; install it on every node. It said:\n{e}") from e
             return tuple(Outcome(cell.name, "failed", f"{type(e).__name__}: {_first_line(e)}") for cell in group.cells)
-        if isinstance(found, str):
-            raise InputError(found)
         return found
 
     def _room(self) -> int:
@@ -194,13 +193,11 @@ def _first_line(e: BaseException) -> str:
 # ------------------------------------------------------------------------------------------------ on the node
 
 
-def _compute(shared: list[Any], group: Group) -> Outcomes | str:
-    """A task: the outcomes, or what is wrong with this node."""
+def _compute(shared: list[Any], group: Group) -> Outcomes:
+    """A task; an error of it is about its node, since what goes wrong in the work is an outcome."""
     ray = importlib.import_module("ray")
     store, work, context, probe, versions = _opened(shared[0])
-    complaint = _complaint(probe, versions)
-    if complaint:
-        return complaint
+    _check_node(probe, versions)
     device = _device(ray.get_gpu_ids(), os.environ.get("CUDA_VISIBLE_DEVICES"))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a Ray that was begun in the background ignores it
     return attempt(store, group, work, context, device, whole_process=True)
@@ -222,15 +219,14 @@ def _opened(ref: Any) -> Any:
     return importlib.import_module("ray").get(ref)
 
 
-def _complaint(probe: str, versions: dict[str, str]) -> str | None:
-    """Why this node cannot take part, or None."""
-    here = _versions()
+def _check_node(probe: str, versions: dict[str, str]) -> None:
+    """Raise InputError, with the node's name, if it has other versions or does not see the store."""
+    here, node = _versions(), f"node {platform.node()}"
     other = [f"{name} {here[name]} instead of {versions[name]}" for name in versions if here[name] != versions[name]]
     if other:
-        return f"node {platform.node()} has {', '.join(other)}; install the same versions on every node"
+        raise InputError(f"{node} has {', '.join(other)}; install the same versions on every node")
     if not Path(probe).is_file():
-        return (
-            f"node {platform.node()} does not see the store {Path(probe).parent}; put the store on a file system that all nodes "
-            "share under one path"
+        raise InputError(
+            f"{node} does not see the store {Path(probe).parent}; put the store on a file system that all nodes share under "
+            "one path"
         )
-    return None
