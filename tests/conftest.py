@@ -9,7 +9,6 @@ jaxtyping.install_import_hook("lofit_lens", "tests.typecheck.check")
 
 import logging  # noqa: E402
 import os  # noqa: E402
-import weakref  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import hypothesis  # noqa: E402
@@ -25,7 +24,7 @@ transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 logging.getLogger("transformer_lens").setLevel(logging.ERROR)
 
-from lofit_lens.models import fused, hooked_class, load_model  # noqa: E402
+from lofit_lens.models import hooked_class, load_model  # noqa: E402
 from lofit_lens.models.info import origin_of  # noqa: E402
 from tests import fake_hub, studies, tiny  # noqa: E402
 
@@ -93,9 +92,8 @@ def llama(loaded, backend):
 
 
 @pytest.fixture
-def fresh(checkpoint, backend, monkeypatch):
-    """A tiny Llama of its own on each class, and no proof of fused attention remembered of any model."""
-    monkeypatch.setattr(fused, "_refusals", weakref.WeakKeyDictionary())
+def fresh(checkpoint, backend):
+    """A tiny Llama of its own on each class, of which nothing was proven."""
     return load_model(checkpoint("llama"), backend=backend, device="cpu")
 
 

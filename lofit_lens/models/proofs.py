@@ -51,11 +51,11 @@ class Once:
         if key not in known:
             found = self.proof(model)
             if found is None:
-                return f"{self.what}: cannot be told just now"
+                return f"{self.what}: it cannot be told just now"
             known[key] = found
             if found is True:
                 keep_proof(model, self.what)
-        return None if known[key] is True else f"{self.what}: {known[key] or 'does not hold'}"
+        return None if known[key] is True else str(known[key] or f"{self.what}: it does not hold")
 
 
 def proven_once(what: str) -> Callable[[Callable[[Any], bool | str | None]], Once]:
