@@ -1,7 +1,7 @@
 """What is explored, brought to one form: named rankings of the heads of one model, and what was read of adapters before."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,15 @@ from lofit_lens.analysis.readings import TOGETHER, read_readings
 from lofit_lens.checks import check_one_of, texts_of
 from lofit_lens.errors import InputError, unknown
 from lofit_lens.experiments.tables.results import Results, load_results
+from lofit_lens.explorer.readings import stored_attention, stored_readings
 from lofit_lens.heads import Head, HeadScores, HeadSet, named_rankings
 from lofit_lens.models import ModelInfo, model_info, same_weights
-from lofit_lens.report.collect import ORDER, attention_readings, head_readings
 
 USUAL_SHARE = 0.03  # of all heads: K where nothing says another (the paper's main setting)
-PARTS = ("task", "method", "seed")
-
-
-def adapter_name(task: str) -> str:
-    """What LoFiT's adapter of a task in a results folder is called."""
-    return f"LoFiT on {task}"
+# Selectors in the order to show; selections of one's own come last.
+ORDER = (
+    "A-norm", "bias norm", "probe accuracy", "probing layers", "gradient attribution", "activation patching", "random",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,8 +71,9 @@ class Source:
         model: name of the model; empty if unknown.
         info: the model of a results folder, else None.
         has_tasks: whether entries are told apart by task, method and seed (else by name alone).
-        heads: task -> head -> what was read of the task's adapter: `norm_v`, `promoted`, `suppressed`, `cosines`, `without`.
-        attention: task -> prompts with `prompt`, `tokens`, `heads` (head -> weights `[pos][pos]`).
+        readings: head -> what was read of its edits (`readings.reading`).
+        attention: prompts with patterns, as `readings.stored_attention` gives them.
+        left_out: patterns that were left out of them.
         results: where they come from, or None.
     """
 
@@ -83,8 +82,9 @@ class Source:
     model: str
     info: ModelInfo | None
     has_tasks: bool
-    heads: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
-    attention: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    readings: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    attention: list[dict[str, Any]] = field(default_factory=list)
+    left_out: int = 0
     results: Results | None = None
 
     def entry(self, name: str | Sequence[Any]) -> Entry:
@@ -142,7 +142,7 @@ def read_source(source: Any, model: Any = None, *, tasks: Sequence[str] | None =
     kept = {name: e for name, e in made.entries.items() if e.task in tasks}
     if not kept:
         raise InputError(f"tasks is empty; give some of {', '.join(known)}, or None for all")
-    return Source(kept, made.shape, made.model, made.info, True, made.heads, made.attention, made.results)
+    return replace(made, entries=kept)
 
 
 def _of_results(results: Results) -> Source:
@@ -151,15 +151,17 @@ def _of_results(results: Results) -> Source:
             f"{results.folder} holds no head scores; run a grid that selects heads (lofit-lens grid --list), or give "
             "{name: HeadScores}"
         )
-    places = {by: i for i, by in enumerate(ORDER)}  # selections of one's own come last
+    places = {by: i for i, by in enumerate(ORDER)}
     keys = sorted(results.scores, key=lambda k: (results.tasks.index(k[0]), places.get(k[1], len(ORDER)), *k[1:]))
     entries = [_entry(results.scores[key], *key, k=results.k(key[0])) for key in keys]
-    readings = {task: parts for task, parts in read_readings(results).items() if task != TOGETHER}
-    patterns = {task: parts["attention"] for task, parts in readings.items() if "attention" in parts}
-    return Source(
-        {e.name: e for e in entries}, (results.model.n_layers, results.model.n_heads), results.model.name, results.model, True,
-        {task: head_readings(parts) for task, parts in readings.items()}, attention_readings(patterns)[0], results,
-    )  # fmt: skip
+    read = {task: parts for task, parts in read_readings(results).items() if task != TOGETHER}
+    readings: dict[str, list[dict[str, Any]]] = {}
+    for task, parts in read.items():
+        for head, found in stored_readings(task, parts).items():
+            readings.setdefault(head, []).append(found)
+    attention, left_out = stored_attention({t: parts["attention"] for t, parts in read.items() if "attention" in parts})
+    shape, model = (results.model.n_layers, results.model.n_heads), results.model
+    return Source({e.name: e for e in entries}, shape, model.name, model, True, readings, attention, left_out, results)
 
 
 def _of_mapping(source: Any, info: ModelInfo | None) -> Source:
