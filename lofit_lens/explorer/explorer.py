@@ -292,7 +292,7 @@ class Explorer(State):
     def _said(self) -> dict[str, Any]:
         """What is said about the present choices, as texts and numbers that the view only places."""
         head, run = self.head, self._run
-        row, tokenizer = self.overlap, None if self._model is None else tokenizer_of(self._model)
+        row, tokenizer = self.overlap.to_dict(), None if self._model is None else tokenizer_of(self._model)
         maps, note = ([], "") if run is None or head is None else run.maps(head)
         if run is None and tokenizer is not None:
             note = "Type a prompt and press Run to see where it looks."

@@ -23,7 +23,7 @@ from lofit_lens.analysis.chance import (
 from lofit_lens.errors import InputError
 from lofit_lens.explorer.source import Entry, Source
 from lofit_lens.explorer.state import State
-from lofit_lens.heads import Head, HeadSet
+from lofit_lens.html import grid_html
 from lofit_lens.plots.style import HEAT
 
 SCRIPTS = ("dom.js", "grid.js", "panel.js", "plots.js", "explorer.js")
@@ -65,9 +65,9 @@ def view_data(source: Source, *, work: int = 0) -> dict[str, Any]:
     """
     entries, (n_layers, n_heads) = list(source.entries.values()), source.shape
     pairs = [(i, j) for j in range(len(entries)) for i in range(j)] if work else []
-    ks = _steps(max(len(e.ranking) for e in entries), [e.k for e in entries])
-    if pairs and len(ks) * len(pairs) * n_layers > work:
-        ks = _steps(max(ks), [e.k for e in entries], work // (len(pairs) * n_layers))
+    ks = _steps(
+        max(len(e.ranking) for e in entries), [e.k for e in entries], work // (len(pairs) * n_layers) if pairs else None
+    )
     bands = [chance_range(shared_by_chance(k, k, n_layers * n_heads)) for k in ks]
     chance: dict[str, Any] = {
         "ks": ks, "expected": [round(k * k / (n_layers * n_heads), 2) for k in ks],
@@ -95,9 +95,9 @@ def _set(entry: Entry, n_heads: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _steps(most: int, usual: Sequence[int], room: int | None = None) -> list[int]:
+def _steps(most: int, usual: Sequence[int], room: int | None) -> list[int]:
     """Every K from 1 to `most`, or about `room` of them, the usual ones among them, small ones nearest to each other."""
-    if room is None:
+    if room is None or room >= most:
         return list(range(1, most + 1))
     spaced = np.geomspace(1, most, max(2, room)).round().astype(int).tolist()
     return sorted({*spaced, *usual})
@@ -110,10 +110,10 @@ def _chances(a: Entry, b: Entry, ks: Sequence[int], shape: tuple[int, int]) -> l
     layers = [np.array([h.layer for h in e.ranking]) for e in (a, b)]
     anywhere, in_layers = [], []
     for k in (k for k in ks if k <= min(len(a.ranking), len(b.ranking))):
-        counts = [np.bincount(listed[:k], minlength=n_layers) for listed in layers]
+        counts_a, counts_b = (np.bincount(listed[:k], minlength=n_layers) for listed in layers)
         x = int(shared[k - 1])
         anywhere.append(thousandths(at_least(shared_by_chance(k, k, n_layers * n_heads), x)))
-        in_layers.append(thousandths(at_least(shared_by_chance_in_layers(*counts, n_heads), x)))
+        in_layers.append(thousandths(at_least(shared_by_chance_in_layers(counts_a, counts_b, n_heads), x)))
     return [anywhere, in_layers]
 
 
@@ -164,46 +164,23 @@ def script_json(value: Any) -> str:
 
 def picture(state: State) -> str:
     """Both grids with the top K and shared heads marked, and the overlap, without script and style sheet."""
-    shared = state.shared
-    cell = "vertical-align:top;text-align:left;padding:0 24px 8px 0"
-    grids = "".join(
-        f'<td style="{cell}">{_grid(entry, top, shared, state.source.shape)}</td>'
-        for entry, top in zip(state.shown, state.tops, strict=True)
-    )
+    cell, shared = "vertical-align:top;text-align:left;padding:0 24px 8px 0", state.shared
+    grids = ""
+    for entry, top in zip(state.shown, state.tops, strict=True):
+        hover: dict[tuple[int, int], str] = {head: f"{head}, rank {entry.ranks[head]}" for head in top}
+        # Pale enough for a black mark.
+        level: dict[tuple[int, int], float] = {head: 0.7 * shade for head, shade in entry.shades.items()}
+        mark: dict[tuple[int, int], str] = {head: SHARED if head in shared else OWN for head in top}
+        grid = grid_html(state.source.shape, level, hover, f"{entry.name}: {entry.kind}, top {len(top)}", mark=mark)
+        grids += f'<td style="{cell}">{grid}</td>'
     marked = f" Marked by the reader: {state.selection}." if len(state.selection) else ""
     return (
         '<div style="background:#fff;color:#222;padding:8px;overflow-x:auto;font:13px Helvetica,Arial,sans-serif">'
-        f"<p>{html.escape(state.summary())}.</p>"
-        f'<table style="border-collapse:collapse"><tr>{grids}</tr></table>'
+        f"<p>{html.escape(state.summary())}.</p><table><tr>{grids}</tr></table>"
         f"<p>{SHARED} in the top K of both sets, {OWN} of this one alone. Darker blue: larger score, or earlier place. "
         f"Shared heads: {shared or 'none'}.{marked}</p>"
         "<p><small>This is a still picture: scripts do not run here.</small></p></div>"
     )
-
-
-def _grid(entry: Entry, top: HeadSet, shared: HeadSet, shape: tuple[int, int]) -> str:
-    n_layers, n_heads = shape
-    chosen, both = set(top), set(shared)
-    rows = []
-    for layer in reversed(range(n_layers)):
-        cells = []
-        for head in (Head(layer, i) for i in range(n_heads)):
-            mark = SHARED if head in both else OWN if head in chosen else ""
-            title = f' title="{head}, rank {entry.ranks[head]}"' if mark else ""
-            cells.append(
-                f'<td width="15" height="15" style="padding:0" bgcolor="{_blue(entry.shades.get(head, 0.0))}"{title}>{mark}</td>'
-            )
-        rows.append(f'<tr><th style="padding:0 4px;font-weight:normal">{layer}</th>{"".join(cells)}</tr>')
-    name = f"{entry.name}: {entry.kind}, top {len(top)}"
-    axis = f'<tr><th></th><td colspan="{n_heads}">head 0 to {n_heads - 1} (rows: layer)</td></tr>'
-    style = "border-collapse:collapse;font-size:11px;line-height:14px;text-align:center"
-    return f'<table style="{style}"><caption>{html.escape(name)}</caption>{"".join(rows)}{axis}</table>'
-
-
-def _blue(level: float) -> str:
-    """From nearly white to a blue on which a black mark can still be read."""
-    pale, deep = (245, 247, 250), (86, 160, 211)
-    return "#" + "".join(f"{round(p + (d - p) * level):02x}" for p, d in zip(pale, deep, strict=True))
 
 
 def _ascii(text: str) -> str:

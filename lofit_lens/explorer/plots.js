@@ -54,7 +54,7 @@ function plots() {
   const overlap = el("div"), layers = el("div");
   const key = (swatch, text) => el("span", { class: "llx-key" }, el("span", { class: `llx-swatch ${swatch}` }), text);
   const root = el("div", { class: "llx-two llx-plots" },
-    el("figure", {}, el("figcaption", {}, "Shared heads for every K ", key("llx-s-curve", "both sets"), key("llx-s-chance", "95 % of chance, dashed its mean")), overlap),
+    el("figure", {}, el("figcaption", {}, "Shared heads for every K ", key("llx-s-curve", "both sets"), key("llx-s-chance", "chance: 95 %, mean dashed")), overlap),
     el("figure", {}, el("figcaption", {}, "Layers of the top K ", key("llx-left", "left"), key("llx-right", "right")), layers));
   return { root, draw(chance, shared, counts, k) {
     overlap.replaceChildren(overlapPlot(chance, shared, k));

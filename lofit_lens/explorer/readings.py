@@ -33,9 +33,11 @@ def reading(
 def token_reading(name: str, found: HeadTokens, head: Head) -> dict[str, Any]:
     """The tokens that an adapter's edit of one head promotes and suppresses."""
     rows = found.of(head).to_dict("records")
-    kinds = {kind: [(r["token"], r["logit"]) for r in rows if r["kind"] == kind] for kind in ("promoted", "suppressed")}
+    promoted, suppressed = (
+        [(r["token"], r["logit"]) for r in rows if r["kind"] == kind] for kind in ("promoted", "suppressed")
+    )
     note = f"The final norm's scale was measured on {found.n_prompts} prompts." if found.n_prompts else ""
-    return reading(name, note=note, unit=found.unit, **kinds)
+    return reading(name, note=note, unit=found.unit, promoted=promoted, suppressed=suppressed)
 
 
 def stored_readings(task: str, parts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -54,7 +56,12 @@ def stored_readings(task: str, parts: Mapping[str, Any]) -> dict[str, dict[str, 
         if row["head"] != TOTAL and row["rank"] <= TOKENS:
             tokens[row["head"]][row["kind"]].append((row["token"], row["logit"]))
     title = f"{adapter_name(task)}, from the results"
-    return {h: reading(title, facts=facts[h], unit="logits", **tokens[h]) for h in dict.fromkeys([*facts, *tokens])}
+    return {
+        h: reading(
+            title, facts=facts[h], unit="logits", promoted=tokens[h]["promoted"], suppressed=tokens[h]["suppressed"]
+        )
+        for h in dict.fromkeys([*facts, *tokens])
+    }
 
 
 def stored_attention(records: Mapping[str, dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:

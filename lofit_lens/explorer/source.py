@@ -68,9 +68,6 @@ class Source:
     Attributes:
         entries: name -> ranking, in the order to show.
         shape: `(n_layers, n_heads)`.
-        model: name of the model; empty if unknown.
-        info: the model of a results folder, else None.
-        has_tasks: whether entries are told apart by task, method and seed (else by name alone).
         readings: head -> what was read of its edits (`readings.reading`).
         attention: prompts with patterns, as `readings.stored_attention` gives them.
         left_out: patterns that were left out of them.
@@ -79,9 +76,6 @@ class Source:
 
     entries: dict[str, Entry]
     shape: tuple[int, int]
-    model: str
-    info: ModelInfo | None
-    has_tasks: bool
     readings: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     attention: list[dict[str, Any]] = field(default_factory=list)
     left_out: int = 0
@@ -126,13 +120,13 @@ def read_source(source: Any, model: Any = None, *, tasks: Sequence[str] | None =
             f"these heads belong to a model of {made.shape[0]} layers x {made.shape[1]} heads; {info.name} has {info.n_layers} x "
             f"{info.n_heads}. Give the model they were chosen on"
         )
-    if info is not None and made.info is not None and not same_weights(made.info, info):
+    if info is not None and made.results is not None and not same_weights(made.results.model, info):
         raise InputError(
-            f"these results are of {made.info.name}, and {info.name} has other weights; load that model, or give none"
+            f"these results are of {made.results.model.name}, and {info.name} has other weights; load that model, or give none"
         )
     if tasks is None:
         return made
-    known = list(dict.fromkeys(e.task for e in made.entries.values() if made.has_tasks))
+    known = list(dict.fromkeys(e.task for e in made.entries.values() if e.task))
     if not known:
         raise InputError(
             "tasks= names tasks of a results folder, or of keys (task, method); these head sets go by one name each: leave it out"
@@ -160,8 +154,8 @@ def _of_results(results: Results) -> Source:
         for head, found in stored_readings(task, parts).items():
             readings.setdefault(head, []).append(found)
     attention, left_out = stored_attention({t: parts["attention"] for t, parts in read.items() if "attention" in parts})
-    shape, model = (results.model.n_layers, results.model.n_heads), results.model
-    return Source({e.name: e for e in entries}, shape, model.name, model, True, readings, attention, left_out, results)
+    shape = (results.model.n_layers, results.model.n_heads)
+    return Source({e.name: e for e in entries}, shape, readings, attention, left_out, results)
 
 
 def _of_mapping(source: Any, info: ModelInfo | None) -> Source:
@@ -201,7 +195,7 @@ def _of_mapping(source: Any, info: ModelInfo | None) -> Source:
     named = {e.name: e for e in entries}
     if len(named) < len(entries):
         raise InputError(f"keys {list(source)}: two of them read alike; name them otherwise")
-    return Source(named, shape, info.name if info else "".join(said), None, all(pairs))
+    return Source(named, shape)
 
 
 def _entry(
