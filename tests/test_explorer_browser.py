@@ -204,7 +204,8 @@ def test_running_a_prompt(b):
     assert "This was run with L1H13 open and LoFiT; press Run again." in text(b, ".llx-prompt")
     b.js("document.querySelector('.llx-ask textarea').select()")
     b.press(" ")
-    after(b, lambda: b.click(".llx-run"))
+    b.click(".llx-run")
+    b.wait("!document.querySelector('.llx-error').hidden")
     assert text(b, ".llx-error") == "the prompt is empty; type a text for the model to go on from"
 
 

@@ -268,4 +268,4 @@ def test_every_part_alone_can_be_drawn(bridge_llama, tmp_path, part):
         "fig2": "head_grid.html",  # one task: no matrix
     }  # fmt: skip
     assert {"head_grid.html", wanted.get(part, f"{part}.md")} <= drawn
-    assert "Compare head sets" in render(results)
+    assert 'id="heads"' in render(results)

@@ -3,6 +3,8 @@
 // `said` is what Python answers: chance of the sets shown, what the model says. A saved page has all that it needs in `data`.
 
 const SIDES = ["left", "right"];
+const HINT = "Click a head, or move with the arrow keys and press Enter: its scores and ranks everywhere, the tokens it promotes, " +
+  "where it looks. A second click takes the mark away; Escape closes.";
 
 function withRanks(set, nHeads) {
   const ranks = new Array(nHeads).fill(0);
@@ -57,15 +59,16 @@ function render({ model, el: place }) {
   function chooser(side, i) {
     const tasks = [...new Set(sets.map((s) => s.task))];
     const options = (task) => sets.filter((s) => s.task === task).map((s) => el("option", { value: s.name, text: s.name }));
-    return el("select", { class: "llx-set", "data-side": side, "aria-label": `${side} set`, on: { change: (e) => choose(i, e.target.value) } },
+    const on = { change: (event) => choose(i, event.target.value) };
+    return el("select", { class: "llx-set", "data-side": side, "aria-label": `${side} set`, on },
       ...tasks.flatMap((task) => (task ? [el("optgroup", { label: task }, ...options(task))] : options(task))));
   }
 
   const choosers = SIDES.map(chooser);
   const sliders = SIDES.map((side, i) => el("input", { type: "range", min: "0", class: "llx-k", "aria-label": `K, ${side}`,
     on: { input: (e) => setK(i, stops(i)[e.target.value]) } }));
-  const numbers = SIDES.map((side, i) => el("input", { type: "number", min: "1", class: "llx-k-number", "aria-label": `K, ${side}, as a number`,
-    on: { change: (e) => setK(i, Number(e.target.value) || state.k[i]) } }));
+  const numbers = SIDES.map((side, i) => el("input", { type: "number", min: "1", class: "llx-k-number",
+    "aria-label": `K, ${side}, as a number`, on: { change: (e) => setK(i, Number(e.target.value) || state.k[i]) } }));
   const mosts = SIDES.map(() => el("span", { class: "llx-quiet" }));
   const ks = SIDES.map((_, i) => el("label", {}, el("span"), sliders[i], numbers[i], mosts[i]));
   const link = el("input", { type: "checkbox", on: { change: (e) => {
@@ -88,9 +91,14 @@ function render({ model, el: place }) {
         grid.body.querySelector(".llx-twin")?.classList.remove("llx-twin");
         if (index !== null) grid.cells[index].classList.add("llx-twin");
       }
-      const promoted = (data.readings[nameOf(index ?? 0)] ?? []).flatMap((r) => r.promoted.slice(0, 5)).slice(0, 8).map(([token]) => token.trim());
-      readout.textContent = index === null ? "Point at a head, or click it to open and mark it." : [nameOf(index),
-        ...shownSets().map((set, i) => `${SIDES[i]}: ${describe(set, index)}`), promoted.length ? `promotes ${promoted.join(" ")}` : ""].filter(Boolean).join("  \u00b7  ");
+      if (index === null) {
+        readout.textContent = "Point at a head, or click it to open and mark it.";
+        return;
+      }
+      const places = shownSets().map((set, i) => `${SIDES[i]}: ${describe(set, index)}`);
+      const promoted = (data.readings[nameOf(index)] ?? []).flatMap((r) => r.promoted.slice(0, 5)).map(([token]) => token.trim());
+      const tokens = promoted.length ? [`promotes ${promoted.slice(0, 8).join(" ")}`] : [];
+      readout.textContent = [nameOf(index), ...places, ...tokens].join("  \u00b7  ");
     },
   };
   const grids = SIDES.map((side) => new Grid(side, data.shape, heat, on));
@@ -103,9 +111,9 @@ function render({ model, el: place }) {
   const lower = plots();
 
   function close() {
-    const home = grids.find((g) => g.cells.some((c) => c === document.activeElement)) ?? grids[0];
+    const grid = grids.find((g) => g.body.contains(document.activeElement)) ?? grids[0];
     change({ head: null });
-    home.home.focus({ preventScroll: true });
+    grid.home.focus({ preventScroll: true });
   }
 
   // -------------------------------------------------------------------------------------------------------- a typed prompt
@@ -115,13 +123,14 @@ function render({ model, el: place }) {
   } });
   const adapter = el("select", { "aria-label": "adapter", on: { change: () => change({ adapter: adapter.value }) } });
   const chat = el("input", { type: "checkbox", on: { change: () => change({ chat: chat.checked }) } });
-  const examples = el("select", { class: "llx-examples", "aria-label": "example prompts", on: { change: () => { prompt.value = examples.value; } } });
+  const examples = el("select", { class: "llx-examples", "aria-label": "example prompts",
+    on: { change: () => { prompt.value = examples.value; } } });
   const go = el("button", { type: "button", class: "llx-run", text: "Run", on: { click: () => run() } });
   const busy = el("span", { class: "llx-busy", role: "status", "aria-live": "polite" });
   const labels = { adapter: el("label", {}, "adapter ", adapter), examples: el("label", {}, "examples ", examples),
     chat: el("label", { title: "Put the prompt through the model's chat template" }, chat, " as a chat") };
-  const ask = el("div", { class: "llx-ask" }, prompt, el("div", { class: "llx-go" }, labels.examples, labels.adapter, labels.chat, go, busy,
-    el("span", { class: "llx-quiet", text: "Ctrl+Enter runs, too" })));
+  const buttons = [labels.examples, labels.adapter, labels.chat, go, busy, el("span", { class: "llx-quiet", text: "Ctrl+Enter runs, too" })];
+  const ask = el("div", { class: "llx-ask" }, prompt, el("div", { class: "llx-go" }, ...buttons));
   const why = el("p", { class: "llx-quiet" });
   const answers = el("div", { "aria-live": "polite" });
   const asked = el("section", { class: "llx-prompt", "aria-label": "prompt" }, el("h3", { text: "Ask the model" }), why, ask, answers);
@@ -150,8 +159,12 @@ function render({ model, el: place }) {
   function drawNumbers(shown, shared) {
     const { expected, p, p_layer: pLayer } = chance();
     const [k, l] = state.k, same = state.left === state.right;
-    const layers = shown.map((s, i) => s.ranking.slice(0, state.k[i]).reduce((sum, h) => sum + Math.floor(h / nHeads), 0) / state.k[i]);
-    const note = (how) => `probability of at least so many shared heads by chance, heads drawn ${how}; not adjusted for trying several K or sets`;
+    const layers = shown.map((set, i) => {
+      const found = set.ranking.slice(0, state.k[i]).map((head) => Math.floor(head / nHeads));
+      return found.reduce((sum, layer) => sum + layer) / found.length;
+    });
+    const note = (how) => `probability of at least so many shared heads by chance, heads drawn ${how}; ` +
+      "not adjusted for trying several K or sets";
     const items = [
       ["shared heads", `${shared} of ${k === l ? k : `${k} and ${l}`}`, "heads in the top K of both sets"],
       ["expected by chance", expected?.toFixed(2) ?? "\u2026", "K left times K right over all heads of the model"],
@@ -160,12 +173,16 @@ function render({ model, el: place }) {
       ["Jaccard", (shared / (k + l - shared)).toFixed(2), "shared heads over heads in either set"],
       ["mean layer", layers.map((x) => x.toFixed(1)).join(", "), "of the left and of the right top K"],
     ];
-    overlap.replaceChildren(...items.map(([label, value, title]) => el("div", { title }, el("dt", { text: label }), el("dd", { text: value }))));
+    overlap.replaceChildren(...items.map(([label, value, title]) =>
+      el("div", { title }, el("dt", { text: label }), el("dd", { text: value }))));
   }
 
   function drawPanel(shown) {
     const index = grids[0].cells.findIndex((c) => c.dataset.head === state.head);
-    if (index < 0) return panel.replaceChildren(quiet("Click a head, or move with the arrow keys and press Enter: its scores and ranks everywhere, the tokens it promotes, where it looks. A second click takes the mark away; Escape closes."));
+    if (index < 0) {
+      panel.replaceChildren(quiet(HINT));
+      return;
+    }
     const live = said.head === state.head ? said : { readings: [], maps: [], note: "" };
     const readings = [...live.readings, ...(data.readings[state.head] ?? [])];
     const stored = data.attention.filter((a) => shown.some((s) => s.task === a.task) && state.head in a.heads);
@@ -193,8 +210,8 @@ function render({ model, el: place }) {
     chat.checked = state.chat;
     when("answers", said.answers, () => {
       const rows = said.answers.rows.map(([what, text]) => el("tr", {}, el("th", { scope: "row", text: what }), el("td", { text })));
-      answers.replaceChildren(...(rows.length ? [el("table", { class: "llx-said" }, el("caption", { text: said.answers.prompt }), el("tbody", {}, ...rows))] : []),
-        quiet(said.answers.note));
+      const table = el("table", { class: "llx-said" }, el("caption", { text: said.answers.prompt }), el("tbody", {}, ...rows));
+      answers.replaceChildren(rows.length ? table : "", quiet(said.answers.note));
     });
   }
 
@@ -240,12 +257,15 @@ function render({ model, el: place }) {
 
   const error = el("div", { class: "llx-error", role: "alert", hidden: true });
   const root = el("div", { class: "llx", on: { keydown: (e) => { if (e.key === "Escape" && state.head !== null) close(); } } },
-    error, el("div", { class: "llx-two" }, ...choosers.map((c, i) => el("label", {}, el("span", { class: `llx-badge llx-${SIDES[i]}`, text: SIDES[i] }), c))),
+    error,
+    el("div", { class: "llx-two" }, ...SIDES.map((side, i) =>
+      el("label", {}, el("span", { class: `llx-badge llx-${side}`, text: side }), choosers[i]))),
     el("div", { class: "llx-bar" }, el("div", { class: "llx-ks" }, ...ks, el("label", {}, link, " same K")), overlap),
     el("div", { class: "llx-body" },
       el("div", { class: "llx-main" }, readout, el("div", { class: "llx-two" }, ...grids.map((g) => g.root)),
         el("div", { class: "llx-keys" }, sample("shared", "in the top K of both"), sample("own", "of this set alone"),
-          el("span", { class: "llx-key" }, el("span", { class: "llx-sample llx-picked" }), "marked by you", picked, clear), el("label", {}, "colour ", colour)),
+          el("span", { class: "llx-key" }, el("span", { class: "llx-sample llx-picked" }), "marked by you", picked, clear),
+          el("label", {}, "colour ", colour)),
         asked, lower.root), panel));
   on.point(null);
   draw();

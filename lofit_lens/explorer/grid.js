@@ -76,7 +76,8 @@ class Grid {
       cell.style.backgroundColor = t === null ? "" : this.heat(t);
       cell.dataset.mark = "";
     });
-    this.caption.replaceChildren(el("span", { class: `llx-badge llx-${this.side}`, text: this.side }), " ", el("b", { text: set.name }), ` ${set.kind}`);
+    this.caption.replaceChildren(el("span", { class: `llx-badge llx-${this.side}`, text: this.side }), " ",
+      el("b", { text: set.name }), ` ${set.kind}`);
     this.body.setAttribute("aria-label", `${set.name}, heads by layer; arrow keys move, Enter opens a head`);
     this.legend.replaceChildren(el("span", { text: short(low) }), ramp(this.heat), el("span", { text: `${short(high)} (${kind})` }));
   }

@@ -3,14 +3,15 @@
 const quiet = (text) => el("p", { class: "llx-quiet", text });
 
 // All sets, those shown first and in bold.
-function placesTable(index, sets, shown, k) {
+function placesTable(index, sets, shown, ks) {
   const rows = [...sets].sort((a, b) => shown.includes(b) - shown.includes(a)).map((set) => {
-    const sides = shown.flatMap((s, i) => (s === set ? [k[i]] : []));
+    const sides = shown.flatMap((s, i) => (s === set ? [ks[i]] : []));
     const rank = set.ranks[index];
-    const inside = sides.length ? `, ${rank && rank <= Math.max(...sides) ? "in" : "not in"} the top ${Math.max(...sides)}` : "";
+    const k = Math.max(...sides);
+    const inside = sides.length ? `, ${rank && rank <= k ? "in" : "not in"} the top ${k}` : "";
     return el("tr", { class: sides.length ? "llx-shown" : null }, el("th", { scope: "row", text: set.name }),
       el("td", { title: set.kind, text: set.scores ? short(set.scores[index]) : "" }),
-      el("td", { text: `${rank || `not among`}${rank ? " of" : ""} ${set.ranking.length}${inside}` }));
+      el("td", { text: `${rank ? `${rank} of` : "not among"} ${set.ranking.length}${inside}` }));
   });
   const heads = ["set", "score", "rank"].map((text) => el("th", { scope: "col", text }));
   return el("div", { class: "llx-scroll llx-places", tabindex: "0", role: "region", "aria-label": "scores and ranks" },
@@ -27,19 +28,21 @@ function tokenList(title, tokens) {
 
 function readingBlock(r) {
   const facts = r.facts.map(([name, value]) => el("div", {}, el("dt", { text: name }), el("dd", { text: value })));
-  const lists = [["promotes", r.promoted], ["suppresses", r.suppressed]].map(([what, tokens]) => tokenList(`${what} (${r.unit})`, tokens));
+  const lists = [tokenList(`promotes (${r.unit})`, r.promoted), tokenList(`suppresses (${r.unit})`, r.suppressed)];
   return el("section", { class: "llx-reading" }, el("h4", { text: r.title }), r.note ? quiet(r.note) : null,
     facts.length ? el("dl", {}, ...facts) : null, r.promoted.length ? el("div", { class: "llx-pair" }, ...lists) : null);
 }
 
 // weights: of each token, thousandths of its attention on itself and the tokens before it.
 function attentionMap({ title, tokens, weights }, heat) {
-  const cell = (row, i, j) => el("td", { style: `background:${heat(row[j] / 1000)}`, title: `${tokens[i]} looks at ${tokens[j]}: ${row[j] / 1000}` });
+  const cell = (row, i, j) => el("td", { style: `background:${heat(row[j] / 1000)}`,
+    title: `${tokens[i]} looks at ${tokens[j]}: ${row[j] / 1000}` });
   const rows = weights.map((row, i) => el("tr", {}, el("th", { scope: "row", text: tokens[i] }),
     ...tokens.map((_, j) => (j > i ? el("td") : cell(row, i, j)))));
   const heads = tokens.map((text) => el("th", { scope: "col", class: "llx-down" }, el("span", { text })));
   return el("figure", { class: "llx-attention", style: `--tokens:${tokens.length}` }, el("figcaption", { text: title }),
-    el("div", { class: "llx-scroll" }, el("table", {}, el("thead", {}, el("tr", {}, el("th"), ...heads)), el("tbody", {}, ...rows))));
+    el("div", { class: "llx-scroll" },
+      el("table", {}, el("thead", {}, el("tr", {}, el("th"), ...heads)), el("tbody", {}, ...rows))));
 }
 
 // groups: lists of maps that stand together; the reader chooses among them.

@@ -27,7 +27,8 @@ function overlapPlot(chance, shared, k) {
   const ks = chance.ks.filter((n) => n <= shared.length);
   const last = ks.length - 1;
   const label = `Heads in both sets for K from 1 to ${shared.length}; at K = ${k[0]}: ${shared[k[0] - 1] ?? "unknown"}`;
-  return axes(label, "K, heads in each set", "heads in both sets", [0, shared.length], Math.max(1, shared.at(-1), chance.high[last]), (x, y) => {
+  const most = Math.max(1, shared.at(-1), chance.high[last]);
+  return axes(label, "K, heads in each set", "heads in both sets", [0, shared.length], most, (x, y) => {
     const path = (values) => ks.map((n, i) => `${x(n).toFixed(1)},${y(values[i]).toFixed(1)}`);
     return [
       svg("polygon", { class: "llx-chance", points: [...path(chance.low), ...path(chance.high).reverse()].join(" ") }),
@@ -54,7 +55,8 @@ function plots() {
   const overlap = el("div"), layers = el("div");
   const key = (swatch, text) => el("span", { class: "llx-key" }, el("span", { class: `llx-swatch ${swatch}` }), text);
   const root = el("div", { class: "llx-two llx-plots" },
-    el("figure", {}, el("figcaption", {}, "Shared heads for every K ", key("llx-s-curve", "both sets"), key("llx-s-chance", "chance: 95 %, mean dashed")), overlap),
+    el("figure", {}, el("figcaption", {}, "Shared heads for every K ", key("llx-s-curve", "both sets"),
+      key("llx-s-chance", "chance: 95 %, mean dashed")), overlap),
     el("figure", {}, el("figcaption", {}, "Layers of the top K ", key("llx-left", "left"), key("llx-right", "right")), layers));
   return { root, draw(chance, shared, counts, k) {
     overlap.replaceChildren(overlapPlot(chance, shared, k));

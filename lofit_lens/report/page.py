@@ -56,17 +56,23 @@ def render(results: Results) -> str:
         f"<h3>{escape(t.title)}</h3>{_table(t.columns, t.cells, t.title, t.notes)}" for t in paper_tables(results)
     )
     versions = _table(("package", "version"), sorted(results.record["versions"].items()), "Versions")
+    parts = {
+        "Summary": tables,
+        "Heads": "",
+        "Transfer": _transfer(results),
+        "About": f'<p class="quiet">{METHOD}</p>{versions}',
+    }
+    shown = {
+        name: f'<h2 id="{name.lower()}">{name}</h2>{text}' for name, text in parts.items() if text or name == "Heads"
+    }
+    links = "".join(f'<a href="#{name.lower()}">{name}</a>' for name in shown)
     title = f"Which heads does {results.model.name} use?"
+    header = f'<h1>{escape(title)}</h1>{_notes(results, source.left_out)}<nav aria-label="Sections">{links}</nav>'
     return Explorer(source).document(
         title,
-        before=f"<header><h1>{escape(title)}</h1>{_notes(results, source.left_out)}</header>"
-        f'{_section("Summary", tables)}<h2 id="heads">Compare head sets</h2>',
-        after=_section("Transfer", _transfer(results)) + _section("About", f'<p class="quiet">{METHOD}</p>{versions}'),
+        before=f"<header>{header}</header><main>{shown.get('Summary', '')}{shown['Heads']}",
+        after=f"{shown.get('Transfer', '')}{shown['About']}</main>",
     )
-
-
-def _section(name: str, text: str) -> str:
-    return f'<section id="{name.lower()}"><h2>{name}</h2>{text}</section>' if text else ""
 
 
 def _notes(results: Results, left_out: int) -> str:
@@ -113,8 +119,8 @@ def _transfer(results: Results) -> str:
     known = [x for x in found.frame["relative"] if not pd.isna(x)]
     low, high = (min(known), max(known)) if known else (0.0, 0.0)
     heads = "".join(
-        f'<th scope="col">tuned on {escape(t)}<span>{escape(cells[t, t]["metric"])}, n = {cells[t, t]["n_items"]:,}</span></th>'
-        for t in found.tasks
+        f'<th scope="col">tuned on {escape(t)}<span>{escape(own["metric"].upper())}, n = {own["n_items"]:,}</span></th>'
+        for t, own in ((t, cells[t, t]) for t in found.tasks)
     )
     rows = "".join(
         f'<tr><th scope="row">{"random heads" if s == RANDOM else escape(s)}</th>'
