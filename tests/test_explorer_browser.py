@@ -260,7 +260,7 @@ def make_picture(path: Path) -> Path:
     found = find_chrome()
     assert found, "no Chrome or Chromium on this machine; set CHROME_PATH to one"
     with tempfile.TemporaryDirectory() as folder, Browser(found) as b, lab(Path(folder) / "lab", PICTURE) as url:
-        run_all(b, url, width=1240, height=1900)
+        run_all(b, url, width=1240, height=1000)
         eventually(b, "document.querySelector('.llx')?.dataset.version && document.querySelector('.llx-attention')")
         time.sleep(1.0)  # fonts and the notebook's own scrolling
         b.js("document.querySelector('.llx').scrollIntoView()")

@@ -133,12 +133,15 @@ class Explorer(State):
 
     @chat.setter
     def chat(self, chat: bool) -> None:
-        if chat:
-            if self._model is None:
-                raise InputError("the chat template is the model's: ll.explore(source, model, chat=True)")
-            turn_of(tokenizer_of(self._model), as_conversation(self._prompt or "?", self._system))
+        self._check_chat(chat)
         self._chat = bool(chat)
         self._put()
+
+    def _check_chat(self, chat: bool) -> None:
+        if chat and self._model is None:
+            raise InputError("the chat template is the model's: ll.explore(source, model, chat=True)")
+        if chat:
+            turn_of(tokenizer_of(self._model), as_conversation(self._prompt or "?", self._system))
 
     @property
     def adapter(self) -> str | None:
@@ -269,15 +272,16 @@ class Explorer(State):
                 raise _unknown(message)
 
     def _take(self, choices: Any) -> None:
+        """Choose all of it or nothing."""
         try:
-            self.take(choices)
             adapter, chat = choices["adapter"], choices["chat"]
+            if adapter != self._adapter:
+                check_one_of("adapter", adapter, self.adapters)
+            self._check_chat(chat)
+            self.take(choices)
         except (KeyError, TypeError) as e:
             raise _unknown(choices) from e
-        if adapter != self._adapter:
-            self.adapter = adapter
-        if chat != self._chat:
-            self.chat = chat
+        self._adapter, self._chat = adapter, bool(chat)
 
     def _put(self, error: str = "") -> None:
         """Show the present state. Every change is shown by this, so that an error stands until the next one."""
