@@ -481,7 +481,7 @@ def test_a_results_folder(study_folder, bridge_llama):
     data = ex.widget.data
     stored = {r["title"]: r for r in data["readings"][str(head)]}
     assert len(stored["LoFiT on kin, from the results"]["promoted"]) == 8
-    assert data["attention"][0]["title"].startswith("with LoFiT on kin, from the results")
+    assert data["attention"][0]["title"].startswith("with LoFiT on kin: ")
     assert said(ex)["prompts"]
     ex = ll.explore(results, bridge_llama, tasks=["kin"], max_new_tokens=2)
     assert list(ex.adapters) == ["LoFiT on kin"]

@@ -85,7 +85,7 @@ def stored_attention(records: Mapping[str, dict[str, Any]]) -> tuple[list[dict[s
             names = [str(Head(*h)) for h in record["heads"]["heads"]]
             prompt, heads = record["prompts"][i], {n: _weights(p) for n, p in zip(names, patterns, strict=True)}
             found.append({
-                "task": task, "prompt": prompt, "title": f"with {adapter_name(task)}, from the results: {prompt}",
+                "task": task, "prompt": prompt, "title": f"with {adapter_name(task)}: {prompt}",
                 "tokens": [_label(t) for t in tokens], "heads": heads,
             })  # fmt: skip
     return found, left

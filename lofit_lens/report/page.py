@@ -130,7 +130,7 @@ def _transfer(results: Results) -> str:
     return (
         '<p class="quiet">Offsets are tuned on the task of the column, in the heads that were chosen for the row. Large: '
         "accuracy relative to the task's own heads (100 %); below it the accuracy itself with its interval, mean of "
-        f"{min(found.frame['n_seeds'])} seeds; then p of the paired test over test items against the task's own heads "
+        f"{min(found.frame['n_seeds'])} seed(s); then p of the paired test over test items against the task's own heads "
         "(* p &lt; 0.05, + p &lt; 0.1). Lighter: larger.</p>"
     ) + _scrolled(
         f'<table class="transfer"><thead><tr><th scope="col">heads from</th>{heads}</tr></thead><tbody>{rows}</tbody></table>',
