@@ -15,15 +15,25 @@ def grid_html(
     hover: Mapping[tuple[int, int], str],
     caption: str,
     listed: str = "",
+    mark: Mapping[tuple[int, int], str] | None = None,
 ) -> str:
-    """A layer x head grid as one small HTML table, last layer on top, and a line below; needs no script and no network."""
+    """A layer x head grid as one small HTML table, last layer on top, and a line below; needs no script and no network.
+
+    Args:
+        shape: `(n_layers, n_heads)`.
+        level: head -> 0 (no colour) to 1.
+        hover: head -> what a pointer shows; others show their name.
+        caption: above it.
+        listed: below it.
+        mark: head -> a character in its cell.
+    """
     n_layers, n_heads = shape
     cell = "width:14px;height:14px;border:1px solid rgba(128,128,128,.25);padding:0"
     rows = []
     for layer in reversed(range(n_layers)):
         cells = "".join(
             f'<td title="{html.escape(hover.get(h, f"L{h[0]}H{h[1]}"))}" '
-            f'style="{cell};background:rgba(0,114,178,{level.get(h, 0.0):.3f})"></td>'
+            f'style="{cell};background:rgba(0,114,178,{level.get(h, 0.0):.3f})">{(mark or {}).get(h, "")}</td>'
             for h in ((layer, i) for i in range(n_heads))
         )
         rows.append(f'<tr><th style="font-weight:normal;text-align:right;padding:0 4px">{layer}</th>{cells}</tr>')

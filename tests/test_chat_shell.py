@@ -219,11 +219,11 @@ def test_a_typed_prompt_goes_through_the_template(shown):
     found = ex.run()
     assert next(iter(found.texts.values())) == ll.generate(model, "Ann?", system="Hi.", max_new_tokens=2)
     assert found.prompt.messages == (("system", "Hi."), ("user", "Ann?"))
-    assert ex._shown()["chat"]
-    assert ex._shown()["has_chat"]
-    ex._heard({"do": "chat", "value": False})
+    assert ex.widget.state["chat"]
+    assert ex.widget.said["has_chat"]
+    ex.widget.state = {**ex.widget.state, "chat": False}  # as the switch does
     assert not ex.chat
-    assert "run as a chat; press Run again" in ex._shown()["answers"]["note"]
+    assert "run as a chat; press Run again" in ex.widget.said["answers"]["note"]
     assert type(ex.run().prompt) is str
     assert ex.prompt == "Ann?"
 
@@ -232,7 +232,7 @@ def test_a_chat_needs_a_template(shown, bridge_llama):
     """The switch is not there, and from code it is an error."""
     _, sets = shown
     ex = ll.explore(sets, bridge_llama, prompts=["Ann?"])
-    assert not ex._shown()["has_chat"]
+    assert not ex.widget.said["has_chat"]
     with pytest.raises(InputError, match="has no chat template"):
         ex.chat = True
     with pytest.raises(InputError, match="the chat template is the model's"):

@@ -18,9 +18,9 @@ from lofit_lens.plots import methods as method_plots
 from lofit_lens.plots import style
 from lofit_lens.plots.methods import method_bars
 from lofit_lens.plots.style import save_figure
-from lofit_lens.report.collect import collect
 from lofit_lens.report.figures import draw_all, figures, transfer
 from lofit_lens.report.official import official_figures, official_sets
+from lofit_lens.report.page import render
 from lofit_lens.tasks import Task
 from tests import studies
 
@@ -267,4 +267,4 @@ def test_every_part_alone_can_be_drawn(bridge_llama, tmp_path, part):
         "fig2": "head_grid.html",  # one task: no matrix
     }  # fmt: skip
     assert {"head_grid.html", wanted.get(part, f"{part}.md")} <= drawn
-    assert collect(results)["sets"]
+    assert 'id="heads"' in render(results)

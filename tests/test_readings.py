@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,8 +14,10 @@ from lofit_lens.experiments import readings
 from lofit_lens.experiments.grid.run import plan_grid
 from lofit_lens.experiments.store.store import Store
 from lofit_lens.experiments.tables.load import load_results
-from lofit_lens.report.collect import collect, head_readings
-from lofit_lens.report.data import checked
+from lofit_lens.explorer.readings import stored_readings, visible
+from lofit_lens.explorer.source import read_source
+from lofit_lens.heads import Head
+from lofit_lens.report.page import render
 from tests import studies
 
 KIN, PLACE = (t.name for t in studies.TASKS)
@@ -166,62 +169,45 @@ def test_damaged_file_is_named(study_folder, tmp_path):
 # ------------------------------------------------------------------------------------------------------ report
 
 
-def test_report_has_what_the_study_has(results):
-    """Sets by task, selector and seed; transfer as ratios; each head's tokens, cosines and worth; patterns."""
-    data = collect(results)
-    assert checked(data)["model"]["n_layers"] == 3
-    ids = [s["id"] for s in data["sets"]]
-    assert ids[:4] == ["kin|A-norm|0", "kin|A-norm|1", "kin|A-norm|2", "kin|probe accuracy|0"]
-    assert len(ids) == len(set(ids)) == 2 * (3 + 2)
-    first = data["sets"][0]
-    assert first["ranking"][0] == list(results.heads(KIN, k=1)[0])
-    assert first["scores"] == results.scores[KIN, "A-norm", 0].values.tolist()
-    assert first["k"] == results.k(KIN)
-    transfer = data["transfer"]
-    assert transfer["sources"] == [KIN, PLACE, "random"]
-    assert transfer["accuracy"][0][1] == pytest.approx(results.values(results.lofit(PLACE, source=KIN)).mean())
-    own = results.values(results.lofit(PLACE)).mean()
-    if own:
-        assert transfer["relative"][1][1] == pytest.approx(1.0)
-    parts = results.readings()[KIN]
+def test_explorer_and_report_have_what_was_read(results, monkeypatch):
+    """Each head's tokens, cosines and worth; patterns. Those that do not fit are left out, first prompts kept, and counted."""
+    source, parts = read_source(results), results.readings()[KIN]
     row = parts["geometry"]["rows"][0]
-    head = data["heads"][KIN][row["head"]]
-    assert head["norm_v"] == row["v_norm"]
-    assert head["cosines"]["ITI mass mean"] == row["cos_mass_mean"]
+    found = source.readings[row["head"]][0]
+    assert found["title"] == f"LoFiT on {KIN}, from the results"
+    loss = parts["leave_one_out"]["rows"][0]
+    change, low, high = (f"{round(-loss[key], 3) + 0.0:+.3f}" for key in ("loss", "high", "low"))
+    assert found["facts"][0] == ["norm of the offset v", f"{row['v_norm']:.3g}"]
+    assert ["cosine with ITI mass mean", f"{row['cos_mass_mean']:.2f}"] in found["facts"]
+    assert found["facts"][-1] == ["change of the metric without it", f"{change} [{low}, {high}]"]
     strongest = next(
         r for r in parts["tokens"]["rows"] if (r["head"], r["kind"], r["rank"]) == (row["head"], "suppressed", 1)
     )
-    assert head["suppressed"][0] == [strongest["token"], strongest["logit"]]
-    loss = parts["leave_one_out"]["rows"][0]
-    assert head["without"] == {"value": -loss["loss"], "low": -loss["high"], "high": -loss["low"]}
-    patterns = data["attention"][KIN][0]
-    assert patterns["heads"]["L1H2"] == parts["attention"]["patterns"][0][1 * 4 + 2]
-    assert [t["title"] for t in data["tables"]]
-
-
-def test_a_report_stays_small(results, monkeypatch):
-    """Patterns that do not fit are left out, first prompts kept; the notes say how many. Values stand without geometry too."""
-    parts = results.readings()
-    sizes = [12 * len(parts[t]["attention"]["tokens"][0]) ** 2 for t in (KIN, PLACE)]
-    monkeypatch.setattr("lofit_lens.report.collect.PATTERN_NUMBERS", sum(sizes))
-    data = collect(results)
-    assert {t: len(p) for t, p in data["attention"].items()} == {KIN: 1, PLACE: 1}
-    assert any(note.startswith("24 attention patterns were left out") for note in data["notes"])
-    del parts[KIN]["geometry"]
-    heads = head_readings(parts[KIN])
-    assert heads[str(results.heads(KIN)[0])]["norm_v"] is None
-    assert heads[str(results.heads(KIN)[0])]["promoted"]
-    assert "total" not in heads
+    assert found["suppressed"][0] == [visible(strongest["token"]), f"{strongest['logit']:+.2f}"]
+    first, pattern = source.attention[0], torch.tensor(parts["attention"]["patterns"][0][0])
+    assert first["prompt"] == parts["attention"]["prompts"][0]
+    head = str(Head(*parts["attention"]["heads"]["heads"][0]))
+    assert [len(w) for w in first["heads"][head]] == list(range(1, len(first["tokens"]) + 1))
+    np.testing.assert_allclose(first["heads"][head][-1], 1000 * pattern[-1], atol=0.5)
+    lengths = [len(a["tokens"]) for a in source.attention[:2]]
+    monkeypatch.setattr("lofit_lens.explorer.readings.PATTERN_NUMBERS", sum(12 * n * (n + 1) // 2 for n in lengths))
+    few = read_source(results)
+    assert [a["task"] for a in few.attention] == [KIN, PLACE]
+    assert few.left_out == 24
+    assert "24 attention patterns were left out" in render(results)
 
 
 def test_report_without_readings_and_transfer(study_folder, tmp_path):
-    """A study of head scores and few runs still has a report."""
+    """A study of head scores and few runs still has a report; tokens stand without norms, and the sum of all heads is no head."""
     copy = shutil.copytree(study_folder, tmp_path / "study")
+    results = load_results(copy)
+    found = stored_readings(KIN, {"tokens": results.readings()[KIN]["tokens"]})
+    assert set(found) == {str(h) for h in results.heads(KIN)}
+    assert all(r["promoted"] and not r["facts"] for r in found.values())
     for task in (KIN, PLACE, "together"):
         Store(copy).remove(of_task(copy, task))
-    results = load_results(copy)
     for i in results.lofit(KIN, source=PLACE).index:
         shutil.rmtree(results.folders[i])
-    data = collect(load_results(copy))
-    assert checked(data)["transfer"] is None
-    assert data["heads"] == data["attention"] == {}
+    text = render(load_results(copy))
+    assert 'id="transfer"' not in text
+    assert "LoFiT on kin, from the results" not in text

@@ -9,6 +9,7 @@ X is a sum of independent hypergeometric numbers, one a layer, and its distribut
 form of the permutation test that shuffles heads within layers.
 """
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,15 +20,18 @@ from lofit_lens.checks import check_share
 from lofit_lens.errors import InputError
 
 
+@functools.lru_cache(maxsize=8192)
 def shared_by_chance(k_a: int, k_b: int, n: int) -> Float[np.ndarray, " outcomes"]:
-    """Probability of 0, 1, ... min(k_a, k_b) shared heads of two sets drawn evenly from n heads.
+    """Probability of 0, 1, ... min(k_a, k_b) shared heads of two sets drawn evenly from n heads; kept, so not to be written to.
 
     Raises:
         InputError: a set larger than the model, or a negative number.
     """
     if not (0 <= k_a <= n and 0 <= k_b <= n):
         raise InputError(f"sets of {k_a} and {k_b} heads out of {n}; a set holds 0 to {n} heads")
-    return stats.hypergeom.pmf(np.arange(min(k_a, k_b) + 1), n, k_a, k_b)
+    found = stats.hypergeom.pmf(np.arange(min(k_a, k_b) + 1), n, k_a, k_b)
+    found.setflags(write=False)
+    return found
 
 
 def shared_by_chance_in_layers(
@@ -45,7 +49,8 @@ def shared_by_chance_in_layers(
     """
     found = np.ones(1)
     for a, b in zip(counts_a.tolist(), counts_b.tolist(), strict=True):
-        found = np.convolve(found, shared_by_chance(a, b, n_heads))
+        if a and b:  # else no head is shared in this layer
+            found = np.convolve(found, shared_by_chance(a, b, n_heads))
     return found
 
 

@@ -21,8 +21,7 @@ def report(
     """
     c.check_new(out, overwrite=overwrite, folder=False)
     from lofit_lens.experiments.tables.load import load_results
-    from lofit_lens.report.collect import collect
     from lofit_lens.report.page import write_report
 
-    write_report(collect(load_results(results, grids=grid)), out)
+    write_report(load_results(results, grids=grid), out)
     c.console.print(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB); open it in a browser")

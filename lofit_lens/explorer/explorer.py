@@ -1,28 +1,30 @@
 """`explore`: two head sets side by side in Jupyter, all of it readable and settable from code."""
 
+import html
 import importlib.util
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import pandas as pd
-import plotly.graph_objects as go
-from plotly.colors import get_colorscale
-
+from lofit_lens import io
 from lofit_lens.checks import check_one_of, check_whole, texts_of
 from lofit_lens.errors import InputError
-from lofit_lens.explorer import panel, static
+from lofit_lens.explorer import page
+from lofit_lens.explorer.readings import reading, token_reading
 from lofit_lens.explorer.running import PromptRun, adapters_for, edited_heads, head_tokens, run_prompt
 from lofit_lens.explorer.source import Source, read_source
-from lofit_lens.explorer.state import SIDES, State
-from lofit_lens.heads import Head, HeadScores, HeadSet
+from lofit_lens.explorer.state import State
+from lofit_lens.heads import Head
 from lofit_lens.models import tokenizer_of
-from lofit_lens.plots.heads import head_grid
-from lofit_lens.plots.style import HEAT
 from lofit_lens.tasks.chat import as_conversation, has_template, turn_of
 
 log = logging.getLogger(__name__)
 MAX_NEW_TOKENS = 16
+NO_MODEL = (
+    "No model was given. With one, ll.explore(..., model, adapters={'LoFiT': lofit}) shows which tokens an adapter's head "
+    "promotes, where heads look on your own prompt, and what the model answers with and without the adapter or the head."
+)
 
 
 def explore(
@@ -72,7 +74,7 @@ def explore(
     return made
 
 
-class Explorer:
+class Explorer(State):
     """What `explore` gives.
 
     Args:
@@ -93,88 +95,20 @@ class Explorer:
         k: int | Sequence[int] | None = None, prompts: Sequence[str] = (), max_new_tokens: int = MAX_NEW_TOKENS,
         system: str | None = None,
     ) -> None:  # fmt: skip
-        self.state = State(source, k)
+        super().__init__(source, k)
         self.adapters = dict(adapters or {})
         self._model, self._max_new_tokens, self._system, self._chat = model, max_new_tokens, system, False
-        stored = [p["prompt"] for listed in source.attention.values() for p in listed]
-        self._prompts = list(dict.fromkeys(prompts or stored))
+        self._prompts = list(dict.fromkeys(prompts or [p["prompt"] for p in source.attention]))
         self._prompt, self._adapter = next(iter(self._prompts), ""), next(iter(self.adapters), None)
         self._run: PromptRun | None = None
         self._tokens: dict[tuple[str, Head], dict[str, Any]] = {}
         self._error, self._busy, self._version = "", "", 0
         self._view: Any = None
 
-    # ------------------------------------------------------------------------------------- read and set from code
-
-    @property
-    def left(self) -> str:
-        """Name of the set on the left; may be set to another name, or to (task, method) or (task, method, seed)."""
-        return self.state.shown[0].name
-
-    @left.setter
-    def left(self, name: str | Sequence[Any]) -> None:
-        self.state.show("left", name)
+    def _changed(self) -> None:
         self._put()
 
-    @property
-    def right(self) -> str:
-        """Name of the set on the right; may be set as `left`."""
-        return self.state.shown[1].name
-
-    @right.setter
-    def right(self, name: str | Sequence[Any]) -> None:
-        self.state.show("right", name)
-        self._put()
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """All sets that can be shown."""
-        return tuple(self.state.source.entries)
-
-    @property
-    def k(self) -> tuple[int, int]:
-        """Heads of the left and of the right set; may be set to one number or a pair."""
-        return self.state.k
-
-    @k.setter
-    def k(self, k: int | Sequence[int]) -> None:
-        self.state.set_k(k)
-        self._put()
-
-    @property
-    def head(self) -> Head | None:
-        """The head that is open; may be set to a head, `"L2H5"` or None."""
-        return self.state.head
-
-    @head.setter
-    def head(self, head: Head | str | Sequence[int] | None) -> None:
-        self.state.open(head)
-        self._put()
-
-    @property
-    def selection(self) -> HeadSet:
-        """The heads that the reader marked, in the order of clicking; may be set to any heads of the model."""
-        return self.state.selection
-
-    @selection.setter
-    def selection(self, heads: HeadSet | Iterable[Any]) -> None:
-        self.state.select(heads)
-        self._put()
-
-    @property
-    def sets(self) -> dict[str, HeadSet]:
-        """Name -> top K heads, as shown; one entry where both sides show the same."""
-        return self.state.sets
-
-    @property
-    def shared(self) -> HeadSet:
-        """Heads of both sets, in the left one's order."""
-        return self.state.shared
-
-    @property
-    def overlap(self) -> pd.Series:
-        """The numbers shown: the row of `analysis.overlap` with a = left and b = right."""
-        return self.state.overlap
+    # --------------------------------------------------------------------------------- the model, from code or a view
 
     @property
     def prompt(self) -> str:
@@ -199,12 +133,15 @@ class Explorer:
 
     @chat.setter
     def chat(self, chat: bool) -> None:
-        if chat:
-            if self._model is None:
-                raise InputError("the chat template is the model's: ll.explore(source, model, chat=True)")
-            turn_of(tokenizer_of(self._model), as_conversation(self._prompt or "?", self._system))
+        self._check_chat(chat)
         self._chat = bool(chat)
         self._put()
+
+    def _check_chat(self, chat: bool) -> None:
+        if chat and self._model is None:
+            raise InputError("the chat template is the model's: ll.explore(source, model, chat=True)")
+        if chat:
+            turn_of(tokenizer_of(self._model), as_conversation(self._prompt or "?", self._system))
 
     @property
     def adapter(self) -> str | None:
@@ -222,34 +159,6 @@ class Explorer:
         """What `run` found last: texts, and attention patterns for `ll.plots.attention_figure`."""
         return self._run
 
-    def table(self, head: Head | str | Sequence[int] | None = None) -> pd.DataFrame:
-        """A head (None = the open one) in every ranking: set, task, method, seed, kind, score, rank, of.
-
-        Raises:
-            InputError: no head open and none given, or not a head of this model.
-        """
-        wanted = self.head if head is None else HeadSet([head], shape=self.state.source.shape)[0]
-        if wanted is None:
-            raise InputError("no head is open; give one, e.g. ex.table('L2H5')")
-        return self.state.table(wanted)
-
-    def figure(self) -> go.Figure:
-        """The two grids as a figure for a paper, top K and shared heads marked.
-
-        Raises:
-            InputError: a set without scores of all heads.
-        """
-        scores: dict[str, HeadScores] = {}
-        for entry in self.state.shown:
-            if entry.scores is None:
-                raise InputError(
-                    f"{entry.name} has no scores of all heads to draw; ll.plots.layer_distribution takes head sets"
-                )
-            scores[entry.name] = entry.scores
-        tops = dict(zip((e.name for e in self.state.shown), self.state.tops, strict=True))
-        shared = dict.fromkeys(scores, self.shared)
-        return head_grid(scores, tops, marked=shared, marked_label="shared", title=f"{self.left} and {self.right}")
-
     def run(self) -> PromptRun:
         """Run the prompt, as the button does: attention, and answers with and without the adapter and the open head.
 
@@ -265,7 +174,7 @@ class Explorer:
             chosen = {} if self._adapter is None else {self._adapter: self.adapters[self._adapter]}
             asked = as_conversation(self._prompt, self._system) if self._chat and self._prompt.strip() else self._prompt
             self._run = run_prompt(
-                self._model, asked, adapters=chosen, head=self.head, shape=self.state.source.shape,
+                self._model, asked, adapters=chosen, head=self.head, shape=self.source.shape,
                 max_new_tokens=self._max_new_tokens,
             )  # fmt: skip
         finally:
@@ -281,109 +190,152 @@ class Explorer:
         if self._view is None:
             from lofit_lens.explorer.widget import View
 
-            self._view = View()
-            self._view.listen(self._heard)
+            self._view = View(data=page.view_data(self.source))
             self._put(self._error)
+            self._view.listen(self._chosen, self._asked)
         return self._view
 
     def to_html(self) -> str:
-        """The same as static HTML without scripts: what is shown where no widget can be."""
-        return static.page(self.state)
+        """The same as HTML with its data, for where no kernel runs; a still picture where scripts may not run either."""
+        return self._html(page.IN_NOTEBOOK)
+
+    def _html(self, work: int) -> str:
+        data = page.view_data(self.source, work=work)
+        for (_, head), found in self._tokens.items():
+            data["readings"] = {**data["readings"], str(head): [found, *data["readings"].get(str(head), [])]}
+        said = {**self._said(), "readings": [], "note": "", "ask": None, "busy": "", "error": ""}
+        return page.fragment({"data": data, "state": self._choices(), "said": said}, self)
+
+    def save(self, path: str | Path, *, title: str = "") -> Path:
+        """Write it as a page that opens in any browser without Python and without a network, and return the file's path.
+
+        What needs the live model, as typing a prompt, is left out; answers and tokens that were shown are kept.
+
+        Args:
+            path: the file; one of that name is replaced.
+            title: of the page; empty = the two sets' names.
+
+        Raises:
+            InputError: a page of 10 MB or more, or a file that cannot be written.
+        """
+        heading = title or f"Heads of {self.left} and {self.right}"
+        return io.write_text(path, self.document(heading, before=f"<h1>{html.escape(heading)}</h1>"))
+
+    def document(self, title: str, *, before: str = "", after: str = "") -> str:
+        """The page as text.
+
+        Args:
+            title: of the window.
+            before: HTML in front of it.
+            after: HTML behind it.
+
+        Raises:
+            InputError: it would be 10 MB or more.
+        """
+        return page.document(title, before, self._html(page.IN_PAGE), after)
 
     def _repr_html_(self) -> str:
         return self.to_html()
 
     def __repr__(self) -> str:
-        return f"Explorer({panel.summary(self.state)})"
+        return f"Explorer({self.summary()})"
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
         data, meta = self.widget._repr_mimebundle_()
         return {**data, "text/plain": repr(self), "text/html": self.to_html()}, meta
 
-    def _heard(self, message: Any) -> None:
-        """Do what the reader did. What goes wrong is said in the widget, in one line, and logged if it is our fault."""
+    def _chosen(self, choices: Any) -> None:
+        """Follow the view: choose what the reader chose."""
+        if choices != self._choices():
+            self._try(lambda: self._take(choices))
+
+    def _asked(self, message: Any) -> None:
+        """Do what the view asks for."""
+        self._try(lambda: self._do(message))
+
+    def _try(self, act: Callable[[], Any]) -> None:
+        """What goes wrong is said in the view, in one line, and logged if it is our fault."""
         try:
-            self._do(message)
+            act()
         except Exception as e:
-            self._put(_said(e))
+            self._put(_one_line(e))
         else:
             self._put()
 
     def _do(self, message: Any) -> None:
-        state = self.state
         match message:
-            case {"do": "choose", "side": str(side), "part": str(part), "value": value}:
-                state.choose(side, part, value)
-            case {"do": "k", "side": str(side), "value": int(k)}:
-                state.move_k(side, k)
-            case {"do": "link", "value": bool(linked)}:
-                state.link(linked)
-            case {"do": "click", "head": str(head)}:
-                state.click(head)
-            case {"do": "close"}:
-                state.open(None)
-            case {"do": "clear"}:
-                state.select([])
-            case {"do": "adapter", "value": str(name)}:
-                self.adapter = name
-            case {"do": "chat", "value": bool(chat)}:
-                self.chat = chat
-            case {"do": "run", "prompt": str(prompt)}:
+            case {"do": "run", "prompt": str(prompt), "state": dict(choices)}:
+                self._take(choices)  # the view's latest choices may still be on their way
                 self._prompt = prompt
                 self.run()
             case _:
-                raise InputError(
-                    f"the explorer does not know {message!r}; reload the page, it may be of another version"
-                )
+                raise _unknown(message)
+
+    def _take(self, choices: Any) -> None:
+        """Choose all of it or nothing."""
+        try:
+            adapter, chat = choices["adapter"], choices["chat"]
+            if adapter != self._adapter:
+                check_one_of("adapter", adapter, self.adapters)
+            self._check_chat(chat)
+            self.take(choices)
+        except (KeyError, TypeError) as e:
+            raise _unknown(choices) from e
+        self._adapter, self._chat = adapter, bool(chat)
 
     def _put(self, error: str = "") -> None:
         """Show the present state. Every change is shown by this, so that an error stands until the next one."""
         self._error = error
         if self._view is not None:
             self._version += 1
-            self._view.put(self._data(), self._shown())
+            self._view.put(self._choices(), self._said())
 
-    def _data(self) -> dict[str, Any]:
-        heat = [color for _, color in get_colorscale(HEAT)]
-        return {"shape": list(self.state.source.shape), "sides": self.state.grids(), "heat": heat}
+    def _choices(self) -> dict[str, Any]:
+        return {**self.choices(), "adapter": self._adapter, "chat": self._chat}
 
-    def _shown(self) -> dict[str, Any]:
-        state, head = self.state, self.head
-        shared = {str(h) for h in self.shared}
-        tops = [[str(h) for h in top] for top in state.tops]
+    def _said(self) -> dict[str, Any]:
+        """What is said about the present choices, as texts and numbers that the view only places."""
+        head, run = self.head, self._run
+        row, tokenizer = self.overlap.to_dict(), None if self._model is None else tokenizer_of(self._model)
+        maps, note = ([], "") if run is None or head is None else run.maps(head)
+        if run is None and tokenizer is not None:
+            note = "Type a prompt and press Run to see where it looks."
         return {
-            "version": self._version, "choosers": [state.choosers(side) for side in SIDES], "k": list(state.k),
-            "linked": state.linked, "own": [[h for h in top if h not in shared] for top in tops], "shared": sorted(shared),
-            "overlap": panel.overlap_items(self.overlap.to_dict()), "selection": [str(h) for h in state.selection],
-            "head": None if head is None else str(head), "table": None if head is None else panel.head_table(state, head),
-            "tokens": [] if head is None else self._readings(head),
-            "attention": panel.maps(state, self._run, can_run=self._model is not None),
-            "answers": panel.answers(self._run, head, self._adapter, self._chat),
-            "prompt": self._prompt, "prompts": self._prompts, "adapters": list(self.adapters), "adapter": self._adapter,
-            "chat": self._chat, "has_chat": self._model is not None and has_template(tokenizer_of(self._model)),
-            "no_model": panel.NO_MODEL if self._model is None else "", "busy": self._busy, "error": self._error,
+            "version": self._version, "head": None if head is None else str(head),
+            "overlap": {
+                "left": self.left, "right": self.right, "k": list(self.k), "expected": round(row["expected"], 2),
+                "p": page.thousandths(row["p_hypergeometric"]), "p_layer": page.thousandths(row["p_layer"]),
+            },
+            "readings": [] if head is None else self._readings(head), "maps": maps, "note": note,
+            "answers": run.answers(head, self._adapter, chat=self._chat) if run else {"prompt": "", "rows": [], "note": ""},
+            "prompt": self._prompt, "prompts": self._prompts, "adapters": list(self.adapters),
+            "has_chat": tokenizer is not None and has_template(tokenizer),
+            "ask": NO_MODEL if tokenizer is None else "", "busy": self._busy, "error": self._error,
         }  # fmt: skip
 
     def _readings(self, head: Head) -> list[dict[str, Any]]:
-        """What is known of this head's edits: as the results have it, else worked out with the model."""
-        known = panel.readings(self.state.source, head)
-        found = [] if self._model is None else [
+        """What the model shows of this head's edits, by adapters of which the results do not say it."""
+        known = {r["title"] for r in self.source.readings.get(str(head), [])}
+        return [] if self._model is None else [
             self._read(name, head) for name, adapter in self.adapters.items()
-            if name not in known and head in (edited_heads(adapter) or ())
+            if f"{name}, from the results" not in known and head in (edited_heads(adapter) or ())
         ]  # fmt: skip
-        return [*found, *known.values()]
 
     def _read(self, name: str, head: Head) -> dict[str, Any]:
         if (name, head) not in self._tokens:
             try:
                 found = head_tokens(self._model, self.adapters[name], head, self._prompts)
-                self._tokens[name, head] = panel.token_lists(name, found, head)
+                self._tokens[name, head] = token_reading(name, found, head)
             except Exception as e:  # one reading that cannot be had must not take the others away
-                self._tokens[name, head] = panel.no_tokens(name, _said(e))
+                self._tokens[name, head] = reading(name, note=_one_line(e))
         return self._tokens[name, head]
 
 
-def _said(e: Exception) -> str:
+def _unknown(message: Any) -> InputError:
+    return InputError(f"the explorer does not know {message!r}; reload the page, it may be of another version")
+
+
+def _one_line(e: Exception) -> str:
     """An error as one line; one that is no user's is logged as well."""
     text = " ".join(str(e).split())
     if isinstance(e, InputError):

@@ -10,17 +10,18 @@ from lofit_lens.analysis.logit_lens import HeadTokens, promoted_by, promoted_tok
 from lofit_lens.checks import shown
 from lofit_lens.errors import InputError
 from lofit_lens.evaluation.generation import generate
-from lofit_lens.explorer.source import Source, adapter_name
+from lofit_lens.explorer.readings import TOKENS, adapter_name, attention_map
+from lofit_lens.explorer.source import Source
 from lofit_lens.heads import Head, HeadSet
 from lofit_lens.interventions import ITI, Adapter, HeadAblation, Lofit
 from lofit_lens.interventions.base import attachable
 from lofit_lens.models import positions_of, tokenizer_of
 from lofit_lens.plots.attention import MOST_TOKENS
+from lofit_lens.tasks.chat import Conversation
 from lofit_lens.tasks.collate import encode
 
 MOST_WEIGHTS = 8_000_000  # attention weights of a prompt: if all heads have more, only the open head's are kept
 UNEDITED = "unmodified model"
-TOKENS = 8  # of either kind
 
 
 class PromptRun(NamedTuple):
@@ -41,6 +42,29 @@ class PromptRun(NamedTuple):
     texts: dict[str, str]
     attention: dict[str, AttentionPatterns]
     n_tokens: int
+
+    def maps(self, head: Head) -> tuple[list[dict[str, Any]], str]:
+        """Where a head looks, one map for each that acted, and a note where there is none."""
+        if self.n_tokens > MOST_TOKENS:
+            return [], (
+                f"This prompt has {self.n_tokens} tokens; a pattern of more than {MOST_TOKENS} cannot be read here: see "
+                "ll.plots.attention_html."
+            )
+        kept = {said: p for said, p in self.attention.items() if head in p.heads}
+        found = [attention_map(said, p.tokens[0], p.of(head).tolist()) for said, p in kept.items()]
+        return found, "" if found else f"Press Run to see where {head} looks."
+
+    def answers(self, head: Head | None, adapter: str | None, *, chat: bool) -> dict[str, Any]:
+        """What the model said: `prompt`, `rows` of (what acted, text), and a `note` where something else was chosen since."""
+        note = ""
+        if head not in (None, self.head) or adapter != self.adapter:
+            note = (
+                f"This was run with {self.head or 'no head'} open and {self.adapter or 'no adapter'}; press Run again."
+            )
+        if (was := isinstance(self.prompt, Conversation)) != chat:
+            note = f"This was run {'as a chat' if was else 'as plain text'}; press Run again."
+        rows = [[said, text or "(nothing: the end token came first)"] for said, text in self.texts.items()]
+        return {"prompt": self.prompt, "rows": rows, "note": note}
 
 
 def run_prompt(

@@ -1,7 +1,7 @@
 """What is explored, brought to one form: named rankings of the heads of one model, and what was read of adapters before."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,15 @@ from lofit_lens.errors import InputError, unknown
 from lofit_lens.experiments.grid.expand import TOGETHER
 from lofit_lens.experiments.tables.load import load_results
 from lofit_lens.experiments.tables.results import Results
+from lofit_lens.explorer.readings import stored_attention, stored_readings
 from lofit_lens.heads import Head, HeadScores, HeadSet, named_rankings
 from lofit_lens.models import ModelInfo, model_info, same_weights
-from lofit_lens.report.collect import ORDER, attention_readings, head_readings
 
 USUAL_SHARE = 0.03  # of all heads: K where nothing says another (the paper's main setting)
-PARTS = ("task", "method", "seed")
-
-
-def adapter_name(task: str) -> str:
-    """What LoFiT's adapter of a task in a results folder is called."""
-    return f"LoFiT on {task}"
+# Selectors in the order to show; selections of one's own come last.
+ORDER = (
+    "A-norm", "bias norm", "probe accuracy", "probing layers", "gradient attribution", "activation patching", "random",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,21 +69,17 @@ class Source:
     Attributes:
         entries: name -> ranking, in the order to show.
         shape: `(n_layers, n_heads)`.
-        model: name of the model; empty if unknown.
-        info: the model of a results folder, else None.
-        has_tasks: whether entries are told apart by task, method and seed (else by name alone).
-        heads: task -> head -> what was read of the task's adapter: `norm_v`, `promoted`, `suppressed`, `cosines`, `without`.
-        attention: task -> prompts with `prompt`, `tokens`, `heads` (head -> weights `[pos][pos]`).
+        readings: head -> what was read of its edits (`readings.reading`).
+        attention: prompts with patterns, as `readings.stored_attention` gives them.
+        left_out: patterns that were left out of them.
         results: where they come from, or None.
     """
 
     entries: dict[str, Entry]
     shape: tuple[int, int]
-    model: str
-    info: ModelInfo | None
-    has_tasks: bool
-    heads: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
-    attention: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    readings: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    attention: list[dict[str, Any]] = field(default_factory=list)
+    left_out: int = 0
     results: Results | None = None
 
     def entry(self, name: str | Sequence[Any]) -> Entry:
@@ -127,13 +121,13 @@ def read_source(source: Any, model: Any = None, *, tasks: Sequence[str] | None =
             f"these heads belong to a model of {made.shape[0]} layers x {made.shape[1]} heads; {info.name} has {info.n_layers} x "
             f"{info.n_heads}. Give the model they were chosen on"
         )
-    if info is not None and made.info is not None and not same_weights(made.info, info):
+    if info is not None and made.results is not None and not same_weights(made.results.model, info):
         raise InputError(
-            f"these results are of {made.info.name}, and {info.name} has other weights; load that model, or give none"
+            f"these results are of {made.results.model.name}, and {info.name} has other weights; load that model, or give none"
         )
     if tasks is None:
         return made
-    known = list(dict.fromkeys(e.task for e in made.entries.values() if made.has_tasks))
+    known = list(dict.fromkeys(e.task for e in made.entries.values() if e.task))
     if not known:
         raise InputError(
             "tasks= names tasks of a results folder, or of keys (task, method); these head sets go by one name each: leave it out"
@@ -143,7 +137,7 @@ def read_source(source: Any, model: Any = None, *, tasks: Sequence[str] | None =
     kept = {name: e for name, e in made.entries.items() if e.task in tasks}
     if not kept:
         raise InputError(f"tasks is empty; give some of {', '.join(known)}, or None for all")
-    return Source(kept, made.shape, made.model, made.info, True, made.heads, made.attention, made.results)
+    return replace(made, entries=kept)
 
 
 def _of_results(results: Results) -> Source:
@@ -152,15 +146,17 @@ def _of_results(results: Results) -> Source:
             f"{results.folder} holds no head scores; run a grid that selects heads (lofit-lens grid --list), or give "
             "{name: HeadScores}"
         )
-    places = {by: i for i, by in enumerate(ORDER)}  # selections of one's own come last
+    places = {by: i for i, by in enumerate(ORDER)}
     keys = sorted(results.scores, key=lambda k: (results.tasks.index(k[0]), places.get(k[1], len(ORDER)), *k[1:]))
     entries = [_entry(results.scores[key], *key, k=results.k(key[0])) for key in keys]
-    readings = {task: parts for task, parts in results.readings().items() if task != TOGETHER}
-    patterns = {task: parts["attention"] for task, parts in readings.items() if "attention" in parts}
-    return Source(
-        {e.name: e for e in entries}, (results.model.n_layers, results.model.n_heads), results.model.name, results.model, True,
-        {task: head_readings(parts) for task, parts in readings.items()}, attention_readings(patterns)[0], results,
-    )  # fmt: skip
+    read = {task: parts for task, parts in results.readings().items() if task != TOGETHER}
+    readings: dict[str, list[dict[str, Any]]] = {}
+    for task, parts in read.items():
+        for head, found in stored_readings(task, parts).items():
+            readings.setdefault(head, []).append(found)
+    attention, left_out = stored_attention({t: parts["attention"] for t, parts in read.items() if "attention" in parts})
+    shape = (results.model.n_layers, results.model.n_heads)
+    return Source({e.name: e for e in entries}, shape, readings, attention, left_out, results)
 
 
 def _of_mapping(source: Any, info: ModelInfo | None) -> Source:
@@ -200,7 +196,7 @@ def _of_mapping(source: Any, info: ModelInfo | None) -> Source:
     named = {e.name: e for e in entries}
     if len(named) < len(entries):
         raise InputError(f"keys {list(source)}: two of them read alike; name them otherwise")
-    return Source(named, shape, info.name if info else "".join(said), None, all(pairs))
+    return Source(named, shape)
 
 
 def _entry(

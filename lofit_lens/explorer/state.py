@@ -1,24 +1,27 @@
 """What the reader has chosen (the two rankings shown, K of each, the open head, the marked heads), and the numbers that follow.
 
-No widget and no model here.
+No widget and no model here. In the browser `explorer.js` keeps the same choices and sends them here.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
+import plotly.graph_objects as go
 
 from lofit_lens.analysis.overlap import overlap
-from lofit_lens.checks import check_is, check_one_of
-from lofit_lens.errors import InputError, unknown
-from lofit_lens.explorer.source import PARTS, Entry, Source
-from lofit_lens.heads import Head, HeadSet, check_k
+from lofit_lens.checks import check_is
+from lofit_lens.errors import InputError
+from lofit_lens.explorer.source import Entry, Source
+from lofit_lens.heads import Head, HeadScores, HeadSet, check_k
+from lofit_lens.plots.heads import head_grid
 
 SIDES = ("left", "right")
+CHOSEN = ("shown", "_k", "linked", "_head", "_selection")  # attributes that hold what is chosen
 
 
 class State:
-    """The reader's choices over a source.
+    """The reader's choices over a source; read and set from code.
 
     Args:
         source: what can be shown.
@@ -32,58 +35,58 @@ class State:
         self.source = source
         entries = list(source.entries.values())
         self.shown: list[Entry] = [entries[0], _second(entries)]
-        self._k = [entry.k for entry in self.shown]
-        self.linked = self._k[0] == self._k[1]
-        self.head: Head | None = None
+        self._head: Head | None = None
         self._selection: list[Head] = []
-        self._grids: dict[str, dict[str, Any]] = {}
-        self._overlaps: dict[tuple[Any, ...], pd.Series] = {}
-        if k is not None:
-            self.set_k(k)
+        self._set_k([entry.k for entry in self.shown] if k is None else k)
+
+    def _changed(self) -> None:
+        """Whoever shows this redefines it: something else was chosen from code."""
 
     # ------------------------------------------------------------------------------------------------ choosing
 
-    def show(self, side: str, name: str | Sequence[Any]) -> None:
-        """Show another ranking on a side; K stays, as far as the ranking has so many heads.
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All sets that can be shown."""
+        return tuple(self.source.entries)
 
-        Raises:
-            InputError: no such ranking.
+    @property
+    def left(self) -> str:
+        """Name of the set on the left; may be set to another name, or to (task, method) or (task, method, seed).
+
+        K stays, as far as that set has so many heads (both K, if they are linked).
         """
-        self._show(_side(side), self.source.entry(name))
+        return self.shown[0].name
 
-    def choose(self, side: str, part: str, value: Any) -> None:
-        """Change one part of a side's name (`"name"`, or `"task"`, `"method"`, `"seed"`), the others kept where that exists.
+    @left.setter
+    def left(self, name: str | Sequence[Any]) -> None:
+        self._show(0, name)
 
-        Raises:
-            InputError: nothing of that value.
-        """
-        i = _side(side)
-        if part == "name":
-            self._show(i, self.source.entry(value))
-            return
-        check_one_of("part of a head set's name", part, ("name", *PARTS))
-        found = [e for e in self.source.entries.values() if getattr(e, part) == value]
-        if not found:
-            raise unknown(part, value, self._values(part, self.source.entries.values()))
-        now = self.shown[i]
-        # The earlier a part stands in PARTS, the more it counts; of equals the first entry.
-        self._show(i, max(found, key=lambda e: [getattr(e, p) == getattr(now, p) for p in PARTS if p != part]))
+    @property
+    def right(self) -> str:
+        """Name of the set on the right; may be set as `left`."""
+        return self.shown[1].name
 
-    def _show(self, i: int, entry: Entry) -> None:
-        self.shown[i] = entry
-        self._k[i] = min(self._k[i], len(entry.ranking))
+    @right.setter
+    def right(self, name: str | Sequence[Any]) -> None:
+        self._show(1, name)
+
+    def _show(self, i: int, name: str | Sequence[Any]) -> None:
+        self.shown[i] = self.source.entry(name)
+        k = min(self._k[i], len(self.shown[i].ranking))
+        self._k = [k, k] if self.linked else [k if j == i else old for j, old in enumerate(self._k)]
+        self._changed()
 
     @property
     def k(self) -> tuple[int, int]:
-        """Heads of the left and the right set."""
+        """Heads of the left and of the right set; may be set to one number or a pair. Equal numbers move together."""
         return (self._k[0], self._k[1])
 
-    def set_k(self, k: int | Sequence[int]) -> None:
-        """Set K of both sides, by one number or a pair.
+    @k.setter
+    def k(self, k: int | Sequence[int]) -> None:
+        self._set_k(k)
+        self._changed()
 
-        Raises:
-            InputError: no whole number, or more heads than a ranking has.
-        """
+    def _set_k(self, k: int | Sequence[int]) -> None:
         pair: list[Any] = list(k) if isinstance(k, Sequence) and not isinstance(k, str) else [k, k]
         if len(pair) != 2:
             raise InputError(f"k = {k!r}; give one number of heads for both sides, or a pair (left, right)")
@@ -91,61 +94,49 @@ class State:
             check_k(number, len(entry.ranking), entry.name)
         self._k, self.linked = [int(n) for n in pair], pair[0] == pair[1]
 
-    def move_k(self, side: str, k: int) -> None:
-        """Set K of one side; where both are linked, the other side follows as far as it can.
+    @property
+    def head(self) -> Head | None:
+        """The head that is open; may be set to a head, `"L2H5"` or None."""
+        return self._head
 
-        Raises:
-            InputError: more heads than the ranking has.
-        """
-        i = _side(side)
-        check_k(k, len(self.shown[i].ranking), self.shown[i].name)
-        self._k[i] = k
-        if self.linked:
-            self._k[1 - i] = min(k, len(self.shown[1 - i].ranking))
-
-    def link(self, linked: bool) -> None:
-        """Move both K together, or each alone. Linking takes the left one for both."""
-        check_is(linked, bool, "linked", "True or False")
-        self.linked = linked
-        if linked:
-            self.move_k("left", self._k[0])
-
-    def open(self, head: Head | str | Sequence[int] | None) -> None:
-        """Open a head; None closes it.
-
-        Raises:
-            InputError: not a head of this model.
-        """
-        self.head = None if head is None else self._checked([head])[0]
-
-    def click(self, head: Head | str | Sequence[int]) -> None:
-        """What a click does: open the head, and mark it, or take its mark away.
-
-        Raises:
-            InputError: not a head of this model.
-        """
-        self.open(head)
-        assert self.head is not None
-        if self.head in self._selection:
-            self._selection.remove(self.head)
-        else:
-            self._selection.append(self.head)
+    @head.setter
+    def head(self, head: Head | str | Sequence[int] | None) -> None:
+        self._head = None if head is None else self._checked([head])[0]
+        self._changed()
 
     @property
     def selection(self) -> HeadSet:
-        """The marked heads, in the order of clicking."""
+        """The heads that the reader marked, in the order of clicking; may be set to any heads of the model."""
         return HeadSet(self._selection, shape=self.source.shape, label="selection")
 
-    def select(self, heads: HeadSet | Iterable[Any]) -> None:
-        """Mark these heads and no others.
-
-        Raises:
-            InputError: a head that is not of this model, or one twice.
-        """
+    @selection.setter
+    def selection(self, heads: HeadSet | Iterable[Any]) -> None:
         self._selection = self._checked(heads)
+        self._changed()
 
     def _checked(self, heads: Iterable[Any]) -> list[Head]:
         return list(HeadSet(heads, shape=self.source.shape))
+
+    def choices(self) -> dict[str, Any]:
+        """All of it as the view keeps it: `left` and `right` (names), `k`, `linked`, `head`, `selection`."""
+        return {
+            "left": self.left, "right": self.right, "k": list(self._k), "linked": self.linked,
+            "head": None if self.head is None else str(self.head), "selection": [str(h) for h in self._selection],
+        }  # fmt: skip
+
+    def take(self, choices: Mapping[str, Any]) -> None:
+        """Choose all that the view has chosen, or nothing.
+
+        Raises:
+            InputError: something that cannot be chosen.
+        """
+        made = State(self.source)
+        made.shown = [self.source.entry(choices[side]) for side in SIDES]
+        made.k, made.head, made.selection = choices["k"], choices["head"], choices["selection"]
+        made.linked = choices["linked"]
+        check_is(made.linked, bool, "linked", "True or False")
+        for name in CHOSEN:
+            setattr(self, name, getattr(made, name))
 
     # ------------------------------------------------------------------------------------------------- numbers
 
@@ -157,9 +148,9 @@ class State:
 
     @property
     def sets(self) -> dict[str, HeadSet]:
-        """Name -> its best K heads; one entry where both sides show the same ranking with the same K."""
+        """Name -> top K heads, as shown; one entry where both sides show the same ranking with the same K."""
         left, right = self.tops
-        names = [e.name for e in self.shown]
+        names = [self.left, self.right]
         if names[0] == names[1] and self._k[0] != self._k[1]:
             names = [f"{names[0]} ({side})" for side in SIDES]
         return {names[0]: left, names[1]: right}
@@ -172,60 +163,63 @@ class State:
 
     @property
     def overlap(self) -> pd.Series:
-        """How many heads both sets share, beside chance: the row of `analysis.overlap`, a = left, b = right."""
-        at = (*(e.name for e in self.shown), *self._k)
-        if at not in self._overlaps:
-            left, right = self.tops
-            row = overlap({"left": left, "right": right}, shape=self.source.shape).iloc[0].copy()
-            row["a"], row["b"] = at[:2]
-            self._overlaps = {at: row}  # the last one: a click on a head changes nothing here
-        return self._overlaps[at].copy()
+        """The numbers shown, beside chance: the row of `analysis.overlap` with a = left and b = right."""
+        left, right = self.tops
+        row = overlap({"left": left, "right": right}, shape=self.source.shape).iloc[0].copy()
+        row["a"], row["b"] = self.left, self.right
+        return row
 
-    def table(self, head: Head) -> pd.DataFrame:
-        """A head in every ranking: set, task, method, seed, kind, score (NaN without), rank (NaN where it is not listed), of.
+    def table(self, head: Head | str | Sequence[int] | None = None) -> pd.DataFrame:
+        """A head (None = the open one) in every ranking, one row each, in the source's order.
 
-        One row a ranking, in the source's order; `of` is the number of heads ranked.
+        Returns:
+            set, task, method, seed, kind, score (NaN without), rank (NaN where it is not listed), of (heads ranked).
+
+        Raises:
+            InputError: no head open and none given, or not a head of this model.
         """
-        rows = []
-        for e in self.source.entries.values():
-            rows.append({
+        wanted = self.head if head is None else self._checked([head])[0]
+        if wanted is None:
+            raise InputError("no head is open; give one, e.g. ex.table('L2H5')")
+        return pd.DataFrame([
+            {
                 "set": e.name, "task": e.task, "method": e.method, "seed": e.seed, "kind": e.kind,
-                "score": float("nan") if e.scores is None else e.scores[head],
-                "rank": float(e.ranks.get(head, float("nan"))), "of": len(e.ranking),
-            })  # fmt: skip
-        return pd.DataFrame(rows)
+                "score": float("nan") if e.scores is None else e.scores[wanted],
+                "rank": float(e.ranks.get(wanted, float("nan"))), "of": len(e.ranking),
+            }
+            for e in self.source.entries.values()
+        ])  # fmt: skip
 
-    # ---------------------------------------------------------------------------------------------- for a view
+    def figure(self) -> go.Figure:
+        """The two grids as a figure for a paper, top K and shared heads marked.
 
-    def grids(self) -> list[dict[str, Any]]:
-        """What changes with the shown rankings only: of each side name, kind, scores and ranks by head (layer-major)."""
+        Raises:
+            InputError: a set without scores of all heads.
+        """
+        scores: dict[str, HeadScores] = {}
         for entry in self.shown:
-            if entry.name not in self._grids:
-                self._grids[entry.name] = _grid(entry, self.source.shape)
-        return [self._grids[entry.name] for entry in self.shown]
+            if entry.scores is None:
+                raise InputError(
+                    f"{entry.name} has no scores of all heads to draw; ll.plots.layer_distribution takes head sets"
+                )
+            scores[entry.name] = entry.scores
+        tops = dict(zip((self.left, self.right), self.tops, strict=True))
+        shared = dict.fromkeys(scores, self.shared)
+        return head_grid(scores, tops, marked=shared, marked_label="shared", title=f"{self.left} and {self.right}")
 
-    def choosers(self, side: str) -> list[dict[str, Any]]:
-        """Of a side: each part of the name that leaves a choice, with what is allowed and what is chosen."""
-        now, entries = self.shown[_side(side)], list(self.source.entries.values())
-        if not self.source.has_tasks:
-            return [{"part": "name", "label": "set", "options": [e.name for e in entries], "value": now.name}]
-        found = []
-        for i, part in enumerate(PARTS):
-            # A part's values are those that go with the parts in front of it.
-            allowed = [e for e in entries if all(getattr(e, p) == getattr(now, p) for p in PARTS[:i])]
-            options = self._values(part, allowed)
-            if part != "seed" or (len(options) > 1 and None not in options):
-                found.append({"part": part, "label": part, "options": options, "value": getattr(now, part)})
-        return found
-
-    @staticmethod
-    def _values(part: str, entries: Iterable[Entry]) -> list[Any]:
-        return list(dict.fromkeys(getattr(e, part) for e in entries))
+    def summary(self) -> str:
+        """The comparison in one line."""
+        row, (k_left, k_right), (n_layers, n_heads) = self.overlap.to_dict(), self.k, self.source.shape
+        return (
+            f"{self.left} (top {k_left}) and {self.right} (top {k_right}) of {n_layers}x{n_heads} heads: {row['shared']} "
+            f"shared, {row['expected']:.2f} expected by chance, p = {p_text(row['p_hypergeometric'])} over all heads, "
+            f"{p_text(row['p_layer'])} within layers"
+        ).replace("p = <", "p <")
 
 
-def _side(side: str) -> int:
-    check_one_of("side", side, SIDES)
-    return SIDES.index(side)
+def p_text(p: float) -> str:
+    """A p-value with three decimals, or `< 0.001`."""
+    return "< 0.001" if p < 0.0005 else f"{p:.3f}"
 
 
 def _second(entries: list[Entry]) -> Entry:
@@ -233,17 +227,3 @@ def _second(entries: list[Entry]) -> Entry:
     first = entries[0]
     others = [e for e in entries[1:] if e.task == first.task and e.method != first.method]
     return (others or entries[1:] or entries)[0]
-
-
-def _grid(entry: Entry, shape: tuple[int, int]) -> dict[str, Any]:
-    heads = [Head(layer, head) for layer in range(shape[0]) for head in range(shape[1])]
-    if entry.scores is not None:
-        scores = [float(f"{x:.6g}") for x in entry.scores.values.flatten().tolist()]
-        legend = [f"{x + 0.0:.4g}" for x in (min(scores), max(scores))]
-    else:
-        scores, legend = None, [f"rank {len(entry.ranking)}", "rank 1"]
-    shade = [entry.shades.get(h) for h in heads]
-    return {
-        "name": entry.name, "kind": entry.kind, "scores": scores, "ranks": [entry.ranks.get(h, 0) for h in heads],
-        "shade": [None if t is None else round(t, 3) for t in shade], "legend": legend, "k_max": len(entry.ranking),
-    }  # fmt: skip

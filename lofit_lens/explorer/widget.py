@@ -1,35 +1,35 @@
-"""The view in Jupyter: one anywidget. It shows `data` and `state` and says what the reader does; it decides nothing."""
+"""The view in Jupyter: one anywidget around the front-end that saved pages have, too."""
 
-import importlib.resources
 from collections.abc import Callable
 from typing import Any
 
 import anywidget
 import traitlets
 
-
-def _asset(name: str) -> str:
-    return (importlib.resources.files("lofit_lens.explorer") / name).read_text(encoding="utf-8")
+from lofit_lens.explorer.page import asset, script
 
 
 class View(anywidget.AnyWidget):
     """The widget.
 
     Attributes:
-        data: what changes with the shown sets only: shape, scores, ranks, colours.
-        state: all the rest.
+        data: what stays as it is; see `page.view_data`.
+        state: what the reader chose; both Python and the browser set it.
+        said: what Python answers to it.
     """
 
-    _esm = _asset("explorer.js")
-    _css = _asset("explorer.css")
+    _esm = script() + "\nexport default { render };\n"
+    _css = asset("explorer.css")
     data = traitlets.Dict().tag(sync=True)
     state = traitlets.Dict().tag(sync=True)
+    said = traitlets.Dict().tag(sync=True)
 
-    def listen(self, heard: Callable[[Any], None]) -> None:
-        """Call `heard` with each message of the browser."""
-        self.on_msg(lambda _, content, buffers: heard(content))
+    def listen(self, chosen: Callable[[Any], None], asked: Callable[[Any], None]) -> None:
+        """Call `chosen` with each new state, and `asked` with each message of the browser."""
+        self.observe(lambda change: chosen(change["new"]), "state")
+        self.on_msg(lambda _, content, buffers: asked(content))
 
-    def put(self, data: dict[str, Any], state: dict[str, Any]) -> None:
-        """Show this: `data` is sent only if it changed, `state` as a whole."""
+    def put(self, state: dict[str, Any], said: dict[str, Any]) -> None:
+        """Show this; only what changed is sent."""
         with self.hold_sync():
-            self.data, self.state = data, state
+            self.said, self.state = said, state

@@ -1,4 +1,4 @@
-"""One self-contained interactive HTML page: plain data in, a page that opens without Python and without a network out."""
+"""A study's figures, and its report: one HTML page that opens without Python and without a network."""
 
 from lofit_lens.report.page import render, write_report
 

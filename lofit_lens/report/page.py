@@ -1,88 +1,151 @@
-"""The page itself: template, style, scripts and data put into one file that asks no server for anything.
+"""The report: the explorer saved with a study's data, between the study's tables and its transfer matrix."""
 
-Parts, each a file of this package: `page.html` (the frame), `page.css`, and the scripts in `SCRIPTS`, put one behind the other.
-From elsewhere: plotly.js (once, from the plotly package) and, if there are attention patterns, circuitsvis' bundle. The page's
-own content policy forbids every request, so that a mistake here cannot become one.
-"""
-
-import html
-import importlib.resources
-import json
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
-import plotly.offline
-from plotly.colors import get_colorscale
+import pandas as pd
+from plotly.colors import sample_colorscale
 
 from lofit_lens import io
+from lofit_lens.analysis.transfer import RANDOM, Transfer
 from lofit_lens.errors import InputError
-from lofit_lens.plots.attention import attention_script
-from lofit_lens.plots.style import COLORS, FONT, HEAT
-from lofit_lens.report.data import checked
+from lofit_lens.experiments.tables.paper_tables import paper_tables
+from lofit_lens.experiments.tables.results import Results
+from lofit_lens.explorer.explorer import Explorer
+from lofit_lens.explorer.source import read_source
+from lofit_lens.explorer.state import p_text
+from lofit_lens.plots.style import HEAT
+from lofit_lens.report.figures import transfer
 
-SCRIPTS = ("chance.js", "dom.js", "grid.js", "figures.js", "panel.js", "page.js")
-MAX_BYTES = 10_000_000
+ABOUT = (
+    "LoFiT finds the attention heads that a task uses (a learned scale for each head's output, ranked by its norm), then tunes "
+    "one offset vector in each chosen head: <code>z * (1 + A) + v</code>."
+)
+METHOD = (
+    "One file, made by lofit-lens; it works without a network. Chance: two sets of K heads drawn at random from all heads share "
+    "K&sup2;/heads heads on average; p is the exact probability of as many or more, for one pair of sets (not corrected for "
+    "looking at several pairs or several K), over all heads and with each set's heads shuffled within their layers."
+)
 
 
-def render(data: Mapping[str, Any]) -> str:
-    """The report as one HTML page; the same data gives the same text.
+def write_report(results: Results, path: str | Path) -> Path:
+    """Write the report of a study, whole or not at all, and return its path.
 
     Args:
-        data: what to show; `lofit_lens.report.data.checked` lists the keys.
+        results: what `ll.load_results` reads.
+        path: the page; a file of that name is replaced.
 
     Raises:
-        InputError: data that cannot be shown (see `checked`), or a page of 10 MB or more.
+        InputError: a study without head scores, a page of 10 MB or more, or a file that cannot be written.
+        DataError: damaged files.
     """
-    content = checked(data)
-    theme = {"colors": COLORS, "heat": get_colorscale(HEAT), "font": FONT}
+    return io.write_text(path, render(results))
+
+
+def render(results: Results) -> str:
+    """The report as one HTML page; it shows as much as the study holds, and the same study gives the same page.
+
+    Raises:
+        InputError: a study without head scores, or a page of 10 MB or more.
+        DataError: damaged files.
+    """
+    source = read_source(results)
+    tables = "".join(
+        f"<h3>{escape(t.title)}</h3>{_table(t.columns, t.cells, t.title, t.notes)}" for t in paper_tables(results)
+    )
+    versions = _table(("package", "version"), sorted(results.record["versions"].items()), "Versions")
     parts = {
-        "title": html.escape(content["title"]),
-        "style": _asset("page.css"),
-        "data": script_json({**content, "theme": theme}),
-        "plotly": script_text(plotly.offline.get_plotlyjs()),
-        "circuitsvis": _circuitsvis() if any(content["attention"].values()) else "",
-        "scripts": script_text("\n".join(map(_asset, SCRIPTS))),
+        "Summary": tables,
+        "Heads": "",
+        "Transfer": _transfer(results),
+        "About": f'<p class="quiet">{METHOD}</p>{versions}',
     }
-    # One pass: what was put in is never searched for marks again.
-    page = re.sub(r"<!--@(\w+)-->|/\*@(\w+)\*/", lambda m: parts[m[1] or m[2]], _asset("page.html"))
-    size = len(page.encode())
-    if size >= MAX_BYTES:
-        raise InputError(
-            f"the report would be {size / 1e6:.1f} MB ({len(parts['data']) / 1e6:.1f} MB of it data); it must stay under "
-            f"{MAX_BYTES / 1e6:.0f} MB, so give fewer head sets, or fewer or shorter prompts in 'attention'"
-        )
-    return page
+    shown = {
+        name: f'<h2 id="{name.lower()}">{name}</h2>{text}' for name, text in parts.items() if text or name == "Heads"
+    }
+    links = "".join(f'<a href="#{name.lower()}">{name}</a>' for name in shown)
+    title = f"Which heads does {results.model.name} use?"
+    header = f'<h1>{escape(title)}</h1>{_notes(results, source.left_out)}<nav aria-label="Sections">{links}</nav>'
+    return Explorer(source).document(
+        title,
+        before=f"<header>{header}</header><main>{shown.get('Summary', '')}{shown['Heads']}",
+        after=f"{shown.get('Transfer', '')}{shown['About']}</main>",
+    )
 
 
-def write_report(data: Mapping[str, Any], path: str | Path) -> Path:
-    """Write the report, whole or not at all, and return its path.
-
-    Raises:
-        InputError: see `render`; the file cannot be written.
-    """
-    return io.write_text(path, render(data))
-
-
-def script_json(value: Any) -> str:
-    """JSON that may stand inside a script element: no `<`, `>` or `&`, and ASCII only."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
-    for sign in "<>&":
-        text = text.replace(sign, f"\\u{ord(sign):04x}")
-    return text
-
-
-def script_text(source: str) -> str:
-    """JavaScript that may stand inside a script element: nothing in it ends the element or asks for a source map."""
-    source = re.sub(r"</(script)", r"<\\/\1", source, flags=re.IGNORECASE)
-    return re.sub(r"^//# sourceMappingURL=.*$", "", source.replace("<!--", "<\\!--"), flags=re.MULTILINE)
+def _notes(results: Results, left_out: int) -> str:
+    model = results.model
+    revision = f", revision {model.revision}" if model.revision else ""
+    notes = [
+        f"Seeds {', '.join(map(str, results.seeds))}; adapters whose heads, tokens and patterns are shown are those of seed "
+        f"{results.seeds[0]}.",
+        "Promoted tokens: a head's offset v through W_O, the final norm at its mean scale, and W_U; later layers are left out.",
+        "Attention: with the adapter of the task attached.",
+    ]
+    if left_out:
+        notes.append(f"{left_out} attention patterns were left out to keep this page small; figures have them.")
+    return (
+        f"<p><b>{escape(model.name)}</b> ({escape(model.class_name)}): {model.n_layers} layers of {model.n_heads} heads"
+        f'{escape(revision)}</p><p class="quiet">{ABOUT}</p><ul>{"".join(f"<li>{escape(n)}</li>" for n in notes)}</ul>'
+    )
 
 
-def _circuitsvis() -> str:
-    """CircuitsVis' script without its element: the page runs it when the first pattern is asked for."""
-    return script_text(attention_script().removeprefix("<script>").removesuffix("</script>"))
+def _table(columns: Iterable[str], rows: Iterable[Sequence[str]], label: str, notes: Iterable[str] = ()) -> str:
+    """Texts as an HTML table, with notes below it."""
+    head = "".join(f'<th scope="col">{escape(c)}</th>' for c in columns)
+    body = "".join(
+        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>'
+        for row in rows
+    )
+    return _scrolled(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>", label) + "".join(
+        f'<p class="quiet">{escape(note)}</p>' for note in notes
+    )
 
 
-def _asset(name: str) -> str:
-    return (importlib.resources.files("lofit_lens.report") / name).read_text(encoding="utf-8")
+def _scrolled(text: str, label: str) -> str:
+    """What scrolls sideways by itself where it is too wide, by keyboard too."""
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}">{text}</div>'
+
+
+def _transfer(results: Results) -> str:
+    """The transfer matrix as HTML; empty where the study holds none."""
+    try:
+        found: Transfer = transfer(results)
+    except InputError:  # one task, or that part was not run
+        return ""
+    cells = {(row["source"], row["task"]): row for row in found.frame.to_dict("records")}
+    known = [x for x in found.frame["relative"] if not pd.isna(x)]
+    low, high = (min(known), max(known)) if known else (0.0, 0.0)
+    heads = "".join(
+        f'<th scope="col">tuned on {escape(t)}<span>{escape(own["metric"].upper())}, n = {own["n_items"]:,}</span></th>'
+        for t, own in ((t, cells[t, t]) for t in found.tasks)
+    )
+    rows = "".join(
+        f'<tr><th scope="row">{"random heads" if s == RANDOM else escape(s)}</th>'
+        + "".join(_cell(cells[s, t], low, high) for t in found.tasks) + "</tr>"
+        for s in found.sources
+    )  # fmt: skip
+    return (
+        '<p class="quiet">Offsets are tuned on the task of the column, in the heads that were chosen for the row. Large: '
+        "accuracy relative to the task's own heads (100 %); below it the accuracy itself with its interval, mean of "
+        f"{min(found.frame['n_seeds'])} seed(s); then p of the paired test over test items against the task's own heads "
+        "(* p &lt; 0.05, + p &lt; 0.1). Lighter: larger.</p>"
+    ) + _scrolled(
+        f'<table class="transfer"><thead><tr><th scope="col">heads from</th>{heads}</tr></thead><tbody>{rows}</tbody></table>',
+        "Transfer between tasks",
+    )
+
+
+def _cell(row: dict[str, Any], low: float, high: float) -> str:
+    accuracy = "not measured" if pd.isna(row["accuracy"]) else f"{row['accuracy']:.3f}"
+    if pd.isna(row["relative"]):
+        return f'<td class="none">{accuracy}{"" if pd.isna(row["accuracy"]) else " (own heads: 0)"}</td>'
+    level = (row["relative"] - low) / (high - low) if high > low else 1.0
+    interval = "" if pd.isna(row["accuracy_low"]) else f" [{row['accuracy_low']:.3f}, {row['accuracy_high']:.3f}]"
+    p = "" if pd.isna(row["p"]) else f"p {'' if row['p'] < 0.0005 else '= '}{p_text(row['p'])}"
+    return (
+        f'<td style="background:{sample_colorscale(HEAT, [level])[0]};color:{"#000" if level > 0.5 else "#fff"}">'
+        f"<b>{row['relative']:.1f} %{row['mark']}</b><span>{accuracy}{interval}</span><span>{p}</span></td>"
+    )

@@ -1,0 +1,187 @@
+"""The explorer saved with its data: a piece of HTML for a notebook, or a whole page that asks no server for anything.
+
+A picture of the two sets stands in it as HTML tables; where scripts may run, the front-end (`SCRIPTS`, put one behind the other)
+takes its place. A page's own content policy forbids every request, so that a mistake here cannot become one.
+"""
+
+import html
+import importlib.resources
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from plotly.colors import get_colorscale
+
+from lofit_lens.analysis.chance import (
+    at_least,
+    chance_range,
+    shared_by_chance,
+    shared_by_chance_in_layers,
+    shared_by_depth,
+)
+from lofit_lens.errors import InputError
+from lofit_lens.explorer.source import Entry, Source
+from lofit_lens.explorer.state import State
+from lofit_lens.html import grid_html
+from lofit_lens.plots.style import HEAT
+
+SCRIPTS = ("dom.js", "grid.js", "panel.js", "plots.js", "explorer.js")
+SHARED, OWN = "\u25c6", "\u25cb"  # a filled diamond, an open circle
+MAX_BYTES = 10_000_000
+# Most convolutions (layers x pairs of sets x K) for the chance that a page holds; with more to do, K moves in steps.
+IN_PAGE, IN_NOTEBOOK = 600_000, 60_000
+SCORE_DIGITS = 6
+POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
+    "form-action 'none'"
+)
+
+
+def asset(name: str) -> str:
+    """A file of this package."""
+    return (importlib.resources.files("lofit_lens.explorer") / name).read_text(encoding="utf-8")
+
+
+def script() -> str:
+    """The front-end; it defines `render` (for a widget) and `open` (for a saved page)."""
+    return "\n".join(map(asset, SCRIPTS))
+
+
+# ---------------------------------------------------------------------------------------------------------- data
+
+
+def view_data(source: Source, *, work: int = 0) -> dict[str, Any]:
+    """What the front-end is given once: shape, sets, what was read of heads, and chance.
+
+    Args:
+        source: what can be shown.
+        work: where no Python will answer: convolutions to spend on the chance of every pair of sets (`IN_PAGE`, `IN_NOTEBOOK`).
+
+    Returns:
+        `shape`, `heat` (colours), `sets` (`name`, `task`, `kind`, `ranking` and `scores` by layer-major number), `readings`
+        (head -> list), `attention`, and `chance`: `ks`, by K `expected`, `low`, `high` (shared heads by chance, mean and 95 %)
+        and, with `work`, `pairs`: "i,j" (places of sets) -> by K, p over all heads and p within layers, in thousandths.
+    """
+    entries, (n_layers, n_heads) = list(source.entries.values()), source.shape
+    pairs = [(i, j) for j in range(len(entries)) for i in range(j)] if work else []
+    ks = _steps(
+        max(len(e.ranking) for e in entries), [e.k for e in entries], work // (len(pairs) * n_layers) if pairs else None
+    )
+    bands = [chance_range(shared_by_chance(k, k, n_layers * n_heads)) for k in ks]
+    chance: dict[str, Any] = {
+        "ks": ks, "expected": [round(k * k / (n_layers * n_heads), 2) for k in ks],
+        "low": [low for low, _ in bands], "high": [high for _, high in bands],
+    }  # fmt: skip
+    if work:
+        chance["pairs"] = {f"{i},{j}": _chances(entries[i], entries[j], ks, source.shape) for i, j in pairs}
+    return {
+        "shape": [n_layers, n_heads], "heat": [color for _, color in get_colorscale(HEAT)],
+        "sets": [_set(e, n_heads) for e in entries], "readings": source.readings, "attention": source.attention, "chance": chance,
+    }  # fmt: skip
+
+
+def thousandths(p: float) -> int:
+    """A probability as the view shows it; 0 is less than half of one."""
+    return 0 if p < 0.0005 else max(1, round(1000 * p))
+
+
+def _set(entry: Entry, n_heads: int) -> dict[str, Any]:
+    scores = None if entry.scores is None else entry.scores.values.flatten().tolist()
+    return {
+        "name": entry.name, "task": entry.task, "kind": entry.kind,
+        "ranking": [h.layer * n_heads + h.head for h in entry.ranking],
+        "scores": scores and [float(f"{x:.{SCORE_DIGITS}g}") for x in scores],
+    }  # fmt: skip
+
+
+def _steps(most: int, usual: Sequence[int], room: int | None) -> list[int]:
+    """Every K from 1 to `most`, or about `room` of them, the usual ones among them, small ones nearest to each other."""
+    if room is None or room >= most:
+        return list(range(1, most + 1))
+    spaced = np.geomspace(1, most, max(2, room)).round().astype(int).tolist()
+    return sorted({*spaced, *usual})
+
+
+def _chances(a: Entry, b: Entry, ks: Sequence[int], shape: tuple[int, int]) -> list[list[int]]:
+    """By K, as far as both rankings go: p over all heads and p within layers, in thousandths."""
+    n_layers, n_heads = shape
+    shared = shared_by_depth(a.ranking.heads, b.ranking.heads)
+    layers = [np.array([h.layer for h in e.ranking]) for e in (a, b)]
+    anywhere, in_layers = [], []
+    for k in (k for k in ks if k <= min(len(a.ranking), len(b.ranking))):
+        counts_a, counts_b = (np.bincount(listed[:k], minlength=n_layers) for listed in layers)
+        x = int(shared[k - 1])
+        anywhere.append(thousandths(at_least(shared_by_chance(k, k, n_layers * n_heads), x)))
+        in_layers.append(thousandths(at_least(shared_by_chance_in_layers(counts_a, counts_b, n_heads), x)))
+    return [anywhere, in_layers]
+
+
+# ---------------------------------------------------------------------------------------------------------- HTML
+
+
+def fragment(values: dict[str, Any], state: State) -> str:
+    """The explorer as HTML for a notebook: the picture, then what puts the live view in its place. ASCII only.
+
+    Args:
+        values: `data`, `state` and `said`, as the widget has them.
+        state: what the picture shows.
+    """
+    run = f"(() => {{\n{script()}\nopen(document.currentScript.parentElement);\n}})();"
+    return _ascii(
+        f'<div>{picture(state)}<script type="application/json">{script_json(values)}</script>'
+        f"<style>{asset('explorer.css')}</style><script>{run}</script></div>"
+    )
+
+
+def document(title: str, *parts: str) -> str:
+    """A whole page of these pieces of HTML.
+
+    Raises:
+        InputError: it would be 10 MB or more.
+    """
+    page = _ascii(
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><link rel="icon" href="data:,">'
+        f"<title>{html.escape(title)}</title><style>{asset('page.css')}</style></head>\n<body>{''.join(parts)}</body></html>\n"
+    )
+    if len(page) >= MAX_BYTES:
+        raise InputError(
+            f"the page would be {len(page) / 1e6:.1f} MB; it must stay under {MAX_BYTES / 1e6:.0f} MB, so give fewer head "
+            "sets, or fewer tasks"
+        )
+    return page
+
+
+def script_json(value: Any) -> str:
+    """JSON that may stand inside a script element: no `<`, `>` or `&`, and ASCII only."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
+    for sign in "<>&":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return text
+
+
+def picture(state: State) -> str:
+    """Both grids with the top K and shared heads marked, and the overlap, without script and style sheet."""
+    cell, shared = "vertical-align:top;text-align:left;padding:0 24px 8px 0", state.shared
+    grids = ""
+    for entry, top in zip(state.shown, state.tops, strict=True):
+        hover: dict[tuple[int, int], str] = {head: f"{head}, rank {entry.ranks[head]}" for head in top}
+        # Pale enough for a black mark.
+        level: dict[tuple[int, int], float] = {head: 0.7 * shade for head, shade in entry.shades.items()}
+        mark: dict[tuple[int, int], str] = {head: SHARED if head in shared else OWN for head in top}
+        grid = grid_html(state.source.shape, level, hover, f"{entry.name}: {entry.kind}, top {len(top)}", mark=mark)
+        grids += f'<td style="{cell}">{grid}</td>'
+    marked = f" Marked by the reader: {state.selection}." if len(state.selection) else ""
+    return (
+        '<div style="background:#fff;color:#222;padding:8px;overflow-x:auto;font:13px Helvetica,Arial,sans-serif">'
+        f"<p>{html.escape(state.summary())}.</p><table><tr>{grids}</tr></table>"
+        f"<p>{SHARED} in the top K of both sets, {OWN} of this one alone. Darker blue: larger score, or earlier place. "
+        f"Shared heads: {shared or 'none'}.{marked}</p>"
+        "<p><small>This is a still picture: scripts do not run here.</small></p></div>"
+    )
+
+
+def _ascii(text: str) -> str:
+    return text.encode("ascii", "xmlcharrefreplace").decode("ascii")
