@@ -135,9 +135,7 @@ class Adapter(nn.Module):
         if "method" in vars(cls):  # else it is a base of others
             known = KNOWN.setdefault(cls.method, cls)
             if known.__module__.startswith("lofit_lens.") and cls.__module__ != known.__module__:
-                raise InputError(
-                    f"the library has a method {cls.method!r} already; name that of {cls.__name__} otherwise"
-                )
+                raise InputError(f"the library has a method {cls.method!r} already; rename that of {cls.__name__}")
             KNOWN[cls.method] = cls
 
     def __init__(self, meta: AdapterMeta | None = None, positions: str | Positions = ALL) -> None:
