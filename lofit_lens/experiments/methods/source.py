@@ -1,5 +1,6 @@
 """Digest of code that a user wrote. A run is named by all that can change its result, and such code can."""
 
+import dis
 import inspect
 import sys
 import sysconfig
@@ -111,8 +112,8 @@ def _functions(cls: type) -> Iterator[types.FunctionType]:
 
 
 def _names(code: types.CodeType) -> Iterator[str]:
-    """Global names that code refers to, those of functions inside it included."""
-    yield from code.co_names
+    """Global names that code reads, those of functions inside it included; names of attributes are none."""
+    yield from (i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _names(constant)
