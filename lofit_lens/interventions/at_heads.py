@@ -16,7 +16,7 @@ from lofit_lens.heads import Head, Heads, HeadSet
 from lofit_lens.html import first_of
 from lofit_lens.interventions.base import Adapter, AdapterMeta, Edit
 from lofit_lens.interventions.cards import plain, table
-from lofit_lens.interventions.files import CONFIG_FILE
+from lofit_lens.interventions.files import CONFIG_FILE, check_tensors
 from lofit_lens.models import ALL, Positions, device_of, head_size, hook_z, model_info
 
 SHOWN = 10  # heads in a card's table
@@ -91,6 +91,16 @@ class HeadAdapter(Adapter):
         d_head = head_size(model, None if heads is None else chosen.layers)
         made = cls((*grid, d_head), chosen, AdapterMeta(model=info, versions=io.environment()))
         return made.to(device_of(model))
+
+    @classmethod
+    def _made_from(
+        cls: type[Some], record: dict[str, Any], tensors: dict[str, Tensor], meta: AdapterMeta, where: Path
+    ) -> Some:
+        """With its shape and heads, then its tensors; a method with further settings has its own."""
+        made = cls(*shape_and_heads(record, where), meta)
+        check_tensors(tensors, {name: tuple(t.shape) for name, t in made.state_dict().items()}, where)
+        made.load_state_dict(tensors)
+        return made.requires_grad_(False)
 
     def affine(self, head: Head) -> tuple[Float[Tensor, " d_head"], Float[Tensor, " d_head"]]:
         """Scale and shift of one chosen head's edit, `z <- scale * z + shift`: what export can fold into weights.
