@@ -114,6 +114,7 @@ class HeadAdapter(Adapter):
         )
 
     def _edit(self, layer: int) -> Edit:
+        """The edit of one layer's z; it is asked for once, when attached, so parameters are read inside what it returns."""
         raise NotImplementedError
 
     def _points(self, model: Any) -> Iterable[tuple[Any, Edit]]:

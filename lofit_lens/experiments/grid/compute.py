@@ -17,7 +17,7 @@ from lofit_lens.experiments.executors.attempt import Each
 from lofit_lens.experiments.executors.process import kept_model
 from lofit_lens.experiments.executors.schedule import Group
 from lofit_lens.experiments.grid.keys import model_key
-from lofit_lens.experiments.methods import Fit, Method, Workbench, method_of, register
+from lofit_lens.experiments.methods import Fit, Method, Workbench, method_of, register, use_file
 from lofit_lens.experiments.methods.choice import Tuned, choose
 from lofit_lens.experiments.readings import read_adapter, read_together
 from lofit_lens.experiments.store.cells import Cell
@@ -43,8 +43,9 @@ class Context:
         loaded: a model in memory, in place of all that `load` names; for one process.
         device: of the models, where the runner gives none.
         track: `"wandb"` or `"tensorboard"`: who reads the steps of training.
-        methods: methods from outside the library that the grid names.
-        selectors: selectors from outside the library, by name.
+        code: files that make methods and selectors known (`methods.use_file`).
+        methods: methods from outside the library that no such file holds.
+        selectors: likewise, by name.
     """
 
     load: Mapping[str, Mapping[str, Any]]
@@ -53,6 +54,7 @@ class Context:
     loaded: Any = None
     device: str | None = None
     track: str | None = None
+    code: tuple[str, ...] = ()
     methods: tuple[Method, ...] = ()
     selectors: Mapping[str, Selector] = field(default_factory=dict)
 
@@ -80,6 +82,8 @@ def compute(store: Store, group: Group, context: Any, device: str | None, each: 
         InputError: a cell cannot be computed as asked.
         TrainingDiverged: training gave NaN or infinity; of several cells, in that cell's own block.
     """
+    for file in context.code:
+        use_file(file)
     for method in context.methods:
         register(method)
     SELECTORS.update(context.selectors)

@@ -24,7 +24,7 @@ from lofit_lens.experiments.grid.compute import Context, compute
 from lofit_lens.experiments.grid.expand import Setting, expand
 from lofit_lens.experiments.grid.paper import grid_named, known_grids
 from lofit_lens.experiments.grid.specs import Grid, ModelSpec, TaskSpec
-from lofit_lens.experiments.methods import Outline, Workbench, use_file
+from lofit_lens.experiments.methods import USED, Outline, Workbench, use_file
 from lofit_lens.experiments.methods.base import ALL, RANDOM, Method
 from lofit_lens.experiments.methods.source import in_library
 from lofit_lens.experiments.store.cells import Cell
@@ -279,12 +279,18 @@ def _methods(grid: Grid) -> list[Method]:
     return list({method.name: method for run in grid.runs for method in run.methods}.values())
 
 
-def _from_outside(grid: Grid) -> tuple[tuple[Method, ...], dict[str, Any]]:
-    """Methods and selectors of a grid that other processes do not find in the library."""
+def _from_outside(grid: Grid) -> tuple[tuple[str, ...], tuple[Method, ...], dict[str, Any]]:
+    """Files that were used, and a grid's methods and selectors that other processes find neither there nor in the library."""
     named = {grid.selection(name).by for name in (*grid.scores, *grid.selections)}
     named |= {grid.selection(h).by for run in grid.runs for h in run.heads if h not in (RANDOM, ALL)}
-    selectors = {name: SELECTORS[name] for name in sorted(named) if not in_library(SELECTORS[name])}
-    return tuple(method for method in _methods(grid) if method.source), selectors
+    selectors = {name: SELECTORS[name] for name in sorted(named) if not _is_found(SELECTORS[name])}
+    methods = tuple(m for m in _methods(grid) if m.fit is not None and not _is_found(m.fit))
+    return tuple(USED.values()), methods, selectors
+
+
+def _is_found(code: Any) -> bool:
+    """Whether another process finds it by itself."""
+    return in_library(code) or getattr(code, "__module__", "") in USED
 
 
 def _record(setting: Setting, cells: Sequence[Cell], texts: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ def _own() -> list[Method]:
 
 METHODS: dict[str, Method] = {method.name: method for method in _own()}
 _LIBRARY = tuple(METHODS)
+USED: dict[str, str] = {}  # name of a module -> its file, of `use_file`
 
 
 def register(method: Method) -> Method:
@@ -39,7 +40,7 @@ def register(method: Method) -> Method:
 def use_file(path: str | Path) -> None:
     """Import a Python file of one's own; every `Method` in it becomes known, and so do the selectors that it registers.
 
-    Its folder joins `sys.path`, so that worker processes find it too.
+    Worker processes of grids import it too, so it lies where all of them see it.
 
     Raises:
         DataError: no such file.
@@ -53,6 +54,7 @@ def use_file(path: str | Path) -> None:
     module = importlib.import_module(path.stem)
     if Path(module.__file__ or "").resolve() != path:
         raise InputError(f"{path} is hidden by another module of its name, {module.__file__}; rename it")
+    USED[path.stem] = str(path)
     for value in vars(module).values():
         if isinstance(value, Method):
             register(value)

@@ -1,0 +1,181 @@
+"""Methods from outside the library: what names their runs, files that hold them, and how they reach tables and adapters."""
+
+import importlib
+import sys
+import textwrap
+
+import pytest
+import torch
+
+import lofit_lens as ll
+from lofit_lens.errors import AdapterError, DataError, InputError
+from lofit_lens.experiments.grid.run import plan_grid, read_grid, run_grid
+from lofit_lens.experiments.methods import METHODS, USED, use_file
+from lofit_lens.experiments.methods.source import digest_of
+from lofit_lens.experiments.tables.load import load_results
+from lofit_lens.interventions import HeadAdapter
+from lofit_lens.sharing.affine import affine
+from tests.studies import TASKS
+
+KIN = TASKS[0]
+GATES = """
+    import torch
+    import lofit_lens as ll
+    from lofit_lens.experiments.methods.base import rates
+    from lofit_lens.interventions import HeadAdapter
+    from lofit_lens.training.selectors import register_selector
+
+    class Gate(HeadAdapter):
+        method, title = "file-gate", "gate"
+
+        def __init__(self, shape, heads, meta=None):
+            super().__init__(shape, heads, meta)
+            self.g = torch.nn.Parameter(torch.ones(len(self.heads)))
+
+        @property
+        def n_parameters(self):
+            return self.g.numel()
+
+        def affine(self, head):
+            return self.g[self.heads.heads.index(head)].expand(self.d_head), torch.zeros(self.d_head)
+
+        def _edit(self, layer):
+            chosen = [(i, head.head) for i, head in enumerate(self.heads) if head.layer == layer]
+
+            def edit(z):
+                scale = torch.ones(self.shape[1])
+                for i, head in chosen:
+                    scale[head] = self.g[i]
+                return z * scale[:, None].to(z)
+
+            return edit
+
+    def fit(bench, asked):
+        return bench.train(Gate.for_model(bench.model, asked.heads), asked)
+
+    def depth(model, task, *, seed=42, n_train=None, progress=True):
+        info = ll.model_info(model)
+        values = [[float(layer)] * info.n_heads for layer in range(info.n_layers)]
+        return ll.HeadScores(values, kind="depth", model=info.name, task=task.name)
+
+    register_selector("depth", depth)
+    GATE = ll.Method("file gate", fit, lambda o: rates(o.preset.tune), lambda o: o.preset.tune, heads="chosen")
+"""
+
+
+@pytest.fixture
+def gates(tmp_path):
+    """A file with a method and a head score; both are forgotten after the test."""
+    from lofit_lens.training.selectors import SELECTORS
+
+    before = dict(METHODS), dict(SELECTORS), list(sys.path)
+    (tmp_path / "own_gates.py").write_text(textwrap.dedent(GATES))
+    yield tmp_path / "own_gates.py"
+    for known, kept in zip((METHODS, SELECTORS), before, strict=False):
+        known.clear()
+        known.update(kept)
+    sys.path[:] = before[2]
+    sys.modules.pop("own_gates", None)
+    USED.pop("own_gates", None)
+
+
+def test_a_grid_with_a_file_of_code(gates, checkpoint, tmp_path):
+    """A method and a head score of one's own, by their names, in a worker process; rows, adapters and export."""
+    (tmp_path / "grid.yaml").write_text(
+        f"name: own\ncode: own_gates.py\nmodel: {checkpoint('llama')}\ntasks: kin\nseeds: 0\nruns:\n"
+        "  - {method: zero-shot}\n  - {method: file gate, heads: [depth, random], draws: 2}\n"
+        "  - {method: [file gate, LoFiT], heads: A-norm}\n"
+    )
+    found = run_grid(tmp_path / "grid.yaml", tmp_path / "s", tasks=[KIN], workers=2, device="cpu", progress=False)
+    assert found.failed == {}
+    results = load_results(tmp_path / "s")
+    table = results.method_table("kin")
+    assert [row.method for row in table.rows] == ["zero-shot", "LoFiT 3 %", "file gate, random heads", "file gate 3 %"]
+    assert table["file gate 3 %"].n_parameters == 1
+    (row,) = results.rows(method="file gate", heads_from="depth").index
+    gate = ll.load_adapter(results.folders[row] / "adapter")
+    assert type(gate).__name__ == "Gate"
+    assert gate.heads.layers == (2,)
+    scale, shift = affine(gate)
+    head = gate.heads[0]
+    assert torch.equal(scale[head], gate.g.detach().expand(8))
+    assert not shift.any()
+
+
+def test_other_source_other_runs(gates, checkpoint, tmp_path):
+    """A changed file names other runs of its own method and head score, and the same ones of the library's."""
+    text = f"name: own\ncode: own_gates.py\nmodel: {checkpoint('llama')}\ntasks: kin\nruns:\n  - {{method: [file gate, LoFiT]}}\n"
+    (tmp_path / "grid.yaml").write_text(text)
+
+    def names():
+        return {
+            c.row["method"]: c.name
+            for c in plan_grid(tmp_path / "grid.yaml", tasks=[KIN]).cells
+            if c.row["kind"] == "fit"
+        }
+
+    first = names()
+    assert names() == first
+    gates.write_text(textwrap.dedent(GATES.replace("scale[head] = self.g[i]", "scale[head] = 2 * self.g[i]")))
+    importlib.invalidate_caches()
+    sys.modules.pop("own_gates")
+    second = names()
+    assert second["LoFiT"] == first["LoFiT"]
+    assert second["file gate"] != first["file gate"]
+
+
+FACTOR = 2.0
+
+
+def scaled(x):
+    return FACTOR * x
+
+
+class Holder:
+    model = "x"
+
+
+def reads(bench):
+    """`model` is an attribute's name here, not the global below."""
+    return bench.model, scaled(1)
+
+
+model = object()
+
+
+def test_what_a_digest_holds(monkeypatch):
+    """Values and functions that code reads by name, however deep; not what only shares a name with an attribute."""
+    first = digest_of([reads], "it")
+    monkeypatch.setattr(sys.modules[__name__], "FACTOR", 3.0)
+    assert digest_of([reads], "it") != first
+
+    def direct():
+        return model
+
+    with pytest.raises(InputError, match="it takes 'model' from around it, a object"):
+        digest_of([direct], "it")
+    assert digest_of([Holder], "it") != digest_of([type("Holder", (), {"model": "y"})], "it")
+
+
+def test_files_that_are_none(tmp_path):
+    """No file, no Python, a name that is taken."""
+    for name, error, message in (
+        ("no.py", DataError, "is no Python file"),
+        ("json.py", InputError, "is hidden by another"),
+    ):
+        if name == "json.py":
+            (tmp_path / name).write_text("")
+        with pytest.raises(error, match=message):
+            use_file(tmp_path / name)
+    (tmp_path / "grid.yaml").write_text("name: a\ncode: gone.py\nmodel: organism\ntasks: organism/truth\nruns: [{}]\n")
+    with pytest.raises(InputError, match=r"gone\.py is no Python file"):
+        read_grid(tmp_path / "grid.yaml")
+
+
+def test_adapters_of_ones_own_are_known_by_their_method():
+    """The library's names are taken; an edit that is no scale and shift is not folded."""
+    with pytest.raises(InputError, match="the library has a method 'lofit' already; rename that of Mine"):
+        type("Mine", (HeadAdapter,), {"method": "lofit", "title": "x"})
+    made = type("Mine", (HeadAdapter,), {"method": "mine", "title": "mine"})((2, 2, 4), ["L0H1"])
+    with pytest.raises(AdapterError, match="mine does not edit a head's output by a constant scale and shift"):
+        affine(made)
