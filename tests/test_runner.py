@@ -488,7 +488,7 @@ def test_a_context_that_a_worker_cannot_read(tmp_path, store, capfd):
     ):
         run_cells(store, [cell("a", tmp_path)], work, fake_work.Unreadable(), workers=2, progress=False)
     assert "no module of that name here" in capfd.readouterr().err
-    with pytest.raises(InputError, match=r"cannot be sent to it .*use workers=1"):
+    with pytest.raises(InputError, match=r"cannot be sent to a worker process .*use workers=1"):
         run_cells(store, [cell("a", tmp_path)], work, lambda: 0, workers=2, progress=False)
     assert computed(tmp_path) == []
 
@@ -504,7 +504,7 @@ def test_a_script_without_a_main_guard_is_told_so(tmp_path):
     command, env = [sys.executable, str(tmp_path / "script.py")], {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
     assert done.returncode == 1
-    assert "A script that calls this needs `if __name__ ==" in done.stderr.splitlines()[-1]
+    assert "a script that calls this needs `if __name__ ==" in done.stderr.splitlines()[-1]
     assert computed(tmp_path) == []
 
 

@@ -26,6 +26,7 @@ from lofit_lens.experiments.store.store import Store
 
 PATIENCE = 5.0  # seconds that an idle worker gets to exit by itself
 CTRL_C = {signal.SIGINT}
+MAIN_GUARD = 'a script that calls this needs `if __name__ == "__main__":` around it; or use workers=1'
 
 
 @dataclass(eq=False)
@@ -43,7 +44,7 @@ class _Worker:
     pool: ProcessPoolExecutor
     process: BaseProcess
     device: str | None
-    ready: Future[int]
+    ready: Future[None]
     model: Any = None
 
 
@@ -72,7 +73,7 @@ class LocalExecutor:
         """Begin a group: on a free worker that holds its model, else on a new one, else on the one free for longest.
 
         Raises:
-            InputError: a worker cannot be started, or the work and its context cannot be sent to it.
+            InputError: a worker cannot be started here.
         """
         self._free = [worker for worker in self._free if worker.process.is_alive()]
         worker = next((w for w in self._free if w.model == group.model), None)
@@ -88,7 +89,7 @@ class LocalExecutor:
         """Outcomes that came within `timeout` seconds.
 
         Raises:
-            InputError: a worker ended before it was ready.
+            InputError: a worker ended before it was ready, or the work and its context cannot be sent to it.
         """
         ended, _ = wait(self._busy, timeout, FIRST_COMPLETED)
         return [self._outcomes(future, *self._busy.pop(future)) for future in ended]
@@ -122,21 +123,21 @@ class LocalExecutor:
         before = multiprocessing.active_children()
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, CTRL_C)  # in the new process too
         try:
-            pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin, (*self._setting, device))
-            ready = pool.submit(os.getpid)
-        except Exception as e:
-            raise InputError(
-                f"a worker process cannot be started, or the work and its context cannot be sent to it ({e}); use workers=1"
-            ) from e
+            pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin)
+            ready = pool.submit(_prepare, *self._setting, device)
+        except (OSError, RuntimeError) as e:
+            raise InputError(f"a worker process cannot be started here ({e}); {MAIN_GUARD}") from e
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         (process,) = set(multiprocessing.active_children()) - set(before)
         return _Worker(pool, process, device, ready)
 
     def _outcomes(self, future: Future[Outcomes], worker: _Worker, group: Group) -> Outcomes:
-        error = future.exception()
+        error = worker.ready.exception() or future.exception()
         if isinstance(error, BrokenProcessPool):
             return self._died(worker, group)
+        if worker.ready.exception() is not None:
+            raise InputError(f"the work or its context cannot be sent to a worker process ({error}); use workers=1")
         self._free.append(worker)
         if isinstance(error, KeyboardInterrupt):  # just before or after the attempt
             return tuple(Outcome(cell.name, "stopped") for cell in group.cells)
@@ -148,9 +149,8 @@ class LocalExecutor:
             return tuple(Outcome(cell.name, "stopped") for cell in group.cells)
         if code >= 0 and worker.ready.exception() is not None:
             raise InputError(
-                f"a worker process ended while it started (exit code {code}); its own message is on stderr. A script that "
-                'calls this needs `if __name__ == "__main__":` around it, and workers must be able to import the work and '
-                "what is in its context; or use workers=1"
+                f"a worker process ended while it started (exit code {code}); its own message is on stderr. It must be able to "
+                f"import the work and what is in its context; {MAIN_GUARD}"
             )
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         error = f"worker died ({how}){': out of memory?' if code == -signal.SIGKILL else ''}"
@@ -171,14 +171,17 @@ def _exit_code(worker: _Worker) -> int:
 _given: tuple[Any, ...] = ()
 
 
-def _begin(store: Store, work: Work, context: Any, device: str | None) -> None:
-    """Prepare this process. It was started with SIGINT blocked, which then waits for a group."""
-    global _given
+def _begin() -> None:
+    """Leave the parent's process group, and end when it ends. The process was started with SIGINT blocked."""
     os.setpgid(0, 0)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _prepare(store: Store, work: Work, context: Any, device: str | None) -> None:
+    global _given
     streams_to(os.devnull)  # the parent's bar is on the terminal
     faulthandler.enable()  # a crash's C traceback goes to the group's log
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     prepare_process()
     _given = (store, work, context, device)
 

@@ -6,12 +6,10 @@ So a result does not depend on the number of processes: sums over many threads m
 import contextlib
 import gc
 import logging
-import multiprocessing
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -63,39 +61,6 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-class Pool:
-    """Worker processes, or this process alone for one worker. Use it as a context manager."""
-
-    def __init__(self, workers: int) -> None:
-        self.pool = None
-        if workers > 1:
-            context = multiprocessing.get_context("spawn")
-            self.pool = ProcessPoolExecutor(workers, mp_context=context, initializer=prepare_process)
-
-    def __enter__(self) -> "Pool":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.pool is not None:
-            self.pool.shutdown(cancel_futures=True)
-
-    def run(self, work: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], bar: Any) -> Iterator[tuple[int, Any]]:
-        """`work(*job)` of every job as they come, each with its place in `jobs`; `bar` moves by one for each."""
-        if self.pool is None:
-            for i, job in enumerate(jobs):
-                with one_thread():
-                    done_here = work(*job)
-                yield i, done_here
-                bar.update()
-            return
-        waiting: dict[Future[Any], int] = {self.pool.submit(work, *job): i for i, job in enumerate(jobs)}
-        while waiting:
-            done, _ = wait(waiting, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield waiting.pop(future), future.result()
-                bar.update()
 
 
 def streams_to(path: str | os.PathLike[str]) -> None:
