@@ -91,7 +91,7 @@ def test_all_four_projections_of_a_deeper_model(loaded, hf, architecture):
     lora = random(organism, targets=PROJECTIONS)
     assert len(lora.A) == 24
     with lora.attached(organism):
-        assert {hasattr(projection(organism, p), "lora_A") for p in lora._places().values()} == {True}
+        assert {hasattr(projection(organism, p), "lora_A") for p in lora._projections().values()} == {True}
         logits_of(organism, TOKENS, torch.ones_like(TOKENS))
 
 

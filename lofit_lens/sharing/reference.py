@@ -125,9 +125,9 @@ def _grid(found: Checkpoint, letter: str, shape: tuple[int, int, int]) -> Tensor
     grid = torch.zeros(shape)
     for at, name in keys.items():
         values = found.read(name)
-        if tuple(values.shape) != (d_head,) or not bool(torch.isfinite(values.float()).all()):
-            raise DataError(
-                f"{found.name}: {name} has shape {list(values.shape)} and type {values.dtype}; expected {d_head} finite numbers"
-            )
+        if tuple(values.shape) != (d_head,):
+            raise DataError(f"{found.name}: {name} has shape {list(values.shape)}; expected [{d_head}]")
+        if not bool(torch.isfinite(values.float()).all()):
+            raise DataError(f"{found.name}: {name} holds NaN, infinity or a number too large for float32")
         grid[at] = values
     return grid
