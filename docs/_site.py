@@ -52,8 +52,9 @@ def notebook_page(path: Path) -> tuple[str, dict[str, bytes]]:
                 name = f"{path.stem}-{len(pictures) + 1}.png"
                 pictures[name] = base64.b64decode("".join(data["image/png"]))
                 parts.append(f"![Output]({name})")
-            elif "text/html" in data:  # one line: Markdown ends an HTML block at an empty one
-                parts.append(f'<div class="output">{" ".join("".join(data["text/html"]).split())}</div>')
+            elif "text/html" in data:  # Markdown ends an HTML block at an empty line
+                lines = [line for line in "".join(data["text/html"]).splitlines() if line.strip()]
+                parts.append('<div class="output">' + "\n".join(lines) + "</div>")
             else:
                 parts.append(f"```text\n{''.join(data['text/plain']).rstrip()}\n```")
     return "\n\n".join(parts) + "\n", pictures

@@ -44,6 +44,7 @@ LARGE = """
 large = np.arange(1600.0).reshape(40, 40)
 wide = ll.explore({"up": ll.HeadScores(large), "down": ll.HeadScores(-large)}, k=80)
 wide"""
+STILL = "from IPython.display import HTML; HTML(ex.to_html())"
 APP = "window.jupyterapp?.shell?.currentWidget"
 READY = f"{APP}?.content?.widgets?.length && {APP}.sessionContext?.session?.kernel?.status === 'idle'"
 LEFT, RIGHT = '#llx-first .llx-cells[data-side="left"]', '#llx-first .llx-cells[data-side="right"]'
@@ -74,11 +75,13 @@ def eventually(b, expression):
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """JupyterLab with three cells run: the explorer of two tasks, and one of 40 x 40 heads below it."""
-    with Browser(chrome()) as b, lab(tmp_path_factory.mktemp("lab") / "lab", [SCORES, SHOW, LARGE]) as url:
+    """JupyterLab with its cells run: the explorer of two tasks, one of 40 x 40 heads, and the first one as it is saved."""
+    with Browser(chrome()) as b, lab(tmp_path_factory.mktemp("lab") / "lab", [SCORES, SHOW, LARGE, STILL]) as url:
         run_all(b, url)
-        eventually(b, "[...document.querySelectorAll('.llx')].filter(e => e.dataset.version).length === 2")
-        b.js("document.querySelectorAll('.llx').forEach((e, i) => { e.id = ['llx-first', 'llx-wide'][i]; })")
+        eventually(b, "[...document.querySelectorAll('.llx')].filter(e => e.dataset.version).length === 3")
+        b.js(
+            "document.querySelectorAll('.llx').forEach((e, i) => { e.id = ['llx-first', 'llx-wide', 'llx-saved'][i]; })"
+        )
         yield b
 
 
@@ -173,7 +176,7 @@ def test_opening_a_head(b):
     assert b.js(f"[{APP}.content.activeCellIndex, {APP}.content.mode, {APP}.content.widgets.length]") == [
         cell,
         "command",
-        3,
+        4,
     ]
 
 
@@ -229,6 +232,19 @@ def test_forty_layers_of_forty_heads(b):
     assert b.js("(e => e.scrollWidth <= e.clientWidth)(document.querySelector('#llx-wide'))")
     assert b.js("document.querySelector('#llx-wide .llx-row button').getBoundingClientRect().width") > 6
     assert b.js("document.querySelectorAll('.llx')[0].querySelector('.llx-head-name')?.innerText ?? ''") != "L39H39"
+
+
+def test_what_is_saved_needs_no_kernel(b):
+    """The same view among a notebook's outputs answers by itself; Python hears nothing of it."""
+    head = kernel(b, "str(ex.head)")
+    b.click('#llx-saved [data-side="left"] [data-head="L5H15"]')
+    assert text(b, "#llx-saved .llx-head-name") == "L5H15"
+    b.choose("#llx-saved .llx-k-number", "10")
+    shown = b.js("document.querySelector('#llx-saved .llx-overlap').innerText.split('\\n').filter(x => x)")
+    tops = "[scores.top(10) for scores in list(named.values())[:2]]"
+    p = kernel(b, f"ll.analysis.overlap({tops})['p_hypergeometric'].item()")
+    assert shown[5] == (f"{p:.3f}" if p >= 0.0005 else "< 0.001")
+    assert kernel(b, "str(ex.head)") == head
 
 
 # ----------------------------------------------------------------------------------- the picture of the documentation

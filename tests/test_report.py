@@ -94,13 +94,13 @@ def test_chance_is_that_of_the_analysis():
 
 
 def test_with_much_to_compute_k_moves_in_steps():
-    """Both ends and the usual K are there, small K lie nearest; a live view has every K and no pairs."""
+    """Both ends and the usual K are there, small K lie nearest; a live view has some for its band and no pairs."""
     source = report_data.large().source
     ks = page.view_data(source, work=20 * 40)["chance"]["ks"]
     assert {1, 2, 3, 48, 1600} <= set(ks)
     assert 15 < len(ks) < 23
     assert "pairs" not in (live := page.view_data(source)["chance"])
-    assert len(live["ks"]) == 1600
+    assert 100 < len(live["ks"]) < 202
 
 
 def test_a_large_model_fits_and_too_large_a_page_is_refused(tmp_path, monkeypatch):
@@ -148,9 +148,8 @@ def test_a_report_is_the_explorer_of_its_study(study_folder):
         'id="transfer"',
         "random heads",
         "tuned on kin",
-        "100.0 %",
         "torch",
         "3 layers of 4 heads",
-        "Seeds 0, 1, 2;",
+        "Seeds 0, 1",
     ):
         assert words in text

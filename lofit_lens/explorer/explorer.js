@@ -44,7 +44,8 @@ function render({ model, el: place }) {
 
   const isTied = () => state.linked || saved; // a saved page knows chance for equal K
   const longest = (i) => Math.min(...shownSets().filter((_, j) => j === i || isTied()).map((s) => s.ranking.length));
-  const stops = (i) => data.chance.ks.filter((k) => k <= longest(i));
+  const every = saved ? data.chance.ks : Array.from({ length: nLayers * nHeads }, (_, i) => i + 1);
+  const stops = (i) => every.filter((k) => k <= longest(i));
 
   function setK(i, wanted) {
     const near = stops(i).reduce((best, k) => (Math.abs(k - wanted) < Math.abs(best - wanted) ? k : best));

@@ -31,6 +31,7 @@ SHARED, OWN = "\u25c6", "\u25cb"  # a filled diamond, an open circle
 MAX_BYTES = 10_000_000
 # Most convolutions (layers x pairs of sets x K) for the chance that a page holds; with more to do, K moves in steps.
 IN_PAGE, IN_NOTEBOOK = 600_000, 60_000
+DRAWN = 200  # K at which the band of chance is drawn where nothing else needs more
 SCORE_DIGITS = 6
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
@@ -65,9 +66,8 @@ def view_data(source: Source, *, work: int = 0) -> dict[str, Any]:
     """
     entries, (n_layers, n_heads) = list(source.entries.values()), source.shape
     pairs = [(i, j) for j in range(len(entries)) for i in range(j)] if work else []
-    ks = _steps(
-        max(len(e.ranking) for e in entries), [e.k for e in entries], work // (len(pairs) * n_layers) if pairs else None
-    )
+    room = work // (len(pairs) * n_layers) if pairs else DRAWN
+    ks = _steps(max(len(e.ranking) for e in entries), [e.k for e in entries], room)
     bands = [chance_range(shared_by_chance(k, k, n_layers * n_heads)) for k in ks]
     chance: dict[str, Any] = {
         "ks": ks, "expected": [round(k * k / (n_layers * n_heads), 2) for k in ks],
@@ -95,9 +95,9 @@ def _set(entry: Entry, n_heads: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _steps(most: int, usual: Sequence[int], room: int | None) -> list[int]:
+def _steps(most: int, usual: Sequence[int], room: int) -> list[int]:
     """Every K from 1 to `most`, or about `room` of them, the usual ones among them, small ones nearest to each other."""
-    if room is None or room >= most:
+    if room >= most:
         return list(range(1, most + 1))
     spaced = np.geomspace(1, most, max(2, room)).round().astype(int).tolist()
     return sorted({*spaced, *usual})
