@@ -38,7 +38,7 @@ MANY = 10**9  # heads, where the model is not known yet
 ANY_FIT = ("n_train", "seeds", "tested", "damage")
 HEADS_READ = {RANDOM: ("heads", "k", "draws", "n_train", "tested", "damage"), ALL: ("heads", *ANY_FIT)}
 SELECTED_READ = ("heads", "of", "k", "readings", *ANY_FIT)
-WHOLE = ("epochs", "batch_size", "max_steps")  # settings that count
+WHOLE = ("epochs", "batch_size", "max_steps", "schedule_steps")  # settings that count
 
 
 def _listed(value: Any) -> Any:
