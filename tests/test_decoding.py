@@ -20,7 +20,7 @@ from lofit_lens.models import (
 from lofit_lens.tasks.collate import encode
 from tests import tiny
 from tests.adapters import random_adapter
-from tests.conftest import BACKENDS, PAIRS, needs_hooked
+from tests.conftest import BACKENDS, ON_HOOKED, PAIRS, needs_hooked
 
 # 3 to 40 tokens: together they would be padded by more than a group may waste.
 PROMPTS = [
@@ -164,7 +164,7 @@ def test_a_cache_that_cannot_be_written_is_passed_over(checkpoint, passes, tmp_p
 
 
 @needs_hooked
-@pytest.mark.parametrize("architecture", tiny.ON_HOOKED)
+@pytest.mark.parametrize("architecture", ON_HOOKED)
 def test_no_two_weights_share_memory(checkpoint, architecture):
     """Tied embeddings and fused matrices too: an edit of one weight leaves all others."""
     model = load_model(checkpoint(architecture), backend="hooked", device="cpu")

@@ -26,8 +26,8 @@ from lofit_lens.models import (
     step,
     value_biases_folded,
 )
-from tests.conftest import BACKENDS, PAIRS, needs_hooked
-from tests.tiny import ARCHITECTURES, configs
+from tests.conftest import ARCHITECTURES, BACKENDS, PAIRS, needs_hooked
+from tests.tiny import configs
 
 GENERATOR = torch.Generator().manual_seed(2)
 LONG, SHORT = (torch.randint(3, 400, (1, n), generator=GENERATOR) for n in (9, 6))

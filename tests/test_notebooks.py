@@ -283,14 +283,39 @@ def test_a_run_gives_these_outputs_again(path, notebook, drawn):
     assert [said for said in execute.check(path, drawn=drawn) if not any(cell in said for cell in asking)] == []
 
 
-@pytest.mark.slow
-def test_a_cell_that_fails_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [("1 / 0", "ZeroDivisionError"), ("import os; os.kill(os.getpid(), 9)", "[Kk]ernel died"),
+     ("import time; time.sleep(600)", "timed out")],
+)  # fmt: skip
+def test_a_cell_that_fails_or_hangs_is_named(tmp_path, monkeypatch, source, said):
     """Notebook, cell and error; and the file stays as it was."""
-    made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1"), nbformat.v4.new_code_cell("1 / 0")])
+    monkeypatch.setattr(execute, "CELL_SECONDS", 5)
+    made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1"), nbformat.v4.new_code_cell(source)])
     (tmp_path / "99_broken.ipynb").write_text(nbformat.writes(made))
     before = (tmp_path / "99_broken.ipynb").read_text()
-    with pytest.raises(
-        execute.NotebookFailed, match=rf"99_broken.ipynb, cell 2 \({made.cells[1].id}\)(.|\n)*ZeroDivisionError"
-    ):
+    with pytest.raises(execute.NotebookFailed, match=rf"99_broken.ipynb, cell 2 \({made.cells[1].id}\)(.|\n)*{said}"):
         execute.run(tmp_path / "99_broken.ipynb", drawn="")
     assert (tmp_path / "99_broken.ipynb").read_text() == before
+
+
+@pytest.mark.parametrize("chrome", ["exec sleep 60", "exit 1"])
+def test_a_chrome_that_does_not_answer_ends_the_run(tmp_path, monkeypatch, chrome):
+    """Kaleido would wait without end for one that hangs, and behind its server also for one that does not start."""
+    pytest.importorskip("kaleido")
+    (tmp_path / "chrome").write_text(f"#!/bin/sh\n{chrome}\n")
+    (tmp_path / "chrome").chmod(0o755)
+    monkeypatch.setenv("BROWSER_PATH", str(tmp_path / "chrome"))
+    monkeypatch.setattr(execute, "CHROME_SECONDS", 15)
+    (tmp_path / "99_any.ipynb").write_text(
+        nbformat.writes(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1")]))
+    )
+    with pytest.raises(
+        execute.NotebookFailed, match=r"99_any.ipynb, before its first cell, where Chrome starts: (.|\n)*timed out"
+    ):
+        execute.run(tmp_path / "99_any.ipynb", drawn="some")
+    if "sleep" in chrome:
+        with pytest.raises(execute.NotebookFailed, match="Chrome drew no figure in 15 seconds"):
+            execute.letters()
+    else:
+        assert execute.letters() == ""

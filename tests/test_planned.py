@@ -10,7 +10,7 @@ from lofit_lens import io
 from lofit_lens.errors import InputError, ModelError
 from lofit_lens.models import hooked_class, load_model, model_info, planned_info
 from tests import tiny
-from tests.conftest import PAIRS, needs_hooked
+from tests.conftest import ARCHITECTURES, ON_HOOKED, PAIRS, needs_hooked
 
 
 @pytest.mark.parametrize(("architecture", "on"), PAIRS)
@@ -21,13 +21,13 @@ def test_the_plan_is_what_loading_gives(loaded, checkpoint, architecture, on):
     assert planned.backend == on
 
 
-@pytest.mark.parametrize("architecture", [*tiny.ARCHITECTURES, "llama-bias", "mamba"])
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "llama-bias", "mamba"])
 def test_auto_plans_the_class_that_auto_loads(checkpoint, architecture):
     """Where HookedTransformer cannot (Gemma from a folder, attention biases, no attention at all): the bridge."""
     planned = planned_info(str(checkpoint(architecture)))
     assert planned == model_info(load_model(checkpoint(architecture), device="cpu"))
     if hooked_class() is not None:
-        assert (planned.backend == "hooked") == (architecture in tiny.ON_HOOKED)
+        assert (planned.backend == "hooked") == (architecture in ON_HOOKED)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "float16"])

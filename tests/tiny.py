@@ -70,10 +70,6 @@ def configs() -> dict[str, tf.PretrainedConfig]:
     }  # fmt: skip
 
 
-ARCHITECTURES = ("llama", "llama-gqa", "gemma", "gpt2", "pythia", "mistral", "qwen2", "qwen3", "opt")
-ON_HOOKED = ("llama", "llama-gqa", "gpt2", "pythia", "mistral", "qwen2", "qwen3", "opt")  # from a local folder
-
-
 def hf_model(architecture: str, *, seed: int = 0) -> tf.PreTrainedModel:
     """A random Hugging Face model with weights (biases too) large enough that every edit shows in the logits."""
     config = configs()[architecture]
