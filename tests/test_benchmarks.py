@@ -45,21 +45,6 @@ def test_ratios_are_taken_within_rounds():
     assert found["floor"]["median_ratio"] == 1.0
 
 
-def test_every_variant_runs_in_every_round_and_another_one_begins():
-    """Three rounds of two variants behind a warm-up, which is not counted."""
-    import contextlib
-
-    ran = []
-
-    @contextlib.contextmanager
-    def variant(name):
-        yield lambda: ran.append(name)
-
-    seconds = measure.interleaved({n: lambda n=n: variant(n) for n in ("a", "b")}, rounds=3, device="cpu", desc="test")
-    assert {n: len(s) for n, s in seconds.items()} == {"a": 3, "b": 3}
-    assert ran[2:] == ["a", "b", "b", "a", "a", "b"]
-
-
 def test_saved_bytes_count_each_storage_once_and_no_weight():
     """y = w x; y * y keeps y twice and w * x keeps x and w: y and x are counted once, w not."""
     layer = torch.nn.Linear(4, 4, bias=False)
@@ -69,12 +54,6 @@ def test_saved_bytes_count_each_storage_once_and_no_weight():
         z = (y * y).sum()
         assert saved() == 2 * 3 * 4 * 4
     z.backward()
-
-
-def test_peak_memory_sees_what_a_call_takes():
-    """64 MiB that are written to are seen; nothing is not."""
-    assert 60 < measure.peak_mib(lambda: torch.ones(16 * 2**20).sum(), "cpu") < 100
-    assert measure.peak_mib(lambda: None, "cpu") < 8
 
 
 def test_tokens_are_counted_without_padding():
@@ -174,45 +153,6 @@ def test_a_goal_is_reached_or_missed(tmp_path, gain, same, verdict):
     found = rows(tmp_path)
     assert found.pop(MANY) == verdict
     assert set(found.values()) == {"not measured"}
-
-
-def test_at_most_is_at_most(tmp_path):
-    """A step of 1.0 is in time, one of 1.01 is not, nor one of .8 with few labels; cases that edit few layers have no goal."""
-    ours = {"loss_difference": 0.0, "gradient_difference": 1e-6}
-    results = {
-        "a": {"bridge_ours": ours | {"median_ratio": 1.0}, "hooked_ours": ours | {"median_ratio": 1.01}},
-        "b": {"bridge_ours": ours | {"median_ratio": 0.9, "gradient_difference": 0.1}},
-        "c": {"bridge_ours": ours | {"median_ratio": 3.0}},
-        "d": {"bridge_ours": ours | {"median_ratio": 0.7}, "hooked_ours": ours | {"median_ratio": 0.8}},
-    }
-    cases = {name: {"labels": 1.0, "lowest": 0.75 if name == "c" else 0.0} for name in "abc"}
-    write(tmp_path, "train_step", results, cases=cases | {"d": {"labels": 0.25, "lowest": 0.0}})
-    found = {of: v for (_, of), v in rows(tmp_path).items() if of}
-    assert found == {
-        "TransformerBridge, a": "reached", "HookedTransformer, a": "**missed**",
-        "TransformerBridge, b": "**missed** (results differ by 1.0e-01)",
-        "TransformerBridge, d": "reached", "HookedTransformer, d": "**missed**",
-    }  # fmt: skip
-
-
-def test_a_whole_run_needs_its_gain_the_same_result_and_no_more_memory(tmp_path):
-    """TruthfulQA 5x, MQuAKE 1.5x, CLUTRR 1.7x; losses and metrics within 1e-3; a peak no higher."""
-
-    def task(gain, peak, **differ):
-        same = {"same_heads": True, "losses": {"select": 1e-6}, "metrics": {"em": 0.0}}
-        return {"bridge": {
-            "gain": {"total": {"median_ratio": gain}}, "difference": same | differ,
-            "peak_mib": {"straightforward": 100.0, "library": peak},
-        }}  # fmt: skip
-
-    results = {
-        "truthfulqa": task(4.9, 90.0), "mquake": task(1.5, 101.0), "clutrr": task(1.8, 100.0, metrics={"em": 0.5})
-    }  # fmt: skip
-    write(tmp_path, "whole_run", results)
-    differs = "**missed** (results differ by 5.0e-01)"
-    whole = [v for (what, of), v in rows(tmp_path).items() if of and "peak" not in what]
-    peaks = [v for (what, of), v in rows(tmp_path).items() if of and "peak" in what]
-    assert (whole, peaks) == (["**missed**", "reached", differs], ["reached", "**missed**", differs])
 
 
 def test_processes_are_compared_with_plain_transformers_and_with_former_code(tmp_path):
@@ -315,15 +255,6 @@ def test_a_gpu_is_needed(monkeypatch, capsys, tmp_path):
         assert e.value.code == 2
         assert said in capsys.readouterr().err
     assert not (tmp_path / "gpu.json").exists()
-
-
-def test_a_shape_that_does_not_fit_is_recorded():
-    """Out of memory ends that shape alone."""
-
-    def call():
-        raise torch.OutOfMemoryError("too much\nmore")
-
-    assert gpu.tried(call, "cpu") == {"error": "out of memory: too much"}
 
 
 @pytest.fixture(scope="module")

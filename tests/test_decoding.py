@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from lofit_lens.evaluation import generate, generation
-from lofit_lens.evaluation.batches import grouped
 from lofit_lens.models import (
     Borders,
     can_join,
@@ -92,18 +91,6 @@ def test_states_of_different_lengths_go_on_as_their_parts(llama, fused):
     assert after.mask.shape == (3, 8)
 
 
-def test_groups():
-    """Within budget, padding, number and places left; an item that exceeds the budget stands alone."""
-    lengths = [2, 3, 3, 9, 10, 40]
-    order = list(range(6))
-    assert grouped(order, lengths, 1000, padding=1000) == [order]
-    assert grouped(order, lengths, 1000, padding=2) == [[0, 1, 2], [3, 4], [5]]
-    assert grouped(order, lengths, 20, padding=1000) == [[0, 1, 2], [3, 4], [5]]
-    assert grouped(order, lengths, 20, padding=1000, cached=5) == [[0, 1], [2], [3], [4], [5]]
-    assert grouped(order, lengths, 1000, padding=1000, most=4) == [[0, 1, 2, 3], [4, 5]]
-    assert grouped(order, lengths, 1000, padding=1000, after=[40, 1, 1, 1, 1, 1], limit=44) == [[0, 1, 2], [3, 4, 5]]
-
-
 # ------------------------------------------------------------------------------------------------------ kept proofs
 
 
@@ -182,14 +169,3 @@ def test_a_users_own_model_keeps_its_weights():
         for p in hf.parameters():
             p.add_(1.0)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-
-
-def test_the_bar_moves_as_prompts_end(bridge_llama):
-    """Every prompt counts once, when it has said its end or the last token."""
-    ids = [encode(tokenizer_of(bridge_llama), p) for p in PROMPTS]
-    free = [generation.decode_ids(bridge_llama, [p], 4)[0] for p in ids]
-    told = []
-    generation.decode_ids(bridge_llama, ids, 4, turn_ends=[free[0][1], *[None] * (len(ids) - 1)], tell=told.append)
-    assert sum(told) == len(ids)
-    assert told[1] >= 1
-    assert told[-1] > told[0]

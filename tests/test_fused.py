@@ -11,7 +11,6 @@ from lofit_lens.models import (
     fused_refusal,
     hook_z,
     hooked,
-    hooked_class,
     load_model,
     logits_of,
     pattern_point,
@@ -316,19 +315,3 @@ def test_less_is_kept_for_backward(loaded, architecture, on):
         with fused_attention(model):
             found = kept_bytes(model, lambda: logits_of(model, tokens, torch.ones_like(tokens)))
     assert found <= own - 0.9 * 2 * (2 * 4 * 96 * 96 * 4)
-
-
-@needs_hooked
-@torch.no_grad()
-def test_shared_weights_keep_their_memory(checkpoint):
-    """A weight that shares memory with another one is not laid out anew: they would come apart."""
-    assert hooked_class() is not None
-    model = load_model(checkpoint("llama"), backend="hooked", device="cpu")
-    for p in model.parameters():
-        p.data = p.data.contiguous()  # as the class itself loads them
-    model.blocks[0].attn.W_Q.data = model.blocks[1].attn.W_Q.data
-    with fused_attention(model):
-        assert model.blocks[0].attn.W_Q.data_ptr() == model.blocks[1].attn.W_Q.data_ptr()
-        assert model.blocks[0].attn.W_K.stride() == (256, 1, 32)  # [4, 32, 8], as the product wants it
-    assert model.blocks[0].attn.W_Q.data_ptr() == model.blocks[1].attn.W_Q.data_ptr()
-    assert model.blocks[0].attn.W_K.is_contiguous()

@@ -261,12 +261,6 @@ def test_unknown_backend_dtype_and_device_are_refused(checkpoint, monkeypatch):
     assert parse_device(None) == torch.device("cpu")
 
 
-def test_what_is_no_transformerlens_model_is_refused(hf):
-    """A plain Hugging Face model is named, with the way to wrap it."""
-    with pytest.raises(ModelError, match=r"LlamaForCausalLM is neither.*load_model"):
-        model_info(hf("llama"))
-
-
 # --------------------------------------------------------------------------- models that a user loaded himself
 
 

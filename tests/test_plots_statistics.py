@@ -321,11 +321,3 @@ def test_nothing_to_draw_is_an_error():
         score_scatter(a, HeadScores(b.values[:2]))
     with pytest.raises(InputError, match="from 1 to 48"):
         score_scatter(a, b, 49)
-
-
-def test_two_entries_are_enough():
-    """The smallest of each: two sets, two tasks, one K."""
-    pair = {n: SETS[n] for n in ("one", "two")}
-    assert len(overlap_heatmap(overlap(pair)).data[0].z) == 2
-    assert len(layer_distribution(SETS["one"]).data) == 1
-    assert len(transfer_heatmap(transfer_matrix({("a", s): [[1, 0, 1]] for s in "ab"})).data) == 1

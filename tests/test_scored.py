@@ -199,19 +199,6 @@ def test_a_model_that_mixes_logits_of_several_places(checkpoint, backend):
     assert torch.equal(logits_at(model, tokens, mask, at), logits_of(model, tokens, mask)[at])
 
 
-def test_the_probe_is_made_once_and_touches_nobody(llama, widths):
-    """Hooks see the pass that was asked for, and no other."""
-    tokens, mask = padded("none")
-    at, seen = chosen(mask), []
-    given = widths(llama)
-    with hooked(llama.hook_dict["blocks.0.hook_resid_post"], lambda x, hook: seen.append(x.shape[:2])):
-        logits_at(llama, tokens, mask, at)
-        assert seen == [(3, 12)]
-        assert len(given) == 3  # all and some of the probe's, then these
-        logits_at(llama, tokens, mask, at)
-    assert len(given) == 4
-
-
 def test_an_error_leaves_no_selection_behind(llama):
     """A hook that raises in the middle of a pass: the next full pass has all its logits."""
     tokens, mask = padded("none")
@@ -244,16 +231,6 @@ def test_fused_and_scored_together(llama):
     wanted = run(llama, tokens, mask, logits=lambda *of: logits_of(*of)[at])
     found = run(llama, tokens, mask, fused_attention, logits=lambda *of: logits_at(*of, at))
     assert close(found, wanted, 1e-5)
-
-
-def test_the_bridge_keeps_no_cache(bridge_llama, monkeypatch):
-    """Hugging Face fills a key-value cache by default; neither function asks for one."""
-    filled = []
-    monkeypatch.setattr(tf.DynamicCache, "update", lambda *args, **named: filled.append(1))
-    tokens, mask = padded("right")
-    logits_of(bridge_llama, tokens, mask)
-    logits_at(bridge_llama, tokens, mask, chosen(mask))
-    assert filled == []
 
 
 def test_less_is_kept_for_backward(llama):
