@@ -76,7 +76,7 @@ def test_page_holds_the_numbers_and_no_open_door(patterns):
     assert '"L2H1"' not in attention_block(patterns, 0, ["L0H3"])
 
 
-@pytest.mark.slow
+@pytest.mark.browser
 def test_page_draws_in_a_browser_without_a_network(patterns, tmp_path):
     """Chromium draws a canvas a head and a large one, names both heads, and complains of nothing."""
     browser = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)

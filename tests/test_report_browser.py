@@ -13,7 +13,7 @@ choreographer = pytest.importorskip(
 
 from tests.browser import Browser, find_chrome  # noqa: E402
 
-pytestmark = pytest.mark.slow  # a browser reads a page of several MB each time
+pytestmark = pytest.mark.browser
 
 READY = "document.documentElement.dataset.ready && document.querySelector('#layer-plot .bars .point')"
 COUNT = "document.getElementById('overlap-count').textContent"

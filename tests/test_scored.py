@@ -38,7 +38,7 @@ def _forgotten():
     scored._more_behind.clear()
 
 
-@pytest.mark.parametrize("side", ["none", "right", "left"])
+@pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize(("architecture", "on"), PAIRS)
 def test_rows_and_gradients_are_those_of_the_full_logits(loaded, widths, architecture, on, side):
     """To 1e-6 of the largest number; the unembedding is handed `[1, n, d_model]`."""
@@ -69,7 +69,7 @@ def top(logits, part):
     return logits.max(dim=-1).values
 
 
-@pytest.mark.parametrize("side", ["none", "right", "left"])
+@pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize(("architecture", "on"), PAIRS)
 def test_numbers_read_in_parts_are_those_of_all_logits(loaded, monkeypatch, architecture, on, side):
     """Log-probs, and gradients of a loss that weighs each otherwise, to 5e-6 of the largest; never more than two rows at once."""

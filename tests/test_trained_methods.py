@@ -34,6 +34,7 @@ METHODS = [
     ("loreft", "bridge"), ("lora", "bridge"),
 ]  # fmt: skip
 each_method = pytest.mark.parametrize(("method", "on"), METHODS)
+once_each = pytest.mark.parametrize(("method", "on"), [(m, "bridge") for m in CLASSES])
 
 
 def new(method, model, **options):
@@ -131,7 +132,7 @@ def test_detaching_is_bit_equal(loaded, method, on):
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
 
 
-@each_method
+@once_each
 def test_it_goes_with_lofit(loaded, hf, method, on):
     """Attached together with LoFiT, both act, in one order or the other (they act in different places)."""
     model = loaded("llama", on)
@@ -165,7 +166,7 @@ def slow_text(plain, tokenizer, adapter, prompt, n):
         return tokenizer.decode(slow.new_ids(plain, tokenizer, prompt, n))
 
 
-@pytest.mark.parametrize("architecture", ["llama-gqa", "gpt2"])
+@pytest.mark.parametrize("architecture", ["llama-gqa", pytest.param("gpt2", marks=pytest.mark.slow)])
 @each_method
 def test_cached_scores_and_texts_are_those_of_a_slow_loop(loaded, hf, method, on, architecture):
     """Ragged prompts with a common front of 22 tokens: scores to 1e-4 nats, and the same greedy text, as one sequence a time."""
@@ -244,7 +245,7 @@ def test_it_learns_a_task(organism, method, lr, epochs):
     assert (adapter.meta.task, adapter.meta.seed, adapter.meta.n_train) == ("organism/kinship", 0, 80)
 
 
-@each_method
+@once_each
 def test_only_the_adapter_learns(checkpoint, method, on):
     """Every number of it moves, and none of the base, though the base asks for gradients."""
     model = load_model(checkpoint("llama"), backend=on, device="cpu")
@@ -257,7 +258,7 @@ def test_only_the_adapter_learns(checkpoint, method, on):
     assert all(torch.equal(p, base[n]) and p.grad is None and p.requires_grad for n, p in model.named_parameters())
 
 
-@each_method
+@once_each
 def test_the_same_seed_gives_the_same_bytes(loaded, tmp_path, method, on):
     """Made, trained and saved twice, with the global random state elsewhere: equal files; and that state is left alone."""
     model = loaded("llama", on)
@@ -276,7 +277,7 @@ class _Stop(Exception):
     pass
 
 
-@each_method
+@once_each
 def test_a_resumed_training_ends_in_the_same_numbers(loaded, tmp_path, monkeypatch, method, on):
     """Stopped in the second pass and run again from the checkpoint: bit by bit what an unbroken run gives."""
     model, plain, calls = loaded("llama", on), Steps.__call__, []
@@ -301,7 +302,7 @@ def test_a_resumed_training_ends_in_the_same_numbers(loaded, tmp_path, monkeypat
     assert all(torch.equal(a, b) for a, b in zip(unbroken.parameters(), resumed.parameters(), strict=True))
 
 
-@each_method
+@once_each
 def test_a_stopped_training_hands_over_its_adapter(loaded, monkeypatch, method, on):
     """NaN in the third step: the error carries the adapter as it was after the second."""
     model, plain, calls = loaded("llama", on), Steps.__call__, []
@@ -323,7 +324,7 @@ def test_a_stopped_training_hands_over_its_adapter(loaded, monkeypatch, method, 
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
-@each_method
+@once_each
 def test_a_saved_adapter_comes_back(loaded, tmp_path, method, on):
     """Provenance and settings are equal; so is the effect, to the bit."""
     model = loaded("llama", on)
