@@ -150,17 +150,3 @@ def test_a_gradient_that_does_not_arrive_is_found(llama, monkeypatch):
     own = checks.logits_of
     monkeypatch.setattr(checks, "logits_of", lambda *a: own(*a).detach() + made.A.sum() * 0)
     assert "no gradient reaches L0H0" in checks.training(model, made)
-
-
-def test_errors_are_told_apart():
-    """The library's own are refusals, of which the folder is left out; any other is wrong."""
-    from lofit_lens.errors import ModelError
-
-    def raises(e):
-        def check():
-            raise e
-
-        return architectures.told(check)
-
-    assert raises(ModelError("/tmp/x1/checkpoint has no word\nmore")) == {"refused": "the checkpoint has no word"}
-    assert raises(IndexError("out of range")) == {"right": False, "reason": "IndexError: out of range"}

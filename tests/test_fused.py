@@ -133,14 +133,12 @@ def test_exchanged_projections_are_run(loaded, architecture):
 # ------------------------------------------------------------------------------------------- hooks elsewhere
 
 
+@pytest.mark.parametrize("architecture", ["llama-gqa", "pythia"])
 @pytest.mark.parametrize("name", ["hook_pattern", "hook_attn_scores", "hook_q", "hook_v", "hook_rot_k"])
-@pytest.mark.parametrize("architecture", ["llama-gqa", "gpt2", "pythia", "opt"])
 @torch.no_grad()
 def test_hooks_on_other_points_see_what_they_ever_saw(loaded, backend, kernels, architecture, name):
     """The class's own way is taken, bit for bit, and the hook sees the same; without it the kernel runs again."""
     model, point = loaded(architecture, backend), f"blocks.1.attn.{name}"
-    if point not in model.hook_dict:
-        pytest.skip("this architecture has no such point")
     tokens, mask = padded("left")
     seen = []
     assert fused_refusal(model) is None

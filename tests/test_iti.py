@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lofit_lens import HeadSet, Lofit, Task, evaluate, generate, io
+from lofit_lens import HeadSet, Lofit, Task, evaluate, io
 from lofit_lens.errors import AdapterError, InputError
 from lofit_lens.evaluation import score_continuations
 from lofit_lens.interventions import ITI
@@ -18,10 +18,9 @@ from lofit_lens.interventions.files import CONFIG_FILE, WEIGHTS_FILE
 from lofit_lens.interventions.iti import shift_z
 from lofit_lens.models import hook_z, hooked, load_model, logits_of, model_info, run_through
 from lofit_lens.probing import fit_probes
-from tests import planted_truth, slow, tiny
+from tests import planted_truth
 from tests.adapters import CHOSEN, edited
 from tests.conftest import PAIRS, needs_hooked
-from tests.shift import decoded, edited_at, places
 from tests.test_hook_access import processed_gpt2
 
 TOKENS = torch.randint(3, 400, (2, 10), generator=torch.Generator().manual_seed(3))
@@ -196,81 +195,6 @@ def test_another_strength_or_other_positions_are_a_copy(llama):
 
 
 # --------------------------------------------------------------------------------------------- where it acts
-
-
-@torch.no_grad()
-def slow_scores(plain, iti, name):
-    """One answer at a time: one full forward with the shift at places worked out by hand."""
-    found, offsets = [], as_offsets(iti)
-    for prompt, answers in zip(PROMPTS, ANSWERS, strict=True):
-        found.append([])
-        for answer in answers:
-            whole, start = slow.joined_ids(tiny.tokenizer(), prompt, answer)
-            with edited_at(plain, offsets, places(name, start, len(whole))):
-                log_probs = slow.log_probs(plain, whole)
-            found[-1].append(sum(log_probs[i - 1, whole[i]].item() for i in range(start, len(whole))))
-    return found
-
-
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-@pytest.mark.parametrize("positions", NAMES)
-def test_scores_are_those_of_the_slow_loop(loaded, hf, backend, architecture, positions):
-    """Ragged prompts behind a shared front, answers of 1 to 4 tokens."""
-    model = loaded(architecture, backend)
-    iti = random_iti(model, positions=positions)
-    with iti.attached(model):
-        found = score_continuations(model, PROMPTS, ANSWERS)
-    expected = slow_scores(hf(architecture), iti, positions)
-    assert all(f == pytest.approx(e, abs=1e-4) for f, e in zip(found, expected, strict=True))
-    bare = slow.scores(hf(architecture), tiny.tokenizer(), PROMPTS, ANSWERS)
-    moved = [[abs(e - b) > 1e-3 for e, b in zip(*pair, strict=True)] for pair in zip(expected, bare, strict=True)]
-    reached = {
-        "answer": [[False, True], [True, False], [True]], "last": [[False, False], [False, False], [False]]
-    }.get(positions, [[True, True], [True, True], [True]])  # fmt: skip
-    assert moved == reached  # an answer of one token has no token of its own to be predicted from
-
-
-@torch.no_grad()
-def slow_ids(plain, iti, name, prompt, n):
-    """Greedy ids, each from a full forward without a cache, shifted at all places that were shifted when they were new."""
-    ids = slow.ids_of(tiny.tokenizer(), prompt)
-    new, offsets = [], as_offsets(iti)
-    for _ in range(n):
-        with edited_at(plain, offsets, decoded(name, len(ids), len(ids) + len(new))):
-            token = int(slow.log_probs(plain, ids + new)[-1].argmax())
-        if token == tiny.tokenizer().eos_token_id:
-            break
-        new.append(token)
-    return new
-
-
-@pytest.fixture(scope="module")
-def slow_texts(hf):
-    """(adapter, positions; None: the bare model) -> the slow loop's ids; each is worked out once for both classes."""
-    made = {}
-
-    def of(iti, name):
-        if name not in made:
-            plain = hf("llama")
-            made[name] = [
-                slow_ids(plain, iti, name, p, 4) if name else slow.new_ids(plain, tiny.tokenizer(), p, 4)
-                for p in PROMPTS
-            ]
-        return made[name]
-
-    return of
-
-
-@pytest.mark.parametrize("positions", NAMES)
-def test_generated_text_is_that_of_the_slow_loop(llama, slow_texts, positions):
-    """Ragged prompts decoded together with a cache; from the prompt's last token on, unless everything is shifted."""
-    iti, tokenizer = random_iti(llama, alpha=20.0, positions=positions), tiny.tokenizer()
-    with iti.attached(llama):
-        found = generate(llama, PROMPTS, max_new_tokens=4)
-    expected = slow_texts(iti, positions)
-    assert found == [tokenizer.decode(ids, skip_special_tokens=True) for ids in expected]
-    assert expected != slow_texts(iti, None)
-    assert (expected == slow_texts(iti, "all")) == (positions == "all")
 
 
 def test_an_edit_of_the_last_position_leaves_multiple_choice_as_it_is_and_says_so(llama, caplog):

@@ -66,6 +66,7 @@ def test_intervals_without_spread_or_items():
     assert bootstrap_interval_over_seeds([[1.0] * 216] * 2, binary=True) == pytest.approx((0.025 ** (1 / 216), 1.0))
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_truth():
     """Over 100 samples of 50 draws of probability .3, the 95 % interval holds .3 in about 95 (at least 86: four sigmas)."""
     draw = np.random.default_rng(0)

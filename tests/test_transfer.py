@@ -146,6 +146,7 @@ def test_interval_is_paired():
     assert exact.accuracy_high - exact.accuracy_low > 0.05
 
 
+@pytest.mark.slow
 def test_interval_holds_the_true_ratio():
     """Truth .6 / .8 = 75 %, 200 items of two seeds: 95 % intervals hold it in 93 to 99.5 % of 150 repeats."""
     draw, held = np.random.default_rng(2), 0

@@ -16,18 +16,13 @@ def tokenizer():
     return build_tokenizer()
 
 
-@pytest.mark.parametrize(("task", "split"), EVERY_SPLIT)
-def test_rows_are_the_same_when_made_again(task, split):
-    before = world.rows(task, split)
+def test_rows_are_the_same_when_made_again_enough_and_no_prompt_twice():
+    before = {of: world.rows(*of) for of in EVERY_SPLIT}
     world.build_world.cache_clear()
-    assert world.rows(task, split) == before
-
-
-@pytest.mark.parametrize(("task", "split"), EVERY_SPLIT)
-def test_there_are_enough_rows_and_no_prompt_twice(task, split):
-    prompts = [row["prompt"] for row in world.rows(task, split)]
-    assert len(prompts) == world.N_ROWS[split] >= {"train": 150, "val": 60, "test": 200}[split]
-    assert len(set(prompts)) == len(prompts)
+    assert {of: world.rows(*of) for of in EVERY_SPLIT} == before
+    for (task, split), rows in before.items():
+        assert len(rows) == world.N_ROWS[split] >= {"train": 150, "val": 60, "test": 200}[split], task
+        assert len({row["prompt"] for row in rows}) == len(rows), task
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -301,15 +296,15 @@ def test_tokenizer_special_tokens(tokenizer):
     assert tokenizer.encode("elephant", add_special_tokens=False) == [tokenizer.unk_token_id]
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_planted_heads_are_distinct_and_in_their_layers(seed):
-    planted = world.planted_heads(seed)
-    everything = [head for heads in planted.values() for head in heads]
-    assert len(set(everything)) == len(everything) == 9
-    for task, heads in planted.items():
-        assert {layer for layer, _ in heads} == set(world.PLANTED_LAYERS[task])
-        assert all(0 <= head < world.N_HEADS for _, head in heads)
-    assert planted == world.planted_heads(seed) != world.planted_heads(seed + 1)
+def test_planted_heads_are_distinct_and_in_their_layers():
+    for seed in range(20):
+        planted = world.planted_heads(seed)
+        everything = [head for heads in planted.values() for head in heads]
+        assert len(set(everything)) == len(everything) == 9
+        for task, heads in planted.items():
+            assert {layer for layer, _ in heads} == set(world.PLANTED_LAYERS[task])
+            assert all(0 <= head < world.N_HEADS for _, head in heads)
+        assert planted == world.planted_heads(seed) != world.planted_heads(seed + 1)
 
 
 def test_every_word_has_one_meaning():
