@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 import lofit_lens as ll
 from lofit_lens.errors import AdapterError, InputError, ModelError
 from lofit_lens.evaluation.result import EvalResult, Metric
-from lofit_lens.interventions.base import Intervention
+from lofit_lens.interventions.base import Adapter, Intervention
 from lofit_lens.interventions.files import CONFIG_FILE, WEIGHTS_FILE, check_tensors, read_config
 from lofit_lens.models import Borders, check_residual, hooks, logits_of, residual_point
 from tests.conftest import PAIRS
@@ -46,6 +46,20 @@ def test_an_edit_comes_and_goes(llama, kind):
     for positions in ("all", "answer", "f3+l2"):
         assert torch.equal(run(llama, shift_of(llama, positions, kind=kind, scale=0.0)), before)
     assert isinstance(adapter, Intervention)
+
+
+def test_the_edit_runs_only_where_it_acts(llama, monkeypatch):
+    """A pass without a position to edit does not even compute it; each edited layer computes it once a pass."""
+    adapter, calls, inner = shift_of(llama, "answer"), [], Shift._edit
+    monkeypatch.setattr(
+        adapter, "_edit", lambda layer: lambda x: (calls.append(layer), inner(adapter, layer)(x))[1], raising=False
+    )
+    ones = torch.ones_like(TOKENS)
+    with adapter.attached(llama), torch.no_grad():
+        logits_of(llama, TOKENS, ones, Borders(torch.tensor([10, 10]), torch.tensor([11, 11])))
+        assert calls == []
+        logits_of(llama, TOKENS, ones, BORDERS)
+    assert calls == [0, 2]
 
 
 def test_attaching_twice_is_refused(llama):
@@ -105,6 +119,20 @@ def test_an_edit_of_its_own_keeps_the_type(checkpoint, backend):
             logits_of(model, TOKENS, torch.ones_like(TOKENS), BORDERS).float().logsumexp(-1).sum().backward()
         assert adapter.c.grad.dtype == torch.float32
         assert (adapter.c.grad.abs().sum(dim=1) > 0).all()
+
+
+def test_the_base_asks_for_everything():
+    """A method that forgets a part is told so when it is used."""
+    bare = Adapter()
+    for use in (
+        lambda: bare.n_parameters, lambda: bare._points(None), lambda: bare._check_shape(None), bare._tensors, bare._settings,
+        lambda: Adapter._made_from({}, {}, bare.meta, None),
+    ):  # fmt: skip
+        with pytest.raises((NotImplementedError, TypeError)):
+            use()
+    assert str(bare.positions) == "all"
+    with pytest.raises(InputError, match="unknown positions 'end'"):
+        Shift(torch.zeros(1, 32), [0], 3, "end")
 
 
 # ------------------------------------------------------------------------------------------- the residual stream's places

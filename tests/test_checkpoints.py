@@ -16,7 +16,6 @@ from lofit_lens.sharing.checkpoints import CONFIG, INDEX, WEIGHTS
 from lofit_lens.sharing.telling import format_of
 from tests import tiny
 from tests.adapters import CHOSEN, output_projection, random_adapter
-from tests.conftest import ARCHITECTURES
 
 UNIT = torch.nn.functional.normalize(torch.randn(3, 8, generator=torch.Generator().manual_seed(1)))
 
@@ -40,7 +39,7 @@ def reindexed(folder, **where):
     (folder / INDEX).write_text(json.dumps(index))
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_the_output_projection_of_every_architecture(checkpoint, architecture):
     """Weight and bias of each layer as the Hugging Face module has them, `[d_model, n_heads * d_head]`, and back."""
     plain, found = tiny.hf_model(architecture), outputs_of(open_checkpoint(checkpoint(architecture)))

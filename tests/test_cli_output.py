@@ -158,6 +158,15 @@ def test_a_claim_dies_with_its_process(shell, tmp_path):
         assert [p.name for p in tmp_path.iterdir()] == ["o"]
 
 
+def test_two_processes_share_no_state_file(shell, tmp_path, monkeypatch):
+    """The state of a stopped run is beside its output, under the same claim; whoever comes second leaves it alone."""
+    state = common.state_file(tmp_path / "o")
+    state.write_bytes(b"the first one's")
+    with claimed(tmp_path / ".o.lock", common.LEASE):
+        assert shell(*EVERY["select"], "--out", tmp_path / "o")[0] == 2
+    assert state.read_bytes() == b"the first one's"
+
+
 # ------------------------------------------------------------------------------------------------------------- checks
 
 

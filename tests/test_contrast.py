@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lofit_lens import attached, generate
+from lofit_lens import Task, attached, evaluate, generate
 from lofit_lens.errors import AdapterError, DataError, InputError
 from lofit_lens.evaluation.scoring import score_continuations
 from lofit_lens.interventions.contrast import ContrastVectors, stream_behind
@@ -163,6 +163,14 @@ def test_scores_of_ragged_questions_equal_the_slow_way(llama, hf, positions):
     assert close(found, expected_scores(hf("llama"), positions))
     untouched = slow.scores(hf("llama"), tiny.tokenizer(), PROMPTS, ANSWERS)
     assert not close(found, untouched, 0.01)
+
+
+def test_evaluate_grades_these_scores(bridge_llama):
+    """A task with options has the scores above."""
+    rows = [{"prompt": p, "options": a, "answer": a[-1]} for p, a in zip(PROMPTS, ANSWERS, strict=True)]
+    with contrast(bridge_llama).attached(bridge_llama):
+        found = evaluate(bridge_llama, Task.from_records("t", train=rows, test=rows), progress=False)
+        assert close(list(found.items["scores"]), score_continuations(bridge_llama, PROMPTS, ANSWERS))
 
 
 def test_generation_equals_the_slow_way(llama, hf):
@@ -392,6 +400,13 @@ def test_instructions_of_the_same_tokens_are_refused(llama):
         pass
 
 
+def test_another_shape_is_refused(llama):
+    """Layers and width are named."""
+    for n_layers, d_model in ((4, 32), (3, 16)):
+        with pytest.raises(AdapterError, match=rf"for {n_layers} layers of width {d_model}"):
+            ContrastVectors((0,), n_layers=n_layers, d_model=d_model).attach_check(llama)
+
+
 @torch.no_grad()
 def test_a_saved_one_is_the_same(llama, tmp_path):
     """Settings, provenance and logits, to the bit."""
@@ -409,6 +424,17 @@ def test_a_saved_one_is_the_same(llama, tmp_path):
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
     return ContrastVectors((0, 2), n_layers=3, d_model=32).save_pretrained(tmp_path_factory.mktemp("contrast") / "good")
+
+
+@pytest.mark.parametrize("field", ["layers", "n_layers", "d_model", "positive", "negative", "coefficient", "positions"])
+def test_a_missing_setting_is_named(good, tmp_path, field):
+    """Each is needed."""
+    folder = shutil.copytree(good, tmp_path / "x")
+    written = json.loads((folder / CONFIG_FILE).read_text())
+    del written[field]
+    (folder / CONFIG_FILE).write_text(json.dumps(written))
+    with pytest.raises(AdapterError, match=field):
+        ContrastVectors.from_pretrained(folder)
 
 
 def test_damaged_files_are_refused(good, tmp_path):

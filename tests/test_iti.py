@@ -1,6 +1,7 @@
 """ITI's laws: what the shift is and where, that it flips planted answers, comes and goes without a trace, and lasts in files."""
 
 import contextlib
+import copy
 import json
 import logging
 import shutil
@@ -9,18 +10,19 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lofit_lens import HeadSet, Lofit, Task, evaluate, io
+from lofit_lens import HeadSet, Lofit, Task, evaluate, generate, io
 from lofit_lens.errors import AdapterError, InputError
 from lofit_lens.evaluation import score_continuations
 from lofit_lens.interventions import ITI
 from lofit_lens.interventions.base import AdapterMeta
 from lofit_lens.interventions.files import CONFIG_FILE, WEIGHTS_FILE
 from lofit_lens.interventions.iti import shift_z
-from lofit_lens.models import hook_z, hooked, load_model, logits_of, model_info, run_through
+from lofit_lens.models import hook_z, hooked, load_model, logits_of, model_info, prefill, run_through, step
 from lofit_lens.probing import fit_probes
-from tests import planted_truth
+from tests import planted_truth, slow, tiny
 from tests.adapters import CHOSEN, edited
 from tests.conftest import PAIRS, needs_hooked
+from tests.shift import decoded, edited_at, places
 from tests.test_hook_access import processed_gpt2
 
 TOKENS = torch.randint(3, 400, (2, 10), generator=torch.Generator().manual_seed(3))
@@ -114,6 +116,16 @@ def test_alpha_0_is_bit_equal(llama, positions):
             assert same == (alpha == 0 or positions == "last")
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_alpha_0_is_bit_equal_over_half_precision(checkpoint, backend, dtype):
+    """The same with a float32 adapter on a base of 16 bits, whose z keeps its type; alpha 5 shows."""
+    model = load_model(checkpoint("llama"), backend=backend, dtype=dtype, device="cpu")
+    before = run(model)
+    for alpha in (0.0, 5.0):
+        with random_iti(model, d_head=8, alpha=alpha).attached(model):
+            assert same_bits(run(model), before) == (alpha == 0)
+
+
 def test_a_negative_zero_stays_one():
     """-0.0 + 0.0 would be +0.0: entries without a shift keep every bit, and so do all at alpha 0."""
     z = torch.tensor([-0.0, 0.0, 1.0]).reshape(1, 1, 1, 3)
@@ -136,6 +148,18 @@ def test_the_sum_over_half_precision_is_rounded_once():
 
 
 # ------------------------------------------------------------------------------------------- coming and going
+
+
+def test_detaching_is_bit_equal_after_success_and_after_an_exception(llama):
+    """The shift shows inside and leaves nothing behind, whatever ends the block."""
+    before, iti = run(llama), random_iti(llama)
+    for error in (None, KeyError):
+        with contextlib.suppress(KeyError), iti.attached(llama):
+            assert (run(llama) - before).abs().max() > 0.05
+            if error:
+                raise error
+        assert torch.equal(run(llama), before)
+    assert not any(p.fwd_hooks or p._forward_hooks for p in llama.hook_dict.values())
 
 
 def test_nothing_is_trained_and_nothing_is_kept(llama):
@@ -161,6 +185,18 @@ def test_other_heads_and_layers_keep_their_z_in_the_edited_layer(llama):
     before, after = seen
     assert torch.equal(before[:, :, :3], after[:, :, :3])
     assert torch.allclose(after[:, :, 3] - before[:, :, 3], 5 * iti.sigma[0] * iti.directions[0], atol=1e-6)
+
+
+def test_an_adapter_of_another_shape_is_refused(llama, loaded, backend):
+    """Layers or heads, or d_head, that do not fit are named, and nothing is attached."""
+    before = run(llama)
+    other = ITI((4, 4, 8), HeadSet(["L0H0"]), **numbers(1, 8))
+    with pytest.raises(AdapterError, match=r"4 layers of 4 heads.* has 3 of 4"), other.attached(llama):
+        pass
+    wide = random_iti(loaded("mistral", backend))  # d_head 12
+    with pytest.raises(AdapterError, match=r"d_head 12; .* has 8"), wide.attached(llama):
+        pass
+    assert torch.equal(run(llama), before)
 
 
 @needs_hooked
@@ -195,6 +231,90 @@ def test_another_strength_or_other_positions_are_a_copy(llama):
 
 
 # --------------------------------------------------------------------------------------------- where it acts
+
+
+@torch.no_grad()
+def slow_scores(plain, iti, name):
+    """One answer at a time: one full forward with the shift at places worked out by hand."""
+    found, offsets = [], as_offsets(iti)
+    for prompt, answers in zip(PROMPTS, ANSWERS, strict=True):
+        found.append([])
+        for answer in answers:
+            whole, start = slow.joined_ids(tiny.tokenizer(), prompt, answer)
+            with edited_at(plain, offsets, places(name, start, len(whole))):
+                log_probs = slow.log_probs(plain, whole)
+            found[-1].append(sum(log_probs[i - 1, whole[i]].item() for i in range(start, len(whole))))
+    return found
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("positions", NAMES)
+def test_scores_are_those_of_the_slow_loop(loaded, hf, backend, architecture, positions):
+    """Ragged prompts behind a shared front, answers of 1 to 4 tokens."""
+    model = loaded(architecture, backend)
+    iti = random_iti(model, positions=positions)
+    with iti.attached(model):
+        found = score_continuations(model, PROMPTS, ANSWERS)
+    expected = slow_scores(hf(architecture), iti, positions)
+    assert all(f == pytest.approx(e, abs=1e-4) for f, e in zip(found, expected, strict=True))
+    bare = slow.scores(hf(architecture), tiny.tokenizer(), PROMPTS, ANSWERS)
+    moved = [[abs(e - b) > 1e-3 for e, b in zip(*pair, strict=True)] for pair in zip(expected, bare, strict=True)]
+    reached = {
+        "answer": [[False, True], [True, False], [True]], "last": [[False, False], [False, False], [False]]
+    }.get(positions, [[True, True], [True, True], [True]])  # fmt: skip
+    assert moved == reached  # an answer of one token has no token of its own to be predicted from
+
+
+@torch.no_grad()
+def slow_ids(plain, iti, name, prompt, n):
+    """Greedy ids, each from a full forward without a cache, shifted at all places that were shifted when they were new."""
+    ids = slow.ids_of(tiny.tokenizer(), prompt)
+    new, offsets = [], as_offsets(iti)
+    for _ in range(n):
+        with edited_at(plain, offsets, decoded(name, len(ids), len(ids) + len(new))):
+            token = int(slow.log_probs(plain, ids + new)[-1].argmax())
+        if token == tiny.tokenizer().eos_token_id:
+            break
+        new.append(token)
+    return new
+
+
+@pytest.fixture(scope="module")
+def slow_texts(hf):
+    """(adapter, positions; None: the bare model) -> the slow loop's ids; each is worked out once for both classes."""
+    made = {}
+
+    def of(iti, name):
+        if name not in made:
+            plain = hf("llama")
+            made[name] = [
+                slow_ids(plain, iti, name, p, 4) if name else slow.new_ids(plain, tiny.tokenizer(), p, 4)
+                for p in PROMPTS
+            ]
+        return made[name]
+
+    return of
+
+
+@pytest.mark.parametrize("positions", NAMES)
+def test_generated_text_is_that_of_the_slow_loop(llama, slow_texts, positions):
+    """Ragged prompts decoded together with a cache; from the prompt's last token on, unless everything is shifted."""
+    iti, tokenizer = random_iti(llama, alpha=20.0, positions=positions), tiny.tokenizer()
+    with iti.attached(llama):
+        found = generate(llama, PROMPTS, max_new_tokens=4)
+    expected = slow_texts(iti, positions)
+    assert found == [tokenizer.decode(ids, skip_special_tokens=True) for ids in expected]
+    assert expected != slow_texts(iti, None)
+    assert (expected == slow_texts(iti, "all")) == (positions == "all")
+
+
+def test_steps_with_a_cache_shift_each_new_token_once(llama):
+    """Without borders (plain text) an edit of the answer acts on every token: prefill and steps are one full pass."""
+    with random_iti(llama, positions="answer").attached(llama), torch.no_grad():
+        whole = run(llama)
+        first, state = prefill(llama, TOKENS[:, :9], MASK[:, :9])
+        last, _ = step(llama, state, TOKENS[:, 9])
+    assert torch.allclose(torch.cat([first, last[:, None]], dim=1), whole, atol=1e-5)
 
 
 def test_an_edit_of_the_last_position_leaves_multiple_choice_as_it_is_and_says_so(llama, caplog):
@@ -332,6 +452,16 @@ def folder(good, tmp_path):
     return shutil.copytree(good, tmp_path / "broken")
 
 
+@pytest.mark.parametrize("field", ["shape", "heads", "alpha", "positions", "base_model", "task", "method"])
+def test_a_missing_field_is_named(folder, field):
+    """Every field of the record is needed."""
+    record = json.loads((folder / CONFIG_FILE).read_text())
+    del record[field]
+    (folder / CONFIG_FILE).write_text(json.dumps(record))
+    with pytest.raises(AdapterError, match=f"{field}|does not describe"):
+        ITI.from_pretrained(folder)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [({"lofit_lens_schema": 99}, "newer version"), ({"method": "lofit"}, "ITI"), ({"shape": [3, 4]}, "shape"),
@@ -348,6 +478,19 @@ def test_a_damaged_record_is_refused(folder, unchecked, changes, message):
         ITI.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("file", [CONFIG_FILE, WEIGHTS_FILE])
+def test_a_missing_empty_or_truncated_file_is_refused(folder, file):
+    """Whichever of the two files is damaged, it is AdapterError and names the file."""
+    whole = (folder / file).read_bytes()
+    for content in (whole[: len(whole) // 2], b""):
+        (folder / file).write_bytes(content)
+        with pytest.raises(AdapterError, match=file):
+            ITI.from_pretrained(folder)
+    (folder / file).unlink()
+    with pytest.raises(AdapterError, match=file):
+        ITI.from_pretrained(folder)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [({"sigma": torch.full((3,), float("nan"))}, "sigma holds NaN"), ({"sigma": torch.ones(4)}, r"\(4,\), expected .*\(3,\)"),
@@ -361,3 +504,13 @@ def test_tensors_that_do_not_match_the_record_are_refused(folder, changes, messa
     save_file({n: t for n, t in made.items() if t is not None}, folder / WEIGHTS_FILE)
     with pytest.raises(AdapterError, match=message):
         ITI.from_pretrained(folder)
+
+
+def test_a_copy_is_whole(llama):
+    """deepcopy of an attached adapter has its own numbers and does not hold the model."""
+    iti = random_iti(llama)
+    with iti.attached(llama):
+        twin = copy.deepcopy(iti)
+    assert twin.directions is not iti.directions
+    assert torch.equal(twin.directions, iti.directions)
+    assert len(list(twin.modules())) == 1

@@ -8,6 +8,7 @@ import torch
 from lofit_lens import HeadSet, Lofit, attached, edit_z, generate
 from lofit_lens.errors import AdapterError, InputError
 from lofit_lens.models import extend, frozen, hook_z, load_model, logits_of, model_info, prefill, step
+from tests import tiny
 from tests.adapters import CHOSEN, edited, random_adapter
 from tests.conftest import PAIRS, needs_hooked
 from tests.test_hook_access import processed_gpt2
@@ -120,6 +121,18 @@ def test_run_with_cache_sees_the_edited_z(llama):
     assert not torch.allclose(after[name], before[name], atol=0.1)
 
 
+def test_attaching_twice_is_refused_and_the_first_stays(llama):
+    """An adapter is on one model at a time; a copy may go beside it."""
+    lofit = random_adapter(llama)
+    with lofit.attached(llama):
+        inside = run(llama)
+        with pytest.raises(AdapterError, match="already attached"), lofit.attached(llama):
+            pass
+        assert torch.equal(run(llama), inside)
+    with lofit.attached(llama):
+        assert torch.equal(run(llama), inside)
+
+
 def test_a_copy_may_be_attached_beside_the_original(llama):
     """As the error of attaching twice says: a copy is not attached, and does not hold a copy of the model."""
     lofit = random_adapter(llama)
@@ -151,6 +164,14 @@ def test_an_adapter_of_another_shape_is_refused(llama, loaded, backend):
     with pytest.raises(AdapterError, match=r"d_head 12; .* has 8"), wide.attached(llama):
         pass
     assert torch.equal(run(llama), before)
+
+
+def test_another_base_model_of_the_same_shape_is_told(bridge_llama, tmp_path, recwarn, caplog):
+    """Attaching to a model of another name and other weights is possible, and both are named in a warning."""
+    other = load_model(tiny.save(tmp_path / "another-llama", seed=1), backend="bridge", device="cpu")
+    with random_adapter(bridge_llama).attached(other):
+        pass
+    assert "another-llama" in caplog.text + " ".join(str(w.message) for w in recwarn)
 
 
 @needs_hooked

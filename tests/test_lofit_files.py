@@ -169,6 +169,32 @@ def test_the_folder_holds_what_the_adapter_is(llama, tmp_path):
     assert torch.equal(stored["v"][1], lofit.v[0, 3].detach())
 
 
+def test_the_same_adapter_gives_the_same_bytes(bridge_llama, tmp_path):
+    """Init from the same seed, saved eight times: both files are equal byte by byte."""
+    for i in range(8):
+        Lofit.for_model(bridge_llama, CHOSEN).init_("v", seed=5).save_pretrained(tmp_path / str(i))
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        assert len({(tmp_path / str(i) / file).read_bytes() for i in range(8)}) == 1
+
+
+def test_an_existing_folder_is_kept_unless_asked(tmp_path):
+    """Saving over an adapter needs overwrite=True."""
+    first, second = (Lofit((3, 4, 8), CHOSEN).init_("v", seed=s) for s in (1, 2))
+    first.save_pretrained(tmp_path / "x")
+    with pytest.raises(InputError, match="exists"):
+        second.save_pretrained(tmp_path / "x")
+    assert torch.equal(Lofit.from_pretrained(tmp_path / "x").v, first.v)
+    second.save_pretrained(tmp_path / "x", overwrite=True)
+    assert torch.equal(Lofit.from_pretrained(tmp_path / "x").v, second.v)
+
+
+def test_loading_for_a_model_of_another_shape_is_refused(bridge_llama, tmp_path):
+    """from_pretrained(model=...) checks the shape at once."""
+    Lofit((3, 5, 8), HeadSet(["L0H4"])).save_pretrained(tmp_path / "x")
+    with pytest.raises(AdapterError, match="5 heads"):
+        Lofit.from_pretrained(tmp_path / "x", model=bridge_llama)
+
+
 # ---------------------------------------------------------------------------------------------- damaged folders
 
 
@@ -194,6 +220,17 @@ def _rewrite(folder, **changes):
 
 
 @pytest.mark.parametrize(
+    "field",
+    ["shape", "heads", "base_model", "task", "data_hash", "seed", "config", "versions", "history", "n_train", "method"],
+)
+def test_a_missing_field_is_named(folder, field):
+    """Every field of the record is needed."""
+    _rewrite(folder, **{field: None})
+    with pytest.raises(AdapterError, match=f"{field}|does not describe"):
+        Lofit.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [({"lofit_lens_schema": 3}, "newer version"), ({"lofit_lens_schema": "new"}, CONFIG_FILE), ({"method": "lora"}, "LoFiT"),
      ({"shape": [3, 4]}, "shape"), ({"shape": [0, 4, 8]}, "shape|L2H1"), ({"shape": [3, 4, 9]}, r"expected .*\(3, 9\)"),
@@ -205,6 +242,21 @@ def test_a_damaged_record_is_refused(folder, changes, message):
     _rewrite(folder, **changes)
     with pytest.raises(InputError, match=message):
         Lofit.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("file", [CONFIG_FILE, WEIGHTS_FILE])
+def test_a_missing_empty_or_truncated_file_is_refused(folder, file):
+    """Whichever of the two files is damaged, it is AdapterError and names the file."""
+    whole = (folder / file).read_bytes()
+    for content in (whole[: len(whole) // 2], b""):
+        (folder / file).write_bytes(content)
+        with pytest.raises(AdapterError, match=file):
+            Lofit.from_pretrained(folder)
+    (folder / file).unlink()
+    with pytest.raises(AdapterError, match=file):
+        Lofit.from_pretrained(folder)
+    with pytest.raises(AdapterError, match="nowhere"):
+        Lofit.from_pretrained(folder / "nowhere")
 
 
 def _tensors(**changes):

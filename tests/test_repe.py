@@ -84,6 +84,18 @@ def test_control_is_plain_hugging_face_with_the_shift_at_block_outputs(loaded, h
     assert (plain(TOKENS).logits - expected).abs().max() > 0.05
 
 
+def test_coefficient_zero_and_detaching_are_bit_equal(llama):
+    """Nothing is changed by a coefficient of 0, nothing is left behind by any other."""
+    before = run(llama)
+    with control(coefficient=0.0).attached(llama):
+        assert torch.equal(run(llama), before)
+    with control().attached(llama):
+        assert (run(llama) - before).abs().max() > 0.05
+        assert len(residual_point(llama, 0, "hook_resid_post").fwd_hooks) == 1
+    assert torch.equal(run(llama), before)
+    assert not any(p.fwd_hooks or p._forward_hooks for p in llama.hook_dict.values())
+
+
 def test_over_half_precision_the_sum_is_rounded_once():
     """h = 256 in bfloat16 (steps of 2): a shift of 1.5 goes to 258; its own type comes back, and a shift of 0 changes nothing."""
     h = torch.full((1, 1, 2), 256.0, dtype=torch.bfloat16)
@@ -92,6 +104,18 @@ def test_over_half_precision_the_sum_is_rounded_once():
     assert moved.flatten().tolist() == [258.0, 256.0]
     one = shift_h(torch.full((1, 1, 1), 1.0, dtype=torch.bfloat16), torch.tensor([0.00391]))
     assert one.item() == 1.0078125  # 1.00391 is nearer to 1 + 1/128 than to 1; 0.00391 itself rounds to 1/256, a tie
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16"])
+def test_control_of_a_half_precision_model(checkpoint, backend, dtype):
+    """It is float32 there too, acts, and at coefficient 0 is bit-equal."""
+    model = load_model(checkpoint("llama"), backend=backend, dtype=dtype, device="cpu")
+    before, repe = run(model), control()
+    assert repe.directions.dtype == torch.float32
+    with repe.attached(model):
+        assert (run(model) - before).abs().max() > 0.05
+    with repe.with_strength(0.0).attached(model):
+        assert torch.equal(run(model), before)
 
 
 def test_copies_with_another_strength_or_other_positions(llama):
@@ -106,6 +130,17 @@ def test_copies_with_another_strength_or_other_positions(llama):
     for row, start in enumerate((4, 6)):
         assert torch.equal(got[row, :start], before[row, :start])
         assert ((got[row, start:] - before[row, start:]).abs().amax(-1) > 0.01).all()
+
+
+def test_padding_does_not_matter(llama):
+    """Rows padded on either side give each row's own logits."""
+    ids, mask = TOKENS.clone(), torch.ones_like(TOKENS)
+    with torch.no_grad(), control().attached(llama):
+        alone = logits_of(llama, ids[:1, 3:], mask[:1, 3:])
+        for at, pads in ((slice(3, 10), slice(0, 3)), (slice(0, 7), slice(7, 10))):
+            both, kept = ids.clone(), mask.clone()
+            both[0, at], both[0, pads], kept[0, pads] = ids[0, 3:], 0, 0
+            assert torch.allclose(logits_of(llama, both, kept)[0, at], alone[0], atol=1e-5)
 
 
 def test_the_count_is_a_direction_a_layer():
@@ -132,6 +167,15 @@ def test_what_control_refuses(changes, message):
         RepE(given.pop("directions"), given.pop("layers"), **given)
 
 
+def test_control_of_another_shape_is_refused(llama):
+    """Layers and width are named, and nothing is attached."""
+    before = run(llama)
+    for repe in (control(n_layers=4), RepE(unit(1, 16), (0,), n_layers=3, coefficient=1.0)):
+        with pytest.raises(AdapterError, match=r"this adapter is for . layers of width"), repe.attached(llama):
+            pass
+    assert torch.equal(run(llama), before)
+
+
 # ------------------------------------------------------------------------------------------------------- files
 
 
@@ -151,6 +195,13 @@ def test_a_saved_control_is_the_same(llama, tmp_path):
     assert read.scale.tolist() == [2.0, 0.5]
     for part in ("RepE(", "t, coefficient 3 sigma at predicting", "layers 0 2", "64 parameters"):
         assert part in repr(read)
+
+
+def test_a_control_of_another_width_is_read_back(tmp_path):
+    """Without a model."""
+    one = RepE(unit(1, 5), (3,), n_layers=7, coefficient=1.0)
+    read = RepE.from_pretrained(one.save_pretrained(tmp_path / "x"))
+    assert (read.d_model, read.n_layers, read.layers) == (5, 7, (3,))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Head selectors: each is the number that it says, finds planted heads, and leaves the model as it was."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 import lofit_lens as ll
-from lofit_lens import HeadSet, Task, TrainConfig, io
+from lofit_lens import HeadScores, HeadSet, Task, TrainConfig, io, probing
 from lofit_lens.errors import InputError
 from lofit_lens.models import load_model
 from lofit_lens.tasks.collate import encode
@@ -137,6 +138,19 @@ def test_probing_layers_takes_whole_layers_by_one_probe_each(loaded, hf, backend
     assert len({own[h] for h in HeadSet.all((3, 4))}) > 4
 
 
+def test_layers_that_tie_keep_their_order_and_stay_whole(bridge_llama, monkeypatch):
+    """A layer with the better own heads does not mix into another one of the same accuracy; the top heads fill layers."""
+    own = np.array([[0.0, 0.1, 0.2, 0.3], [0.9, 1.0, 0.9, 1.0], [1.0, 1.0, 1.0, 1.0]])
+    whole = [0.8, 0.8, 0.9]
+    fits = [
+        SimpleNamespace(accuracy=a, score=a, unconverged=0) for n in range(3) for a in (own[n], np.array([whole[n]]))
+    ]
+    monkeypatch.setattr(probing.layers, "_each", lambda work, n_jobs: iter(fits))
+    scores = probing_layers(bridge_llama, DPO, progress=False)
+    assert str(scores.ranking()) == "L2H0 L2H1 L2H2 L2H3 L0H3 L0H2 L0H1 L0H0 L1H1 L1H3 L1H0 L1H2"
+    assert scores.meta["layer_accuracy"] == whole
+
+
 # -------------------------------------------------------------------------------------------------------- random
 
 
@@ -182,6 +196,15 @@ def test_every_selector_feeds_offset_tuning(llama, name):
     assert all(bool(lofit.v[h].any()) for h in scores.top(2))
     assert {n: p.requires_grad for n, p in llama.named_parameters()} == before
     assert no_hooks(llama)
+
+
+def test_scores_survive_a_file(bridge_llama, tmp_path):
+    """What stands in meta is JSON-able."""
+    for name in ("gradient attribution", "activation patching", "random"):
+        scores = quick(name, bridge_llama, SFT)
+        kept = HeadScores.load(scores.save(tmp_path / f"{name}.json"))
+        assert torch.equal(kept.values, scores.values)
+        assert kept.meta == scores.meta
 
 
 @pytest.mark.parametrize("name", ["gradient attribution", "activation patching"])

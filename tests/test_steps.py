@@ -10,6 +10,7 @@ import lofit_lens as ll
 from lofit_lens import HeadSet, Lofit, Task, TrainConfig
 from lofit_lens.errors import InputError, ModelError
 from lofit_lens.models import logits_of
+from lofit_lens.tasks.collate import Encoded
 from lofit_lens.training import FAST, PLAIN, Passes, objective, passes, steps
 from lofit_lens.training.objective import objective as objective_of
 from lofit_lens.training.steps import Steps
@@ -207,11 +208,7 @@ METHODS = {
 
 @pytest.mark.parametrize(
     "way",
-    [
-        "all",
-        "all, checkpointing",
-        *(pytest.param(w, marks=pytest.mark.slow) for w in ("shared prompts", "tight budget")),
-    ],
+    ["all", "all, checkpointing", *(pytest.param(w, marks=pytest.mark.slow) for w in ("shared prompts", "tight budget"))],
 )
 @pytest.mark.parametrize("kind", golden.TASKS)
 @pytest.mark.parametrize("method", METHODS)
@@ -390,3 +387,29 @@ def test_the_reference_keeps_the_budget(llama, computed, counted):
     parts = objective_of(llama, examples, beta=0.5, batch_size=64, passes=Passes(60)).reference
     assert max(places for places, _ in counted) <= 60
     assert (parts - whole).abs().max() < 1e-4
+
+
+def test_the_number_of_kept_references_is_bounded(llama, computed, monkeypatch):
+    """The oldest goes first."""
+    monkeypatch.setattr(objective, "REFERENCE_SETS", 2)
+    examples = golden.dpo_task().training_examples()
+    for n in (3, 4, 5, 5, 4, 3):
+        objective_of(llama, examples[:n], beta=0.5)
+    assert computed == [3, 4, 5, 3]
+
+
+def test_a_pair_behind_a_merged_border_is_run_whole(monkeypatch):
+    """Prompts that end at different places for chosen and rejected are not shared; nor answers of one token."""
+    pair = lambda starts, lengths: tuple(Encoded(tuple(range(n)), s) for s, n in zip(starts, lengths, strict=True))
+    assert steps._sharing_pays([pair((20, 20), (24, 25))], 0)
+    assert not steps._sharing_pays([pair((20, 19), (24, 25))], 0)
+    assert not steps._sharing_pays([pair((20, 20), (21, 25))], 0)
+    assert not steps._sharing_pays([pair((20, 20), (24, 25)), (Encoded((1, 2, 3), 1),)], 0)
+    # 2 x 25 places against 20 + 2 x 4: 22 saved.
+    assert steps._sharing_pays([pair((20, 20), (24, 25))], 21)
+    assert not steps._sharing_pays([pair((20, 20), (24, 25))], 22)
+
+
+def test_one_config_field_is_no_way_of_running():
+    """How a step is run is no hyperparameter: two settings of it are one training to a checkpoint."""
+    assert not set(Passes().to_dict()) & set(TrainConfig(lr=1.0).to_dict())

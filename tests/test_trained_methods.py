@@ -1,14 +1,20 @@
 """What RED, LoReFT and LoRA have in common: the edit is the paper's on every architecture and class, comes and goes without a
 trace, learns a task, is seen by the cached scorer and decoder, and is stored whole."""
 
+import copy
+import json
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import lofit_lens as ll
-from lofit_lens import HeadSet, Task, TrainConfig, attached
-from lofit_lens.errors import AdapterError, InputError, TrainingDiverged
+from lofit_lens import HeadSet, Task, TrainConfig, attached, io
+from lofit_lens.errors import AdapterError, DataError, InputError, ModelError, TrainingDiverged
 from lofit_lens.evaluation import generate, score_continuations
 from lofit_lens.interventions import Lora, LoReft, Red
+from lofit_lens.interventions.files import CONFIG_FILE, WEIGHTS_FILE
 from lofit_lens.models import load_model, logits_of, model_info, tokenizer_of
 from lofit_lens.tasks.collate import encode_training
 from lofit_lens.training.fitting import fit
@@ -132,6 +138,33 @@ def test_detaching_is_bit_equal(loaded, method, on):
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
 
 
+@each_method
+def test_attaching_twice_is_refused_and_the_first_stays(loaded, method, on):
+    """The same adapter once at a time; afterwards it may be attached again."""
+    model = loaded("llama", on)
+    adapter = random(method, model)
+    inside = run(model, adapter)
+    with adapter.attached(model):
+        with pytest.raises(AdapterError, match="already"), adapter.attached(model):
+            pass
+        assert torch.equal(run(model), inside)
+    assert torch.equal(run(model, adapter), inside)
+
+
+@each_method
+def test_a_copy_has_numbers_of_its_own(loaded, method, on):
+    """Changing a deep copy changes neither the adapter nor the model."""
+    model = loaded("llama", on)
+    adapter = random(method, model)
+    inside = run(model, adapter)
+    twin = copy.deepcopy(adapter)
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.mul_(1.5)
+    assert torch.equal(run(model, adapter), inside)
+    assert not torch.equal(run(model, twin), inside)
+
+
 @once_each
 def test_it_goes_with_lofit(loaded, hf, method, on):
     """Attached together with LoFiT, both act, in one order or the other (they act in different places)."""
@@ -140,6 +173,20 @@ def test_it_goes_with_lofit(loaded, hf, method, on):
     both = run(model, adapter, lofit)
     assert torch.allclose(both, run(model, lofit, adapter), atol=1e-6)
     assert all((both - run(model, one)).abs().max() > 0.01 for one in (adapter, lofit))
+
+
+@once_each
+def test_a_model_of_another_shape_is_refused(loaded, tmp_path, method, on):
+    """Layers or widths that do not fit are named, also when loading for a model."""
+    model = loaded("llama", on)
+    before = run(model)
+    wide = ll.load_model("organism", backend=on, device="cpu")
+    other = new(method, wide)
+    with pytest.raises(AdapterError, match=r"6 layers.* 3"), other.attached(model):
+        pass
+    with pytest.raises(AdapterError, match="6 layers"):
+        CLASSES[method].from_pretrained(other.save_pretrained(tmp_path / "x"), model=model)
+    assert torch.equal(run(model), before)
 
 
 # ---------------------------------------------------------------------------------- scoring, decoding, and training
@@ -214,6 +261,24 @@ def test_gradients_of_training_are_those_of_a_slow_loop(loaded, hf, method, on):
         assert torch.allclose(mine, expected, atol=1e-5, rtol=1e-3)
 
 
+@once_each
+def test_training_works_after_decoding_in_inference_mode(loaded, method, on):
+    """Nothing made in inference mode is kept: gradients are those of an adapter that never decoded."""
+    model, gradients = loaded("llama", on), []
+    for decode_first in (True, False):
+        adapter = random(method, model)
+        with adapter.attached(model):
+            if decode_first:
+                with torch.inference_mode():
+                    generate(model, ["Ann"], max_new_tokens=2)
+                run_inside = logits_of(model, TOKENS, torch.ones_like(TOKENS))
+                run_inside.sum().backward()
+                adapter.zero_grad()
+            logits_of(model, TOKENS, torch.ones_like(TOKENS)).logsumexp(-1).sum().backward()
+        gradients.append([p.grad for p in adapter.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 # ----------------------------------------------------------------------------------------------------- what it learns
 
 
@@ -277,7 +342,7 @@ class _Stop(Exception):
     pass
 
 
-@once_each
+@each_method
 def test_a_resumed_training_ends_in_the_same_numbers(loaded, tmp_path, monkeypatch, method, on):
     """Stopped in the second pass and run again from the checkpoint: bit by bit what an unbroken run gives."""
     model, plain, calls = loaded("llama", on), Steps.__call__, []
@@ -302,7 +367,7 @@ def test_a_resumed_training_ends_in_the_same_numbers(loaded, tmp_path, monkeypat
     assert all(torch.equal(a, b) for a, b in zip(unbroken.parameters(), resumed.parameters(), strict=True))
 
 
-@once_each
+@each_method
 def test_a_stopped_training_hands_over_its_adapter(loaded, monkeypatch, method, on):
     """NaN in the third step: the error carries the adapter as it was after the second."""
     model, plain, calls = loaded("llama", on), Steps.__call__, []
@@ -324,7 +389,7 @@ def test_a_stopped_training_hands_over_its_adapter(loaded, monkeypatch, method, 
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
-@once_each
+@each_method
 def test_a_saved_adapter_comes_back(loaded, tmp_path, method, on):
     """Provenance and settings are equal; so is the effect, to the bit."""
     model = loaded("llama", on)
@@ -337,6 +402,65 @@ def test_a_saved_adapter_comes_back(loaded, tmp_path, method, on):
     assert repr(read) == repr(adapter)
     for part in (model_info(model).name, "t", f"{adapter.n_parameters:,} parameters"):
         assert part in repr(read)
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory, loaded):
+    folder = tmp_path_factory.mktemp("adapters")
+    return {m: random(m, loaded("llama", "bridge")).save_pretrained(folder / m) for m in CLASSES}
+
+
+@pytest.fixture(params=CLASSES)
+def damaged(request, good, tmp_path):
+    return request.param, shutil.copytree(good[request.param], tmp_path / "broken")
+
+
+def rewrite(folder, **changes):
+    record = json.loads((folder / CONFIG_FILE).read_text())
+    record.update(changes)
+    (folder / CONFIG_FILE).write_text(json.dumps({k: v for k, v in record.items() if v != "gone"}))
+
+
+def test_a_damaged_folder_is_refused(damaged):
+    """Any missing field, another method, a file cut short: AdapterError that names the file."""
+    method, folder = damaged
+    record = json.loads((folder / CONFIG_FILE).read_text())
+    whole = (folder / WEIGHTS_FILE).read_bytes()
+    read = CLASSES[method].from_pretrained
+    for name in record:
+        if name not in ("lofit_lens_schema", "method", "positions") or (method, name) == ("loreft", "positions"):
+            rewrite(folder, **{name: "gone"})
+            optional = ("digest", "weights_sha256", "attached")  # the checksum alone tells that they are gone
+            sealed = "checksum" if name in optional else f"{CONFIG_FILE} is incomplete: '{name}'"
+            with pytest.raises(AdapterError, match=sealed):
+                read(folder)
+            rewrite(folder, **record)
+    rewrite(folder, method="lofit")
+    with pytest.raises(AdapterError, match=f"{CLASSES[method].title} adapter: its method is 'lofit'"):
+        read(folder)
+    rewrite(folder, **record)
+    read(folder)
+    (folder / WEIGHTS_FILE).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(AdapterError, match=WEIGHTS_FILE):
+        read(folder)
+
+
+def test_damaged_tensors_are_refused(damaged):
+    """NaN, another shape or type, a renamed or additional tensor: each is named."""
+    method, folder = damaged
+    tensors = load_file(folder / WEIGHTS_FILE)
+    name = sorted(tensors)[0]
+    bad = {
+        "holds NaN": {name: tensors[name] * float("nan")}, "expected torch.float32": {name: tensors[name][..., :-1].contiguous()},
+        "float64": {name: tensors[name].double()}, "extra": {"extra": torch.zeros(1)},
+    }  # fmt: skip
+    for message, changed in bad.items():
+        save_file({**tensors, **changed}, folder / WEIGHTS_FILE)
+        with pytest.raises(AdapterError, match=message):
+            CLASSES[method].from_pretrained(folder)
+    save_file({n: t for n, t in tensors.items() if n != name}, folder / WEIGHTS_FILE)
+    with pytest.raises(AdapterError, match="expected"):
+        CLASSES[method].from_pretrained(folder)
 
 
 @pytest.mark.parametrize("method", ["red", "loreft"])
@@ -362,6 +486,19 @@ def test_layers_that_are_none_are_refused(bridge_llama, method, layers):
         new(method, bridge_llama, layers=layers)
 
 
+@pytest.mark.parametrize("method", CLASSES)
+def test_places_that_cannot_be_reached_are_told_at_making(bridge_llama, monkeypatch, method):
+    """Not only when it is attached."""
+
+    def refuse(*args):
+        raise ModelError("no such place")
+
+    monkeypatch.setattr("lofit_lens.interventions.residual.check_residual", refuse)
+    monkeypatch.setattr("lofit_lens.interventions.lora.projection_sizes", refuse)
+    with pytest.raises(ModelError, match="no such place"):
+        new(method, bridge_llama)
+
+
 @pytest.mark.parametrize("method", ["red", "loreft"])
 def test_chosen_layers_alone_are_edited(llama, hf, method):
     """Layers 2 and 0, given in that order: stored ascending, and layer 1 is left alone."""
@@ -371,3 +508,15 @@ def test_chosen_layers_alone_are_edited(llama, hf, method):
     with torch.no_grad(), edited_plain(hf("llama"), adapter, first_and_last(20)):
         expected = hf("llama")(TOKENS).logits
     assert torch.allclose(run(llama, adapter), expected, atol=2e-5)
+
+
+def test_data_and_settings_of_the_files(damaged):
+    """The JSON holds what made the adapter; tensors are few and plain."""
+    method, folder = damaged
+    record = io.read_json(folder / CONFIG_FILE)
+    names = {"red": {"s", "b"}, "loreft": {"R", "W", "X", "b"}, "lora": {"q.A", "q.B", "v.A", "v.B"}}
+    assert (record["method"], record["n_layers"]) == (method, 3)
+    assert set(load_file(folder / WEIGHTS_FILE)) == names[method]
+    assert record["positions"] == ("f7+l7" if method == "loreft" else "all")
+    with pytest.raises(DataError):
+        io.read_json(folder / "nothing")

@@ -10,6 +10,8 @@ import torch
 import transformers as tf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from tests.conftest import ARCHITECTURES, ON_HOOKED  # noqa: F401 (names of the checkpoints below)
+
 CORPUS = (
     "Q: Imagine that the capital of France is Rome. What is the capital of the country where Ann was born? A: Rome",
     'Read the following story about a family. "Ann asked her son, Bob, to go shopping." how is Eve related to Ann?',
