@@ -208,7 +208,11 @@ METHODS = {
 
 @pytest.mark.parametrize(
     "way",
-    ["all", "all, checkpointing", *(pytest.param(w, marks=pytest.mark.slow) for w in ("shared prompts", "tight budget"))],
+    [
+        "all",
+        "all, checkpointing",
+        *(pytest.param(w, marks=pytest.mark.slow) for w in ("shared prompts", "tight budget")),
+    ],
 )
 @pytest.mark.parametrize("kind", golden.TASKS)
 @pytest.mark.parametrize("method", METHODS)
