@@ -165,7 +165,7 @@ def test_a_copy_has_numbers_of_its_own(loaded, method, on):
     assert not torch.equal(run(model, twin), inside)
 
 
-@once_each
+@each_method
 def test_it_goes_with_lofit(loaded, hf, method, on):
     """Attached together with LoFiT, both act, in one order or the other (they act in different places)."""
     model = loaded("llama", on)
