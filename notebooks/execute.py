@@ -323,7 +323,11 @@ def main(given: Sequence[str] | None = None) -> int:
     how.add_argument("--check", action="store_true", help="compare with what is there; write nothing")
     how.add_argument("--run", action="store_true", help="run only; write and compare nothing")
     asked = parser.parse_args(given)
-    drawn, failed = letters(), 0
+    try:
+        drawn, failed = letters(), 0
+    except NotebookFailed as e:
+        print(e)
+        return 1
     if not drawn:
         if not (asked.check or asked.run):
             print(

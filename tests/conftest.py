@@ -88,9 +88,10 @@ def checkpoint(once):
     """Architecture -> folder of a tiny checkpoint, written once. The folder names are plain."""
     from tests import tiny
 
+    names = {architecture: f"tiny-{i}" for i, architecture in enumerate(tiny.configs())}
+
     def folder_of(architecture: str) -> Path:
-        name = f"tiny-{list(tiny.configs()).index(architecture)}"
-        return once(name, lambda folder: tiny.save(folder, architecture))
+        return once(names[architecture], lambda folder: tiny.save(folder, architecture))
 
     return folder_of
 

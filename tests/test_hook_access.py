@@ -26,7 +26,7 @@ from lofit_lens.models import (
     step,
     value_biases_folded,
 )
-from tests.conftest import ARCHITECTURES, BACKENDS, PAIRS, needs_hooked
+from tests.conftest import ALL_PAIRS, ARCHITECTURES, BACKENDS, PAIRS, needs_hooked
 from tests.tiny import configs
 
 GENERATOR = torch.Generator().manual_seed(2)
@@ -57,7 +57,7 @@ def test_padding_does_not_change_logits(loaded, hf, architecture, on, side):
         assert torch.allclose(logits[row][mask[row].bool()], hf(architecture)(alone).logits[0], atol=1e-5)
 
 
-@pytest.mark.parametrize(("architecture", "on"), PAIRS)
+@pytest.mark.parametrize(("architecture", "on"), ALL_PAIRS)
 @torch.no_grad()
 def test_cached_passes_equal_the_full_pass(loaded, hf, architecture, on):
     """prefill, select, extend (ragged) and step give, at every real token, the logits of one full pass."""

@@ -21,7 +21,7 @@ from lofit_lens.models import (
 )
 from lofit_lens.models.loading import chosen_dtype
 from tests import tiny
-from tests.conftest import BACKENDS, PAIRS, needs_hooked
+from tests.conftest import ALL_PAIRS, BACKENDS, needs_hooked
 
 TOKENS = torch.randint(3, 400, (1, 11), generator=torch.Generator().manual_seed(1))
 
@@ -35,7 +35,7 @@ def difference(model, plain, tokens=TOKENS):
 # ---------------------------------------------------------------------------------------- what can be loaded
 
 
-@pytest.mark.parametrize(("architecture", "on"), PAIRS)
+@pytest.mark.parametrize(("architecture", "on"), ALL_PAIRS)
 def test_logits_equal_plain_hugging_face(loaded, hf, architecture, on):
     """A model loaded without processing is the Hugging Face model, and it is of the class asked for."""
     model = loaded(architecture, on)
