@@ -106,13 +106,6 @@ def test_figure_shows_one_head(patterns):
     assert "L0H3" in fig.layout.title.text
 
 
-def test_json_form(patterns):
-    """Survives JSON."""
-    found = json.loads(json.dumps(patterns.to_dict()))
-    assert found["heads"]["heads"] == [[2, 1], [0, 3]]
-    torch.testing.assert_close(torch.tensor(found["patterns"][0]), patterns.patterns[0], atol=6e-5, rtol=0)
-
-
 def test_bad_requests_say_what_to_give(bridge_llama, patterns):
     """No prompt, no head, too long, heads and prompts that are not there, more tokens than a figure takes."""
     with pytest.raises(InputError, match="0 prompts and 2 heads"):

@@ -224,15 +224,6 @@ def test_edits_know_the_borders(llama):
     assert not torch.allclose(everywhere, wanted, atol=1e-3)
 
 
-def test_fused_and_scored_together(llama):
-    """Both shortcuts at once give the plain gradients."""
-    tokens, mask = padded("left")
-    at = chosen(mask)
-    wanted = run(llama, tokens, mask, logits=lambda *of: logits_of(*of)[at])
-    found = run(llama, tokens, mask, fused_attention, logits=lambda *of: logits_at(*of, at))
-    assert close(found, wanted, 1e-5)
-
-
 def test_less_is_kept_for_backward(llama):
     """Of 2 x 20 places a loss reads four: 36 x 400 float32 log-probs fewer, but for the places' numbers (four of 8 bytes)."""
     tokens = torch.arange(40).reshape(2, 20) + 3

@@ -259,16 +259,6 @@ def test_packing_keeps_words_targets_and_cues():
         assert [packed.words[cue.position] for cue in packed.cues] == [p.words[p.cues[0].position] for p in parts]
 
 
-def test_batches_are_deterministic_and_packed_ones_stay_short():
-    facts = world.build_world()
-    one, two = (documents.draw_batch(facts, 32, random.Random(5)) for _ in range(2))
-    assert one == two
-    packed = documents.draw_batch(facts, 64, random.Random(5), max_length=256)
-    assert all(len(document.words) <= 256 for document in packed)
-    assert len(packed) < 12
-    assert sum(len(document.cues) for document in packed) == 64
-
-
 def test_tokenizer_gives_text_back_and_knows_every_word(tokenizer):
     vocabulary = world.build_world().vocabulary()
     assert len(tokenizer) == len(vocabulary) == len(set(vocabulary))
@@ -277,23 +267,6 @@ def test_tokenizer_gives_text_back_and_knows_every_word(tokenizer):
             ids = tokenizer.encode(row["prompt"], add_special_tokens=False)
             assert tokenizer.unk_token_id not in ids
             assert tokenizer.decode(ids) == row["prompt"]
-
-
-def test_tokenizing_prompt_and_answer_together_equals_apart(tokenizer):
-    for row in world.rows("edits", "val"):
-        prompt, answer = (tokenizer.encode(row[key], add_special_tokens=False) for key in ("prompt", "answer"))
-        together = tokenizer.encode(f"{row['prompt']} {row['answer']}", add_special_tokens=False)
-        assert len(answer) == 1
-        assert together == prompt + answer
-
-
-def test_tokenizer_special_tokens(tokenizer):
-    ids = tokenizer("what is ?")["input_ids"]
-    assert ids[0] == tokenizer.bos_token_id
-    assert ids.count(tokenizer.bos_token_id) == 1
-    names = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
-    assert names == ("<s>", "</s>", "<pad>", "<unk>")
-    assert tokenizer.encode("elephant", add_special_tokens=False) == [tokenizer.unk_token_id]
 
 
 def test_planted_heads_are_distinct_and_in_their_layers():
