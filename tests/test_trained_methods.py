@@ -175,7 +175,7 @@ def test_it_goes_with_lofit(loaded, hf, method, on):
     assert all((both - run(model, one)).abs().max() > 0.01 for one in (adapter, lofit))
 
 
-@once_each
+@each_method
 def test_a_model_of_another_shape_is_refused(loaded, tmp_path, method, on):
     """Layers or widths that do not fit are named, also when loading for a model."""
     model = loaded("llama", on)
