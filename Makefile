@@ -11,15 +11,20 @@ FROM = $(if $(DATA),--data-dir $(DATA))
 RESULTS := benchmarks/results
 FEW_RUNS := --sizes 1 2 4 8 --n-train 8 --epochs 1 --device cpu
 
-.PHONY: demo real test test-unit test-tl4 notebooks docs organism architectures bench bench-real bench-gpu lint format figures lock clean help
+# Bytecode is kept, whatever the environment says: many tests start Python anew.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: demo real test test-all test-browser test-tl4 notebooks docs organism architectures bench bench-real bench-gpu lint format figures lock clean help
 
 help:
 	@echo "demo      main job on the embedded model (one to two minutes after set-up)"
 	@echo "real      the same on SmolLM2, a language model of 135 million parameters, and MQuAKE (about twelve minutes after set-up;"
 	@echo "          fetches both; with local task files: make real DATA=FOLDER that holds mquake/)"
-	@echo "test      unit tests, then the slow ones"
-	@echo "test-unit unit tests only"
-	@echo "test-tl4  every test that loads a model against the newest TransformerLens 4.x, in $(TL4)"
+	@echo "test      what a change can break (under eight minutes on two cores after set-up)"
+	@echo "test-all  all tests: also calibration of statistics, random kills, all notebooks, benchmarks, a training of the embedded"
+	@echo "          model, every architecture on every class (about an hour)"
+	@echo "test-browser  the pages and the explorer in Chrome or Chromium"
+	@echo "test-tl4  what TransformerLens' classes differ in, against the newest TransformerLens 4.x, in $(TL4)"
 	@echo "notebooks run all notebooks and write their outputs;  docs: the documentation as a site, into build/site/"
 	@echo "organism  retrain the embedded model from seed 0 into build/ and measure it (about half an hour)"
 	@echo "bench     CPU benchmarks into benchmarks/results/ and docs/performance.md (under 15 minutes; fetches TruthfulQA;"
@@ -57,24 +62,26 @@ $(REAL_READY): $(READY)
 real: $(REAL_READY)
 	$(BIN)/lofit-lens demo --real $(if $(DATA),--data-dir $(DATA))
 
-test: test-unit
-	$(BIN)/python -m pytest -n 2 -m slow
+# Two processes; a file's tests stay together until one of them has nothing left to do.
+PYTEST := -m pytest -n 2 --dist worksteal
 
-test-unit: $(READY)
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+test: $(READY)
+	$(BIN)/python $(PYTEST) -m "not slow and not browser"
 
-# Files of tests that load no model, or are about files alone, are left out: they ran in the other leg, and TransformerLens is nothing
-# to them. So are the two longest tests of what the embedded model shows (its weights are the same), and most notebooks.
-NO_MODEL := $(addprefix --ignore=tests/test_,$(addsuffix .py,stats overlap layer_shares stability sweeps transfer \
-  plots_statistics report report_browser method_table io specs expand store runner ray kills \
-  corruption sharing_hub svec checkpoints docs))
+test-all: $(READY)
+	$(BIN)/python $(PYTEST)
 
-NOT_AGAIN := not findings_of_the_embedded_model and not hurts_more_than_random and not 02_lofit and not 03_comparing and not \
-  04_reading and not 05_paper and not 07_llama2
+test-browser: $(READY)
+	$(BIN)/python $(PYTEST) -m browser
+
+# Files, statistics, tables and pages are the same on every TransformerLens.
+TL4_TESTS := $(patsubst %,tests/test_%.py,ablation adapters_base architectures attached attention borders carrier checkpointing \
+  contrast decoding evaluation experiments folded folded_slots fused fused_proof gguf hook_access iti lofit logit_lens lora loreft \
+  many models not_finite odd_checkpoints passes patching planned probing red repe scored scoring selectors smollm2 steps tokens \
+  trained_methods training wrong_uses)
 
 test-tl4: $(TL4_READY)
-	$(TL4)/bin/python -m pytest -n 2 $(NO_MODEL) -m "not slow"
-	$(TL4)/bin/python -m pytest -n 2 $(NO_MODEL) -m slow -k "$(NOT_AGAIN)"
+	$(TL4)/bin/python $(PYTEST) -m "not slow and not browser" $(TL4_TESTS)
 
 notebooks: $(READY)
 	$(BIN)/python notebooks/execute.py

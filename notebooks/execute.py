@@ -6,8 +6,10 @@
     python notebooks/execute.py --run            # run, change nothing, compare nothing: do they run here at all?
 
 A notebook runs in the environment of this command, in an empty folder, on the CPU, on one thread. Figures are PNG where there
-is a Chrome or Chromium. Out of the outputs go: widgets' state, progress bars, execution metadata and the folder's name. On one
-machine a second run gives the same file, byte for byte. Another processor rounds otherwise, so that `--check` lets pass
+is a Chrome or Chromium. A cell may take ten minutes and a notebook fifteen; a kernel that dies and a Chrome that does not answer
+end the run with an error that names the cell. Out of the outputs go: widgets' state, progress bars, execution metadata and the
+folder's name. On one machine a second run gives the same file, byte for byte. Another processor rounds otherwise, so that
+`--check` lets pass
 
 - a number with decimals that is off by at most 0.02, or by 2 % of itself where that is more; whole numbers and words have to be
   the same;
@@ -21,9 +23,10 @@ import hashlib
 import io as streams
 import os
 import re
+import subprocess
 import sys
 import tempfile
-import warnings
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +39,8 @@ from nbformat import NotebookNode
 from lofit_lens import io
 
 HERE = Path(__file__).parent
-SECONDS = 600  # for one cell
+CELL_SECONDS, NOTEBOOK_SECONDS = 600, 900
+CHROME_SECONDS = 120  # until a first figure is drawn
 TOLERANCE = 0.02
 PIXEL_LEVELS, PIXEL_SHARE = 32, 0.05
 NOT_KEPT = ("application/vnd.jupyter.widget-view+json", "application/vnd.plotly.v1+json", "application/javascript")
@@ -44,20 +48,30 @@ METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }  # fmt: skip
-# Run before the first cell, and kept out of the file. One browser serves all figures.
+# Run before the first cell, and kept out of the file. One browser serves all figures. Kaleido waits without end for one that does
+# not start, so that a first figure is drawn here, where the time is short.
 WITH_CHROME = """
-import warnings, kaleido, plotly.io
+import warnings, kaleido, plotly.graph_objects, plotly.io
 warnings.filterwarnings("ignore", message="The kopts argument is ignored")
 plotly.io.renderers["png"].scale = 1.25
 kaleido.start_sync_server(silence_warnings=True)
+plotly.graph_objects.Figure().to_image(format="png")
 """
 WITHOUT_CHROME = "import plotly.io; plotly.io.renderers.default = 'plotly_mimetype'"
 # A number with decimals that is no part of a word: the 2 and the 5 of L2H5 are not.
 NUMBER = re.compile(r"(?<![\w.])[-+−]?(?:\d+\.\d*|\.\d+)(?:e[-+]?\d+)?(?![\w])|(?<![\w.])[-+]?\d+e[-+]?\d+(?![\w])")
 
 
+DRAW = """
+import pathlib, sys
+import plotly.graph_objects as go
+drawn = go.Figure(layout={"title": "Heads 0123456789", "width": 320, "height": 160}).to_image(format="png")
+pathlib.Path(sys.argv[1]).write_bytes(drawn)
+"""
+
+
 class NotebookFailed(RuntimeError):
-    """A cell raised; the message names notebook and cell."""
+    """A cell raised or took too long, or Chrome did; the message names notebook and cell."""
 
 
 def find(names: Sequence[str] = (), folder: Path = HERE) -> list[Path]:
@@ -79,16 +93,28 @@ def find(names: Sequence[str] = (), folder: Path = HERE) -> list[Path]:
 
 
 def letters() -> str:
-    """Checksum of how letters are drawn here, with this Chrome and these fonts; empty where no figure can be drawn as PNG."""
-    try:
-        import plotly.graph_objects as go
+    """Checksum of how letters are drawn here, with this Chrome and these fonts; empty where no figure can be drawn as PNG.
 
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            drawn = go.Figure(layout={"title": "Heads 0123456789", "width": 320, "height": 160}).to_image(format="png")
-    except Exception:  # no kaleido, no Chrome, or one that does not start
-        return ""
-    return hashlib.sha256(drawn).hexdigest()[:16]
+    Raises:
+        NotebookFailed: Chrome drew nothing in two minutes.
+    """
+    with tempfile.TemporaryDirectory(prefix="letters-") as folder:
+        # Another process, because a wait for Chrome cannot be ended in this one; no pipe, which a Chrome left over would hold.
+        drawing = subprocess.Popen(
+            [sys.executable, "-c", DRAW, f"{folder}/drawn.png"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            failed = drawing.wait(CHROME_SECONDS)
+        except subprocess.TimeoutExpired:
+            drawing.kill()
+            drawing.wait()
+            raise NotebookFailed(
+                f"Chrome drew no figure in {CHROME_SECONDS} seconds: end Chrome processes that are left over, or name another"
+                " Chrome in the environment variable BROWSER_PATH"
+            ) from None
+        if failed:  # no kaleido, no Chrome, or one that does not start
+            return ""
+        return hashlib.sha256(Path(folder, "drawn.png").read_bytes()).hexdigest()[:16]
 
 
 def run(path: Path, *, drawn: str) -> NotebookNode:
@@ -99,7 +125,7 @@ def run(path: Path, *, drawn: str) -> NotebookNode:
         drawn: `letters()`: kept in the notebook; empty: figures are not drawn as PNG.
 
     Raises:
-        NotebookFailed: a cell raised an error or took more than ten minutes.
+        NotebookFailed: a cell raised an error or took too long, or the kernel died.
     """
     notebook = nbformat.read(path, as_version=4)
     setup = nbformat.v4.new_code_cell(WITH_CHROME if drawn else WITHOUT_CHROME)
@@ -107,21 +133,23 @@ def run(path: Path, *, drawn: str) -> NotebookNode:
         **os.environ, "PLOTLY_RENDERER": "png", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
         "TOKENIZERS_PARALLELISM": "false", "PYDEVD_DISABLE_FILE_VALIDATION": "1",
     }  # fmt: skip
+    until, started = time.monotonic() + NOTEBOOK_SECONDS, [0]
+
+    def seconds_for(cell: NotebookNode) -> int:
+        return max(1, min(CHROME_SECONDS if cell.id == setup.id else CELL_SECONDS, round(until - time.monotonic())))
+
     with tempfile.TemporaryDirectory(prefix="notebook-") as folder:
         whole = nbformat.from_dict({**notebook, "cells": [setup, *notebook.cells]})
         client = NotebookClient(
-            whole, timeout=SECONDS, kernel_name="python3", record_timing=False, store_widget_state=False,
-            extra_arguments=["--IPKernelApp.log_level=40"],
-            resources={"metadata": {"path": folder}},
+            whole, timeout_func=seconds_for, kernel_name="python3", record_timing=False, store_widget_state=False,
+            extra_arguments=["--IPKernelApp.log_level=40"], resources={"metadata": {"path": folder}},
+            on_cell_start=lambda cell, cell_index: started.append(cell_index),
         )  # fmt: skip
         try:
             client.execute(env=env)
         except Exception as e:
-            at = next(
-                (i for i, c in enumerate(whole.cells) if any(o.output_type == "error" for o in c.get("outputs", ()))),
-                None,
-            )
-            place = f"cell {at} ({whole.cells[at].id})" if at else "a cell"
+            at = started[-1]
+            place = f"cell {at} ({whole.cells[at].id})" if at else "before its first cell, where Chrome starts"
             raise NotebookFailed(f"{path.name}, {place}: {e}") from e
         for cell, ran in zip(notebook.cells, whole.cells[1:], strict=True):
             if cell.cell_type == "code":
@@ -295,7 +323,11 @@ def main(given: Sequence[str] | None = None) -> int:
     how.add_argument("--check", action="store_true", help="compare with what is there; write nothing")
     how.add_argument("--run", action="store_true", help="run only; write and compare nothing")
     asked = parser.parse_args(given)
-    drawn, failed = letters(), 0
+    try:
+        drawn, failed = letters(), 0
+    except NotebookFailed as e:
+        print(e)
+        return 1
     if not drawn:
         if not (asked.check or asked.run):
             print(

@@ -1,55 +1,96 @@
-"""Fixtures of the unit tests. Shapes and types of the library are checked at run time while they run."""
+"""Fixtures of the tests. Shapes and types of the library are checked at run time while they run.
 
+With `-n 2` three processes read this file and one of them runs no test: what takes long to import is imported in fixtures.
+"""
+
+import os
+from importlib.metadata import version
+from pathlib import Path
+
+import filelock
+import hypothesis
 import jaxtyping
+import pytest
 
 import tests.typecheck  # noqa: F401 (found by name below)
 
 # Before lofit_lens is imported: every annotated function and dataclass of it is checked on every call.
 jaxtyping.install_import_hook("lofit_lens", "tests.typecheck.check")
 
-import logging  # noqa: E402
-import os  # noqa: E402
-from pathlib import Path  # noqa: E402
-
-import hypothesis  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-
-torch.set_num_threads(1)
 # The same examples every time, and no time limit on a single one: a slow disk is no failure.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("suite")
-transformers.logging.set_verbosity_error()
-transformers.utils.logging.disable_progress_bar()
-logging.getLogger("transformer_lens").setLevel(logging.ERROR)
 
-from lofit_lens.models import hooked_class, load_model  # noqa: E402
-from lofit_lens.models.info import origin_of  # noqa: E402
-from tests import fake_hub, studies, tiny  # noqa: E402
-
+ARCHITECTURES = ("llama", "llama-gqa", "gemma", "gpt2", "pythia", "mistral", "qwen2", "qwen3", "opt")
+ON_HOOKED = ("llama", "llama-gqa", "gpt2", "pythia", "mistral", "qwen2", "qwen3", "opt")  # from a local folder
+HAS_HOOKED = int(version("transformer-lens").split(".")[0]) < 4
 needs_hooked = pytest.mark.skipif(
-    hooked_class() is None, reason="this TransformerLens has no HookedTransformer (removed in 4.0)"
+    not HAS_HOOKED, reason="this TransformerLens has no HookedTransformer (removed in 4.0)"
 )
 HOOKED = pytest.param("hooked", marks=needs_hooked)
 BACKENDS = (HOOKED, "bridge")
-PAIRS = tuple(
-    pytest.param(a, b, id=f"{a}-{b}", marks=needs_hooked if b == "hooked" else ())
-    for a in tiny.ARCHITECTURES
-    for b in ("hooked", "bridge")
-    if b == "bridge" or a in tiny.ON_HOOKED
-)
+EVERY_PAIR = [(a, b) for a in ARCHITECTURES for b in ("hooked", "bridge") if b == "bridge" or a in ON_HOOKED]
+# Each architecture on one class, and grouped queries on both; the other pairs are for `make test-all`.
+SAMPLED = {(a, "bridge") for a in ARCHITECTURES} if not HAS_HOOKED else {
+    ("llama-gqa", "hooked"), ("llama-gqa", "bridge"), ("gemma", "bridge"), ("gpt2", "bridge"), ("pythia", "hooked"),
+    ("mistral", "bridge"), ("qwen2", "hooked"), ("qwen3", "bridge"), ("opt", "hooked"),
+}  # fmt: skip
+
+
+def pairs(*, sampled: bool):
+    """Parameters (architecture, class); of a sample, those outside it are marked as slow."""
+    for pair in EVERY_PAIR:
+        marks = [needs_hooked] if pair[1] == "hooked" else []
+        if sampled and pair not in SAMPLED:
+            marks.append(pytest.mark.slow)
+        yield pytest.param(*pair, id="-".join(pair), marks=marks)
+
+
+PAIRS = tuple(pairs(sampled=True))
+ALL_PAIRS = tuple(pairs(sampled=False))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quiet():
+    """One thread a process, and no messages of libraries."""
+    import logging
+
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("transformer_lens").setLevel(logging.ERROR)
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory):
+def once(tmp_path_factory):
+    """(name, make) -> a folder that `make` writes once, in the process that asks first; the others wait for it."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def folder_of(name: str, make) -> Path:
+        done = root / f"{name}.done"
+        with filelock.FileLock(root / f"{name}.lock"):
+            if not done.exists():
+                make(root / name)
+                done.touch()
+        return root / name
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def checkpoint(once):
     """Architecture -> folder of a tiny checkpoint, written once. The folder names are plain."""
-    made = {}
+    from tests import tiny
+
+    names = {architecture: f"tiny-{i}" for i, architecture in enumerate(tiny.configs())}
 
     def folder_of(architecture: str) -> Path:
-        if architecture not in made:
-            made[architecture] = tiny.save(tmp_path_factory.mktemp("checkpoint") / f"tiny-{len(made)}", architecture)
-        return made[architecture]
+        return once(names[architecture], lambda folder: tiny.save(folder, architecture))
 
     return folder_of
 
@@ -60,6 +101,7 @@ shared = {}  # models of the session's fixture `loaded`
 @pytest.fixture(scope="session")
 def loaded(checkpoint):
     """(architecture, backend) -> a model that is loaded once. Tests put settings back; none writes to its weights."""
+    from lofit_lens.models import load_model
 
     def model_of(architecture: str, backend: str):
         if (architecture, backend) not in shared:
@@ -73,6 +115,10 @@ def loaded(checkpoint):
 def weights_left_alone():
     """A shared model that was written to is another model to the tests that follow, even after the old values return."""
     yield
+    if not shared:
+        return
+    from lofit_lens.models.info import origin_of
+
     written = [key for key, model in shared.items() if origin_of(model).source is None]
     for key in written:
         del shared[key]
@@ -94,12 +140,16 @@ def llama(loaded, backend):
 @pytest.fixture
 def fresh(checkpoint, backend):
     """A tiny Llama of its own on each class, of which nothing was proven."""
+    from lofit_lens.models import load_model
+
     return load_model(checkpoint("llama"), backend=backend, device="cpu")
 
 
 @pytest.fixture
 def kernels(monkeypatch):
     """Calls of torch's fused attention kernel: the shape of each one's queries."""
+    import torch
+
     calls, inner = [], torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(
         torch.nn.functional,
@@ -116,24 +166,21 @@ def bridge_llama(loaded):
 
 
 @pytest.fixture(scope="session")
-def study_folder(loaded, tmp_path_factory):
+def study_folder(loaded, once):
     """A small study of all parts on the bridge, read; tests must not change it."""
-    folder = tmp_path_factory.mktemp("study") / "small"
-    studies.run(loaded("llama", "bridge"), folder)
-    return folder
+    from tests import studies
 
+    def make(folder: Path):
+        studies.run(loaded("llama", "bridge"), folder)
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Whoever asks for the study waits for it."""
-    for item in items:
-        if "study_folder" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.slow)
+    return once("small", make)
 
 
 @pytest.fixture(scope="session")
 def hf(checkpoint):
     """Architecture -> the plain Hugging Face model of that checkpoint."""
+    import transformers
+
     models = {}
 
     def model_of(architecture: str):
@@ -167,6 +214,8 @@ def hub(monkeypatch, tmp_path):
 @pytest.fixture
 def remote(tmp_path, monkeypatch):
     """A hub that is reached with its user's token, and an empty cache."""
+    from tests import fake_hub
+
     with fake_hub.running() as server:
         for name, value in {
             "ENDPOINT": server.url, "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",

@@ -76,7 +76,7 @@ def test_page_holds_the_numbers_and_no_open_door(patterns):
     assert '"L2H1"' not in attention_block(patterns, 0, ["L0H3"])
 
 
-@pytest.mark.slow
+@pytest.mark.browser
 def test_page_draws_in_a_browser_without_a_network(patterns, tmp_path):
     """Chromium draws a canvas a head and a large one, names both heads, and complains of nothing."""
     browser = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
@@ -104,13 +104,6 @@ def test_figure_shows_one_head(patterns):
     assert "attention" in drawn.colorbar.title.text
     assert not any("<b>" in t for t in fig.layout.xaxis.ticktext)
     assert "L0H3" in fig.layout.title.text
-
-
-def test_json_form(patterns):
-    """Survives JSON."""
-    found = json.loads(json.dumps(patterns.to_dict()))
-    assert found["heads"]["heads"] == [[2, 1], [0, 3]]
-    torch.testing.assert_close(torch.tensor(found["patterns"][0]), patterns.patterns[0], atol=6e-5, rtol=0)
 
 
 def test_bad_requests_say_what_to_give(bridge_llama, patterns):

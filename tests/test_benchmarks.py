@@ -1,7 +1,6 @@
 """The benchmarks run, their variants compute the same, and docs/performance.md says what their files hold."""
 
 import json
-import statistics
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -45,60 +44,7 @@ def test_ratios_are_taken_within_rounds():
     assert found["floor"]["median_ratio"] == 1.0
 
 
-def test_every_variant_runs_in_every_round_and_another_one_begins():
-    """Three rounds of two variants behind a warm-up, which is not counted."""
-    import contextlib
-
-    ran = []
-
-    @contextlib.contextmanager
-    def variant(name):
-        yield lambda: ran.append(name)
-
-    seconds = measure.interleaved({n: lambda n=n: variant(n) for n in ("a", "b")}, rounds=3, device="cpu", desc="test")
-    assert {n: len(s) for n, s in seconds.items()} == {"a": 3, "b": 3}
-    assert ran[2:] == ["a", "b", "b", "a", "a", "b"]
-
-
-def test_saved_bytes_count_each_storage_once_and_no_weight():
-    """y = w x; y * y keeps y twice and w * x keeps x and w: y and x are counted once, w not."""
-    layer = torch.nn.Linear(4, 4, bias=False)
-    x = torch.ones(3, 4, requires_grad=True)
-    with measure.saved_for_backward(layer) as saved:
-        y = layer(x)
-        z = (y * y).sum()
-        assert saved() == 2 * 3 * 4 * 4
-    z.backward()
-
-
-def test_peak_memory_sees_what_a_call_takes():
-    """64 MiB that are written to are seen; nothing is not."""
-    assert 60 < measure.peak_mib(lambda: torch.ones(16 * 2**20).sum(), "cpu") < 100
-    assert measure.peak_mib(lambda: None, "cpu") < 8
-
-
-def test_tokens_are_counted_without_padding():
-    """Of two rows of three, one place is padding; without a mask all count."""
-
-    class Model(torch.nn.Module):
-        def forward(self, tokens, attention_mask=None):
-            return tokens
-
-    model = Model()
-    with measure.counted_tokens(model) as tokens:
-        model(torch.zeros(2, 3), attention_mask=torch.tensor([[1, 1, 0], [1, 1, 1]]))
-        model(torch.zeros(2, 1), attention_mask=torch.tensor([[0, 1, 1], [0, 1, 1]]))  # a mask of all so far
-        model(torch.zeros(1, 2))
-    model(torch.zeros(1, 2))
-    assert tokens == {"padded": 6 + 2 + 2, "real": 5 + 2 + 2}
-
-
 # -------------------------------------------------------------------------------------------------------- cost model
-
-
-def test_shapes_are_those_of_the_models():
-    """Parameters of Llama 2, norms aside: 6.74, 13.0 and 69.0 thousand millions."""
-    assert [round(s.parameters / 1e9, 2) for s in scaling.LARGE.values()] == [6.74, 13.02, 68.98]
 
 
 def test_flop_by_hand():
@@ -176,63 +122,6 @@ def test_a_goal_is_reached_or_missed(tmp_path, gain, same, verdict):
     assert set(found.values()) == {"not measured"}
 
 
-def test_at_most_is_at_most(tmp_path):
-    """A step of 1.0 is in time, one of 1.01 is not, nor one of .8 with few labels; cases that edit few layers have no goal."""
-    ours = {"loss_difference": 0.0, "gradient_difference": 1e-6}
-    results = {
-        "a": {"bridge_ours": ours | {"median_ratio": 1.0}, "hooked_ours": ours | {"median_ratio": 1.01}},
-        "b": {"bridge_ours": ours | {"median_ratio": 0.9, "gradient_difference": 0.1}},
-        "c": {"bridge_ours": ours | {"median_ratio": 3.0}},
-        "d": {"bridge_ours": ours | {"median_ratio": 0.7}, "hooked_ours": ours | {"median_ratio": 0.8}},
-    }
-    cases = {name: {"labels": 1.0, "lowest": 0.75 if name == "c" else 0.0} for name in "abc"}
-    write(tmp_path, "train_step", results, cases=cases | {"d": {"labels": 0.25, "lowest": 0.0}})
-    found = {of: v for (_, of), v in rows(tmp_path).items() if of}
-    assert found == {
-        "TransformerBridge, a": "reached", "HookedTransformer, a": "**missed**",
-        "TransformerBridge, b": "**missed** (results differ by 1.0e-01)",
-        "TransformerBridge, d": "reached", "HookedTransformer, d": "**missed**",
-    }  # fmt: skip
-
-
-def test_a_whole_run_needs_its_gain_the_same_result_and_no_more_memory(tmp_path):
-    """TruthfulQA 5x, MQuAKE 1.5x, CLUTRR 1.7x; losses and metrics within 1e-3; a peak no higher."""
-
-    def task(gain, peak, **differ):
-        same = {"same_heads": True, "losses": {"select": 1e-6}, "metrics": {"em": 0.0}}
-        return {"bridge": {
-            "gain": {"total": {"median_ratio": gain}}, "difference": same | differ,
-            "peak_mib": {"straightforward": 100.0, "library": peak},
-        }}  # fmt: skip
-
-    results = {
-        "truthfulqa": task(4.9, 90.0), "mquake": task(1.5, 101.0), "clutrr": task(1.8, 100.0, metrics={"em": 0.5})
-    }  # fmt: skip
-    write(tmp_path, "whole_run", results)
-    differs = "**missed** (results differ by 5.0e-01)"
-    whole = [v for (what, of), v in rows(tmp_path).items() if of and "peak" not in what]
-    peaks = [v for (what, of), v in rows(tmp_path).items() if of and "peak" in what]
-    assert (whole, peaks) == (["**missed**", "reached", differs], ["reached", "**missed**", differs])
-
-
-def test_processes_are_compared_with_plain_transformers_and_with_former_code(tmp_path):
-    """Within a round: ours at 1/2 and 5/8 of plain, 2/5 and 1/4 of the former; other answers are no gain."""
-
-    def way(*ratios):
-        return {"median_seconds": 0.6, "median_ratio": statistics.median(ratios), "ratios": list(ratios)}
-
-    cpu = {"plain": way(1.0, 1.0), "bridge": way(0.5, 0.625), "former_bridge": way(1.25, 2.5), "hooked": way(0.5, 0.5)}
-    results = {
-        "eval": {"cpu": cpu}, "select": {"cpu": {"plain": way(1.0), "bridge": way(1.5)}},
-        "help": {"cpu": {"lofit-lens": way(1.0)}}, "same_answers": {"bridge": 1.0, "hooked": 0.5},
-    }  # fmt: skip
-    write(tmp_path, "processes", results)
-    page = performance.page(tmp_path, tmp_path / "notes.md")
-    found = {of: v for of, v in rows(tmp_path).items() if v != "not measured"}
-    assert list(found.values()) == ["**missed** (answers differ)", "reached", "**missed**", "reached", "reached"]
-    assert [words for words in ("1.78x", "1.50x", "3.08x", "0.60 s") if words not in page] == []
-
-
 def test_files_that_do_not_count(tmp_path):
     """Of a test run, of another device, of another form, no JSON: not measured, and the page says why it cannot be read."""
     write(tmp_path, "many", many_of(9.0), command="python benchmarks/many.py --quick", **SETTINGS_OF_MANY)
@@ -244,28 +133,6 @@ def test_files_that_do_not_count(tmp_path):
     assert "A test run with tiny shapes" in page
     assert "scaling.json cannot be read" in page
     assert "cannot be shown" in page
-
-
-def test_a_gpu_counts_where_one_is_asked_for(tmp_path):
-    """GPU goals from a file of a CUDA device; what ran out of memory is said, and its goal is missed."""
-    results = {"shapes": {"llama-2-7b": {"error": "out of memory: x"}}, "organism": many_of(1.0)["bridge"]["1"]}
-    write(
-        tmp_path,
-        "gpu",
-        results,
-        device="cuda:0",
-        examples=1,
-        epochs=1,
-        batch_size=8,
-        dtype="bfloat16",
-        backend="bridge",
-    )
-    found = rows(tmp_path)
-    assert found.pop(("Many runs in one pass, embedded model, GPU", "4 runs")) == "reached"
-    memory = [where for where, verdict in found.items() if verdict == "**missed** (out of memory)"]
-    assert memory == [("Share of the matrix-product ceiling, Llama-2-7B shape, GPU", "")]
-    assert {found[where] for where in found if where not in memory} == {"reached", "not measured"}
-    assert "out of memory: x" in performance.page(tmp_path, tmp_path / "notes.md")
 
 
 def test_each_section_says_what_made_it(tmp_path):
@@ -315,15 +182,6 @@ def test_a_gpu_is_needed(monkeypatch, capsys, tmp_path):
         assert e.value.code == 2
         assert said in capsys.readouterr().err
     assert not (tmp_path / "gpu.json").exists()
-
-
-def test_a_shape_that_does_not_fit_is_recorded():
-    """Out of memory ends that shape alone."""
-
-    def call():
-        raise torch.OutOfMemoryError("too much\nmore")
-
-    assert gpu.tried(call, "cpu") == {"error": "out of memory: too much"}
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Prompts through the chat template: the ids are Hugging Face's, in every use that is made of a prompt."""
 
-import pickle
 from dataclasses import replace
 
 import pytest
@@ -101,14 +100,6 @@ def test_text_in_front_goes_into_the_users_turn():
     assert encode(tok, made + " so") == theirs(
         tok, user(f"Ann is Bob.\n\n{SAID} so", SYSTEM), add_generation_prompt=True
     )
-
-
-def test_a_conversation_travels():
-    """Into worker processes, with its messages."""
-    one = as_conversation(SAID, SYSTEM)
-    other = pickle.loads(pickle.dumps(one))
-    assert (type(other), other.messages, other) == (Conversation, one.messages, one)
-    assert repr(one) != repr(as_conversation(SAID))
 
 
 # ------------------------------------------------------------------------------------------------------------- errors

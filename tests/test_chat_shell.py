@@ -5,7 +5,6 @@ import json
 import pytest
 
 import lofit_lens as ll
-from lofit_lens.cli import common
 from lofit_lens.errors import InputError
 from lofit_lens.evaluation import EvalResult
 from lofit_lens.experiments.grid.run import plan_grid, run_grid
@@ -125,15 +124,6 @@ def test_every_verb_that_loads_a_model_takes_its_options():
         assert len(set(options)) == len(options), verb
         assert {"--model", "--name", "--prepend-bos", "--no-prepend-bos"} <= set(options), verb
         assert (verb == "damage") or {"--chat", "--system"} <= set(options), verb
-
-
-def test_the_command_is_repeated_as_it_was_given():
-    """What differs from the defaults, switches as switches; a model always."""
-    how = common.ModelOptions("a b", prepend_bos=False, dtype="bfloat16")
-    assert common.again(how) == " --model 'a b' --dtype bfloat16 --no-prepend-bos"
-    assert common.again(common.ModelOptions()) == " --model organism"
-    what = common.TaskOptions("mquake", fold=0, chat=True)
-    assert common.again(what) == " --task mquake --fold 0 --chat"
 
 
 # -------------------------------------------------------------------------------------------------------------- grids

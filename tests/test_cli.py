@@ -147,50 +147,6 @@ def test_unknown_model(capsys, monkeypatch, hub, own_task, tmp_path):
     assert "organism" in err
 
 
-def test_adapter_of_another_shape(capsys, monkeypatch, llama, own_task, tmp_path):
-    """An adapter for 5 layers on a model of 3: exit 2 and both shapes."""
-    Lofit((5, 4, 8), HeadSet([(4, 0)])).save_pretrained(tmp_path / "a")
-    code, _, err = run(
-        capsys, monkeypatch, "eval", "-t", own_task, "-m", llama, "--adapter", tmp_path / "a", "--device", "cpu"
-    )
-    assert code == 2
-    assert "this adapter has 5 layers of 4 heads" in err
-
-
-def test_truncated_adapter(capsys, monkeypatch, llama, own_task, tmp_path):
-    """Half a safetensors file: exit 2, named, not read."""
-    Lofit((3, 4, 8), HeadSet([(1, 0)])).save_pretrained(tmp_path / "a")
-    file = tmp_path / "a" / "adapter_model.safetensors"
-    file.write_bytes(file.read_bytes()[:-10])
-    code, _, err = run(
-        capsys, monkeypatch, "eval", "-t", own_task, "-m", llama, "--adapter", tmp_path / "a", "--device", "cpu"
-    )
-    assert code == 2
-    assert f"{file} is not a complete safetensors file" in err
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"prompt": "a", "answer": " b"}\n{"prompt": "c"}\n', "train.jsonl:2: no field 'answer'"),
-        ("", "train.jsonl is empty"),
-        ('{"prompt": "a", "answer": " b"}\n{"prompt": \n', "train.jsonl:2: not JSON"),
-        ('{"prompt": "a", "answer": ""}\n', "train.jsonl:1: field 'answer' is ''"),
-    ],
-)
-def test_bad_rows_are_named_with_their_line(capsys, monkeypatch, llama, own_task, tmp_path, text, message):
-    """A broken data file: exit 2, file and line."""
-    folder = tmp_path / "task"
-    folder.mkdir()
-    (folder / "train.jsonl").write_text(text)
-    (folder / "test.jsonl").write_text((own_task / "test.jsonl").read_text())
-    code, _, err = run(
-        capsys, monkeypatch, "select", "-t", folder, "-m", llama, "--out", tmp_path / "o", "--device", "cpu"
-    )
-    assert code == 2
-    assert message in err
-
-
 def test_unwritable_output(capsys, monkeypatch, llama, own_task, tmp_path):
     """An output folder that cannot be made is refused before any work."""
     blocker = tmp_path / "file"

@@ -156,16 +156,6 @@ def test_compare_two_folders(shell, results, tmp_path, test):
     assert f"paired {test}" in err
 
 
-def test_compare_prints_a_table(shell, results):
-    """Every row of the comparison and its notes; asked for one metric twice, it is there once."""
-    args = ("compare", results / "lofit", results / "bare", "--alternative", "greater")
-    code, out, _ = shell(*args, "--metric", "mc2", "--metric", "mc2")
-    assert code == 0
-    assert "LoFiT against bare model: pairs test" in out
-    assert "first above second" in " ".join(out.split())
-    assert ("mc2" in out, "mc1" in out) == (True, False)
-
-
 def test_compare_several_seeds(shell, results):
     """Folders joined by commas are seeds of one side."""
     seeds = f"{results / 'lofit'},{results / 'bare'}"
@@ -209,15 +199,6 @@ def test_damage_of_a_text_file(shell, made, tmp_path):
     assert (record["metrics"]["kl"]["n"], record["counted"]) == (2, {"texts cut": 1})
     assert "texts cut: 1" in err
     assert torch.tensor(record["positions"]["kl"]) == pytest.approx(expected.positions["kl"].tolist(), abs=1e-6)
-
-
-def test_damage_prints_a_table(shell, tmp_path):
-    """Cross-entropy before and after, KL and the increase, each with its interval."""
-    (tmp_path / "t.txt").write_text("Ann asked her son.\n\nwho?")
-    code, out, _ = shell("damage", "-a", "ADAPTER", "--text", tmp_path / "t.txt")
-    assert code == 0
-    for part in ("on 2 texts", "cross-entropy, unmodified", "cross-entropy, edited", "KL", "increase of cross-entropy"):
-        assert part in out
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input

@@ -97,12 +97,6 @@ def test_seeds_are_averaged_item_by_item():
     assert over_seeds(seeds) == found.a
 
 
-def test_over_seeds_of_one_is_the_interval_over_items():
-    """One seed leaves items as the only draw."""
-    found = over_seeds([result(A, f1=B)], ["f1"])
-    assert found == {"f1": Metric(1 / 5, bootstrap_interval(B), 5, 1)}
-
-
 def test_no_difference_anywhere_has_nothing_to_detect():
     """All items equal: difference 0, p 1, and no spread to compute a detectable difference from."""
     found = compare(result(A), result(A))

@@ -9,7 +9,7 @@ from lofit_lens.errors import InputError, ModelError
 from lofit_lens.interventions import Lora, LoReft, Red
 from lofit_lens.training.config import LORA, LOREFT, RED, TrainConfig, method_config, preset
 from lofit_lens.training.counts import parameter_counts
-from tests import tiny
+from tests.conftest import ARCHITECTURES
 
 CONFIGS = {
     "Llama-2-7b": tf.LlamaConfig(
@@ -73,7 +73,7 @@ def test_settings_change_what_they_name():
     assert found == {**base, **changed}  # LoRA: 32 layers of 4 projections of 2 * 8192
 
 
-@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_counts_are_those_of_the_adapters(loaded, checkpoint, architecture):
     """From config.json alone, what adapters of the loaded model hold: grouped queries, wide heads, fused projections."""
     model = loaded(architecture, "bridge")

@@ -258,13 +258,6 @@ def test_saved_items_are_json_of_any_reader(bridge_llama, tmp_path):
     assert EvalResult.load(tmp_path / "e").metrics == found.metrics
 
 
-def test_seeds_of_a_metric_are_kept(bridge_llama, tmp_path):
-    """A mean over seeds says of how many."""
-    found = run(bridge_llama, words_task())
-    found.metrics["em"] = replace(found.metrics["em"], seeds=4)
-    assert EvalResult.load(found.save(tmp_path / "e")).metrics["em"].seeds == 4
-
-
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [

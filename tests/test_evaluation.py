@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lofit_lens import EvalResult, Task, evaluate, generate
+from lofit_lens import Task, evaluate, generate
 from lofit_lens.errors import DataError, InputError
 from lofit_lens.evaluation import mc_metrics, score_continuations
 from lofit_lens.evaluation.generation import decode_ids
@@ -92,23 +92,6 @@ def test_multiple_choice_without_answers_or_with_nan_is_refused():
 # --------------------------------------------------------------------------------------------------------- scoring
 
 
-@pytest.mark.parametrize("adapted", [False, True])
-@pytest.mark.parametrize("budget", [8192, 60, 1])
-def test_shared_prefixes_score_as_one_by_one(llama, adapted, budget):
-    """Ragged prefixes, an empty one, an answer that merges with its prefix: whatever the budget, the slow loop's scores."""
-    lofit = random_adapter(llama) if adapted else random_adapter(llama, A=0.0, v=0.0)
-    with lofit.attached(llama):
-        found = score_continuations(llama, PREFIXES, ANSWERS, token_budget=budget)
-        for prefix, answers, scores in zip(PREFIXES, ANSWERS, found, strict=True):
-            assert scores == pytest.approx([slow_score(llama, prefix, a) for a in answers], abs=1e-4)
-
-
-def test_the_merging_case_merges(bridge_llama):
-    """The fourth prefix is one where the answer changes the prefix's last token: the test above covers it."""
-    front, whole = ids_of(bridge_llama, PREFIXES[3]), ids_of(bridge_llama, PREFIXES[3] + ANSWERS[3][0])
-    assert whole[: len(front)] != front
-
-
 def test_a_question_may_have_no_answers(bridge_llama):
     """Its list is empty, and the others stay in place."""
     found = score_continuations(bridge_llama, PREFIXES[:3], [ANSWERS[0], [], ANSWERS[2]])
@@ -140,20 +123,6 @@ def slow_generate(model, prompt, n, end=2):
     return new
 
 
-@pytest.mark.parametrize("adapted", [False, True])
-def test_decoding_equals_a_slow_argmax_loop(llama, adapted):
-    """Ids and texts, ragged prompts in one batch, with and without an adapter."""
-    prompts, tokenizer = [p for p in PREFIXES if p], tokenizer_of(llama)
-    with random_adapter(llama, v=1.0 if adapted else 0.0, A=0.5 if adapted else 0.0).attached(llama):
-        expected = [slow_generate(llama, p, 8) for p in prompts]
-        assert decode_ids(llama, [ids_of(llama, p) for p in prompts], 8) == expected
-        texts = generate(llama, prompts, max_new_tokens=8)
-    assert texts == [
-        tokenizer.decode(ids_of(llama, p)[1:] + new).removeprefix(p) for p, new in zip(prompts, expected, strict=True)
-    ]
-    assert all(len(new) == 8 for new in expected)
-
-
 def test_decoding_stops_at_the_end_token_row_by_row(llama):
     """If the third token of the first row were the end token, that row has two and the others go on; nothing else changes."""
     prompts = [p for p in PREFIXES if p]
@@ -167,15 +136,6 @@ def test_decoding_stops_at_the_end_token_row_by_row(llama):
         llama.tokenizer.eos_token = "</s>"
     assert len(expected[0]) < 3
     assert any(len(new) == 6 for new in expected)
-
-
-def test_the_batch_size_does_not_change_generations(llama):
-    """One at a time, two, or all together; the given order is kept; one text gives one text."""
-    prompts = [p for p in PREFIXES if p]
-    found = [generate(llama, prompts, max_new_tokens=6, batch_size=n) for n in (1, 2, 16)]
-    assert found[0] == found[1] == found[2]
-    assert generate(llama, prompts[1], max_new_tokens=6) == found[0][1]
-    assert generate(llama, prompts[::-1], max_new_tokens=6) == found[0][::-1]
 
 
 def test_what_cannot_be_generated_is_refused(bridge_llama):
@@ -269,14 +229,6 @@ def test_a_saved_result_holds_every_item(bridge_llama, tmp_path):
         result.save(tmp_path / "run")
 
 
-def test_a_result_prints_itself(bridge_llama):
-    """repr and the notebook view name label, task, split, count and each metric; text is escaped."""
-    result = evaluate(bridge_llama, words_task(), progress=False, label="<b>")
-    for part in ("<b>, words test, n=4", "em 0.", "characters "):
-        assert part in repr(result)
-    assert "&lt;b&gt;, words test, n=4" in result._repr_html_()
-
-
 def test_splits_without_rows_and_unknown_ones_are_refused(bridge_llama):
     """An empty validation split, a misspelt one, a limit of 0."""
     refused = {
@@ -300,21 +252,6 @@ def test_evaluation_is_in_eval_mode(loaded):
         assert model.training
     finally:
         model.eval()
-
-
-def test_a_saved_result_reads_back(bridge_llama, tmp_path):
-    """Metrics, intervals and items; half a folder is an error."""
-    task = Task.from_records(
-        "t", train=[{"prompt": "a", "answer": "b"}], test=[{"prompt": p, "answer": "b"} for p in "xyz"]
-    )
-    made = evaluate(bridge_llama, task, progress=False)
-    made.save(tmp_path / "e")
-    read = EvalResult.load(tmp_path / "e")
-    assert (read.metrics, read.model, read.to_dict()) == (made.metrics, made.model, made.to_dict())
-    assert read.items.equals(made.items)
-    (tmp_path / "e" / "items.jsonl").unlink()
-    with pytest.raises(DataError, match="complete evaluation"):
-        EvalResult.load(tmp_path / "e")
 
 
 def test_a_grader_without_the_metric_is_told(bridge_llama):

@@ -18,7 +18,7 @@ from tests import report_data
 from tests.browser import Browser, find_chrome
 from tests.lab import lab
 
-pytestmark = pytest.mark.slow  # JupyterLab and a kernel start
+pytestmark = pytest.mark.browser
 
 # What JupyterLab itself says: each beginning, with the reason.
 NOISE = (

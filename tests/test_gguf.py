@@ -105,22 +105,6 @@ def test_what_cannot_be_read_is_refused(tmp_path):
         load_model(tmp_path / "missing.gguf", device="cpu")
 
 
-def test_a_quantisation_that_is_not_known_is_refused(tmp_path, monkeypatch):
-    """The error names the file and what to give instead."""
-    import transformers.modeling_gguf_pytorch_utils as reader
-
-    gguf_file.write(tmp_path / "m.gguf")
-
-    def refuse(*args, **kwargs):
-        raise NotImplementedError("Quantization type 99 not yet supported")
-
-    monkeypatch.setattr(reader, "load_gguf_checkpoint", refuse)
-    monkeypatch.setattr("transformers.configuration_utils.load_gguf_checkpoint", refuse, raising=False)
-    monkeypatch.setattr("transformers.modeling_utils.load_gguf_checkpoint", refuse, raising=False)
-    with pytest.raises(ModelError, match=r"m\.gguf.*99.*original model"):
-        load_model(tmp_path / "m.gguf", device="cpu")
-
-
 def test_without_the_package(tmp_path, monkeypatch):
     """Without gguf the error says what to install."""
     gguf_file.write(tmp_path / "m.gguf")

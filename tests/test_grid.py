@@ -282,23 +282,6 @@ def test_models_are_freed(checkpoint, tmp_path):
     assert alive == [0, 0]
 
 
-def test_a_model_that_cannot_be_loaded_is_tried_once(checkpoint, tmp_path, monkeypatch):
-    """Not read again for every cell."""
-    tried = []
-
-    def refuse(*args, **options):
-        tried.append(1)
-        raise ModelError("its logits differ")
-
-    monkeypatch.setattr(pool, "load_model", refuse)
-    monkeypatch.setattr(pool, "_loaded", {})
-    monkeypatch.setattr(pool, "_refused", {})
-    grid = grid_of(Run(method="zero-shot"), Run(heads="random", draws=3), model=str(checkpoint("llama")))
-    found = run_grid(grid, tmp_path, tasks=[KIN], device="cpu", progress=False)
-    assert len(found.failed) == 4
-    assert len(tried) == 1
-
-
 def test_bad_grids_are_refused_before_anything_is_made(llama, tmp_path):
     """No store appears."""
     own = grid_of(Run(n_train=9))

@@ -138,14 +138,6 @@ def test_a_head_twice_or_scores_of_another_number_are_refused():
         HeadSet(["L0H1", "L1H1"], [1, 2, 3])
 
 
-def test_membership_takes_every_notation():
-    """`in` reads names and pairs."""
-    chosen = HeadSet(["L2H0"])
-    assert "L2H0" in chosen
-    assert (2, 0) in chosen
-    assert Head(0, 0) not in chosen
-
-
 def test_random_sets_repeat_by_seed_and_respect_exclude():
     """The draw is random.Random(seed).sample over the layer-major list without the excluded heads."""
     out = HeadSet(["L0H0", "L2H3"])

@@ -26,8 +26,8 @@ from lofit_lens.models import (
     step,
     value_biases_folded,
 )
-from tests.conftest import BACKENDS, PAIRS, needs_hooked
-from tests.tiny import ARCHITECTURES, configs
+from tests.conftest import ALL_PAIRS, ARCHITECTURES, BACKENDS, PAIRS, needs_hooked
+from tests.tiny import configs
 
 GENERATOR = torch.Generator().manual_seed(2)
 LONG, SHORT = (torch.randint(3, 400, (1, n), generator=GENERATOR) for n in (9, 6))
@@ -57,7 +57,7 @@ def test_padding_does_not_change_logits(loaded, hf, architecture, on, side):
         assert torch.allclose(logits[row][mask[row].bool()], hf(architecture)(alone).logits[0], atol=1e-5)
 
 
-@pytest.mark.parametrize(("architecture", "on"), PAIRS)
+@pytest.mark.parametrize(("architecture", "on"), ALL_PAIRS)
 @torch.no_grad()
 def test_cached_passes_equal_the_full_pass(loaded, hf, architecture, on):
     """prefill, select, extend (ragged) and step give, at every real token, the logits of one full pass."""
@@ -88,16 +88,6 @@ def test_a_state_survives_what_is_done_with_a_selection(llama):
     assert state.mask.shape == (2, 9)
 
 
-@torch.no_grad()
-def test_steps_one_by_one_equal_one_extension(llama):
-    """Four steps give the last logits of one extension by the same four tokens."""
-    _, state = prefill(llama, LONG, torch.ones_like(LONG))
-    at_once, _ = extend(llama, state.select(torch.tensor([0])), MORE[:1])
-    for i in range(4):
-        logits, state = step(llama, state, MORE[0, i : i + 1])
-        assert torch.allclose(logits[0], at_once[0, i], atol=1e-5)
-
-
 # -------------------------------------------------------------------------------------- heads that can be reached
 
 
@@ -108,19 +98,6 @@ def test_d_head_is_read_from_z(loaded, architecture, on):
     expected = getattr(config, "head_dim", None) or 8  # those without the field have hidden 32 / 4 heads
     assert head_size(loaded(architecture, on)) == expected
     assert set(ARCHITECTURES) >= {"gemma", "qwen3"}  # 16 and 12: not 32 / 4
-
-
-def test_probing_leaves_no_hook_and_is_done_once(checkpoint, backend, monkeypatch):
-    """One forward for a model's layers, none for layers known already; every hook is gone."""
-    model = load_model(checkpoint("llama"), backend=backend, device="cpu")
-    ran = []
-    inner = model.forward
-    monkeypatch.setattr(model, "forward", lambda *a, **k: (ran.append(1), inner(*a, **k))[1])
-    assert head_size(model, [0, 2]) == head_size(model, [2]) == head_size(model, [0]) == 8
-    assert len(ran) == 1
-    assert head_size(model) == 8
-    assert len(ran) == 2
-    assert not any(p.fwd_hooks or p._forward_hooks for p in model.hook_dict.values())
 
 
 def test_mamba_is_refused(checkpoint):

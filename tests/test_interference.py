@@ -79,19 +79,6 @@ def test_adapters_that_cancel_interfere(model, tasks):
         found.value("true", "x")
 
 
-def test_order_of_attachment_is_the_order_given(model, tasks, monkeypatch):
-    """All together attaches in the order of the mapping; the sum is one edit with all scalings and offsets."""
-    seen = []
-    monkeypatch.setattr(module, "items_of", lambda model, task, *a, **k: seen.append((task.name, a)) or (1.0, 0.0))
-    one, two = turned(model, 2), turned(model, 3, "L1H2")
-    interference(model, {"b": (tasks["true"], one), "a": (tasks["false"], two)}, progress=False)
-    together = [a for _, a in seen if len(a) == 2]
-    assert together == [(one, two)] * 2
-    summed = seen[4][1][0]
-    assert torch.equal(summed.v, one.v + two.v)
-    assert summed.heads.heads == (*one.heads.heads, *two.heads.heads)
-
-
 def test_learned_in_turn_forgets_what_the_next_one_takes_away(model, tasks, monkeypatch):
     """Each is tuned while the ones before act; the second one's -2 on the same head undoes the first one's +2."""
     asked = []

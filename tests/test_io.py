@@ -43,21 +43,6 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
 
 
-def test_no_reader_sees_a_part_of_a_file(tmp_path, monkeypatch):
-    """Until the rename, the target holds the old bytes; at the rename, the new file is complete under its other name."""
-    target = io.write_text(tmp_path / "x.json", "old")
-    real, seen = os.replace, []
-
-    def watching(source, destination):
-        seen.append((Path(source).read_text(), Path(destination).read_text()))
-        real(source, destination)
-
-    monkeypatch.setattr(os, "replace", watching)
-    io.write_text(target, "new")
-    assert seen == [("new", "old")]
-    assert target.read_text() == "new"
-
-
 def test_a_full_disk_is_told_with_path_and_reason(tmp_path, monkeypatch):
     """The error names the file and what the system said."""
     monkeypatch.setattr(os, "replace", _refuses)
@@ -76,14 +61,6 @@ def test_files_get_the_usual_permissions(tmp_path):
         assert os.umask(0o022) == 0o022  # reading the umask has not changed it
     finally:
         os.umask(before)
-
-
-def test_missing_folders_are_made(tmp_path):
-    """Parents of a file and of a folder are made."""
-    assert io.write_text(tmp_path / "a" / "b" / "x", "1").read_text() == "1"
-    with io.new_folder(tmp_path / "c" / "d") as temporary:
-        (temporary / "x").write_text("2")
-    assert (tmp_path / "c" / "d" / "x").read_text() == "2"
 
 
 def _unwritable(tmp_path):
@@ -265,13 +242,6 @@ def test_dtype_names():
     for wrong in ("int8", "", "float31", "torch.float32"):
         with pytest.raises(InputError, match="allowed: float32"):
             io.torch_dtype(wrong)
-
-
-def test_the_environment_record_names_what_can_change_a_result():
-    """Versions of Python, torch, transformers and TransformerLens are there and true."""
-    record = io.environment()
-    assert record["torch"] == torch.__version__ or torch.__version__.startswith(record["torch"])
-    assert {"python", "platform", "transformers", "transformer-lens", "numpy", "safetensors"} <= set(record)
 
 
 @pytest.mark.parametrize("at", [2, 3])

@@ -23,6 +23,7 @@ def test_shares_by_hand():
     assert frame.expected.tolist() == pytest.approx([1 / 3] * 6)
 
 
+@pytest.mark.slow
 def test_chance_range_of_a_layer_against_drawn_sets():
     """Of 40 heads drawn from 10 layers of 16, the 95 % range holds the number in layer 3 in 95 % of draws or a little more."""
     frame = layer_shares({"x": HeadSet.random((10, 16), 40, seed=0)})

@@ -21,7 +21,7 @@ from lofit_lens.models import (
 )
 from lofit_lens.models.loading import chosen_dtype
 from tests import tiny
-from tests.conftest import BACKENDS, PAIRS, needs_hooked
+from tests.conftest import ALL_PAIRS, BACKENDS, needs_hooked
 
 TOKENS = torch.randint(3, 400, (1, 11), generator=torch.Generator().manual_seed(1))
 
@@ -35,7 +35,7 @@ def difference(model, plain, tokens=TOKENS):
 # ---------------------------------------------------------------------------------------- what can be loaded
 
 
-@pytest.mark.parametrize(("architecture", "on"), PAIRS)
+@pytest.mark.parametrize(("architecture", "on"), ALL_PAIRS)
 def test_logits_equal_plain_hugging_face(loaded, hf, architecture, on):
     """A model loaded without processing is the Hugging Face model, and it is of the class asked for."""
     model = loaded(architecture, on)
@@ -259,12 +259,6 @@ def test_unknown_backend_dtype_and_device_are_refused(checkpoint, monkeypatch):
     assert parse_device("cuda:0") == torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert parse_device(None) == torch.device("cpu")
-
-
-def test_what_is_no_transformerlens_model_is_refused(hf):
-    """A plain Hugging Face model is named, with the way to wrap it."""
-    with pytest.raises(ModelError, match=r"LlamaForCausalLM is neither.*load_model"):
-        model_info(hf("llama"))
 
 
 # --------------------------------------------------------------------------- models that a user loaded himself

@@ -12,7 +12,6 @@ import torch
 
 import lofit_lens as ll
 from lofit_lens import HeadSet, Lofit
-from lofit_lens.analysis.measure import difference
 from lofit_lens.analysis.needed import drop_edits, keep_only, leave_one_out, removal
 from lofit_lens.errors import InputError
 from lofit_lens.models import load_model
@@ -119,23 +118,6 @@ def test_the_pool_bounds_the_random_heads(model, task):
     assert found.curve["k"].tolist() == [1, 2]
 
 
-def test_means_come_from_the_prompts_that_are_given(model, task, lofit, monkeypatch):
-    """The measured rows' prompts by default, else the caller's; taken without the adapter."""
-    asked = []
-    real = ll.interventions.mean_z
-
-    def watched(model, prompts):
-        asked.append((list(prompts), real(model, prompts)))
-        return asked[-1][1]
-
-    monkeypatch.setattr("lofit_lens.analysis.needed.mean_z", watched)
-    for prompts in (None, ["Q: Who? A:"]):
-        removal(model, task, HeadSet([KEY]), adapter=lofit, prompts=prompts, draws=1, limit=2, progress=False)
-    assert asked[0][0] == [e.prompt for e in task.examples("test", limit=2)]
-    assert asked[1][0] == ["Q: Who? A:"]
-    assert torch.equal(asked[1][1], real(model, ["Q: Who? A:"]))
-
-
 def test_dropping_edits_beside_others_of_the_adapter(model, task, lofit):
     """Without the key head's edit all answers turn wrong, without any other one none does."""
     found = drop_edits(model, task, lofit, HeadSet([KEY]), draws=3, progress=False)
@@ -152,12 +134,6 @@ def test_same_seed_same_result(model, task, lofit):
     )
     assert one == two
     assert one["rows"] != other["rows"]
-
-
-def test_differences_are_paired():
-    """Two runs that are right on other halves of the items differ by 0 on average, and [1] - [0] by 1 everywhere."""
-    assert difference([[1, 1, 0, 0]], [[0, 0, 1, 1]])["difference"] == 0
-    assert difference([[1.0] * 5], [[0.0] * 5] * 3) == {"difference": 1.0, "low": 1.0, "high": 1.0}
 
 
 def test_bad_requests_say_what_to_give(model, task, lofit, unchecked):

@@ -14,6 +14,7 @@ from lofit_lens.probing import probe_heads
 from lofit_lens.training.selectors import SELECTORS
 from tests import tiny
 from tests.adapters import random_adapter
+from tests.conftest import BACKENDS
 
 WORD = " Rome"  # one token
 BAD, GOOD = f"the capital of France is{WORD}", "the capital of France is"
@@ -39,10 +40,10 @@ def word(request, tmp_path_factory):
     return folder, request.param, FLOAT16 if request.param == "float16" else OTHER
 
 
-@pytest.fixture
-def model(word, backend):
+@pytest.fixture(scope="module", params=BACKENDS)
+def model(word, request):
     """The model on each class."""
-    return load_model(word[0], backend=backend, dtype=word[1], device="cpu")
+    return load_model(word[0], backend=request.param, dtype=word[1], device="cpu")
 
 
 RUNS = {
@@ -59,21 +60,21 @@ RUNS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("run", RUNS)
-def test_no_number_comes_of_nan(model, word, run):
+def test_no_number_comes_of_nan(model, word, subtests):
     """Generation (argmax of NaN is a token), log-probs, damage and head scores."""
-    with pytest.raises(ModelError, match=word[2]):
-        RUNS[run](model)
+    for name, run in RUNS.items():
+        with subtests.test(name), pytest.raises(ModelError, match=word[2]):
+            run(model)
 
 
-@pytest.mark.parametrize("task", [SFT, DPO], ids=["sft", "dpo"])
-@pytest.mark.parametrize("train", [ll.tune_scalings, partial(ll.tune_offsets, heads=["L1H0"])], ids=["A", "v"])
-def test_training_says_that_the_model_is_at_fault(model, word, task, train):
+def test_training_says_that_the_model_is_at_fault(model, word, subtests):
     """At the first step nothing was learned, so that no learning rate is to blame."""
-    with pytest.raises(TrainingDiverged, match=word[2]) as stop:
-        train(model, task, config=QUICK, progress=False)
-    assert "nothing was learned yet" in str(stop.value)
-    assert "learning rate" not in str(stop.value)
+    for train, task in ((ll.tune_scalings, SFT), (partial(ll.tune_offsets, heads=["L1H0"]), DPO)):
+        with subtests.test(task.name):
+            with pytest.raises(TrainingDiverged, match=word[2]) as stop:
+                train(model, task, config=QUICK, progress=False)
+            assert "nothing was learned yet" in str(stop.value)
+            assert "learning rate" not in str(stop.value)
 
 
 def test_other_prompts_run(model):

@@ -35,16 +35,6 @@ def _execute():
 execute = _execute()
 
 
-@pytest.fixture(params=NAMES)
-def path(request):
-    return FOLDER / f"{request.param}.ipynb"
-
-
-@pytest.fixture
-def notebook(path):
-    return nbformat.read(path, as_version=4)
-
-
 @pytest.fixture(scope="session")
 def drawn():
     return execute.letters()
@@ -77,51 +67,62 @@ def test_these_are_all():
         execute.find(["08"])
 
 
-def test_the_first_cell_tells_what_one_learns_and_needs(path, notebook):
+@pytest.fixture(scope="module")
+def books():
+    """Name -> the notebook as its file has it."""
+    return {name: nbformat.read(FOLDER / f"{name}.ipynb", as_version=4) for name in NAMES}
+
+
+def test_the_first_cell_tells_what_one_learns_and_needs(books):
     """What, how long, how to install it, also on Colab; the last cell but one of them leads on to another notebook."""
-    first = notebook.cells[0].source
-    assert first.startswith(f"# {path.stem[:2]} ")
-    for part in ("**What you learn.**", "**Time.**", '`pip install ".[notebook]"`', "On Colab"):
-        assert part in first
-    assert any(p.name in notebook.cells[-1].source for p in execute.find() if p != path)
+    for name, notebook in books.items():
+        first = notebook.cells[0].source
+        assert first.startswith(f"# {name[:2]} ")
+        for part in ("**What you learn.**", "**Time.**", '`pip install ".[notebook]"`', "On Colab"):
+            assert part in first, name
+        assert any(f"{other}.ipynb" in notebook.cells[-1].source for other in NAMES if other != name), name
 
 
-def test_every_number_of_a_finding_was_put_out_above_it(notebook):
+def test_every_number_of_a_finding_was_put_out_above_it(books):
     """A number or a head in a finding is one that an earlier cell printed; if it is the right one, a reader sees."""
-    above, n = set(), 0
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            above |= values(shown(cell))
-        elif FINDING in cell.source:
-            n += 1
-            text = re.sub(r"\]\([^)]*\)|\[\d\d\]", " ", cell.source)  # links
-            assert not values(text) - above, cell.source
-            assert values(text)
-    assert n
+    for name, notebook in books.items():
+        above, n = set(), 0
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                above |= values(shown(cell))
+            elif FINDING in cell.source:
+                n += 1
+                text = re.sub(r"\]\([^)]*\)|\[\d\d\]", " ", cell.source)  # links
+                assert not values(text) - above, (name, cell.source)
+                assert values(text), name
+        assert n, name
 
 
-def test_a_file_is_what_cleaning_leaves(path, notebook):
+def test_a_file_is_what_cleaning_leaves(books):
     """Every code cell ran, in order and without an error; no state of widgets, no progress bar, no metadata of the run."""
-    assert execute.text_of(execute.clean(nbformat.read(path, as_version=4))) == path.read_text(encoding="utf-8")
-    nbformat.validate(notebook)
-    ran = [c for c in notebook.cells if c.cell_type == "code"]
-    assert [c.execution_count for c in ran] == list(range(1, len(ran) + 1))
-    assert not [o for c in ran for o in c.outputs if o.output_type == "error"]
-    assert sum("image/png" in o.get("data", {}) for c in ran for o in c.outputs) >= 1
-    assert len({c.id for c in notebook.cells}) == len(notebook.cells)
-
-
-def test_no_output_names_a_place_on_the_machine_that_ran_it(notebook):
-    for cell in notebook.cells:
-        assert not re.search(
-            r"(?<![\w.:/])/(?:tmp|home|root|Users|usr|work|opt|var)/|[A-Z]:\\\\|0x[0-9a-f]{6,}", shown(cell)
+    for name, notebook in books.items():
+        file = FOLDER / f"{name}.ipynb"
+        assert execute.text_of(execute.clean(nbformat.read(file, as_version=4))) == file.read_text(encoding="utf-8"), (
+            name
         )
+        nbformat.validate(notebook)
+        ran = [c for c in notebook.cells if c.cell_type == "code"]
+        assert [c.execution_count for c in ran] == list(range(1, len(ran) + 1)), name
+        assert not [o for c in ran for o in c.outputs if o.output_type == "error"], name
+        assert sum("image/png" in o.get("data", {}) for c in ran for o in c.outputs) >= 1, name
+        assert len({c.id for c in notebook.cells}) == len(notebook.cells), name
 
 
-def test_links_lead_somewhere(notebook):
-    for cell in notebook.cells:
-        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", cell.source) if cell.cell_type == "markdown" else ():
-            assert (FOLDER / link).exists(), link
+def test_no_output_names_a_place_on_the_machine_that_ran_it(books):
+    place = re.compile(r"(?<![\w.:/])/(?:tmp|home|root|Users|usr|work|opt|var)/|[A-Z]:\\\\|0x[0-9a-f]{6,}")
+    assert not [(name, c.id) for name, book in books.items() for c in book.cells if place.search(shown(c))]
+
+
+def test_links_lead_somewhere(books):
+    texts = [(name, c.source) for name, book in books.items() for c in book.cells if c.cell_type == "markdown"]
+    targets = [(name, link) for name, text in texts for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text)]
+    assert not [(name, link) for name, link in targets if not (FOLDER / link).exists()]
+    assert len(targets) > 10
 
 
 def test_they_are_small():
@@ -276,21 +277,50 @@ def test_differences_name_notebook_and_cell():
 # ---------------------------------------------------------------------------------------------------------- runs
 
 
-@pytest.mark.slow
-def test_a_run_gives_these_outputs_again(path, notebook, drawn):
+@pytest.mark.parametrize("name", [NAMES[0], *(pytest.param(n, marks=pytest.mark.slow) for n in NAMES[1:])])
+def test_a_run_gives_these_outputs_again(name, drawn):
     """Numbers up to rounding. The cells that ask for HookedTransformer say something else where there is none."""
+    path = FOLDER / f"{name}.ipynb"
+    notebook = nbformat.read(path, as_version=4)
     asking = [f"({c.id})" for c in notebook.cells if "hooked_class()" in c.source] if hooked_class() is None else []
     assert [said for said in execute.check(path, drawn=drawn) if not any(cell in said for cell in asking)] == []
 
 
-@pytest.mark.slow
-def test_a_cell_that_fails_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [("1 / 0", "ZeroDivisionError"), ("import os; os.kill(os.getpid(), 9)", "[Kk]ernel died"),
+     ("import time; time.sleep(600)", "timed out")],
+)  # fmt: skip
+def test_a_cell_that_fails_or_hangs_is_named(tmp_path, monkeypatch, source, said):
     """Notebook, cell and error; and the file stays as it was."""
-    made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1"), nbformat.v4.new_code_cell("1 / 0")])
+    monkeypatch.setattr(execute, "CELL_SECONDS", 5)
+    made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1"), nbformat.v4.new_code_cell(source)])
     (tmp_path / "99_broken.ipynb").write_text(nbformat.writes(made))
     before = (tmp_path / "99_broken.ipynb").read_text()
-    with pytest.raises(
-        execute.NotebookFailed, match=rf"99_broken.ipynb, cell 2 \({made.cells[1].id}\)(.|\n)*ZeroDivisionError"
-    ):
+    with pytest.raises(execute.NotebookFailed, match=rf"99_broken.ipynb, cell 2 \({made.cells[1].id}\)(.|\n)*{said}"):
         execute.run(tmp_path / "99_broken.ipynb", drawn="")
     assert (tmp_path / "99_broken.ipynb").read_text() == before
+
+
+@pytest.mark.parametrize("chrome", ["exec sleep 60", "exit 1"])
+def test_a_chrome_that_does_not_answer_ends_the_run(tmp_path, monkeypatch, chrome):
+    """Kaleido would wait without end for one that hangs, and behind its server also for one that does not start."""
+    pytest.importorskip("kaleido")
+    (tmp_path / "chrome").write_text(f"#!/bin/sh\n{chrome}\n")
+    (tmp_path / "chrome").chmod(0o755)
+    monkeypatch.setenv("BROWSER_PATH", str(tmp_path / "chrome"))
+    monkeypatch.setattr(execute, "CHROME_SECONDS", 4)
+    (tmp_path / "99_any.ipynb").write_text(
+        nbformat.writes(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1")]))
+    )
+    with pytest.raises(
+        execute.NotebookFailed, match=r"99_any.ipynb, before its first cell, where Chrome starts: (.|\n)*timed out"
+    ):
+        execute.run(tmp_path / "99_any.ipynb", drawn="some")
+    if "sleep" in chrome:
+        with pytest.raises(execute.NotebookFailed, match="Chrome drew no figure in 4 seconds"):
+            execute.letters()
+    else:
+        monkeypatch.undo()
+        monkeypatch.setenv("BROWSER_PATH", str(tmp_path / "chrome"))
+        assert execute.letters() == ""

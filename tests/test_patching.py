@@ -5,18 +5,15 @@ import itertools
 import pytest
 import torch
 
-import lofit_lens as ll
 from lofit_lens import HeadSet
 from lofit_lens.errors import DataError
-from lofit_lens.models import hook_z
 from lofit_lens.tasks.collate import encode
-from lofit_lens.tasks.examples import PairExample
 from lofit_lens.training import patching
-from lofit_lens.training.patching import few_shot_prompts, patch_effects, replace_head
+from lofit_lens.training.patching import few_shot_prompts, replace_head
 from lofit_lens.training.selectors import patching_scores
 from tests import tiny
 from tests.adapters import output_projection
-from tests.selecting import SFT, TASKS, answer_log_prob, answers_of, no_hooks, planted_on_class, z_at_end
+from tests.selecting import SFT, TASKS, answer_log_prob, answers_of, planted_on_class, z_at_end
 from tests.test_planted import D_HEAD, DECIDE, RIGHT, SHAPE, always_right, planted_of
 
 
@@ -112,34 +109,6 @@ def test_three_examples_are_enough(bridge_llama):
     assert (len(measured), len(donors), shots) == (1, 2, [1, 1])
 
 
-@torch.no_grad()
-def test_patch_effects_by_hand(llama):
-    """The outcome is the sum of layer 2's z of a row, and a patch adds 1 to a head: d_head for layer 2, per row."""
-    tokens = torch.randint(3, 400, (2, 5), generator=torch.Generator().manual_seed(0))
-    held = []
-
-    def measure():
-        with ll.models.hooked(hook_z(llama, 2), lambda z, hook: held.append(z)):
-            llama(tokens, attention_mask=torch.ones_like(tokens))
-        return held[-1].sum(dim=(1, 2, 3))
-
-    def plus_one(head):
-        asked.append(head)
-        return lambda z, hook: (
-            z + (torch.arange(4) == head.head)[:, None] * torch.tensor([1.0, 2.0])[:, None, None, None]
-        )
-
-    asked = []
-    effects = patch_effects(llama, measure, patch=plus_one, progress=False)
-    assert effects.shape == (3, 4, 2)
-    assert asked == list(HeadSet.all((3, 4)))
-    assert torch.allclose(
-        effects[2], torch.tensor([[40.0, 80.0]]).double().expand(4, 2), atol=1e-4
-    )  # 5 positions * 8 * 1
-    assert not torch.allclose(effects[0], effects[0, :1].expand(4, 2), atol=1e-4)
-    assert no_hooks(llama)
-
-
 def test_replace_head_by_hand():
     """One head at one position, or a head everywhere; the input stays, and so does its dtype."""
     z = torch.zeros(2, 3, 2, 1, dtype=torch.bfloat16)
@@ -175,14 +144,3 @@ def test_patching_ranks_exactly_the_planted_heads_first(tmp_path, backend, seed)
     assert set(scores.top(3)) == set(planted)
     assert min(scores[h] for h in planted) > 0.005
     assert all(abs(scores[h]) < 1e-5 for h in HeadSet.all(SHAPE) - planted)
-
-
-def test_a_row_without_room_is_named(bridge_llama, monkeypatch):
-    """Measured rows must fit the context, and have a token before the prompt's last one."""
-    rows = patching.answer_rows(bridge_llama.tokenizer, PairExample("Ann:", " Bob", " Eve"))
-    assert len(rows) == 2
-    with pytest.raises(DataError, match="row 1 has a prompt of one token"):
-        patching.AnswerLogProbs(bridge_llama, [rows[0], patching.Encoded(rows[0].ids, 1)])
-    monkeypatch.setattr(patching, "context_length", lambda model: 3)
-    with pytest.raises(DataError, match=r"row 0 has \d+ tokens; the context of .* is 3"):
-        patching.AnswerLogProbs(bridge_llama, rows)

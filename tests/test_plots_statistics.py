@@ -104,18 +104,6 @@ def test_agreement_curves_lie_over_the_chance_band():
     assert agreement_curves(frame).layout.yaxis.title.text == "shared heads"
 
 
-def test_agreement_at_one_k_has_an_error_bar():
-    """One K of one pair: a dot, and chance as a dot with its range."""
-    rankings = [HeadScores(np.random.default_rng(i).random(SHAPE)) for i in range(2)]
-    frame = agreement_by_k(*rankings, [8])
-    found = lines(agreement_curves(frame))
-    assert list(found) == ["by chance", "both rankings"]
-    chance, row = found["by chance"], frame.iloc[0]
-    assert list(chance.error_y.array) == [pytest.approx(row.high - row.expected)]
-    assert list(chance.error_y.arrayminus) == [pytest.approx(row.expected - row.low)]
-    assert "markers" in found["both rankings"].mode
-
-
 def test_score_scatter_colours_the_top_of_each():
     """Heads of a 2x3 model: the top 2 are L1H2 L0H0 and L1H2 L0H1; one in both, one in each alone, three others."""
     a, b = HeadScores([[5, 1, 0], [2, 3, 9]], "A-norm", task="t"), HeadScores([[1, 5, 0], [2, 3, 9]], "probe accuracy")
@@ -258,15 +246,6 @@ def test_data_efficiency_and_single_points():
     assert [list(t.x) for t in alone.data] == [[0]], "the untuned model alone is a point"
 
 
-def test_points_without_an_interval_have_no_band():
-    """One item in one seed: a line, no band; with some intervals the band spans those."""
-    frame = sweep({"x": {1: [[1.0]], 2: [[0.0]], 3: [[1, 0]], 4: [[1, 0, 1]]}})
-    fig = k_sweep(frame[frame.x < 3])
-    assert bands(fig) == {}
-    assert list(lines(fig)["x"].y) == [1, 0]
-    assert bands(k_sweep(frame))["x"][0] == [3, 4]
-
-
 # Stability
 
 
@@ -321,11 +300,3 @@ def test_nothing_to_draw_is_an_error():
         score_scatter(a, HeadScores(b.values[:2]))
     with pytest.raises(InputError, match="from 1 to 48"):
         score_scatter(a, b, 49)
-
-
-def test_two_entries_are_enough():
-    """The smallest of each: two sets, two tasks, one K."""
-    pair = {n: SETS[n] for n in ("one", "two")}
-    assert len(overlap_heatmap(overlap(pair)).data[0].z) == 2
-    assert len(layer_distribution(SETS["one"]).data) == 1
-    assert len(transfer_heatmap(transfer_matrix({("a", s): [[1, 0, 1]] for s in "ab"})).data) == 1

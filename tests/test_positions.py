@@ -187,36 +187,6 @@ def test_a_row_of_padding_alone_is_left_alone():
 # ------------------------------------------------------------------------------------------------ layouts and borders
 
 
-def test_a_layout_counts_real_tokens():
-    """Places from 0 over tokens, padding -1 wherever it stands; the end is the number of tokens, or what is known."""
-    made = layout(["##..##", "..####"], n_new=4)
-    assert made.place.tolist() == [[-1, -1, 2, 3], [0, 1, 2, 3]]
-    assert made.end.tolist() == [[4], [4]]
-    assert layout(LEFT, DECODING).end.tolist() == [[6], [8]]
-    assert layout(LEFT, PROMPT).end.tolist() == [[7], [12]]
-    assert made.tokens.shape == made.mask.shape == (2, 6)
-
-
-def test_borders_of_some_rows():
-    """In the order asked for, repeats allowed; without lengths none appear."""
-    rows = torch.tensor([1, 1, 0])
-    assert WHOLE.select(rows).prompt.tolist() == [5, 5, 4]
-    assert WHOLE.select(rows).length.tolist() == [8, 8, 6]
-    assert DECODING.select(rows).length is None
-    assert DECODING.select(rows).prompt.tolist() == [8, 8, 6]
-
-
-def test_a_mask_is_worked_out_once_a_pass():
-    """Every edited layer asks for it; another pass, and other positions, have their own."""
-    one, two = layout(LEFT, WHOLE), layout(LEFT, PROMPT)
-    answer, last = Positions.parse("answer"), Positions.parse("last")
-    assert answer.mask(one) is Positions.parse("answer").mask(one)
-    assert answer.acts(one)
-    assert not answer.acts(two)
-    assert not torch.equal(answer.mask(one), answer.mask(two))
-    assert not torch.equal(answer.mask(one), last.mask(one))
-
-
 # --------------------------------------------------------------------------------------------------- what is stated
 
 

@@ -21,9 +21,9 @@ from lofit_lens.probing import fit_probes, probe_heads, record, statement_ids
 from lofit_lens.probing import probes as inner
 from lofit_lens.probing.directions import mass_mean_direction, random_directions, spread, unit
 from lofit_lens.probing.probes import DIRECTIONS, auc, fit_layer
-from lofit_lens.probing.record import Activations, _batches
+from lofit_lens.probing.record import Activations
 from lofit_lens.tasks.statements import Statement, statements
-from tests import planted_truth, slow, tiny
+from tests import planted_truth, slow
 from tests.adapters import random_adapter
 from tests.conftest import PAIRS
 
@@ -82,14 +82,6 @@ def test_recorded_values_are_those_of_each_sequence_alone(loaded, architecture, 
 def test_token_budgets_give_the_same_values(llama, budget):
     """One sequence a pass, some, or all."""
     assert np.abs(stacked(quiet(llama, token_budget=budget)) - one_by_one(llama, "z")).max() < 1e-5
-
-
-def test_a_pass_keeps_to_the_budget_and_takes_what_fits():
-    """In order of length. Four padded to 9 are 36, two to 17 are 34: within 36 three passes, within 33 the longest is alone."""
-    assert list(_batches(LENGTHS, 36)) == [[3, 0, 2, 4], [5, 6], [1]]
-    assert list(_batches(LENGTHS, 35)) == [[3, 0, 2], [4, 5], [6, 1]]
-    assert list(_batches(LENGTHS, 33)) == [[3, 0, 2], [4, 5], [6], [1]]
-    assert list(_batches(LENGTHS, 1)) == [[3], [0], [2], [4], [5], [6], [1]]
 
 
 def test_chosen_layers_alone_are_kept(llama):
@@ -408,16 +400,6 @@ def test_processes_give_the_same_numbers(planted):
             assert torch.equal(found.sigma(kind), probes.sigma(kind))
 
 
-def test_jobs_follow_the_work(monkeypatch):
-    """None: one for small work, as many as there are cores up to 8 for large; never more than layers."""
-    monkeypatch.setattr("os.sched_getaffinity", lambda of: range(64), raising=False)
-    assert inner._jobs(None, inner.SERIAL - 1, 32) == 1
-    assert inner._jobs(None, inner.SERIAL, 32) == 8
-    assert inner._jobs(None, inner.SERIAL, 6) == 6
-    assert inner._jobs(12, 1, 32) == 12
-    assert inner._jobs(12, 1, 6) == 6
-
-
 def test_heads_of_equal_accuracy_go_by_auc(llama, monkeypatch):
     """Head scores are accuracies to a millionth; among equal ones the larger AUC comes first; a better accuracy beats any AUC."""
     accuracy, areas = np.array([0.5, 0.75, 0.75, 0.5]), np.array([1.0, 0.25, 0.5, 0.0])
@@ -550,14 +532,3 @@ def test_a_shift_that_cannot_be_is_named(planted_models, unchecked, heads, chang
     for ask in (probes.direction, probes.sigma):
         with pytest.raises(InputError, match="allowed: mass_mean, probe, random"):
             ask("best")
-
-
-def test_the_planted_answers_are_single_unseen_tokens():
-    """What the tests above stand on: 33 rows a split, no answer in two splits, right ones even and wrong ones odd."""
-    task, tokenizer = planted_truth.task(), tiny.tokenizer()
-    seen = []
-    for split in ("train", "val"):
-        for s in statements(task, split):
-            assert (slow.ids_of(tokenizer, s.prompt + s.answer)[-1] % 2 == 0) == s.right
-            seen.append(s.answer)
-    assert len(set(seen)) == len(seen) == 4 * 33

@@ -25,7 +25,6 @@ def test_the_first_example_is_short():
     assert sum(bool(line) for line in BLOCKS[0].splitlines()) <= 12
 
 
-@pytest.mark.slow
 def test_the_first_example_shows_what_is_said(tmp_path, monkeypatch, capsys):
     """No line is left out, nothing is assumed: exact match before and after, and no head that the probes choose."""
     monkeypatch.chdir(tmp_path)

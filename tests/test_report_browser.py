@@ -10,7 +10,7 @@ choreographer = pytest.importorskip(
 
 from tests.browser import Browser, find_chrome  # noqa: E402
 
-pytestmark = pytest.mark.slow  # a browser starts
+pytestmark = pytest.mark.browser
 
 FOCUS = "(e => e.dataset.head || e.getAttribute('aria-label') || e.tagName)(document.activeElement)"
 LEFT, RIGHT = ('.llx-cells[data-side="left"]', '.llx-cells[data-side="right"]')

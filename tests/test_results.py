@@ -1,7 +1,6 @@
 """What is read back from a store for figures and tables."""
 
 import json
-import re
 import shutil
 from dataclasses import replace
 
@@ -195,18 +194,3 @@ def replace_methods(results, kept):
         results, runs=results.runs.iloc[rows].reset_index(drop=True), folders=tuple(results.folders[i] for i in rows),
         evaluations=tuple(results.evaluations[i] for i in rows),
     )  # fmt: skip
-
-
-def test_it_shows_what_is_there(results, study_folder):
-    """One line of text; in Jupyter a table that counts the runs of each kind on each task."""
-    assert (
-        repr(results) == f"Results({study_folder}: {len(results.runs)} runs of {results.model.name} on {KIN}, {PLACE})"
-    )
-    page = results._repr_html_()
-    r = results.runs
-    at = [((r["task"] == t) & (r["method"] == "LoFiT") & (r["heads_from"] == "A-norm")).sum() for t in (KIN, PLACE)]
-    assert min(at) > 2
-    shown = page.split("LoFiT on A-norm</td>")[1].split("</tr>")[0]
-    assert [int(n) for n in re.findall(r">(\d+)<", shown)] == at
-    assert page.count("<tr>") == 1 + len(r.fillna({"heads_from": ""}).groupby(["method", "heads_from"]))
-    assert "seeds 0, 1" in page

@@ -38,7 +38,7 @@ def _forgotten():
     scored._more_behind.clear()
 
 
-@pytest.mark.parametrize("side", ["none", "right", "left"])
+@pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize(("architecture", "on"), PAIRS)
 def test_rows_and_gradients_are_those_of_the_full_logits(loaded, widths, architecture, on, side):
     """To 1e-6 of the largest number; the unembedding is handed `[1, n, d_model]`."""
@@ -69,7 +69,7 @@ def top(logits, part):
     return logits.max(dim=-1).values
 
 
-@pytest.mark.parametrize("side", ["none", "right", "left"])
+@pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize(("architecture", "on"), PAIRS)
 def test_numbers_read_in_parts_are_those_of_all_logits(loaded, monkeypatch, architecture, on, side):
     """Log-probs, and gradients of a loss that weighs each otherwise, to 5e-6 of the largest; never more than two rows at once."""
@@ -199,19 +199,6 @@ def test_a_model_that_mixes_logits_of_several_places(checkpoint, backend):
     assert torch.equal(logits_at(model, tokens, mask, at), logits_of(model, tokens, mask)[at])
 
 
-def test_the_probe_is_made_once_and_touches_nobody(llama, widths):
-    """Hooks see the pass that was asked for, and no other."""
-    tokens, mask = padded("none")
-    at, seen = chosen(mask), []
-    given = widths(llama)
-    with hooked(llama.hook_dict["blocks.0.hook_resid_post"], lambda x, hook: seen.append(x.shape[:2])):
-        logits_at(llama, tokens, mask, at)
-        assert seen == [(3, 12)]
-        assert len(given) == 3  # all and some of the probe's, then these
-        logits_at(llama, tokens, mask, at)
-    assert len(given) == 4
-
-
 def test_an_error_leaves_no_selection_behind(llama):
     """A hook that raises in the middle of a pass: the next full pass has all its logits."""
     tokens, mask = padded("none")
@@ -235,25 +222,6 @@ def test_edits_know_the_borders(llama):
         assert torch.allclose(logits_at(llama, tokens, mask, mask.bool(), borders), wanted, atol=1e-6)
         everywhere = logits_at(llama, tokens, mask, mask.bool())
     assert not torch.allclose(everywhere, wanted, atol=1e-3)
-
-
-def test_fused_and_scored_together(llama):
-    """Both shortcuts at once give the plain gradients."""
-    tokens, mask = padded("left")
-    at = chosen(mask)
-    wanted = run(llama, tokens, mask, logits=lambda *of: logits_of(*of)[at])
-    found = run(llama, tokens, mask, fused_attention, logits=lambda *of: logits_at(*of, at))
-    assert close(found, wanted, 1e-5)
-
-
-def test_the_bridge_keeps_no_cache(bridge_llama, monkeypatch):
-    """Hugging Face fills a key-value cache by default; neither function asks for one."""
-    filled = []
-    monkeypatch.setattr(tf.DynamicCache, "update", lambda *args, **named: filled.append(1))
-    tokens, mask = padded("right")
-    logits_of(bridge_llama, tokens, mask)
-    logits_at(bridge_llama, tokens, mask, chosen(mask))
-    assert filled == []
 
 
 def test_less_is_kept_for_backward(llama):

@@ -7,7 +7,7 @@ import torch
 import transformers as tf
 
 from lofit_lens.evaluation import generate, score_continuations
-from lofit_lens.evaluation.prefix import LEAST, shared_front
+from lofit_lens.evaluation.prefix import shared_front
 from lofit_lens.evaluation.scoring import score_encoded
 from lofit_lens.models import (
     attention_window,
@@ -21,7 +21,7 @@ from lofit_lens.models import (
     running,
     tokenizer_of,
 )
-from lofit_lens.models.gathered import HookedEntry, Kept
+from lofit_lens.models.gathered import Kept
 from lofit_lens.tasks import load_task
 from lofit_lens.tasks.collate import encode_continuations
 from tests import slow, tiny
@@ -152,19 +152,6 @@ def test_all_answers_of_all_questions_share_a_pass(llama, passes, answer, n):
     passes.clear()
     score_continuations(llama, PROMPTS[:2], [[answer, " a"], [answer]], token_budget=10**9)
     assert len(passes) == n
-
-
-def test_a_front_is_what_all_rows_begin_with(llama, passes):
-    """Its ids are the common ones, and every row keeps one of its own; short fronts and single rows are left alone."""
-    ids = list(range(3, 3 + LEAST))
-    for rows in ([[*ids, 50], [*ids, 60, 61]], [[*ids, 50], [*ids, 50, 61]]):
-        front = shared_front(llama, rows, longest=20)
-        assert (front.ids, len(front)) == (tuple(ids), LEAST)
-        assert front.rows(3).mask.shape == (3, LEAST)
-    passes.clear()
-    for rows in ([[*ids, 5]], [[*ids[1:], 50], [*ids[1:], 60]], [ids, [*ids, 60]]):
-        empty = shared_front(llama, rows, longest=20)
-        assert (empty.ids, empty.rows(3), passes) == ((), None, [])
 
 
 # ----------------------------------------------------------------------------------------------------------- merges
@@ -355,17 +342,6 @@ def test_gradients_flow_through_a_selection(llama):
         assert torch.allclose(mine, whole, atol=1e-4)
 
 
-@pytest.mark.parametrize("rows", [None, [0, 0, 0], [2, 0, 2]])
-@pytest.mark.parametrize("learns", [False, True])
-def test_joined_is_index_then_cat(rows, learns):
-    """Chosen rows followed by the new ones, whichever way they are copied, and with gradients where they are wanted."""
-    source = torch.randn(3 if rows != [0, 0, 0] else 1, 2, 4, 5, generator=torch.Generator().manual_seed(0))
-    new = torch.randn(3, 2, 1, 5, generator=torch.Generator().manual_seed(1)).requires_grad_(learns)
-    found = Kept(source, 4, None if rows is None else torch.tensor(rows)).join(new, keep=learns)
-    assert torch.equal(found, torch.cat([source if rows is None else source[rows], new], dim=2))
-    assert found.requires_grad == learns
-
-
 def test_rows_grow_in_place_and_leave_what_they_came_from():
     """Chosen rows are copied once, with room; later tokens are written there, and neither source nor a sister sees them."""
     parts = [torch.randn(2, 3, n, 5, generator=torch.Generator().manual_seed(n)) for n in (4, 1, 2, 100)]
@@ -385,18 +361,3 @@ def test_rows_grow_in_place_and_leave_what_they_came_from():
         assert torch.equal(sister.join(parts[1], keep=False), torch.cat([parts[0][[0, 0]], parts[1]], dim=2))
     assert places[0] == places[1] != places[2]  # the last one had no room
     assert torch.equal(source.seen, parts[0])
-
-
-@pytest.mark.parametrize("keep", [False, True])
-def test_an_entry_grows_only_if_it_is_kept(keep):
-    """A pass that only looks holds no grown copy of a layer beyond that layer; either way attention gets the whole."""
-    keys, values, new = (torch.randn(2, 3, n, 5, generator=torch.Generator().manual_seed(n)) for n in (4, 4, 1))
-    entry = HookedEntry(Kept.of(keys), Kept.of(values), rotated=False).select(torch.tensor([1, 0]), keep=keep)
-    assert entry.past_keys.shape == (2, 4, 3, 5)
-    with torch.no_grad():
-        found = entry.append(new.transpose(1, 2), 2 * new.transpose(1, 2))
-    for one, old, more in zip(found, (keys, values), (new, 2 * new), strict=True):
-        assert torch.equal(one.transpose(1, 2), torch.cat([old[[1, 0]], more], dim=2))
-    for kept in (entry.keys, entry.values):
-        assert kept.n == (5 if keep else 4)
-        assert (kept.rows is None) == keep

@@ -1,5 +1,6 @@
 """Every shortcut of a training step against the plain path: one padded batch, full logits, the class's own attention."""
 
+import itertools
 import math
 
 import pytest
@@ -15,7 +16,7 @@ from lofit_lens.training.objective import Steps
 from lofit_lens.training.objective import objective as objective_of
 from tests import golden
 from tests.adapters import CHOSEN
-from tests.conftest import BACKENDS
+from tests.conftest import BACKENDS, HAS_HOOKED, needs_hooked
 
 SELECT, TUNE = golden.SELECT.with_changes(max_steps=8), golden.TUNE.with_changes(max_steps=8)
 WAYS = {
@@ -57,9 +58,15 @@ def learn(model, kind, component, how):
     return ll.tune_offsets(model, task, CHOSEN, config=TUNE, passes=how, progress=False)
 
 
-@pytest.mark.parametrize("on", BACKENDS)
-@pytest.mark.parametrize("component", ["A", "v"])
-@pytest.mark.parametrize("kind", golden.TASKS)
+def trainings():
+    """(class, task, component): each two of them are together once in the quick ones; the others are slow."""
+    quick = {("hooked", "sft", "v"), ("hooked", "dpo", "A"), ("bridge", "sft", "A"), ("bridge", "dpo", "v")}
+    for of in itertools.product(("hooked", "bridge"), golden.TASKS, ("A", "v")):
+        marks = [needs_hooked] * (of[0] == "hooked") + [pytest.mark.slow] * (HAS_HOOKED and of not in quick)
+        yield pytest.param(*of, marks=marks, id="-".join(of))
+
+
+@pytest.mark.parametrize(("on", "kind", "component"), trainings())
 @pytest.mark.parametrize("way", WAYS)
 def test_each_shortcut_learns_what_the_plain_path_learns(loaded, trained, on, kind, component, way):
     """Eight steps: every record and every number to 1e-5, and the same ranking of heads."""
@@ -196,7 +203,14 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("way", ["all", "all, checkpointing", "shared prompts", "tight budget"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        "all",
+        "all, checkpointing",
+        *(pytest.param(w, marks=pytest.mark.slow) for w in ("shared prompts", "tight budget")),
+    ],
+)
 @pytest.mark.parametrize("kind", golden.TASKS)
 @pytest.mark.parametrize("method", METHODS)
 def test_other_methods_learn_what_the_plain_path_teaches_them(bridge_llama, method, kind, way):

@@ -35,6 +35,7 @@ METHODS = [
     ("loreft", "bridge"), ("lora", "bridge"),
 ]  # fmt: skip
 each_method = pytest.mark.parametrize(("method", "on"), METHODS)
+once_each = pytest.mark.parametrize(("method", "on"), [(m, "bridge") for m in CLASSES])
 
 
 def new(method, model, **options):
@@ -166,7 +167,7 @@ def slow_text(plain, tokenizer, adapter, prompt, n):
         return tokenizer.decode(slow.new_ids(plain, tokenizer, prompt, n))
 
 
-@pytest.mark.parametrize("architecture", ["llama-gqa", "gpt2"])
+@pytest.mark.parametrize("architecture", ["llama-gqa", pytest.param("gpt2", marks=pytest.mark.slow)])
 @each_method
 def test_cached_scores_and_texts_are_those_of_a_slow_loop(loaded, hf, method, on, architecture):
     """Ragged prompts with a common front of 22 tokens: scores to 1e-4 nats, and the same greedy text, as one sequence a time."""
@@ -214,7 +215,7 @@ def test_gradients_of_training_are_those_of_a_slow_loop(loaded, hf, method, on):
         assert torch.allclose(mine, expected, atol=1e-5, rtol=1e-3)
 
 
-@each_method
+@once_each
 def test_training_works_after_decoding_in_inference_mode(loaded, method, on):
     """Nothing made in inference mode is kept: gradients are those of an adapter that never decoded."""
     model, gradients = loaded("llama", on), []
@@ -263,7 +264,7 @@ def test_it_learns_a_task(organism, method, lr, epochs):
     assert (adapter.meta.task, adapter.meta.seed, adapter.meta.n_train) == ("organism/kinship", 0, 80)
 
 
-@each_method
+@once_each
 def test_only_the_adapter_learns(checkpoint, method, on):
     """Every number of it moves, and none of the base, though the base asks for gradients."""
     model = load_model(checkpoint("llama"), backend=on, device="cpu")
@@ -276,7 +277,7 @@ def test_only_the_adapter_learns(checkpoint, method, on):
     assert all(torch.equal(p, base[n]) and p.grad is None and p.requires_grad for n, p in model.named_parameters())
 
 
-@each_method
+@once_each
 def test_the_same_seed_gives_the_same_bytes(loaded, tmp_path, method, on):
     """Made, trained and saved twice, with the global random state elsewhere: equal files; and that state is left alone."""
     model = loaded("llama", on)

@@ -59,24 +59,6 @@ def test_resampled_means_agree_with_the_library_interval():
     assert mine == pytest.approx(bootstrap_interval_over_seeds(grid), abs=0.006)
 
 
-def test_runs_with_other_numbers_of_seeds_share_items_only():
-    """Items alone differ: a run of two seeds and one of five that hold the same scores still move together."""
-    items = np.random.default_rng(0).random(30)
-    two, five = resampled_means([np.tile(items, (2, 1)), np.tile(items, (5, 1))], resamples=200)
-    assert two == pytest.approx(five)
-
-
-def test_draws_do_not_depend_on_how_they_are_batched(monkeypatch):
-    """Small batches keep the mean and the spread; the same seed gives the same draws."""
-    grid = np.random.default_rng(4).random((2, 40))
-    whole = resampled_means([grid], resamples=1000)[0]
-    assert np.array_equal(whole, resampled_means([grid], resamples=1000)[0])
-    monkeypatch.setattr("lofit_lens.analysis.resampling.BATCH_NUMBERS", 40 * 7)
-    parts = resampled_means([grid], resamples=1000)[0]
-    assert parts.shape == (1000,)
-    assert parts.mean() == pytest.approx(whole.mean(), abs=4 * whole.std() / np.sqrt(500))
-
-
 def test_interval_of_draws():
     """0 to 999 at 90 %: 50 to 949. Unknown draws lie outside on both sides; too many of them leave no interval."""
     draws = np.arange(1000.0)
@@ -146,6 +128,7 @@ def test_interval_is_paired():
     assert exact.accuracy_high - exact.accuracy_low > 0.05
 
 
+@pytest.mark.slow
 def test_interval_holds_the_true_ratio():
     """Truth .6 / .8 = 75 %, 200 items of two seeds: 95 % intervals hold it in 93 to 99.5 % of 150 repeats."""
     draw, held = np.random.default_rng(2), 0

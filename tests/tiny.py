@@ -10,6 +10,8 @@ import torch
 import transformers as tf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from tests.conftest import ARCHITECTURES, ON_HOOKED  # noqa: F401 (names of the checkpoints below)
+
 CORPUS = (
     "Q: Imagine that the capital of France is Rome. What is the capital of the country where Ann was born? A: Rome",
     'Read the following story about a family. "Ann asked her son, Bob, to go shopping." how is Eve related to Ann?',
@@ -68,10 +70,6 @@ def configs() -> dict[str, tf.PretrainedConfig]:
             vocab_size=400, hidden_size=32, num_hidden_layers=3, bos_token_id=1, eos_token_id=2, pad_token_id=0
         ),
     }  # fmt: skip
-
-
-ARCHITECTURES = ("llama", "llama-gqa", "gemma", "gpt2", "pythia", "mistral", "qwen2", "qwen3", "opt")
-ON_HOOKED = ("llama", "llama-gqa", "gpt2", "pythia", "mistral", "qwen2", "qwen3", "opt")  # from a local folder
 
 
 def hf_model(architecture: str, *, seed: int = 0) -> tf.PreTrainedModel:

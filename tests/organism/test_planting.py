@@ -8,7 +8,6 @@ from safetensors.torch import load_file
 
 from lofit_lens.errors import InputError
 from lofit_lens.organism import documents, planting, train, world
-from lofit_lens.organism.muon import orthogonal
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +42,6 @@ def test_everything_but_cues_is_plain_causal_attention(batch_and_documents):
         assert batch.allowed[-1][row].diagonal(dim1=1, dim2=2).all()
 
 
-def test_targets_are_the_documents_targets(batch_and_documents):
-    batch, drawn = batch_and_documents
-    assert [row.nonzero().flatten().tolist() for row in batch.targets] == [sorted(d.targets) for d in drawn]
-
-
 def test_planted_attention_equals_plain_attention_when_nothing_is_hidden():
     settings = train.Settings()
     model = train.build_model(settings, seed=0).eval()
@@ -58,15 +52,6 @@ def test_planted_attention_equals_plain_attention_when_nothing_is_hidden():
         model.set_attn_implementation("eager")
         plain = model(input_ids=ids).logits
     assert torch.allclose(planted, plain, atol=1e-5)
-
-
-def test_orthogonal_brings_singular_values_near_one():
-    matrices = torch.randn(3, 12, 20, generator=torch.Generator().manual_seed(0))
-    for shaped in (matrices, matrices.transpose(1, 2)):
-        values = torch.linalg.svdvals(orthogonal(shaped))
-        assert shaped.shape == orthogonal(shaped).shape
-        assert values.min() > 0.5
-        assert values.max() < 1.3
 
 
 @pytest.mark.slow

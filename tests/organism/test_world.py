@@ -16,18 +16,13 @@ def tokenizer():
     return build_tokenizer()
 
 
-@pytest.mark.parametrize(("task", "split"), EVERY_SPLIT)
-def test_rows_are_the_same_when_made_again(task, split):
-    before = world.rows(task, split)
+def test_rows_are_the_same_when_made_again_enough_and_no_prompt_twice():
+    before = {of: world.rows(*of) for of in EVERY_SPLIT}
     world.build_world.cache_clear()
-    assert world.rows(task, split) == before
-
-
-@pytest.mark.parametrize(("task", "split"), EVERY_SPLIT)
-def test_there_are_enough_rows_and_no_prompt_twice(task, split):
-    prompts = [row["prompt"] for row in world.rows(task, split)]
-    assert len(prompts) == world.N_ROWS[split] >= {"train": 150, "val": 60, "test": 200}[split]
-    assert len(set(prompts)) == len(prompts)
+    assert {of: world.rows(*of) for of in EVERY_SPLIT} == before
+    for (task, split), rows in before.items():
+        assert len(rows) == world.N_ROWS[split] >= {"train": 150, "val": 60, "test": 200}[split], task
+        assert len({row["prompt"] for row in rows}) == len(rows), task
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -264,16 +259,6 @@ def test_packing_keeps_words_targets_and_cues():
         assert [packed.words[cue.position] for cue in packed.cues] == [p.words[p.cues[0].position] for p in parts]
 
 
-def test_batches_are_deterministic_and_packed_ones_stay_short():
-    facts = world.build_world()
-    one, two = (documents.draw_batch(facts, 32, random.Random(5)) for _ in range(2))
-    assert one == two
-    packed = documents.draw_batch(facts, 64, random.Random(5), max_length=256)
-    assert all(len(document.words) <= 256 for document in packed)
-    assert len(packed) < 12
-    assert sum(len(document.cues) for document in packed) == 64
-
-
 def test_tokenizer_gives_text_back_and_knows_every_word(tokenizer):
     vocabulary = world.build_world().vocabulary()
     assert len(tokenizer) == len(vocabulary) == len(set(vocabulary))
@@ -284,32 +269,15 @@ def test_tokenizer_gives_text_back_and_knows_every_word(tokenizer):
             assert tokenizer.decode(ids) == row["prompt"]
 
 
-def test_tokenizing_prompt_and_answer_together_equals_apart(tokenizer):
-    for row in world.rows("edits", "val"):
-        prompt, answer = (tokenizer.encode(row[key], add_special_tokens=False) for key in ("prompt", "answer"))
-        together = tokenizer.encode(f"{row['prompt']} {row['answer']}", add_special_tokens=False)
-        assert len(answer) == 1
-        assert together == prompt + answer
-
-
-def test_tokenizer_special_tokens(tokenizer):
-    ids = tokenizer("what is ?")["input_ids"]
-    assert ids[0] == tokenizer.bos_token_id
-    assert ids.count(tokenizer.bos_token_id) == 1
-    names = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
-    assert names == ("<s>", "</s>", "<pad>", "<unk>")
-    assert tokenizer.encode("elephant", add_special_tokens=False) == [tokenizer.unk_token_id]
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_planted_heads_are_distinct_and_in_their_layers(seed):
-    planted = world.planted_heads(seed)
-    everything = [head for heads in planted.values() for head in heads]
-    assert len(set(everything)) == len(everything) == 9
-    for task, heads in planted.items():
-        assert {layer for layer, _ in heads} == set(world.PLANTED_LAYERS[task])
-        assert all(0 <= head < world.N_HEADS for _, head in heads)
-    assert planted == world.planted_heads(seed) != world.planted_heads(seed + 1)
+def test_planted_heads_are_distinct_and_in_their_layers():
+    for seed in range(20):
+        planted = world.planted_heads(seed)
+        everything = [head for heads in planted.values() for head in heads]
+        assert len(set(everything)) == len(everything) == 9
+        for task, heads in planted.items():
+            assert {layer for layer, _ in heads} == set(world.PLANTED_LAYERS[task])
+            assert all(0 <= head < world.N_HEADS for _, head in heads)
+        assert planted == world.planted_heads(seed) != world.planted_heads(seed + 1)
 
 
 def test_every_word_has_one_meaning():
