@@ -279,6 +279,7 @@ def make_picture(path: Path) -> Path:
         run_all(b, url, width=1240, height=1000)
         eventually(b, "document.querySelector('.llx')?.dataset.version && document.querySelector('.llx-attention')")
         time.sleep(1.0)  # fonts and the notebook's own scrolling
+        b.js("document.querySelector('.llx-panel').style.maxHeight = '700px'")  # so that all of it is in the window
         b.js("document.querySelector('.llx').scrollIntoView()")
         b.picture(path, of=".llx")
     Image.open(path).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
