@@ -326,9 +326,9 @@ class Task:
         if not callable(grade):
             raise InputError(f"grade is {shown(grade)}; give a function of the generated text and the example")
         splits = {s: records_of(f"{name} {s}", rows) for s, rows in (("train", train), ("val", val), ("test", test))}
-        read = {s: [{k: r[k] for k in READ if k in r} for r in rows] for s, rows in splits.items()}
-        return cls(**fields_of_task(
+        made = fields_of_task(
             name, {s: [(f"{name} {s} row {i + 1}", r) for i, r in enumerate(rows)] for s, rows in splits.items()},
-            grade=grade, metric=metric, max_new_tokens=max_new_tokens, n_train=n_train, source="records",
-            hashes={s: io.digest(rows) for s, rows in read.items()},
-        ))  # fmt: skip
+            grade=grade, metric=metric, max_new_tokens=max_new_tokens, n_train=n_train, source="records", hashes={},
+        )  # fmt: skip
+        read = {s: [{k: r[k] for k in READ if k in r} for r in rows] for s, rows in splits.items()}
+        return cls(**made | {"hashes": {s: io.digest(rows) for s, rows in read.items()}})
