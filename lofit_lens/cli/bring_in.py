@@ -93,7 +93,7 @@ def bring_in(
     c.console.print(f"wrote {out}")
 
 
-def format_of(source: str, revision: str | None) -> str:
+def format_of(source: str | Path, revision: str | None = None) -> str:
     """Which of the forms a file or a checkpoint has.
 
     Raises:

@@ -65,9 +65,12 @@ def compare(
         if first is not None:
             raise InputError(f"got the folder {first!r} and --task {task[0]}; give two folders, or --task")
         from lofit_lens.cli.methods import Comparison, compare_on_tasks, ordinary_texts, task_names
+        from lofit_lens.models import planned_tokenizer
 
         opened = [c.TaskOptions(name, fold, data_dir, source, chat, system).opened(form) for name in task_names(task)]
-        c.say_template_of([(how.model, how.revision)], used=chat or system is not None)
+        if any(one.chat is not None for one in opened):
+            c.say_template_of([(how.model, how.revision)], used=True)
+            opened = [one.asked_of(planned_tokenizer(how.model, revision=how.revision)) for one in opened]
         tables = compare_on_tasks(Comparison(
             model=how.spec(), device=how.device, tasks=opened, methods=method, selectors=selectors, seeds=seeds,
             texts=[] if selectors else ordinary_texts(texts, how.model, n_texts), limit=limit, n_train=n_train,

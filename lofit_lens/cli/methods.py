@@ -46,19 +46,19 @@ def compare_on_tasks(asked: Comparison) -> "dict[str, MethodTable]":
     from lofit_lens.experiments.comparison import compare_methods, compare_selectors
 
     start = time.perf_counter()
+    names = _named(asked)
     c.check_writable(asked.out)
     shared: dict[str, Any] = {
         "seeds": range(asked.seeds), "limit": asked.limit, "n_train": asked.n_train, "device": asked.device, "out": asked.out,
         "workers": workers_for(asked.workers, asked.model.name, asked.device), "progress": not asked.quiet,
     }  # fmt: skip
-    methods = None if asked.selectors else _methods(asked.methods)
     tables = {}
     for task in asked.tasks:
         with c.progress_lines(asked.quiet):
             if asked.selectors:
-                table = compare_selectors(asked.model, task, selectors=asked.methods, **shared)
+                table = compare_selectors(asked.model, task, selectors=names, **shared)
             else:
-                table = compare_methods(asked.model, task, methods=methods, texts=asked.texts, **shared)
+                table = compare_methods(asked.model, task, methods=names, texts=asked.texts, **shared)
         files = table.save(asked.out, stem=_stem(table, asked.selectors))
         _print(table)
         c.console.print(f"wrote {', '.join(f.name for f in files)} into {asked.out}\n")
@@ -67,18 +67,18 @@ def compare_on_tasks(asked: Comparison) -> "dict[str, MethodTable]":
     return tables
 
 
-def _methods(asked: Sequence[str] | None) -> list[str] | None:
-    """Rows that are asked for and LoFiT 3 %, in the table's order; None = all."""
+def _named(asked: Comparison) -> list[str] | None:
+    """Rows or selectors that are asked for, in the table's order, with LoFiT 3 % among the rows; None = all."""
     from lofit_lens.errors import unknown
-    from lofit_lens.experiments.comparison import LEARNED, METHODS, rows_of
+    from lofit_lens.experiments.comparison import LEARNED, METHODS, SELECTORS, rows_of
 
-    if asked is None:
+    if asked.methods is None:
         return None
-    known = rows_of(METHODS.values())
-    for name in asked:
+    known = SELECTORS if asked.selectors else rows_of(METHODS.values())
+    for name in asked.methods:
         if name not in known:
-            raise unknown("method", name, known)
-    return [name for name in known if name in {LEARNED, *asked}]
+            raise unknown("selector" if asked.selectors else "method", name, known)
+    return [name for name in known if name in {LEARNED, *asked.methods}]
 
 
 def workers_for(workers: int, model: str, device: str | None) -> int:
