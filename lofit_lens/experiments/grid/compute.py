@@ -275,6 +275,7 @@ def _trial(job: _Job) -> None:
 
 def _fitted(job: _Job) -> Intervention | None:
     method, timing = method_of(job.spec["method"]), job.draft.timing
+    timing["fit_seconds"] = 0.0
     if method.fit is None:
         return None
     if method.joint is not None:
