@@ -57,8 +57,12 @@ def quiet():
 
     import torch
     import transformers
+    from huggingface_hub.utils import _http
 
     torch.set_num_threads(1)
+    # Where there is no network, no test waits between attempts to reach a hub.
+    for asking in (_http._http_backoff_base, _http.http_backoff, _http.http_stream_backoff):
+        getattr(asking, "__wrapped__", asking).__kwdefaults__ |= {"base_wait_time": 0.0, "max_wait_time": 0.0}
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("transformer_lens").setLevel(logging.ERROR)

@@ -150,6 +150,7 @@ def test_each_section_says_what_made_it(tmp_path):
 # --------------------------------------------------------------------------------------------------------- whole runs
 
 
+@pytest.mark.slow
 def test_all_variants_of_a_step_compute_the_same(tmp_path, monkeypatch):
     """Loss and gradient of every class and shortcut equal plain Hugging Face's; below the lowest edited layer nothing is kept."""
     monkeypatch.setattr(train_step, "operations", lambda step: {})  # takes seconds

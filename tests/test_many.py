@@ -64,7 +64,13 @@ def assert_equal_runs(got, want, within=1e-5):
 @pytest.mark.parametrize("on", BACKENDS)
 @pytest.mark.parametrize(
     "how",
-    [FAST, PLAIN, Passes(100), Passes(1), Passes(checkpointing=True)],
+    [
+        FAST,
+        PLAIN,
+        Passes(100),
+        pytest.param(Passes(1), marks=pytest.mark.slow),
+        pytest.param(Passes(checkpointing=True), marks=pytest.mark.slow),
+    ],
     ids=["fast", "plain", "100 tokens", "one example a pass", "checkpointing"],
 )
 def test_each_run_learns_what_it_learns_alone(loaded, apart, monkeypatch, on, how):

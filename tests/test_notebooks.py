@@ -277,7 +277,8 @@ def test_differences_name_notebook_and_cell():
 # ---------------------------------------------------------------------------------------------------------- runs
 
 
-@pytest.mark.parametrize("name", [NAMES[0], *(pytest.param(n, marks=pytest.mark.slow) for n in NAMES[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_a_run_gives_these_outputs_again(name, drawn):
     """Numbers up to rounding. The cells that ask for HookedTransformer say something else where there is none."""
     path = FOLDER / f"{name}.ipynb"
@@ -286,6 +287,7 @@ def test_a_run_gives_these_outputs_again(name, drawn):
     assert [said for said in execute.check(path, drawn=drawn) if not any(cell in said for cell in asking)] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "said"),
     [("1 / 0", "ZeroDivisionError"), ("import os; os.kill(os.getpid(), 9)", "[Kk]ernel died"),
@@ -302,6 +304,7 @@ def test_a_cell_that_fails_or_hangs_is_named(tmp_path, monkeypatch, source, said
     assert (tmp_path / "99_broken.ipynb").read_text() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chrome", ["exec sleep 60", "exit 1"])
 def test_a_chrome_that_does_not_answer_ends_the_run(tmp_path, monkeypatch, chrome):
     """Kaleido would wait without end for one that hangs, and behind its server also for one that does not start."""
