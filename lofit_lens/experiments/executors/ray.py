@@ -83,8 +83,8 @@ class RayExecutor:
 
     @property
     def slots(self) -> int:
-        """Groups that the cluster has room for now; one at least, which waits for a node that comes back."""
-        return max(1, self._room())
+        """Groups that the cluster has room for now; one at least, which waits for a node that comes back. 0 once Ray is left."""
+        return max(1, self._room()) if self._ray.is_initialized() else 0
 
     def submit(self, group: Group) -> None:
         """Hand a group to the cluster."""
