@@ -148,12 +148,12 @@ def _explained(found: Difference, d_head: int, index: list[int]) -> Explained:
     v[index] = rearrange(shift, "(head d) -> head d", d=d_head)
     left = weight * (1 + rearrange(A, "head d -> (head d)")) - scaled
     left_bias = weight @ rearrange(v, "head d -> (head d)").double() - bias
-    residual = max(_share(left_bias, bias), _share(left, weight - scaled))
-    beyond = max(
+    shares = _share(left_bias, bias), _share(left, weight - scaled)
+    beyond = (
         _share((left_bias.abs() - found.moved_bias).clamp(min=0), bias),
         _share((left.abs() - found.moved_scaled).clamp(min=0), weight - scaled),
     )
-    return Explained(A, v, residual, beyond, unique)
+    return Explained(A, v, _largest(shares), _largest(beyond), unique)
 
 
 def _differences(new: Outputs, old: Outputs | None, layer: int) -> Difference:
@@ -195,7 +195,7 @@ def _rounding(values: Tensor, kind: torch.dtype) -> Tensor:
 
 def _check_explained(explained: dict[int, Explained], checkpoint: str | Path, heads: HeadSet | None) -> None:
     """Refuse an edit that leaves most of the difference."""
-    wrong = [layer for layer, one in explained.items() if one.beyond > REFUSED]
+    wrong = [layer for layer, one in explained.items() if not one.beyond <= REFUSED]  # NaN too
     if not wrong:
         return
     asked = set() if heads is None else set(heads.layers)
@@ -211,6 +211,10 @@ def _check_explained(explained: dict[int, Explained], checkpoint: str | Path, he
         f"{checkpoint} is not explained by scalings and offsets of these heads: {what}. Layers that differ, with the share of "
         f"it that is left: {told}; {then}"
     )
+
+
+def _largest(shares: tuple[float, ...]) -> float:
+    return float(torch.tensor(shares, dtype=torch.float64).max())  # NaN stays
 
 
 def _share(left: Tensor, whole: Tensor) -> float:

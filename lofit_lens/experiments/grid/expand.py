@@ -315,7 +315,7 @@ class _Maker:
         for task in self.setting.tasks:
             outline = self.setting.outline(task)
             fit = self._own_fit(run, task, seed, heads_of(run.k[0], outline.preset.k, self.setting.n_heads))
-            wide = self._own_fit(run, task, seed, outline.wide_k)
+            wide = self._own_fit(run, task, seed, heads_of("3K", outline.preset.k, self.setting.n_heads))
             if fit is None:
                 raise InputError(
                     "'readings' are of adapters that all of a task's training examples made; leave n_train out"

@@ -23,7 +23,7 @@ from lofit_lens.experiments.executors.schedule import TOGETHER
 from lofit_lens.experiments.grid.compute import Context, compute
 from lofit_lens.experiments.grid.expand import Setting, expand
 from lofit_lens.experiments.grid.paper import grid_named, known_grids
-from lofit_lens.experiments.grid.specs import Grid, ModelSpec, TaskSpec
+from lofit_lens.experiments.grid.specs import Grid, ModelSpec, TaskSpec, listed
 from lofit_lens.experiments.methods import USED, Outline, Workbench, use_file
 from lofit_lens.experiments.methods.base import ALL, RANDOM, Method
 from lofit_lens.experiments.methods.source import in_library
@@ -82,16 +82,11 @@ def read_grid(path: str | Path) -> Grid:
     if not isinstance(found, dict):
         raise DataError(f"{path} holds {type(found).__name__}; a grid is a record with name, model, tasks and runs")
     try:
-        for file in _files(found.get("code", [])):
+        for file in listed(found.get("code", ())):
             use_file(Path(path).parent / str(file))
         return Grid(**{str(k): v for k, v in found.items()})
     except InputError as e:
         raise InputError(f"{path}: {e}") from e
-
-
-def _files(given: Any) -> list[str]:
-    """One file, or several."""
-    return [str(file) for file in (given if isinstance(given, list) else [given])]
 
 
 def plan_grid(

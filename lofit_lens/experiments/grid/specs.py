@@ -41,19 +41,19 @@ SELECTED_READ = ("heads", "of", "k", "readings", *ANY_FIT)
 WHOLE = ("epochs", "batch_size", "max_steps", "schedule_steps")  # settings that count
 
 
-def _listed(value: Any) -> Any:
+def listed(value: Any) -> Any:
     """One value stands for a list of one."""
     return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
 def _method_names(value: Any) -> Any:
     """Methods by their names; one's own are made known."""
-    return tuple(method_of(v).name if isinstance(v, Method) else v for v in _listed(value))
+    return tuple(method_of(v).name if isinstance(v, Method) else v for v in listed(value))
 
 
-Texts = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+Texts = Annotated[tuple[str, ...], BeforeValidator(listed)]
 Methods = Annotated[tuple[str, ...], BeforeValidator(_method_names)]
-Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_listed), Field(min_length=1)]
+Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(listed), Field(min_length=1)]
 
 
 def _numbers(value: Any) -> Any:
@@ -162,7 +162,7 @@ class Selection(Spec):
     among_k: int | str = "3K"
     n_train: Annotated[int, Field(ge=1)] | None = None
     settings: Settings = {}
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_listed)] = ()
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(listed)] = ()
 
     @model_validator(mode="after")
     def _trained_ones(self) -> "Selection":
@@ -206,8 +206,8 @@ class Run(Spec):
     method: Methods = ("LoFiT",)
     heads: Texts = (OWN,)
     of: Texts = (ITSELF,)
-    k: Annotated[tuple[int | str, ...], BeforeValidator(_listed)] = ("K",)
-    n_train: Annotated[tuple[Annotated[int, Field(ge=1)] | None, ...], BeforeValidator(_listed)] = (None,)
+    k: Annotated[tuple[int | str, ...], BeforeValidator(listed)] = ("K",)
+    n_train: Annotated[tuple[Annotated[int, Field(ge=1)] | None, ...], BeforeValidator(listed)] = (None,)
     settings: Annotated[
         str | dict[str, int | float] | tuple[dict[str, int | float], ...], BeforeValidator(_preset_or_numbers)
     ] = PRESET
@@ -297,10 +297,10 @@ class Grid(Spec):
     """
 
     name: str
-    code: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
-    model: Annotated[tuple[ModelSpec, ...], BeforeValidator(lambda v: tuple(_named(m) for m in _listed(v)))]
-    tasks: Annotated[tuple[TaskSpec, ...], BeforeValidator(lambda v: tuple(_named(t) for t in _listed(v)))]
-    other_tasks: Annotated[tuple[TaskSpec, ...], BeforeValidator(lambda v: tuple(_named(t) for t in _listed(v)))] = ()
+    code: Annotated[tuple[str, ...], BeforeValidator(listed)] = ()
+    model: Annotated[tuple[ModelSpec, ...], BeforeValidator(lambda v: tuple(_named(m) for m in listed(v)))]
+    tasks: Annotated[tuple[TaskSpec, ...], BeforeValidator(lambda v: tuple(_named(t) for t in listed(v)))]
+    other_tasks: Annotated[tuple[TaskSpec, ...], BeforeValidator(lambda v: tuple(_named(t) for t in listed(v)))] = ()
     texts: str | None = None
     n_texts: Annotated[int, Field(ge=1)] = 50
     seeds: Seeds = (0, 1)
@@ -310,8 +310,8 @@ class Grid(Spec):
     limit: Annotated[int, Field(ge=1)] | None = None
     batch_size: Annotated[int, Field(ge=1)] | None = None
     selections: dict[str, Selection] = {}
-    scores: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
-    runs: Annotated[tuple[Run, ...], BeforeValidator(_listed)] = ()
+    scores: Annotated[tuple[str, ...], BeforeValidator(listed)] = ()
+    runs: Annotated[tuple[Run, ...], BeforeValidator(listed)] = ()
 
     @model_validator(mode="after")
     def _whole(self) -> "Grid":

@@ -51,11 +51,6 @@ class Outline:
         """With the task's preset."""
         return cls(info, preset(info, task.family, task.objective))
 
-    @property
-    def wide_k(self) -> int:
-        """Number of heads of the 10 % setting: three times the preset's 3 % (96 of Llama-2-7B's 1,024, as in the paper)."""
-        return min(3 * self.preset.k, self.info.n_layers * self.info.n_heads)
-
 
 @dataclass(frozen=True)
 class Fit:
@@ -258,7 +253,7 @@ class Method:
         if heads in (RANDOM, ALL):
             names = self.control_rows or (f"{self.name}, random heads", f"{self.name}, all heads")
             return names[heads == ALL]
-        share = {usual: "3 %", wide: "10 %"} if usual == wide else {wide: "10 %", usual: "3 %"}
+        share = {wide: "10 %", usual: "3 %"}  # of equal numbers the usual one
         return f"{self.name} {share[k]}" if k in share else f"{self.name}, {k} heads"
 
     def model(self, bench: Workbench) -> Any:
