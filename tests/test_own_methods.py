@@ -117,6 +117,8 @@ def test_other_source_other_runs(gates, checkpoint, tmp_path):
     first = names()
     assert names() == first
     gates.write_text(textwrap.dedent(GATES.replace("scale[head] = self.g[i]", "scale[head] = 2 * self.g[i]")))
+    with pytest.raises(InputError, match=r"own_gates\.py has changed since this process imported it"):
+        names()
     importlib.invalidate_caches()
     sys.modules.pop("own_gates")
     second = names()

@@ -9,6 +9,7 @@ import pkgutil
 import sys
 from pathlib import Path
 
+from lofit_lens import io
 from lofit_lens.errors import DataError, InputError, unknown
 from lofit_lens.experiments.methods.base import Fit, Method, Outline, Workbench
 
@@ -22,6 +23,7 @@ def _own() -> list[Method]:
 
 METHODS: dict[str, Method] = {method.name: method for method in _own()}
 _LIBRARY = tuple(METHODS)
+_read: dict[str, str] = {}  # file -> digest of what was imported from it
 USED: dict[str, str] = {}  # name of a module -> its file, of `use_file`
 
 
@@ -51,10 +53,15 @@ def use_file(path: str | Path) -> None:
         raise DataError(f"{path} is no Python file; give the path of one")
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))
+    digest, there = io.file_digest(path), path.stem in sys.modules
     module = importlib.import_module(path.stem)
+    if there and _read.get(str(path), digest) != digest:
+        raise InputError(
+            f"{path} has changed since this process imported it; start Python anew, so that its new code runs"
+        )
     if Path(module.__file__ or "").resolve() != path:
         raise InputError(f"{path} is hidden by another module of its name, {module.__file__}; rename it")
-    USED[path.stem] = str(path)
+    USED[path.stem], _read[str(path)] = str(path), digest
     for value in vars(module).values():
         if isinstance(value, Method):
             register(value)
