@@ -9,7 +9,7 @@ import torch
 
 from lofit_lens import HeadSet, Lofit
 from lofit_lens.errors import InputError, ModelError, TrainingDiverged
-from lofit_lens.experiments.comparison import LEARNED, compare_methods, compare_selectors, rows_of, tune_method
+from lofit_lens.experiments.comparison import REFERENCE, compare_methods, compare_selectors, rows_of, tune_method
 from lofit_lens.experiments.grid import compute
 from lofit_lens.experiments.methods import METHODS, Method, Outline, Workbench, method_of, register
 from lofit_lens.experiments.methods.base import TRIALS
@@ -243,7 +243,7 @@ def test_bad_requests_are_refused_first(model, asked):
     """Nothing is run."""
     for options, message in (
         ({"methods": ["LoFT 3 %"]}, "unknown method"), ({"seeds": ()}, "0 seeds"),
-        ({"methods": ["zero-shot"]}, "reference 'LoFiT 3 %' is not among"), ({"methods": [LEARNED, LEARNED]}, "given twice"),
+        ({"methods": ["zero-shot"]}, "reference 'LoFiT 3 %' is not among"), ({"methods": [REFERENCE, REFERENCE]}, "given twice"),
         ({"workers": 2}, "by name"), ({"settings": {"RED": {"lrr": 1.0}}}, "settings of RED: no field 'lrr'"),
         ({"settings": {"RDE": {}}}, "Did you mean 'RED'"),
     ):  # fmt: skip
@@ -268,7 +268,7 @@ def test_lora_without_its_checkpoint_is_refused_first(hf, asked):
     plain.config.name_or_path = ""
     loaded = load_model(plain, tokenizer=tiny.tokenizer(), backend="hooked", device="cpu")
     with pytest.raises(ModelError, match="Leave LoRA out"):
-        compare_methods(loaded, TASK, methods=[LEARNED, "LoRA"], progress=False)
+        compare_methods(loaded, TASK, methods=[REFERENCE, "LoRA"], progress=False)
     assert asked == []
 
 
@@ -293,10 +293,10 @@ def test_every_method_has_the_same_number_of_trials(model):
 
 def test_random_heads_take_over_the_learned_heads_settings(model):
     """The control differs in its heads alone: no trial of its own, the settings of LoFiT 3 %, five draws."""
-    table = compare_methods(model, TASK, methods=["random heads", LEARNED, "LoFiT 10 %"], seeds=(0,), progress=False)
-    assert [r.method for r in table.rows] == ["random heads", LEARNED, "LoFiT 10 %"]
+    table = compare_methods(model, TASK, methods=["random heads", REFERENCE, "LoFiT 10 %"], seeds=(0,), progress=False)
+    assert [r.method for r in table.rows] == ["random heads", REFERENCE, "LoFiT 10 %"]
     assert [r.tried for r in table.rows] == [0, 4, 0]
-    assert table["random heads"].settings == table[LEARNED].settings == table["LoFiT 10 %"].settings
+    assert table["random heads"].settings == table[REFERENCE].settings == table["LoFiT 10 %"].settings
     assert [len(m.runs) for m in table.methods] == [5, 1, 1]
 
 

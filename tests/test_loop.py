@@ -12,7 +12,7 @@ from torch import nn
 from lofit_lens import io
 from lofit_lens.errors import AdapterError, InputError, TrainingDiverged
 from lofit_lens.training import TrainConfig
-from lofit_lens.training.loop import Fit, Training, row_order, train_together
+from lofit_lens.training.loop import FitSpec, Training, row_order, train_together
 
 ROWS = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
 CONFIG = TrainConfig(lr=0.1, epochs=3, batch_size=4, weight_decay=0.01, clip=0.5, l1=0.01)  # 3 epochs of 3 steps
@@ -49,7 +49,9 @@ def fit(toy, *, loss=None, config=CONFIG, n_rows=10, penalty=None, order=None, s
         value.backward()
         return [value.detach()]
 
-    run = Training(Fit(toy, None, config, seed, penalty=penalty or toy.penalty, order=order), n_rows, identity or {})
+    run = Training(
+        FitSpec(toy, None, config, seed, penalty=penalty or toy.penalty, order=order), n_rows, identity or {}
+    )
     train_together([run], step_of, progress=False, **options)
     if run.error is not None:
         raise run.error

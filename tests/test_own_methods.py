@@ -1,17 +1,26 @@
 """Methods from outside the library: what names their runs, files that hold them, and how they reach tables and adapters."""
 
 import importlib
+import os
+import subprocess
 import sys
 import textwrap
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
 
 import lofit_lens as ll
 from lofit_lens.errors import AdapterError, DataError, InputError
+from lofit_lens.experiments.executors.runner import run_cells
+from lofit_lens.experiments.executors.schedule import Group
+from lofit_lens.experiments.grid.compute import compute
+from lofit_lens.experiments.grid.keys import selector_source
 from lofit_lens.experiments.grid.run import plan_grid, read_grid, run_grid
 from lofit_lens.experiments.methods import METHODS, USED, use_file
 from lofit_lens.experiments.methods.source import digest_of
+from lofit_lens.experiments.store.store import Store
 from lofit_lens.experiments.tables.load import load_results
 from lofit_lens.interventions import HeadAdapter
 from lofit_lens.sharing.affine import affine
@@ -126,6 +135,33 @@ def test_other_source_other_runs(gates, checkpoint, tmp_path):
     assert second["file gate"] != first["file gate"]
 
 
+def test_a_run_is_named_by_the_code_that_makes_it(gates, checkpoint, tmp_path):
+    """A file that changes after its import: the digest is that of the code in memory, and no cell is made by other code."""
+    grid = tmp_path / "grid.yaml"
+    grid.write_text(
+        f"name: own\ncode: own_gates.py\nmodel: {checkpoint('llama')}\ntasks: kin\nruns: [{{method: file gate, heads: depth}}]\n"
+    )
+    planned = plan_grid(grid, tasks=[KIN])
+    before = METHODS["file gate"].source, selector_source("depth")
+    gates.write_text(
+        textwrap.dedent(GATES)
+        .replace("scale[head] = self.g[i]", "scale[head] = -self.g[i]")
+        .replace("float(layer)", "-float(layer)")
+    )
+    assert (METHODS["file gate"].source, selector_source("depth")) == before
+    importlib.invalidate_caches()
+    sys.modules.pop("own_gates")
+    use_file(gates)  # as a worker does that starts later
+    assert METHODS["file gate"].source != before[0]
+    asked = replace(planned.context, code=())
+    store = Store(tmp_path / "s")
+    found = run_cells(store, planned.cells, compute, asked, retries=0, progress=False)
+    assert {error.split(" has changed")[0] for error in found.failed.values()} == {"InputError: the code of depth"}
+    fits = [cell for cell in planned.cells if cell.row["kind"] == "fit"]
+    with pytest.raises(InputError, match="the code of file gate has changed since this grid was planned"):
+        compute(store, Group(tuple(fits)), asked, "cpu", each=lambda cell: nullcontext())
+
+
 FACTOR = 2.0
 
 
@@ -157,6 +193,27 @@ def test_what_a_digest_holds(monkeypatch):
     with pytest.raises(InputError, match="it takes 'model' from around it, a object"):
         digest_of([direct], "it")
     assert digest_of([Holder], "it") != digest_of([type("Holder", (), {"model": "y"})], "it")
+
+
+def test_a_digest_is_the_same_in_every_process():
+    """Texts in a set have another order in each."""
+    code = (
+        "from lofit_lens.experiments.methods.source import digest_of\n"
+        "def f(x):\n    return x in {'a', 'b', 'c', 'd'}, lambda y: y in {'e', 'f', 'g'}\n"
+        "print(digest_of([f], 'it'))"
+    )
+    found = {
+        subprocess.check_output([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, text=True)
+        for seed in ("1", "2", "3")
+    }
+    assert len(found) == 1
+
+
+def test_names_of_rows():
+    """By the share of heads; where the usual K is as large as the wide one, its name counts."""
+    lofit = METHODS["LoFiT"]
+    assert [lofit.row("A-norm", k, 3, 9) for k in (3, 9, 4)] == ["LoFiT 3 %", "LoFiT 10 %", "LoFiT, 4 heads"]
+    assert lofit.row("A-norm", 3, 3, 3) == "LoFiT 3 %"
 
 
 def test_files_that_are_none(tmp_path):

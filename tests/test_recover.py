@@ -165,6 +165,14 @@ def test_numbers_that_are_not_finite_are_refused(by_hand, checkpoint, tmp_path, 
         import_folded(made, base=base)
 
 
+def test_a_difference_beyond_numbers_is_refused(by_hand, checkpoint):
+    """Its square is infinite, and the share that is left is NaN."""
+    name = NAME.format(1, "bias")
+    made = by_hand(lambda t: t.update({name: torch.full((32,), 1e200, dtype=torch.float64)}))
+    with pytest.raises(AdapterError, match=r"is not explained .*1 \(nan\)"):
+        import_folded(made, base=checkpoint("llama"))
+
+
 def test_a_base_that_does_not_say_its_vocabulary(folded, tmp_path):
     """Its embedding has as many rows; without one it is said."""
     base, adapter, folder = folded("llama")

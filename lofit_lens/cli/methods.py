@@ -70,7 +70,7 @@ def compare_on_tasks(asked: Comparison) -> "dict[str, MethodTable]":
 def _named(asked: Comparison) -> list[str] | None:
     """Rows or selectors that are asked for, in the table's order, with LoFiT 3 % among the rows; None = all."""
     from lofit_lens.errors import unknown
-    from lofit_lens.experiments.comparison import LEARNED, METHODS, SELECTORS, rows_of
+    from lofit_lens.experiments.comparison import METHODS, REFERENCE, SELECTORS, rows_of
 
     if asked.methods is None:
         return None
@@ -78,7 +78,7 @@ def _named(asked: Comparison) -> list[str] | None:
     for name in asked.methods:
         if name not in known:
             raise unknown("selector" if asked.selectors else "method", name, known)
-    return [name for name in known if name in {LEARNED, *asked.methods}]
+    return [name for name in known if name in {REFERENCE, *asked.methods}]
 
 
 def workers_for(workers: int, model: str, device: str | None) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lofit_lens.errors import InputError, TrainingDiverged, unknown
-from lofit_lens.experiments.executors.runner import run_cells
+from lofit_lens.experiments.executors.runner import Report, run_cells
 from lofit_lens.experiments.grid.compute import choice, compute
 from lofit_lens.experiments.grid.run import plan_grid, run_grid
 from lofit_lens.experiments.grid.specs import CHOSEN, PRESET, Grid, ModelSpec, Run, TaskSpec
@@ -50,7 +50,7 @@ def own_row(method: Method) -> str:
     return method.row(OWN, 1, 1, 3)
 
 
-LEARNED = own_row(lofit.METHOD)
+REFERENCE = own_row(lofit.METHOD)
 
 
 def compare_methods(
@@ -65,7 +65,7 @@ def compare_methods(
     limit: int | None = None,
     n_train: int | None = None,
     texts: Iterable[str] = (),
-    reference: str = LEARNED,
+    reference: str = REFERENCE,
     batch_size: int | None = None,
     workers: int = 1,
     device: str | None = None,
@@ -238,7 +238,7 @@ def tune_method(
     with _folder(out) as folder:
         store = Store(folder)
         needed = [cell for cell in planned.cells if cell.row["kind"] in ("scores", "trial")]
-        _check(run_cells(store, needed, compute, planned.context, progress=progress), store)
+        _check(run_cells(store, needed, compute, planned.context, progress=progress))
         return choice(store, trials, chosen.name, task.name, task.metric)
 
 
@@ -261,7 +261,7 @@ def _results(
             grid, folder, model=None if by_name else model, tasks=[_with_rows(task, n_train)], texts=texts, workers=workers,
             device=device, progress=progress,
         )  # fmt: skip
-        _check(report, Store(folder))
+        _check(report)
         yield load_results(folder, grids=[grid.name])
 
 
@@ -278,7 +278,7 @@ def _folder(out: str | Path | None) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _check(report: Any, store: Store) -> None:
+def _check(report: Report) -> None:
     """Raise what the first failed run raised.
 
     Raises:

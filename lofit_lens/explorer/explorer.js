@@ -264,7 +264,7 @@ function render({ model, el: place }) {
     el("div", { class: "llx-bar" }, el("div", { class: "llx-ks" }, ...ks, el("label", {}, link, " same K")), overlap),
     el("div", { class: "llx-body" },
       el("div", { class: "llx-main" }, readout, el("div", { class: "llx-two" }, ...grids.map((g) => g.root)),
-        el("div", { class: "llx-keys" }, sample("shared", "in the top K of both"), sample("own", "of this set alone"),
+        el("div", { class: "llx-keys" }, sample("shared", "in the top K of both"), sample("own", "of this set only"),
           el("span", { class: "llx-key" }, el("span", { class: "llx-sample llx-picked" }), "marked by you", picked, clear),
           el("label", {}, "colour ", colour)),
         asked, lower.root), panel));

@@ -82,7 +82,7 @@ class Grid {
     this.legend.replaceChildren(el("span", { text: short(low) }), ramp(this.heat), el("span", { text: `${short(high)} (${kind})` }));
   }
 
-  // Marks: "shared" (top K of both sets), "own" (of this one alone), "none". `isIn` tells whether a head is in a side's top K.
+  // Marks: "shared" (top K of both sets), "own" (of this one only), "none". `isIn` tells whether a head is in a side's top K.
   mark(isIn, other, selection, open) {
     for (const cell of this.cells) {
       const mark = !isIn(cell.index) ? "none" : other(cell.index) ? "shared" : "own";

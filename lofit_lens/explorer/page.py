@@ -177,7 +177,7 @@ def picture(state: State) -> str:
     return (
         '<div style="background:#fff;color:#222;padding:8px;overflow-x:auto;font:13px Helvetica,Arial,sans-serif">'
         f"<p>{html.escape(state.summary())}.</p><table><tr>{grids}</tr></table>"
-        f"<p>{SHARED} in the top K of both sets, {OWN} of this one alone. Darker blue: larger score, or earlier place. "
+        f"<p>{SHARED} in the top K of both sets, {OWN} of this one only. Darker blue: larger score, or earlier place. "
         f"Shared heads: {shared or 'none'}.{marked}</p>"
         "<p><small>This is a still picture: scripts do not run here.</small></p></div>"
     )

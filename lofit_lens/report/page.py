@@ -10,7 +10,7 @@ from plotly.colors import sample_colorscale
 
 from lofit_lens import io
 from lofit_lens.analysis.transfer import RANDOM, Transfer
-from lofit_lens.errors import InputError
+from lofit_lens.errors import DataError, InputError
 from lofit_lens.experiments.tables.paper_tables import paper_tables
 from lofit_lens.experiments.tables.results import Results
 from lofit_lens.explorer.explorer import Explorer
@@ -113,7 +113,9 @@ def _transfer(results: Results) -> str:
     """The transfer matrix as HTML; empty where the study holds none."""
     try:
         found: Transfer = transfer(results)
-    except InputError:  # one task, or that part was not run
+    except InputError as e:
+        if isinstance(e, DataError):  # damaged; any other: one task, or that part was not run
+            raise
         return ""
     cells = {(row["source"], row["task"]): row for row in found.frame.to_dict("records")}
     known = [x for x in found.frame["relative"] if not pd.isna(x)]

@@ -19,7 +19,7 @@ from lofit_lens.models import ALL, ModelInfo, attached_to, fingerprint, frozen, 
 from lofit_lens.tasks.base import Task
 from lofit_lens.tasks.registry import task_of
 from lofit_lens.training.config import TrainConfig
-from lofit_lens.training.loop import Fit, OnStep, Training, check_gradients, train_together
+from lofit_lens.training.loop import FitSpec, OnStep, Training, check_gradients, train_together
 from lofit_lens.training.objective import Steps, objective
 from lofit_lens.training.passes import FAST, Passes
 
@@ -80,7 +80,7 @@ def fit(
     check_adapter(adapter)
     check_is(config, TrainConfig, "config", "a TrainConfig(lr=...)")
     task = task_of(task)
-    asked = Fit(
+    asked = FitSpec(
         adapter, task, config, seed, n_train=n_train, penalty=penalty, identity=identity or {}, on_step=on_step, order=order,
         reference=reference,
     )  # fmt: skip
@@ -94,7 +94,7 @@ def fit(
 
 def fit_together(
     model: Any,
-    fits: Sequence[Fit],
+    fits: Sequence[FitSpec],
     attached: Callable[[Any], contextlib.AbstractContextManager[Any]],
     *,
     checkpoint: str | Path | None = None,
@@ -167,7 +167,7 @@ def _check_positions(adapter: Any) -> None:
         )
 
 
-def _identity(one: Fit, info: ModelInfo) -> dict[str, Any]:
+def _identity(one: FitSpec, info: ModelInfo) -> dict[str, Any]:
     """What tells a run from others, for its checkpoint."""
     given = {} if one.reference is None else {"reference": io.digest(one.reference.tolist())}
     return {
@@ -184,7 +184,7 @@ def _weights(info: ModelInfo) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _kept(fits: Sequence[Fit]) -> Iterator[None]:
+def _kept(fits: Sequence[FitSpec]) -> Iterator[None]:
     """Leave nothing trainable, and hand a single adapter over with the Ctrl-C that stops its training.
 
     Around `frozen`, which makes weights trainable again.

@@ -28,7 +28,7 @@ from lofit_lens.tasks.base import Task
 from lofit_lens.tasks.registry import task_of
 from lofit_lens.training.config import TrainConfig, preset
 from lofit_lens.training.fitting import fit_together
-from lofit_lens.training.loop import Fit, OnStep
+from lofit_lens.training.loop import FitSpec, OnStep
 from lofit_lens.training.losses import l1_norm
 from lofit_lens.training.objective import encoded_rows
 from lofit_lens.training.passes import FAST, Passes
@@ -160,7 +160,7 @@ class LofitRun:
         Lofit.for_model(model, self.heads)
         encoded_rows(model, task_of(self.task).training_examples("train", n=self.n_train, seed=self.seed))
 
-    def fit(self, model: Any) -> Fit:
+    def fit(self, model: Any) -> FitSpec:
         """The training that this asks for, with a new adapter on the model's device."""
         check_one_of("component", self.component, ("A", "v"))
         lofit, task = Lofit.for_model(model, self.heads), task_of(self.task)
@@ -168,7 +168,7 @@ class LofitRun:
         config = (known.select if self.component == "A" else known.tune) if self.config is None else self.config
         check_is(config, TrainConfig, "config", "a TrainConfig(lr=...), e.g. preset(...).tune")
         lofit.init_(self.component, seed=self.seed, std=config.init_std).train_only(self.component)
-        return Fit(
+        return FitSpec(
             lofit, task, config, self.seed, self.n_train,
             penalty=(lambda: l1_norm(lofit.A)) if self.component == "A" else None,
             identity={"component": self.component, "heads": [list(h) for h in lofit.heads]}, on_step=self.on_step,

@@ -40,7 +40,7 @@ def row_order(n_rows: int, *, seed: int, epoch: int) -> list[int]:
 
 
 @dataclass(frozen=True, eq=False)
-class Fit:
+class FitSpec:
     """One training that is asked for; see `training.fit` for what its fields mean."""
 
     adapter: Any
@@ -71,7 +71,7 @@ class Training:
         InputError: nothing to train, no rows, a row order that does not fit, or a schedule shorter than the training.
     """
 
-    def __init__(self, asked: Fit, n_rows: int, identity: Mapping[str, Any]) -> None:
+    def __init__(self, asked: FitSpec, n_rows: int, identity: Mapping[str, Any]) -> None:
         check_is(asked.config, TrainConfig, "config", "a TrainConfig(lr=...)")
         check_seed(asked.seed)
         if asked.on_step is not None and not callable(asked.on_step):

@@ -242,13 +242,13 @@ class _Maker:
         self, method: Method, task: str, seed: int, n_train: int | None, settings: Mapping[str, Any],
         heads: dict[str, Any] | None, k: int | None,
     ) -> dict[str, Any]:  # fmt: skip
-        data, outline = self.setting.tasks[task], self.setting.outline(task)
+        data, outline, source = self.setting.tasks[task], self.setting.outline(task), method.source
         config = None if method.config is None else _changed(method.config(outline), settings).to_dict()
         return {
             "task": self.setting.task_keys[task], "method": method.name, "seed": seed,
             "n_train": None if method.fit is None else _rows(data, n_train, seed), "settings": dict(settings),
             "config": config, "heads": heads, "k": k if method.heads == "k" else None,
-            "batch_size": self.setting.grid.batch_size, **({"source": method.source} if method.source else {}),
+            "batch_size": self.setting.grid.batch_size, **({"source": source} if source else {}),
         }  # fmt: skip
 
     def _settings(

@@ -28,7 +28,7 @@ def task_key(task: Task) -> dict[str, Any]:
     """What of a task can change a result: its rows in training and test form, and how answers are graded.
 
     Raises:
-        InputError: a grader that is not known by a name and its source.
+        InputError: a grader that is not known by a name and its code.
     """
     rows = {
         name: {split: [repr(e) for e in listed] for split, listed in form.items()}
@@ -37,12 +37,16 @@ def task_key(task: Task) -> dict[str, Any]:
     return {
         "name": task.name, "form": task.form, "objective": task.objective, "metric": task.metric,
         "max_new_tokens": task.max_new_tokens, "data": io.digest([rows, sorted(task.leaked), task.n_train]),
-        "grade": _grader(task), **({} if task.chat is None else {"chat": asdict(task.chat)}),
+        "grade": grader_key(task), **({} if task.chat is None else {"chat": asdict(task.chat)}),
     }  # fmt: skip
 
 
-def _grader(task: Task) -> str:
-    """A grader's name; outside the library its source too, since it may change under its name."""
+def grader_key(task: Task) -> str:
+    """A grader's name; outside the library its code too, since it may change under its name.
+
+    Raises:
+        InputError: its code takes something from around it that cannot be named.
+    """
     grade: Any = task.grade
     if grade is None:
         return ""
@@ -51,7 +55,7 @@ def _grader(task: Task) -> str:
 
 
 def selector_source(name: str) -> dict[str, str]:
-    """Digest of the source of a selector from outside the library."""
+    """Digest of the code of a selector from outside the library."""
     select: Any = SELECTORS[name]
     return {} if in_library(select) else {"source": digest_of([select], f"the selector {name}")}
 

@@ -12,8 +12,6 @@ from lofit_lens.experiments.grid.specs import CHOSEN, PRESET, Grid, ModelSpec, R
 from lofit_lens.experiments.methods.base import OWN, RANDOM
 from lofit_lens.organism.words import TASKS
 
-STEERING = ("ITI", "RepE")
-
 # What all that is said about a head set is set against: the unmodified model, the task's own heads, and as many at random.
 BASE = (
     Run(method=("zero-shot",), tested=True),
@@ -21,7 +19,7 @@ BASE = (
     Run(heads=(RANDOM,), draws=5),
 )  # fmt: skip
 BLOCKS: dict[str, tuple[Run, ...]] = {
-    "table1": (Run(method=STEERING), Run(heads=(OWN,), k=("3K",))),
+    "table1": (Run(method=("ITI", "RepE")), Run(heads=(OWN,), k=("3K",))),
     "table2": (Run(heads=("bias norm", "probe accuracy", "probing layers")),),
     "table3": (Run(method=("LoRA", "RED", "LoReFT")), Run(heads=(OWN,), k=("3K",))),
     "table5": (),
@@ -138,7 +136,9 @@ def _with(run: Run, *, draws: int, tune: bool, fresh: bool, measured: bool, read
     if RANDOM in run.heads:
         changes["draws"] = draws
     if all(method.fit is not None for method in run.methods):
-        changes["settings"] = CHOSEN if tune or run.method == STEERING else PRESET
+        # The presets hold nothing for what is not trained.
+        untrained = all(method.config is None for method in run.methods)
+        changes["settings"] = CHOSEN if tune or untrained else PRESET
     return run.model_copy(update=changes)
 
 

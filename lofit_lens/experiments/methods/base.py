@@ -231,10 +231,10 @@ class Method:
 
     @property
     def source(self) -> str:
-        """Digest of the source of a method from outside the library, which is part of what names its runs; else "".
+        """Digest of the code of a method from outside the library, which is part of what names its runs; else "".
 
         Raises:
-            InputError: its source cannot be read, or it takes something from around it that cannot be named.
+            InputError: it takes something from around it that cannot be named.
         """
         given = [f for f in (self.fit, self.points, self.config, self.joint) if f is not None]
         return "" if all(map(in_library, given)) else digest_of(given, f"the method {self.name}")

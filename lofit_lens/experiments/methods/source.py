@@ -1,7 +1,9 @@
-"""Digest of code that a user wrote. A run is named by all that can change its result, and such code can."""
+"""Digest of code that a user wrote. A run is named by all that can change its result, and such code can.
+
+The compiled code is read, not the text of its file: the file may have changed since this process imported it.
+"""
 
 import dis
-import inspect
 import sys
 import sysconfig
 import types
@@ -17,7 +19,9 @@ _INSTALLED = tuple({Path(sysconfig.get_paths()[part]).resolve() for part in ("st
 
 
 def digest_of(code: Iterable[Any], what: str) -> str:
-    """Digest of the source of functions and classes and of all that they refer to by name, but for installed packages.
+    """Digest of functions and classes and of all that they refer to by name, except for installed packages.
+
+    Comments are no part of it; bytecode is, so that another Python version gives another digest.
 
     Args:
         code: functions and classes.
@@ -27,12 +31,12 @@ def digest_of(code: Iterable[Any], what: str) -> str:
         16 hexadecimal digits.
 
     Raises:
-        InputError: something that has no source, or a value from around it that is not plain data (named).
+        InputError: something that is no function or class, or a value from around it that is not plain data (named).
     """
     reader = _Reader(what)
     for one in code:
         if not isinstance(one, types.FunctionType | type):
-            raise InputError(f"{what} is {one!r}, and a run is named by its source; give a function (def) or a class")
+            raise InputError(f"{what} is {one!r}, and a run is named by its code; give a function (def) or a class")
         reader.read(one, getattr(one, "__qualname__", repr(one)))
     return io.digest(reader.found)[:16]
 
@@ -58,25 +62,18 @@ class _Reader:
                 self.found.append([name, f"{value.__module__}.{value.__qualname__}"])
             elif id(value) not in self._seen:
                 self._seen.add(id(value))
-                self._read_source(value, name)
+                self._read_code(value)
         elif isinstance(value, types.BuiltinFunctionType):
             self.found.append([name, f"{value.__module__}.{value.__qualname__}"])
         else:
             self.found.append([name, self._plain(value, name)])
 
-    def _read_source(self, value: Any, name: str) -> None:
+    def _read_code(self, value: Any) -> None:
         functions = [value] if isinstance(value, types.FunctionType) else list(_functions(value))
-        # A notebook's class has no file; its functions have. What else it holds is read below, as data.
-        for function in functions:
-            try:
-                self.found.append([function.__qualname__, inspect.getsource(function)])
-            except (OSError, TypeError) as e:
-                raise InputError(
-                    f"the source of {name}, a part of {self.what}, cannot be read; put it into a file"
-                ) from e
         if isinstance(value, type):
             self._read_class(value)
         for function in functions:
+            self.found.append([function.__qualname__, _compiled(function.__code__)])
             for given in (function.__defaults__, function.__kwdefaults__):
                 self.found.append([function.__qualname__, self._plain(given, f"a default of {function.__qualname__}")])
             for free, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
@@ -96,12 +93,32 @@ class _Reader:
     def _plain(self, value: Any, name: str) -> Any:
         """The value, if it is data that can be written down."""
         try:
-            return io.canonical_json(value) if not isinstance(value, Mapping) else io.canonical_json(dict(value))
+            return io.canonical_json(dict(value) if isinstance(value, Mapping) else value)
         except (TypeError, ValueError) as e:
             raise InputError(
                 f"{self.what} takes {name!r} from around it, a {type(value).__name__}: a run is named by all that can change it, "
                 "and this cannot be written down. Make it a number, a text or a function, or make it inside"
             ) from e
+
+
+def _compiled(code: types.CodeType) -> list[Any]:
+    """What code does, without its lines and its file."""
+    return [
+        code.co_code.hex(),
+        code.co_exceptiontable.hex(),
+        code.co_names,
+        code.co_varnames,
+        *map(_constant, code.co_consts),
+    ]
+
+
+def _constant(value: Any) -> Any:
+    if isinstance(value, types.CodeType):
+        return _compiled(value)
+    if isinstance(value, tuple):
+        return [_constant(part) for part in value]
+    # The order of a set of texts is another in each process.
+    return sorted(map(repr, value)) if isinstance(value, frozenset) else repr(value)
 
 
 def _functions(cls: type) -> Iterator[types.FunctionType]:
