@@ -113,7 +113,7 @@ def test_damaged_and_foreign_checkpoints_are_refused(broken, checkpoint, tmp_pat
     folder = shutil.copytree(checkpoint("llama"), tmp_path / "x")
     config = json.loads((folder / CONFIG).read_text())
     for changes, message in (
-        ({"quantization_config": {"bits": 4}}, "quantised"),
+        ({"quantization_config": {"bits": 4}}, "quantized weights.*in full precision"),
         ({"architectures": None, "model_type": "nothing"}, "names the architectures None"),
         ({"architectures": ["MambaForCausalLM"]}, r"cannot be exported into a MambaForCausalLM.*\(it is for LlamaForCausalLM"),
         ({"num_hidden_layers": 4}, r"of the layers \[0, 1, 2\], and its configuration says 4"),

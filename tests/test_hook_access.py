@@ -1,5 +1,6 @@
 """What models.py promises beside loading: padding and keys/values, heads that can be reached, a model left as it was."""
 
+import contextlib
 import copy
 import warnings
 from types import SimpleNamespace
@@ -10,8 +11,10 @@ from torch import nn
 
 from lofit_lens import generate, models
 from lofit_lens.errors import ModelError
+from lofit_lens.evaluation.scoring import score_continuations
 from lofit_lens.models import (
     bridge_class,
+    check_cache,
     extend,
     frozen,
     head_size,
@@ -235,16 +238,27 @@ def test_unprocessed_models_are_not_suspected(loaded, architecture, on):
     assert not value_biases_folded(loaded(architecture, on))
 
 
-def test_a_cache_that_gives_other_logits_is_refused(checkpoint, monkeypatch):
-    """As MPT's on one TransformerLens version: found before anything is scored, unless an attached hook may be the reason."""
-    model = load_model(checkpoint("llama"), backend="bridge", device="cpu")
-    right = running.extend
-    monkeypatch.setattr(running, "extend", lambda *args: (right(*args)[0] + 1.0, None))
-    with pytest.raises(
-        ModelError, match=r"logits behind cached keys are off by 1 .*another version of transformer-lens"
-    ):
-        generate(model, "Q: who?", max_new_tokens=2)
-    with hooked(hook_z(model, 0), lambda z, hook: z):
-        assert not running.gaps_are_exact(model)
-    monkeypatch.undo()
-    assert running.gaps_are_exact(model)
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_cache_that_gives_other_logits_is_not_used(checkpoint, backend, monkeypatch, caplog, attached):
+    """As MPT's on one TransformerLens version: found before anything is run, with a hook in place too; answers stay right."""
+    prompts = ["Q: who?", "Q: Imagine that the capital of France is Rome. What is"]
+    choices = [[" A", " A: Rome"], [" the capital", " who"]]
+    right = load_model(checkpoint("llama"), backend=backend, device="cpu")
+    answers = generate(right, prompts, max_new_tokens=6)
+    scores = score_continuations(right, prompts, choices)
+    model = load_model(checkpoint("llama"), backend=backend, device="cpu")
+    cached = running._run
+
+    def wrong(model, state, *args, **kwargs):
+        found = cached(model, state, *args, **kwargs)
+        return found if state is None or state.cache is None else (found[0] * 2 + 1.0, found[1])
+
+    monkeypatch.setattr(running, "_run", wrong)
+    with hooked(hook_z(model, 0), lambda z, hook: z) if attached else contextlib.nullcontext():
+        assert generate(model, prompts, max_new_tokens=6) == answers
+        found = score_continuations(model, prompts, choices)
+    assert found == [pytest.approx(s, abs=1e-4) for s in scores]
+    assert caplog.text.count("logits behind cached keys are off by") == 1
+    assert "every pass runs all tokens again" in caplog.text
+    with pytest.raises(ModelError, match=r"behind cached keys are off by .* and this needs them"):
+        check_cache(model)

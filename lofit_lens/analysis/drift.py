@@ -11,7 +11,7 @@ padding, and only running sums are kept, so that memory does not grow with their
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,6 +141,7 @@ def drift(
     info, listed = model_info(model), adapters_of(adapters)
     check_whole(1, ends=ends, **given(limit=limit))
     every = tuple(range(info.n_layers))
+    at = {"resid": every, "z": info.grid.layers}
     head_size(model)
     check_residual(model, every, "hook_resid_post")
     sums = {
@@ -153,10 +154,10 @@ def drift(
         bar = tqdm(_rows(model, texts, split, limit), desc="drift", disable=not progress, unit="text")
         for ids, was_cut in bar:
             n_texts, n_tokens, cut = n_texts + 1, n_tokens + len(ids), cut + was_cut
-            for where, measured in _measured(model, listed, ids, every).items():  # [3, n_layers, pos(, n_heads)]
-                by_position = measured if where == "resid" else measured.mean(axis=-1)
-                sums[f"{where} at"].add(_at_ends(by_position, ends))
-                sums["resid" if where == "resid" else "z by layer"].add(by_position.mean(axis=-1))
+            for where, measured in _measured(model, listed, ids, at).items():  # [3, n_layers, pos(, n_heads)]
+                of_layers = measured if where == "resid" else measured.mean(axis=-1)
+                sums[f"{where} at"].add(_at_ends(of_layers, ends))
+                sums["resid" if where == "resid" else "z by layer"].add(of_layers.mean(axis=-1))
                 if where == "z":
                     sums["z"].add(measured.mean(axis=2))
     if n_texts == 0:
@@ -164,15 +165,15 @@ def drift(
     edited = [h for a in listed if isinstance(a, HeadAdapter) for h in a.heads]
     heads = HeadSet(list(dict.fromkeys(edited)))
     places = [*range(ends), *range(-ends, 0)]
-    layers = [{"where": w, "layer": n, **_row(sums["z by layer" if w == "z" else w], n)} for w in WHERE for n in every]
+    layers = [{"where": w, "layer": n, **_row(sums["z by layer" if w == "z" else w], n)} for w in WHERE for n in at[w]]
     by_head = [{"head": str(h), "layer": h.layer, "index": h.head, **_row(sums["z"], h.layer, h.head)} for h in heads]
-    at = [
+    by_position = [
         {"where": w, "layer": n, "position": p, **_row(sums[f"{w} at"], n, i)}
-        for w in WHERE for n in every for i, p in enumerate(places) if sums[f"{w} at"].n[0, n, i]
+        for w in WHERE for n in at[w] for i, p in enumerate(places) if sums[f"{w} at"].n[0, n, i]
     ]  # fmt: skip
     names = tuple(str(getattr(a, "title", type(a).__name__)) for a in listed)
     return Drift(
-        pd.DataFrame(layers), pd.DataFrame(by_head), pd.DataFrame(at), n_texts, n_tokens, cut, info.name, names
+        pd.DataFrame(layers), pd.DataFrame(by_head), pd.DataFrame(by_position), n_texts, n_tokens, cut, info.name, names
     )  # fmt: skip
 
 
@@ -190,9 +191,9 @@ def _rows(model: Any, texts: Iterable[str] | Task, split: str, limit: int | None
 
 
 def _measured(
-    model: Any, adapters: Sequence[Intervention], ids: list[int], layers: Sequence[int]
+    model: Any, adapters: Sequence[Intervention], ids: list[int], layers: Mapping[str, Sequence[int]]
 ) -> dict[str, np.ndarray]:
-    """`[3, n_layers, pos]` of the stream and `[3, n_layers, pos, n_heads]` of z for one text."""
+    """`[3, n_layers, pos]` of the stream and `[3, n_layers, pos, n_heads]` of z for one text; NaN in layers without heads."""
     tokens = torch.tensor([ids], device=device_of(model))
     base: dict[tuple[str, int], Tensor] = {}
     found: dict[tuple[str, int], Tensor] = {}
@@ -206,8 +207,9 @@ def _measured(
 
     for hook, attach in ((keep, []), (measure, adapters)):
         with attached(model, *attach), contextlib.ExitStack() as stack:
-            for n in layers:
+            for n in layers["z"]:
                 stack.enter_context(hooked(hook_z(model, n), hook(("z", n))))
+            for n in layers["resid"]:
                 stack.enter_context(hooked(residual_point(model, n, "hook_resid_post"), hook(("resid", n))))
             run_through(model, tokens, torch.ones_like(tokens))
     for (where, n), values in found.items():
@@ -216,7 +218,8 @@ def _measured(
                 f"{where} of layer {n} of {model_info(model).name} is NaN, infinite or all zero at a position; load the model in "
                 "float32 or bfloat16, and look at what is attached"
             )
-    return {w: torch.stack([found[w, n] for n in layers], dim=1).numpy() for w in WHERE}
+    nowhere = torch.full_like(next(values for (where, _), values in found.items() if where == "z"), torch.nan)
+    return {w: torch.stack([found.get((w, n), nowhere) for n in layers["resid"]], dim=1).numpy() for w in WHERE}
 
 
 def _at_ends(values: np.ndarray, ends: int) -> np.ndarray:

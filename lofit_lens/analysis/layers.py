@@ -11,7 +11,7 @@ from scipy import stats
 from lofit_lens.checks import check_seed, check_share, check_whole, given
 from lofit_lens.errors import InputError
 from lofit_lens.evaluation.stats import RESAMPLES, bootstrap_interval, holm
-from lofit_lens.heads import HeadSet, Sets, named_sets
+from lofit_lens.heads import HeadSet, Sets, joint_grid, named_sets
 
 
 def layer_shares(sets: Sets, n_layers: int | None = None, *, level: float = 0.95) -> pd.DataFrame:
@@ -26,8 +26,8 @@ def layer_shares(sets: Sets, n_layers: int | None = None, *, level: float = 0.95
         level: of the chance range of one layer; over L layers about (1 - level) L of them fall outside by chance.
 
     Returns:
-        One row a set and layer: set, layer, count (heads), share (of the set, 0 to 1), expected = 1 / n_layers, low and
-        high (quantiles of the share by chance; NaN for a set that does not know its model).
+        One row a set and layer: set, layer, count (heads), share (of the set, 0 to 1), expected = 1 / layers that have heads, low
+        and high (quantiles of the share by chance; NaN for a set that does not know its model).
 
     Raises:
         InputError: no head set, an empty one, none that knows its model, or a head outside the model.
@@ -39,16 +39,18 @@ def layer_shares(sets: Sets, n_layers: int | None = None, *, level: float = 0.95
     check_share("level", level)
     sets = _some(sets)
     n = _n_layers(sets, n_layers)
+    known = [heads.shape for heads in sets.values() if heads.shape]
+    layers = joint_grid(known).layers if known else range(n)
     rows = []
     for name, heads in sets.items():
         low = high = float("nan")
         if heads.shape:
-            chance = stats.hypergeom(n * heads.shape[1], heads.shape[1], len(heads))
+            chance = stats.hypergeom(len(layers) * heads.shape[1], heads.shape[1], len(heads))
             low, high = (float(chance.ppf(q)) / len(heads) for q in ((1 - level) / 2, (1 + level) / 2))
         for layer, count in enumerate(heads.layer_counts(n).tolist()):
-            share = count / len(heads)
-            rows.append({"set": name, "layer": layer, "count": count, "share": share, "expected": 1 / n})
-            rows[-1] |= {"low": low, "high": high}
+            drawn = (1 / len(layers), low, high) if layer in layers else (0.0, 0.0, 0.0)  # no heads, no chance of one
+            rows.append({"set": name, "layer": layer, "count": count, "share": count / len(heads)})
+            rows[-1] |= dict(zip(("expected", "low", "high"), drawn, strict=True))
     return pd.DataFrame(rows)
 
 

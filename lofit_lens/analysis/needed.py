@@ -270,7 +270,7 @@ def removal(
     """
     check_one_of("how", how, HOW)
     info, task, heads = model_info(model), task_of(task), HeadSet.of(heads)
-    shape = (info.n_layers, info.n_heads)
+    shape = info.grid
     heads.check(shape)
     means = None
     if how == "mean":

@@ -29,6 +29,7 @@ from lofit_lens.checks import check_share, shown
 from lofit_lens.errors import InputError
 from lofit_lens.evaluation.stats import holm
 from lofit_lens.heads import (
+    Grid,
     HeadScores,
     HeadSet,
     Ranking,
@@ -37,6 +38,7 @@ from lofit_lens.heads import (
     Sets,
     check_k,
     check_shape,
+    joint_grid,
     named_rankings,
     named_scores,
     named_sets,
@@ -73,8 +75,8 @@ def overlap(sets: Sets, *, shape: tuple[int, int] | None = None, p: float = PERS
     for name, heads in sets.items():
         if not len(heads):
             raise InputError(f"head set {name!r} is empty; it overlaps with nothing")
-    n_layers, n_heads = joint_shape(sets, shape)
-    total = n_layers * n_heads
+    n_layers, n_heads = grid = joint_shape(sets, shape)
+    total = grid.n_total
     counts = {name: heads.layer_counts(n_layers) for name, heads in sets.items()}
     rows = []
     for a, b in combinations(sets, 2):
@@ -120,7 +122,7 @@ def score_agreement(scores: Scores) -> pd.DataFrame:
     joint_shape(scores)
     ranks = {}
     for name, s in scores.items():
-        table = s.values.numpy()
+        table = s.at_heads.numpy()
         if table.size < 3:
             raise InputError(f"a model of {table.size} heads has no rank correlation; it takes 3 and more")
         if np.ptp(table) == 0:
@@ -172,7 +174,7 @@ def agreement_by_k(
         [0, 2, 3]
     """
     pair = named_rankings({"a": a, "b": b})
-    n_layers, n_heads = joint_shape(pair, shape)
+    total = joint_shape(pair, shape).n_total
     first, second = (r.ranking() if isinstance(r, HeadScores) else r for r in (a, b))
     shorter = min(len(first), len(second))
     if not shorter:
@@ -181,7 +183,7 @@ def agreement_by_k(
     if not wanted:
         raise InputError(f"ks is {shown(ks)}; give numbers of heads from 1 to {shorter}, or None for all")
     check_share("p", p)
-    total, rows = n_layers * n_heads, []
+    rows = []
     shared = shared_by_depth(first.heads, second.heads)
     depth = np.arange(1, shared.size + 1)
     agreed = np.cumsum(shared / depth * p**depth) * (1 - p) / p + shared / depth * p**depth  # RBO_ext of each top K
@@ -222,7 +224,7 @@ def agreement(
     return pd.concat(frames, ignore_index=True)
 
 
-def joint_shape(of: Mapping[str, Ranking], shape: tuple[int, int] | None = None) -> tuple[int, int]:
+def joint_shape(of: Mapping[str, Ranking], shape: tuple[int, int] | None = None) -> Grid:
     """The one `(n_layers, n_heads)` that these head sets or scores belong to.
 
     Raises:
@@ -235,7 +237,7 @@ def joint_shape(of: Mapping[str, Ranking], shape: tuple[int, int] | None = None)
     if len(found) > 1:
         said = ", ".join(f"{name}: {s[0]}x{s[1]}" for name, s in known.items()) + (f"; shape={shape}" if shape else "")
         raise InputError(f"heads of different models cannot be compared ({said}); give one model's")
-    only = found.pop()
+    only = joint_grid([*known.values(), *found])
     for s in of.values():
         if isinstance(s, HeadSet):
             s.check(only)

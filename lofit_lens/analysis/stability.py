@@ -17,7 +17,7 @@ from lofit_lens.analysis.chance import mean_jaccard, shared_by_chance, shared_by
 from lofit_lens.analysis.overlap import joint_shape, score_agreement
 from lofit_lens.checks import shown
 from lofit_lens.errors import InputError
-from lofit_lens.heads import HeadScores, Scores, check_k, named_scores
+from lofit_lens.heads import Grid, HeadScores, Scores, check_k, named_scores
 
 
 def stability(scores: Scores, ks: Sequence[int] | None = None) -> pd.DataFrame:
@@ -41,7 +41,7 @@ def stability(scores: Scores, ks: Sequence[int] | None = None) -> pd.DataFrame:
         [1.0, 0.333]
     """
     runs, shape = _checked(scores)
-    total = shape[0] * shape[1]
+    total = shape.n_total
     wanted = list(range(1, total + 1)) if ks is None else list(ks) if isinstance(ks, Iterable) else []
     if not wanted:
         raise InputError(f"ks is {shown(ks)}; give numbers of heads from 1 to {total}, or None for all")
@@ -76,7 +76,9 @@ def selection_frequency(scores: Scores, k: int) -> HeadScores:
     chosen = torch.stack([s.top(k).mask(shape) for s in runs]).double().mean(0)
     names = [{getattr(s, of) for s in runs} for of in ("model", "task")]
     model, task = (n.pop() if len(n) == 1 else "" for n in names)
-    return HeadScores(chosen, f"share of {len(runs)} runs (top {k})", model, task, {"k": k, "n_runs": len(runs)})
+    return HeadScores(
+        chosen, f"share of {len(runs)} runs (top {k})", model, task, {"k": k, "n_runs": len(runs)}, shape.head_layers
+    )
 
 
 def mean_spearman(scores: Scores) -> float:
@@ -94,7 +96,7 @@ def mean_spearman(scores: Scores) -> float:
     return float(np.mean(score_agreement({f"run {i}": s for i, s in enumerate(runs)})["rho"].to_numpy()))
 
 
-def _checked(scores: Scores, *, least: int = 2) -> tuple[list[HeadScores], tuple[int, int]]:
+def _checked(scores: Scores, *, least: int = 2) -> tuple[list[HeadScores], Grid]:
     runs = list(named_scores(scores).values())
     if len(runs) < least:
         raise InputError(f"{len(runs)} runs given; give {least} or more seeds or folds of one task")

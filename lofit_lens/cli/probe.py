@@ -33,7 +33,7 @@ def probe(
 
     info = model_info(loaded)
     wanted = preset(info, data.family, data.objective).k if k is None else k
-    check_k(wanted, info.n_layers * info.n_heads, info.name)
+    check_k(wanted, info.grid.n_total, info.name)
     scores = probe_heads(loaded, data, seed=seed, n_train=n_train, progress=not quiet)
     heads = c.write_heads(out, scores, wanted, overwrite=overwrite)
     best = ", ".join(f"{h} {scores[h]:.3f}" for h in heads)

@@ -61,7 +61,7 @@ def select(
     info = model_info(loaded)
     settings = preset(info, data.family, data.objective)
     wanted = settings.k if k is None else k
-    check_k(wanted, info.n_layers * info.n_heads, info.name)
+    check_k(wanted, info.grid.n_total, info.name)
     state = c.state_file(out)
     if by == A_NORM:
         config = settings.select.with_changes(**ours)

@@ -48,7 +48,7 @@ def tune(
 
     info = model_info(loaded)
     if chosen is None:
-        chosen = HeadSet.all((info.n_layers, info.n_heads))
+        chosen = HeadSet.all(info.grid)
         if k is not None:
             check_k(k, len(chosen), info.name)
             chosen = chosen.top(k)

@@ -58,7 +58,7 @@ def shared_front(model: Any, rows: Sequence[Sequence[int]], *, longest: int) -> 
         longest: places in the cache of the longest sequence that will be run, padding included.
 
     Raises:
-        ModelError: this model's cached keys give wrong logits.
+        ModelError: logits that are NaN.
     """
     window, exact = attention_window(model), gaps_are_exact(model)
     if not exact or len(rows) < 2 or (window is not None and longest > window):

@@ -137,7 +137,7 @@ class EvalResult:
                 if len(items[name]) != metric.n:
                     raise ValueError(f"{len(items)} items in items.jsonl, {metric.n} in result.json")
             names = ("task", "split", "form", "label", "data_hash", "split_hash", "counted", "config", "versions")
-            model = ModelInfo(**record["model"]) if record["model"] else None
+            model = ModelInfo.from_dict(record["model"]) if record["model"] else None
             return cls(metrics=metrics, items=items, model=model, **{name: record[name] for name in names})
         except (AttributeError, KeyError, TypeError, ValueError) as e:
             raise DataError(f"{folder} does not hold a complete evaluation: {e}") from e

@@ -20,7 +20,7 @@ from lofit_lens.analysis.needed import drop_edits, keep_only, leave_one_out, rem
 from lofit_lens.errors import InputError, TrainingDiverged
 from lofit_lens.heads import HeadSet
 from lofit_lens.interventions.lofit import Lofit
-from lofit_lens.models import context_length, tokenizer_of
+from lofit_lens.models import context_length, model_info, tokenizer_of
 from lofit_lens.probing.probes import fit_probes
 from lofit_lens.probing.reading import reading_vectors
 from lofit_lens.tasks.base import Task
@@ -136,7 +136,7 @@ def _patterns(model: Any, lofit: Lofit, prompts: Sequence[str]) -> dict[str, Any
     short = [p for p in prompts if len(encode(tokenizer_of(model), p)) <= LONGEST][:SHOWN]
     if not short:
         raise InputError(f"every prompt is longer than {LONGEST} tokens, of which a pattern could be read")
-    grid = (lofit.shape[0], lofit.shape[1])
-    heads = HeadSet.all(grid) if grid[0] * grid[1] <= ALL_HEADS else lofit.heads
+    grid = model_info(model).grid
+    heads = HeadSet.all(grid) if grid.n_total <= ALL_HEADS else lofit.heads
     with lofit.attached(model):
         return attention_patterns(model, short, heads).to_dict()

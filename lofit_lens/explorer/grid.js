@@ -66,9 +66,11 @@ class Grid {
     this.set = set;
     const last = set.ranking.length;
     const [scores, kind] = byRank || !set.scores ? [null, "rank"] : [set.scores, set.kind];
-    const [low, high] = scores ? [Math.min(...scores), Math.max(...scores)] : [last, 1];
+    const known = (scores || []).filter((x) => x !== null);  // null: a layer without heads
+    const [low, high] = scores ? [Math.min(...known), Math.max(...known)] : [last, 1];
     const level = (i) => {
       if (!scores) return set.ranks[i] ? 1 - (set.ranks[i] - 1) / last : null;
+      if (scores[i] === null) return null;
       return high > low ? (scores[i] - low) / (high - low) : 0.5;
     };
     this.cells.forEach((cell, i) => {
@@ -101,6 +103,6 @@ class Grid {
 // A head's place in a set, in words.
 function describe(set, index) {
   const rank = set.ranks[index];
-  const score = set.scores ? `, ${set.kind} ${short(set.scores[index])}` : "";
+  const score = set.scores && set.scores[index] !== null ? `, ${set.kind} ${short(set.scores[index])}` : "";
   return `${rank ? `rank ${rank} of ${set.ranking.length}` : `not among ${set.ranking.length}`}${score}`;
 }

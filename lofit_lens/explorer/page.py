@@ -7,6 +7,7 @@ takes its place. A page's own content policy forbids every request, so that a mi
 import html
 import importlib.resources
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from lofit_lens.analysis.chance import (
 from lofit_lens.errors import InputError
 from lofit_lens.explorer.source import Entry, Source
 from lofit_lens.explorer.state import State
+from lofit_lens.heads import Grid
 from lofit_lens.html import grid_html
 from lofit_lens.plots.style import HEAT
 
@@ -64,13 +66,13 @@ def view_data(source: Source, *, work: int = 0) -> dict[str, Any]:
         (head -> list), `attention`, and `chance`: `ks`, by K `expected`, `low`, `high` (shared heads by chance, mean and 95 %)
         and, with `work`, `pairs`: "i,j" (places of sets) -> by K, p over all heads and p within layers, in thousandths.
     """
-    entries, (n_layers, n_heads) = list(source.entries.values()), source.shape
+    entries, (n_layers, n_heads), total = list(source.entries.values()), source.shape, source.shape.n_total
     pairs = [(i, j) for j in range(len(entries)) for i in range(j)] if work else []
     room = work // (len(pairs) * n_layers) if pairs else DRAWN
     ks = _steps(max(len(e.ranking) for e in entries), [e.k for e in entries], room)
-    bands = [chance_range(shared_by_chance(k, k, n_layers * n_heads)) for k in ks]
+    bands = [chance_range(shared_by_chance(k, k, total)) for k in ks]
     chance: dict[str, Any] = {
-        "ks": ks, "expected": [round(k * k / (n_layers * n_heads), 2) for k in ks],
+        "ks": ks, "expected": [round(k * k / total, 2) for k in ks],
         "low": [low for low, _ in bands], "high": [high for _, high in bands],
     }  # fmt: skip
     if work:
@@ -91,7 +93,7 @@ def _set(entry: Entry, n_heads: int) -> dict[str, Any]:
     return {
         "name": entry.name, "task": entry.task, "kind": entry.kind,
         "ranking": [h.layer * n_heads + h.head for h in entry.ranking],
-        "scores": scores and [float(f"{x:.{SCORE_DIGITS}g}") for x in scores],
+        "scores": scores and [None if math.isnan(x) else float(f"{x:.{SCORE_DIGITS}g}") for x in scores],
     }  # fmt: skip
 
 
@@ -103,7 +105,7 @@ def _steps(most: int, usual: Sequence[int], room: int) -> list[int]:
     return sorted({*spaced, *usual})
 
 
-def _chances(a: Entry, b: Entry, ks: Sequence[int], shape: tuple[int, int]) -> list[list[int]]:
+def _chances(a: Entry, b: Entry, ks: Sequence[int], shape: Grid) -> list[list[int]]:
     """By K, as far as both rankings go: p over all heads and p within layers, in thousandths."""
     n_layers, n_heads = shape
     shared = shared_by_depth(a.ranking.heads, b.ranking.heads)
@@ -112,7 +114,7 @@ def _chances(a: Entry, b: Entry, ks: Sequence[int], shape: tuple[int, int]) -> l
     for k in (k for k in ks if k <= min(len(a.ranking), len(b.ranking))):
         counts_a, counts_b = (np.bincount(listed[:k], minlength=n_layers) for listed in layers)
         x = int(shared[k - 1])
-        anywhere.append(thousandths(at_least(shared_by_chance(k, k, n_layers * n_heads), x)))
+        anywhere.append(thousandths(at_least(shared_by_chance(k, k, shape.n_total), x)))
         in_layers.append(thousandths(at_least(shared_by_chance_in_layers(counts_a, counts_b, n_heads), x)))
     return [anywhere, in_layers]
 

@@ -10,7 +10,7 @@ function placesTable(index, sets, shown, ks) {
     const k = Math.max(...sides);
     const inside = sides.length ? `, ${rank && rank <= k ? "in" : "not in"} the top ${k}` : "";
     return el("tr", { class: sides.length ? "llx-shown" : null }, el("th", { scope: "row", text: set.name }),
-      el("td", { title: set.kind, text: set.scores ? short(set.scores[index]) : "" }),
+      el("td", { title: set.kind, text: set.scores && set.scores[index] !== null ? short(set.scores[index]) : "" }),
       el("td", { text: `${rank ? `${rank} of` : "not among"} ${set.ranking.length}${inside}` }));
   });
   const heads = ["set", "score", "rank"].map((text) => el("th", { scope: "col", text }));

@@ -12,7 +12,7 @@ from lofit_lens.errors import InputError
 from lofit_lens.evaluation.generation import generate
 from lofit_lens.explorer.readings import TOKENS, adapter_name, attention_map
 from lofit_lens.explorer.source import Source
-from lofit_lens.heads import Head, HeadSet
+from lofit_lens.heads import Grid, Head, HeadSet
 from lofit_lens.interventions import ITI, Adapter, HeadAblation, Lofit
 from lofit_lens.interventions.base import attachable
 from lofit_lens.models import positions_of, tokenizer_of
@@ -68,7 +68,7 @@ class PromptRun(NamedTuple):
 
 
 def run_prompt(
-    model: Any, prompt: str, *, adapters: Mapping[str, Any], head: Head | None, shape: tuple[int, int], max_new_tokens: int
+    model: Any, prompt: str, *, adapters: Mapping[str, Any], head: Head | None, shape: Grid, max_new_tokens: int
 ) -> PromptRun:  # fmt: skip
     """Run a prompt through the model as it is, with the adapter, and with the open head left out.
 
@@ -91,7 +91,7 @@ def run_prompt(
             "something is attached to this model already; leave its `with` block, so that it can be run unmodified"
         )
     n_tokens = len(encode(tokenizer_of(model), prompt))
-    heads = HeadSet.all(shape) if shape[0] * shape[1] * n_tokens**2 <= MOST_WEIGHTS else HeadSet([head] if head else [])
+    heads = HeadSet.all(shape) if shape.n_total * n_tokens**2 <= MOST_WEIGHTS else HeadSet([head] if head else [])
     acting: dict[str, Any] = {UNEDITED: None}
     name = next(iter(adapters), None)
     if name is not None:

@@ -13,7 +13,7 @@ from lofit_lens.experiments.grid.expand import TOGETHER
 from lofit_lens.experiments.tables.load import load_results
 from lofit_lens.experiments.tables.results import Results
 from lofit_lens.explorer.readings import stored_attention, stored_readings
-from lofit_lens.heads import Head, HeadScores, HeadSet, named_rankings
+from lofit_lens.heads import Grid, Head, HeadScores, HeadSet, named_rankings
 from lofit_lens.models import ModelInfo, model_info, same_weights
 
 USUAL_SHARE = 0.03  # of all heads: K where nothing says another (the paper's main setting)
@@ -68,7 +68,7 @@ class Source:
 
     Attributes:
         entries: name -> ranking, in the order to show.
-        shape: `(n_layers, n_heads)`.
+        shape: `(n_layers, n_heads)`, and which layers have heads.
         readings: head -> what was read of its edits (`readings.reading`).
         attention: prompts with patterns, as `readings.stored_attention` gives them.
         left_out: patterns that were left out of them.
@@ -76,7 +76,7 @@ class Source:
     """
 
     entries: dict[str, Entry]
-    shape: tuple[int, int]
+    shape: Grid
     readings: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     attention: list[dict[str, Any]] = field(default_factory=list)
     left_out: int = 0
@@ -155,8 +155,7 @@ def _of_results(results: Results) -> Source:
         for head, found in stored_readings(task, parts).items():
             readings.setdefault(head, []).append(found)
     attention, left_out = stored_attention({t: parts["attention"] for t, parts in read.items() if "attention" in parts})
-    shape = (results.model.n_layers, results.model.n_heads)
-    return Source({e.name: e for e in entries}, shape, readings, attention, left_out, results)
+    return Source({e.name: e for e in entries}, results.model.grid, readings, attention, left_out, results)
 
 
 def _of_mapping(source: Any, info: ModelInfo | None) -> Source:
@@ -178,13 +177,13 @@ def _of_mapping(source: Any, info: ModelInfo | None) -> Source:
         if isinstance(value, HeadSet) and not len(value):
             raise InputError(f"head set {key!r} is empty; leave it out")
     known = any(value.shape for value in source.values())
-    of_model = None if info is None or known else (info.n_layers, info.n_heads)
+    of_model = None if info is None or known else info.grid
     shape = joint_shape({str(k): v for k, v in source.items()}, of_model)
     names = [isinstance(key, str) for key in source]
     pairs = [isinstance(key, tuple) and len(key) == 2 and all(isinstance(p, str) for p in key) for key in source]
     if not all(names) and not all(pairs):
         raise InputError(f"keys {list(source)}: give names ('LoFiT'), or (task, method) for all")
-    total = shape[0] * shape[1]
+    total = shape.n_total
     entries = []
     for key, value in source.items():
         task, method = key if isinstance(key, tuple) else ("", key)

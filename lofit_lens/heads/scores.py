@@ -1,6 +1,6 @@
 """A score for every head of a model, and the ranking that follows from it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lofit_lens import io
 from lofit_lens.errors import InputError
+from lofit_lens.heads.grid import Grid
 from lofit_lens.heads.sets import SCHEMA, Head, HeadSet, check_k
 from lofit_lens.html import first_of, grid_html
 
@@ -26,9 +27,10 @@ class HeadScores:
         model: name of the model.
         task: name of the task.
         meta: how it was made (config, seed, history, data hash, versions).
+        layers: those that have heads; None = all. What is given for the others is not looked at and becomes NaN.
 
     Raises:
-        InputError: not two-dimensional, empty, or a score that is not finite.
+        InputError: not two-dimensional, empty, a score that is not finite, or no layer that has heads.
     """
 
     values: Float[Tensor, "n_layers n_heads"]
@@ -36,10 +38,12 @@ class HeadScores:
     model: str = ""
     task: str = ""
     meta: dict[str, Any] = field(default_factory=dict)
+    head_layers: tuple[int, ...] | None = None
 
     def __init__(
-        self, values: Any, kind: str = "score", model: str = "", task: str = "", meta: dict[str, Any] | None = None
-    ) -> None:
+        self, values: Any, kind: str = "score", model: str = "", task: str = "", meta: dict[str, Any] | None = None,
+        layers: Iterable[int] | None = None,
+    ) -> None:  # fmt: skip
         try:
             numbers = values if isinstance(values, Tensor) else torch.from_numpy(np.array(values, dtype=np.float64))
         except (TypeError, ValueError) as e:
@@ -47,24 +51,37 @@ class HeadScores:
         table = numbers.detach().to("cpu", torch.float64).clone()
         if table.ndim != 2 or table.numel() == 0:
             raise InputError(f"head scores must be [n_layers, n_heads], got shape {tuple(table.shape)}")
-        if not torch.isfinite(table).all():
-            bad = Head(*torch.nonzero(~torch.isfinite(table))[0].tolist())
+        grid = Grid(table.shape, layers)
+        if not grid.layers:
+            raise InputError("no layer of this model has heads that can be edited, so there is nothing to score")
+        others = torch.ones(len(table), dtype=torch.bool)
+        others[list(grid.layers)] = False
+        table[others] = torch.nan
+        if (wrong := ~torch.isfinite(table) & ~others[:, None]).any():
+            bad = Head(*torch.nonzero(wrong)[0].tolist())
             raise InputError(f"the score of head {bad} is {table[bad].item()}; scores must be finite")
         object.__setattr__(self, "values", table)
         object.__setattr__(self, "kind", kind)
         object.__setattr__(self, "model", model)
         object.__setattr__(self, "task", task)
         object.__setattr__(self, "meta", dict(meta or {}))
+        object.__setattr__(self, "head_layers", grid.head_layers)
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """`(n_layers, n_heads)`."""
-        return (self.values.shape[0], self.values.shape[1])
+    def shape(self) -> Grid:
+        """`(n_layers, n_heads)`, and which layers have heads."""
+        return Grid(self.values.shape, self.head_layers)
+
+    @property
+    def at_heads(self) -> Float[Tensor, "layers n_heads"]:
+        """The scores of the layers that have heads, which are all layers of most models."""
+        return self.values[list(self.shape.layers)]
 
     def ranking(self) -> HeadSet:
         """All heads, best first; equal scores keep layer-major order."""
-        order = torch.argsort(self.values.flatten(), descending=True, stable=True).tolist()
-        heads = [divmod(i, self.shape[1]) for i in order]
+        order = torch.argsort(self.at_heads.flatten(), descending=True, stable=True).tolist()
+        listed = HeadSet.all(self.shape).heads
+        heads = [listed[i] for i in order]
         label = " ".join(filter(None, [self.model, self.task, self.kind]))
         return HeadSet(heads, [self.values[h].item() for h in heads], self.shape, label)
 
@@ -74,7 +91,7 @@ class HeadScores:
         Raises:
             InputError: `k` below 1 or above the number of heads.
         """
-        check_k(k, self.values.numel(), "this model")
+        check_k(k, self.shape.n_total, "this model")
         return self.ranking().top(k)
 
     def rank(self, head: Head | Sequence[int] | str) -> int:
@@ -113,8 +130,13 @@ class HeadScores:
         """Write as JSON, every score exact."""
         return io.write_json(path, {
             "kind": "lofit_lens.HeadScores", "schema": SCHEMA, "score": self.kind, "model": self.model,
-            "task": self.task, "values": self.values.tolist(), "meta": self.meta,
+            "task": self.task, "values": self._listed(), "meta": self.meta,
+            **({} if self.head_layers is None else {"head_layers": list(self.head_layers)}),
         })  # fmt: skip
+
+    def _listed(self) -> list[list[float] | None]:
+        """A layer without heads as null: JSON has no NaN."""
+        return [row if i in self.shape.layers else None for i, row in enumerate(self.values.tolist())]
 
     @classmethod
     def load(cls, path: str | Path) -> "HeadScores":
@@ -125,16 +147,18 @@ class HeadScores:
         """
         record = io.read_json(path)
         io.check_record(record, "lofit_lens.HeadScores", SCHEMA, ("score", "values"), str(path))
-        return cls(
-            record["values"], record["score"], record.get("model", ""), record.get("task", ""), record.get("meta")
-        )
+        rows, layers = record["values"], record.get("head_layers")
+        if layers is not None and isinstance(rows, list):
+            width = max((len(row) for row in rows if isinstance(row, list)), default=0)
+            rows = [[0.0] * width if row is None else row for row in rows]
+        return cls(rows, record["score"], record.get("model", ""), record.get("task", ""), record.get("meta"), layers)
 
     def __repr__(self) -> str:
         of = ", ".join(filter(None, [self.kind, self.model, self.task]))
         return f"HeadScores({of}: {self.shape[0]} layers x {self.shape[1]} heads, best {self.top(1)})"
 
     def _repr_html_(self) -> str:
-        low, high = self.values.min().item(), self.values.max().item()
+        low, high = self.at_heads.min().item(), self.at_heads.max().item()
         span = (high - low) or 1.0
         heads = HeadSet.all(self.shape)
         return grid_html(

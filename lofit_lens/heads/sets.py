@@ -20,6 +20,7 @@ from torch import Tensor
 from lofit_lens import io
 from lofit_lens.checks import check_number, check_seed, check_whole, shown
 from lofit_lens.errors import DataError, InputError
+from lofit_lens.heads.grid import Grid, check_shape, joint_grid
 from lofit_lens.html import first_of, grid_html
 
 SCHEMA = 1
@@ -69,7 +70,7 @@ class HeadSet:
         heads: heads as `Head`, `(layer, head)` or `"L12H7"`, no head twice; or one text, as a head set prints itself:
             `"L12H7 L3H1"`, with or without commas.
         scores: one number a head, same order, or None.
-        shape: `(n_layers, n_heads)` of the model they belong to, or None if unknown.
+        shape: `(n_layers, n_heads)` of the model they belong to, a `Grid` where only some layers have heads; None if unknown.
         label: what they are, for tables and figures.
 
     Raises:
@@ -111,13 +112,18 @@ class HeadSet:
         return heads if isinstance(heads, HeadSet) else cls(heads)
 
     def check(self, shape: tuple[int, int]) -> None:
-        """Raise InputError if a head lies outside `(n_layers, n_heads)`."""
-        n_layers, n_heads = check_shape(shape)
+        """Raise InputError if a head lies outside `(n_layers, n_heads)`, or in a layer of a `Grid` that has no heads."""
+        n_layers, n_heads = grid = check_shape(shape)
         for h in self.heads:
             if h.layer >= n_layers or h.head >= n_heads:
                 of = f"; this head set was made for {self.label}" if self.label else ""
                 raise InputError(
                     f"head {h} is outside this model ({n_layers} layers of {n_heads} heads, both from 0){of}"
+                )
+            if h.layer not in grid.layers:
+                raise InputError(
+                    f"layer {h.layer} of this model has no heads that can be edited, so {h} is none; its layers with heads: "
+                    f"{', '.join(map(str, grid.layers))}"
                 )
 
     def __len__(self) -> int:
@@ -159,7 +165,7 @@ class HeadSet:
     def _joint_shape(self, other: "HeadSet") -> tuple[int, int] | None:
         if self.shape and other.shape and self.shape != other.shape:
             raise InputError(f"these head sets belong to different models: {self.shape} and {other.shape} heads")
-        return self.shape or other.shape
+        return joint_grid(s for s in (self.shape, other.shape) if s) if self.shape or other.shape else None
 
     def __and__(self, other: Heads) -> "HeadSet":
         """Heads in both, in this set's order and with its scores."""
@@ -234,9 +240,9 @@ class HeadSet:
 
     @classmethod
     def all(cls, shape: tuple[int, int]) -> "HeadSet":
-        """Every head of a model, layer by layer."""
-        n_layers, n_heads = check_shape(shape)
-        return cls([(layer, head) for layer in range(n_layers) for head in range(n_heads)], shape=shape, label="all")
+        """Every head of a model, layer by layer; of a `Grid` only those of the layers that have heads."""
+        grid = check_shape(shape)
+        return cls([(layer, head) for layer in grid.layers for head in range(grid[1])], shape=grid, label="all")
 
     @classmethod
     def random(cls, shape: tuple[int, int], k: int, *, seed: int, exclude: Heads | None = None) -> "HeadSet":
@@ -268,6 +274,7 @@ class HeadSet:
             "shape": None if self.shape is None else list(self.shape),
             "heads": [list(h) for h in self.heads],
             "scores": None if self.scores is None else list(self.scores),
+            **_layers_of(self.shape),
         }  # fmt: skip
 
     @classmethod
@@ -282,7 +289,7 @@ class HeadSet:
         if not isinstance(heads, list) or not (shape is None or (isinstance(shape, list) and len(shape) == 2)):
             raise DataError(f"{where}: 'heads' must be a list and 'shape' null or two numbers")
         try:
-            grid = None if shape is None else (int(shape[0]), int(shape[1]))
+            grid = None if shape is None else Grid(map(int, shape), record.get("head_layers"))
             return cls(heads, record.get("scores"), grid, record.get("label", ""))
         except (TypeError, ValueError) as e:
             raise DataError(f"{where}: {e}") from e
@@ -321,25 +328,18 @@ class HeadSet:
         )
 
 
+def _layers_of(shape: tuple[int, int] | None) -> dict[str, list[int]]:
+    """What a record says of the layers that have heads: nothing where all have."""
+    layers = None if shape is None else check_shape(shape).head_layers
+    return {} if layers is None else {"head_layers": list(layers)}
+
+
 def check_k(k: int, available: int, of: str) -> None:
     """Raise InputError unless `1 <= k <= available`."""
     if not isinstance(k, int | np.integer) or isinstance(k, bool):
         raise InputError(f"K must be a whole number of heads, got {k!r}")
     if k < 1 or k > available:
         raise InputError(f"K = {k} heads asked for; {of} has {available}, so give K from 1 to {available}")
-
-
-def check_shape(shape: Any) -> tuple[int, int]:
-    """A pair (n_layers, n_heads) as integers.
-
-    Raises:
-        InputError: anything else.
-    """
-    pair = tuple(shape) if isinstance(shape, Sequence) and not isinstance(shape, str) else ()
-    if len(pair) != 2:
-        raise InputError(f"shape is {shown(shape)}; give (n_layers, n_heads)")
-    check_whole(1, n_layers=pair[0], n_heads=pair[1])
-    return (int(pair[0]), int(pair[1]))
 
 
 def layers_of(layers: Any) -> list[int]:

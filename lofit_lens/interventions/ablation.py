@@ -114,11 +114,11 @@ class HeadAblation(HeadAdapter):
             ModelError: heads that cannot be reached.
         """
         info, heads = model_info(model), HeadSet.of(heads)
-        heads.check((info.n_layers, info.n_heads))
+        heads.check(info.grid)
         d_head = head_size(model, heads.layers or None)
         check_is(means, (Tensor, type(None)), "means", "what mean_z gives")
         shape = (info.n_layers, info.n_heads, d_head)
-        chosen = chosen_heads(heads, shape[:2], cls.title)
+        chosen = chosen_heads(heads, info.grid, cls.title)
         if means is not None and tuple(means.shape) != shape:
             raise InputError(f"means of shape {tuple(means.shape)} for a model of {shape}; take them with mean_z")
         values = torch.zeros(len(chosen), d_head) if means is None else torch.stack([means[h] for h in chosen])
@@ -164,7 +164,7 @@ def mean_z(
     Args:
         model: any HookedTransformer or TransformerBridge.
         prompts: texts.
-        layers: which; the others stay 0. None = all.
+        layers: which; the others stay 0. None = all that have heads.
 
     Raises:
         InputError: no prompt.
@@ -172,7 +172,7 @@ def mean_z(
         ModelError: heads that cannot be reached.
     """
     info = model_info(model)
-    wanted = chosen_layers(layers, info.n_layers)
+    wanted = info.grid.layers if layers is None else chosen_layers(layers, info.n_layers)
     sums = torch.zeros(info.n_layers, info.n_heads, head_size(model, tuple(wanted)), dtype=torch.float64)
     count = 0
     with frozen(model):

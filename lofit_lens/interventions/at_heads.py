@@ -12,7 +12,7 @@ from torch import Tensor
 from lofit_lens import io
 from lofit_lens.checks import check_whole, shown
 from lofit_lens.errors import AdapterError, InputError
-from lofit_lens.heads import Head, Heads, HeadSet
+from lofit_lens.heads import Head, Heads, HeadSet, joint_grid
 from lofit_lens.html import first_of
 from lofit_lens.interventions.base import Adapter, AdapterMeta, Edit
 from lofit_lens.interventions.cards import plain, table
@@ -79,14 +79,14 @@ class HeadAdapter(Adapter):
 
     @classmethod
     def for_model(cls: type[Some], model: Any, heads: Heads | None = None) -> Some:
-        """The adapter as it starts, for a model and on its device; `heads=None` takes every head.
+        """The adapter as it starts, for a model and on its device; `heads=None` takes every head that can be edited.
 
         Raises:
-            InputError: a head outside the model.
+            InputError: a head outside the model, or in a layer that has no heads.
             ModelError: heads that cannot be reached at hook_z.
         """
         info = model_info(model)
-        grid = (info.n_layers, info.n_heads)
+        grid = info.grid
         chosen = HeadSet.all(grid) if heads is None else chosen_heads(heads, grid, cls.title)
         d_head = head_size(model, None if heads is None else chosen.layers)
         made = cls((*grid, d_head), chosen, AdapterMeta(model=info, versions=io.environment()))
@@ -148,7 +148,7 @@ def chosen_heads(heads: Heads, grid: tuple[int, int], title: str) -> HeadSet:
             f"this one has {grid[0]} x {grid[1]}"
         )
     heads.check(grid)
-    return HeadSet(heads.heads, heads.scores, grid, heads.label)
+    return HeadSet(heads.heads, heads.scores, joint_grid(s for s in (grid, heads.shape) if s), heads.label)
 
 
 def check_vectors_shape(shape: Any) -> tuple[int, int, int]:

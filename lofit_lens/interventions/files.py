@@ -26,7 +26,8 @@ _PROVENANCE = {
 }  # fmt: skip
 _BASE_MODEL = {
     "name": str, "revision": str | None, "backend": str, "processed": bool, "dtype": str, "n_layers": int, "n_heads": int,
-    "d_model": int, "d_vocab": int, "prepend_bos": bool | None,
+    "d_model": int, "d_vocab": int, "prepend_bos": bool | None, "head_layers": list | None,
+    "quantization": str | None,
 }  # fmt: skip
 _METRIC = {
     "task": str, "split": str, "form": str, "data_hash": str, "metric": str, "mean": float | int, "interval": list | None,
@@ -125,9 +126,9 @@ def read_base_model(record: Mapping[str, Any]) -> ModelInfo | None:
     found = record["base_model"]
     if found is None:
         return None
-    found = {"prepend_bos": None, **found}  # older files do not say
+    found = {"prepend_bos": None, "head_layers": None, "quantization": None, **found}  # older files do not say
     _check_types(found, _BASE_MODEL, "base_model")
-    return ModelInfo(**found)
+    return ModelInfo.from_dict(found)
 
 
 def check_provenance(record: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lofit_lens import io
 from lofit_lens.checks import check_is, check_number, check_one_of, check_seed
 from lofit_lens.errors import AdapterError
-from lofit_lens.heads import Head, Heads, HeadScores, HeadSet
+from lofit_lens.heads import Head, Heads, HeadScores, HeadSet, check_shape
 from lofit_lens.interventions.at_heads import HeadAdapter, check_vectors_shape, shape_and_heads
 from lofit_lens.interventions.base import AdapterMeta, Edit
 from lofit_lens.interventions.files import check_tensors
@@ -144,7 +144,7 @@ class Lofit(HeadAdapter):
         info = self.meta.model
         return HeadScores(
             torch.linalg.vector_norm(values.double(), dim=-1), f"{component}-norm", info.name if info else "",
-            self.meta.task,
+            self.meta.task, layers=check_shape(self.heads.shape).head_layers,
         )  # fmt: skip
 
     # ---------------------------------------------------------------------------------------- attaching

@@ -9,18 +9,12 @@ from torch import Tensor
 from lofit_lens.errors import ModelError
 from lofit_lens.hub import first_line
 from lofit_lens.models.hooks import frozen
-from lofit_lens.models.info import WINDOWS, device_of
+from lofit_lens.models.info import WINDOWS, device_of, quantization_of
 from lofit_lens.models.running import FLOAT16_ENDS, logits_of
 
 PROBE = 12  # random tokens on which a class is compared with Hugging Face; more where a sliding window is short
 LONGEST_PROBE = 128
 GAP = 3  # padded places
-
-
-def is_quantised(hf: Any) -> bool:
-    """Whether a model's weights are quantised; those of a GGUF file are plain once transformers has read them."""
-    method = getattr(hf, "quantization_method", None)
-    return method is not None and str(getattr(method, "value", method)) != "gguf"
 
 
 @dataclass(frozen=True)
@@ -51,7 +45,7 @@ class Probe:
         if not torch.isfinite(expected).all():
             why = FLOAT16_ENDS if first.dtype == torch.float16 else "its weights may be damaged; fetch it again"
             raise ModelError(f"plain Hugging Face gives logits that are not finite with this model: {why}")
-        exact = {first.dtype, dtype} <= {torch.float32, torch.float64} and not is_quantised(hf)
+        exact = {first.dtype, dtype} <= {torch.float32, torch.float64} and quantization_of(hf) is None
         return cls(tokens, expected, 1e-3 if exact else 5e-2)
 
     def check(self, model: Any) -> None:

@@ -19,7 +19,7 @@ import contextlib
 import functools
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -28,18 +28,14 @@ from torch import Tensor, nn
 
 from lofit_lens.errors import ModelError
 from lofit_lens.models.attending import FLAGS, in_place, runs_projections
-from lofit_lens.models.hooks import frozen, hook_z, hooked, unhooked
-from lofit_lens.models.info import backend_of, device_of
+from lofit_lens.models.hooks import frozen, head_size, hook_z, hooked, unhooked
+from lofit_lens.models.info import backend_of, computes_exactly, device_of, model_info
 from lofit_lens.models.proofs import proven_once
 from lofit_lens.models.running import extend, logits_of, prefill, uncached
 
 logger = logging.getLogger(__name__)
 
-TOLERANCE = {
-    torch.float32: 1e-4,
-    torch.float64: 1e-4,
-}  # of the standard deviation of what is compared; half precision: ROUGH
-ROUGH = 0.1
+TOLERANCE, ROUGH = 1e-4, 0.1  # of the standard deviation of what is compared; ROUGH: half precision, quantized weights
 
 _said: "weakref.WeakKeyDictionary[nn.Module, set[str]]" = weakref.WeakKeyDictionary()  # obstacles that were logged
 _inside: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
@@ -116,14 +112,13 @@ def _tried(model: Any, what: str, differs: Callable[[Any], str | None]) -> bool 
 
 def _known_obstacle(model: Any) -> str | None:
     """What is known to be computed otherwise, or not known to be computed as here."""
-    layers = range(int(model.cfg.n_layers))
-    for layer in layers:
-        try:
-            hook_z(model, layer)
-        except ModelError as e:
-            return str(e)
+    try:
+        head_size(model)
+    except ModelError as e:
+        return str(e)
+    layers = model_info(model).grid.layers
     if backend_of(model) == "bridge":
-        return _bridge_obstacle(model)
+        return _bridge_obstacle(model, layers)
     return next((why for layer in layers if (why := _hooked_obstacle(model.blocks[layer].attn))), None)
 
 
@@ -147,7 +142,7 @@ def _hooked_obstacle(attn: Any) -> str | None:
     return next((what for what, there in found.items() if there), None)
 
 
-def _bridge_obstacle(model: Any) -> str | None:
+def _bridge_obstacle(model: Any, layers: Iterable[int]) -> str | None:
     from transformer_lens.model_bridge.generalized_components import (
         JointQKVAttentionBridge,
         JointQKVPositionEmbeddingsAttentionBridge,
@@ -157,8 +152,7 @@ def _bridge_obstacle(model: Any) -> str | None:
     if not getattr(model.original_model, "_supports_sdpa", False):
         return f"Hugging Face's {name} has no sdpa attention"
     known = [c._reconstruct_attention for c in (JointQKVAttentionBridge, JointQKVPositionEmbeddingsAttentionBridge)]
-    for block in model.blocks:
-        attn = block.attn
+    for attn in (model.blocks[layer].attn for layer in layers):
         if {"forward", "_reconstruct_attention"} & {*attn.__dict__, *attn.original_component.__dict__}:
             return "another attention forward than the class's"
         if runs_projections(attn):
@@ -170,8 +164,8 @@ def _bridge_obstacle(model: Any) -> str | None:
 
 def _difference(model: Any) -> str | None:
     """Where the fused way and the class's own differ on a few tokens, with z edited in every layer."""
-    dtype, device, n_layers = next(model.parameters()).dtype, device_of(model), int(model.cfg.n_layers)
-    limit = TOLERANCE.get(dtype, ROUGH)
+    device, layers = device_of(model), model_info(model).grid.layers
+    limit = TOLERANCE if computes_exactly(model) else ROUGH
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, int(model.cfg.d_vocab), (2, 9), generator=generator).to(device)
     masks = {side: torch.ones_like(tokens) for side in ("right", "left")}
@@ -180,7 +174,7 @@ def _difference(model: Any) -> str | None:
         with torch.no_grad():
             plain, real = _seen(model, tokens, masks["right"], {}), masks["right"].bool()
         edits = {}
-        for layer in range(n_layers):
+        for layer in layers:
             if len(plain[layer]) != 1:
                 return f"hook_z of layer {layer} fires {len(plain[layer])} times in one forward"
             z = plain[layer][0]
@@ -193,7 +187,7 @@ def _difference(model: Any) -> str | None:
             fused = {side: _passed(model, tokens, mask, edits) for side, mask in masks.items()}
     for side, mask in masks.items():
         (found, found_slopes), (wanted, slopes) = fused[side], own[side]
-        for layer in range(n_layers):
+        for layer in layers:
             if len(found[layer]) != 1:
                 return f"hook_z of layer {layer} fires {len(found[layer])} times in one forward on the fused way"
         for layer in sorted(wanted):
@@ -203,7 +197,7 @@ def _difference(model: Any) -> str | None:
                 return f"{what} differs by {off:.2g} standard deviations on a batch padded on the {side}"
             if not torch.isfinite(found[layer][0]).all():
                 return f"{what} is not finite at padding"
-        for layer, (a, b) in enumerate(zip(found_slopes, slopes, strict=True)):
+        for layer, a, b in zip(layers, found_slopes, slopes, strict=True):
             off = float((a - b).square().mean().sqrt() / b.std())
             if not off <= 3 * limit:
                 return f"gradients of layer {layer}'s z differ by {off:.2g} standard deviations padded on the {side}"
@@ -213,7 +207,7 @@ def _difference(model: Any) -> str | None:
 @torch.no_grad()
 def _difference_behind_cache(model: Any) -> str | None:
     """Where logits behind cached keys differ on the fused way from those of one pass on the class's own, padded on the left."""
-    limit, device = TOLERANCE.get(next(model.parameters()).dtype, ROUGH), device_of(model)
+    limit, device = TOLERANCE if computes_exactly(model) else ROUGH, device_of(model)
     tokens = torch.randint(0, int(model.cfg.d_vocab), (2, 9), generator=torch.Generator().manual_seed(1)).to(device)
     mask = torch.ones_like(tokens)
     mask[1, :3] = 0
@@ -233,7 +227,7 @@ def _seen(
     model: Any, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], edits: Mapping[int, Tensor]
 ) -> dict[int, list[Tensor]]:
     """What hook_z saw in each layer of one pass, before it was edited, and under -1 the logits."""
-    seen: dict[int, list[Tensor]] = {layer: [] for layer in range(int(model.cfg.n_layers))}
+    seen: dict[int, list[Tensor]] = {layer: [] for layer in model_info(model).grid.layers}
 
     def edit(z: Tensor, hook: Any, layer: int) -> Tensor:
         seen[layer].append(z.detach().clone())

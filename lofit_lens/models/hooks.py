@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lofit_lens.errors import ModelError
-from lofit_lens.models.info import backend_of, device_of
+from lofit_lens.models.info import backend_of, device_of, head_layers
 from lofit_lens.models.positions import Layout, laid_out, names_of
 
 log = logging.getLogger(__name__)
@@ -102,15 +102,22 @@ def head_size(model: Any, layers: Iterable[int] | None = None) -> int:
 
     Args:
         model: a HookedTransformer or TransformerBridge.
-        layers: layers that will be edited; None = all.
+        layers: layers that will be edited; None = all that have heads.
 
     Raises:
-        ModelError: a wanted layer's hook_z fires never or more than once, has another number of heads
+        ModelError: no layer has heads, a wanted layer's hook_z fires never or more than once, has another number of heads
             than the configuration says, or layers differ in d_head.
     """
     backend_of(model)
     n_layers, n_heads = int(model.cfg.n_layers), int(model.cfg.n_heads)
-    wanted = tuple(range(n_layers)) if layers is None else tuple(layers)
+    reached = head_layers(model)
+    everywhere = tuple(range(n_layers)) if reached is None else reached
+    if not everywhere:
+        raise ModelError(
+            f"no layer of {model.cfg.model_name} has heads at hook_z (none attends by softmax, or TransformerLens does not split "
+            "its attention); choose another model"
+        )
+    wanted = everywhere if layers is None else tuple(layers)
     known = _probed.setdefault(model, {})
     if any(layer not in known for layer in wanted):
         for layer, seen in _fired(model, {layer: hook_z(model, layer) for layer in wanted}).items():

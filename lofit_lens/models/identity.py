@@ -61,11 +61,16 @@ def fingerprint(model: Any, kind: str = "memory") -> str:
     """
     found = hashlib.sha256()
     for name, p in model.named_parameters():
-        flat = p.detach().reshape(-1)
+        flat = plain(p.detach()).reshape(-1)
         some = flat[:: max(1, flat.numel() // 4096)].float().cpu().numpy()
         total = float(flat.sum(dtype=torch.float64))
         found.update(f"{name} {tuple(p.shape)} {p.dtype} {total:.6g}".encode() + some.tobytes())
     return f"{kind}:{found.hexdigest()}"
+
+
+def plain(values: torch.Tensor) -> torch.Tensor:
+    """A tensor itself; of torchao's quantized tensors, which few operations take, the numbers that they stand for."""
+    return values.dequantize() if type(values.data).__module__.startswith("torchao") else values
 
 
 def file_digest(file: Path) -> str:

@@ -1,7 +1,10 @@
 """What a model is: its class, shape, origin, and whether its weights were changed on loading."""
 
 import contextlib
+import logging
 import weakref
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,9 +13,12 @@ import torch
 
 from lofit_lens.checks import shown
 from lofit_lens.errors import ModelError
+from lofit_lens.heads import Grid
 from lofit_lens.models.identity import fingerprint
 from lofit_lens.models.rotary import changing_angles
 from lofit_lens.models.tokens import ends_in, has_rules, keep_rules, rules_before_lens, rules_of
+
+logger = logging.getLogger(__name__)
 
 Backend = Literal["hooked", "bridge"]
 EXACT = 1e-3  # of the usual size: below it, a number was made 0 on purpose, in whatever precision
@@ -45,6 +51,8 @@ class ModelInfo:
     fingerprint of weights in memory, `memory...:...`; None if unknown.
     `processed` tells whether TransformerLens changed the weights.
     `prepend_bos` tells whether BOS (or what the tokenizer has for it) stands in front of every text; None if unknown.
+    `head_layers` are the layers whose heads can be edited together, where that is not all of them.
+    `quantization` tells how the weights are quantized, e.g. `"bitsandbytes 4-bit nf4"`; None: they are not.
     """
 
     name: str
@@ -57,6 +65,13 @@ class ModelInfo:
     d_model: int
     d_vocab: int
     prepend_bos: bool | None = None
+    head_layers: tuple[int, ...] | None = None
+    quantization: str | None = None
+
+    @property
+    def grid(self) -> Grid:
+        """Its layers and heads, and which layers have heads that can be edited."""
+        return Grid((self.n_layers, self.n_heads), self.head_layers)
 
     @property
     def class_name(self) -> str:
@@ -65,7 +80,14 @@ class ModelInfo:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able form."""
-        return asdict(self)
+        record = asdict(self)
+        return {k: v for k, v in record.items() if v is not None or k not in ("head_layers", "quantization")}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> "ModelInfo":
+        """Read what `to_dict` wrote; TypeError where a field is missing or unknown."""
+        layers = record.get("head_layers")
+        return cls(**{**record, "head_layers": None if layers is None else tuple(layers)})
 
 
 def backend_of(model: Any) -> Backend:
@@ -106,8 +128,75 @@ def model_info(model: Any) -> ModelInfo:
         name=origin.name, revision=origin.revision, backend=backend, processed=is_processed(model),
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."), n_layers=int(cfg.n_layers),
         n_heads=int(cfg.n_heads), d_model=int(cfg.d_model), d_vocab=int(cfg.d_vocab),
-        prepend_bos=None if rules is None else rules.prepend_bos,
+        prepend_bos=None if rules is None else rules.prepend_bos, head_layers=head_layers(model),
+        quantization=quantization_of(model),
     )  # fmt: skip
+
+
+def quantization_of(model: Any) -> str | None:
+    """How the weights of a model of any class are quantized; None: they are plain numbers.
+
+    Those of a GGUF file are plain once transformers has read them.
+    """
+    hf = getattr(model, "original_model", model)
+    method = getattr(hf, "quantization_method", None)
+    if method is None:  # quantized in place by torchao's own call
+        kinds = {type(p.data) for p in hf.parameters()}
+        return "torchao" if any(kind.__module__.startswith("torchao") for kind in kinds) else None
+    name = str(getattr(method, "value", method))
+    settings = hf.config.quantization_config
+    settings = settings if isinstance(settings, dict) else settings.to_dict()
+    bits = settings.get("bits") or (4 if settings.get("load_in_4bit") else 8 if settings.get("load_in_8bit") else None)
+    kind = settings.get("bnb_4bit_quant_type") if bits == 4 else None
+    parts = (name, bits and f"{bits}-bit", kind)
+    return None if name == "gguf" else " ".join(str(part) for part in parts if part)
+
+
+def computes_exactly(model: Any) -> bool:
+    """Whether two ways to the same numbers differ by float32's rounding only: weights neither quantized nor in half precision."""
+    return next(model.parameters()).dtype in (torch.float32, torch.float64) and quantization_of(model) is None
+
+
+_reached: "weakref.WeakKeyDictionary[Any, tuple[int, ...] | None]" = weakref.WeakKeyDictionary()
+
+
+def head_layers(model: Any) -> tuple[int, ...] | None:
+    """Layers whose heads can be edited together, said once where that is not all of them; None = all.
+
+    Left out are layers without hook_z (linear attention, state spaces, convolutions), and those whose heads have another size
+    than most.
+    """
+    if model not in _reached:
+        _reached[model] = _find_head_layers(model)
+    return _reached[model]
+
+
+def _find_head_layers(model: Any) -> tuple[int, ...] | None:
+    n_layers, sizes = int(model.cfg.n_layers), dict[int, Any]()
+    if backend_of(model) == "hooked":
+        return None
+    points = model.hook_dict
+    for layer in range(n_layers):
+        if (point := points.get(f"blocks.{layer}.attn.hook_z")) is not None:
+            sizes[layer] = getattr(point.hook_conversion, "d_head", None)
+    found = alike(sizes, n_layers)
+    if found is None:
+        return None
+    why = "the others' heads have another size" if len(sizes) == n_layers else "the others have no heads at hook_z"
+    logger.warning(
+        "%s: heads can be edited in %d of %d layers (%s); %s. K counts only these heads",
+        model.cfg.model_name, len(found), n_layers, ", ".join(map(str, found)) or "none", why,
+    )  # fmt: skip
+    return found
+
+
+def alike(sizes: Mapping[int, Any], n_layers: int) -> tuple[int, ...] | None:
+    """Of layers with heads, by the size of these, those of the most frequent size; None = all layers of the model."""
+    if not sizes:
+        return ()
+    usual = Counter(sizes.values()).most_common(1)[0][0]
+    found = tuple(layer for layer, size in sizes.items() if size == usual)
+    return None if len(found) == n_layers else found
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from lofit_lens import io
 from lofit_lens.errors import InputError, ModelError, unknown
 from lofit_lens.hub import first_line
 from lofit_lens.models.as_hooked import architecture_of, in_memory_tokenizer, load_hooked, on_hooked, quiet
-from lofit_lens.models.compared import Probe, is_quantised
+from lofit_lens.models.compared import Probe
 from lofit_lens.models.identity import fingerprint, weights_revision
 from lofit_lens.models.info import (
     Origin,
@@ -22,6 +22,7 @@ from lofit_lens.models.info import (
     hooked_class,
     keep_origin,
     model_info,
+    quantization_of,
 )
 from lofit_lens.models.rotary import changing_angles
 from lofit_lens.models.sources import at_commit, check_weights, located, read_config, refuse_missing, remember_source
@@ -137,7 +138,7 @@ def _compared(
     probe = Probe.of(hf, config, dtype)
     model, reason = on_hooked(
         lambda: load_hooked(hf, source, config, tokenizer, dtype, device, probe),
-        config, source, name=name, backend="bridge" if is_quantised(hf) and backend == "auto" else backend,
+        config, source, name=name, backend="bridge" if quantization_of(hf) and backend == "auto" else backend,
     )  # fmt: skip
     if model is None:
         if reason is not None and hooked_class() is not None:
@@ -274,6 +275,16 @@ def _within_float32(scores: Tensor) -> Tensor:
     return scores.clamp(min=torch.finfo(torch.float32).min)
 
 
+def _split_by_value_size(model: Any) -> None:
+    """Split z of latent attention (DeepSeek) into its heads; the bridge splits by the size of a head's rotary part."""
+    for block in model.blocks:
+        attn = getattr(block, "attn", None)
+        size = getattr(getattr(attn, "original_component", None), "v_head_dim", None)
+        conversion = getattr(getattr(getattr(attn, "o", None), "hook_in", None), "hook_conversion", None)
+        if size is not None and getattr(conversion, "splits_attention_heads", False):
+            conversion.n_heads, conversion.d_head = int(model.cfg.n_heads), int(size)
+
+
 def _load_bridge(hf: Any, name: str, tokenizer: Any, dtype: torch.dtype, device: torch.device, probe: Probe) -> Any:
     """Let TransformerBridge take a Hugging Face model over, and check that it says the same as before.
 
@@ -282,7 +293,7 @@ def _load_bridge(hf: Any, name: str, tokenizer: Any, dtype: torch.dtype, device:
     cls: Any = bridge_class()
     if not hf.config.architectures:  # never saved: the bridge looks here for what it is
         hf.config.architectures = [type(hf).__name__]
-    stays = is_quantised(hf) or getattr(hf, "hf_device_map", None)
+    stays = quantization_of(hf) or getattr(hf, "hf_device_map", None)
     if not stays:
         for p in hf.parameters():  # these alone: rotary frequencies stay float32, as transformers keeps them
             if p.is_floating_point():
@@ -300,6 +311,7 @@ def _load_bridge(hf: Any, name: str, tokenizer: Any, dtype: torch.dtype, device:
         for block in model.blocks:
             if point := getattr(block.attn, "hook_attn_scores", None):
                 point.forward = _within_float32
+    _split_by_value_size(model)
     if changing := changing_angles(hf.config):
         logger.warning(
             "%s: texts are limited to %d tokens, since its rotary angles change beyond (rope_type %r), for all texts of a batch",

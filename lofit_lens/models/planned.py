@@ -9,7 +9,7 @@ from lofit_lens import io
 from lofit_lens.errors import ModelError, unknown
 from lofit_lens.models.as_hooked import hooked_config, on_hooked
 from lofit_lens.models.identity import weights_revision
-from lofit_lens.models.info import ModelInfo
+from lofit_lens.models.info import ModelInfo, alike
 from lofit_lens.models.loading import BACKENDS, read_tokenizer
 from lofit_lens.models.sources import at_commit, located, read_config, remember_source
 from lofit_lens.models.tokens import chosen_rules
@@ -55,10 +55,11 @@ def planned_info(
         remember_source(called, identity, source)
     shape = _shape(config) if on is None else (on.n_layers, on.n_heads, on.d_model, on.d_vocab)
     n_layers, n_heads, d_model, d_vocab = map(int, shape)
+    reached = _head_layers(config.get_text_config()) if on is None else None
     return ModelInfo(
         name=called, revision=identity, backend="bridge" if on is None else "hooked", processed=False,
         dtype=str(wanted).removeprefix("torch."), n_layers=n_layers, n_heads=n_heads, d_model=d_model, d_vocab=d_vocab,
-        prepend_bos=bos,
+        prepend_bos=bos, head_layers=reached,
     )  # fmt: skip
 
 
@@ -86,3 +87,15 @@ def _shape(config: Any) -> tuple[int, int, int, int]:
     text = config.get_text_config()
     n_heads = getattr(text, "num_attention_heads", None) or getattr(text, "num_heads", None) or 1
     return text.num_hidden_layers, n_heads, text.hidden_size, text.vocab_size
+
+
+def _head_layers(text: Any) -> tuple[int, ...] | None:
+    """What `head_layers` finds in the loaded model; None = all."""
+    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()
+    each = getattr(text, "per_layer_config", None)  # of models whose layers differ in more than that
+    attends = [i for i, kind in enumerate(kinds) if "attention" in kind and kind != "linear_attention"]
+    return (
+        alike({i: getattr(each[i], "head_dim", None) if each else None for i in attends}, len(kinds))
+        if attends
+        else None
+    )

@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import inspect
+import logging
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,14 +14,20 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lofit_lens.errors import ModelError
-from lofit_lens.models.info import backend_of, device_of
+from lofit_lens.models.hooks import unhooked
+from lofit_lens.models.info import backend_of, computes_exactly, device_of
 from lofit_lens.models.positions import Borders, Layout, laid_out, names_of
 from lofit_lens.models.proofs import proven_once
+
+logger = logging.getLogger(__name__)
 
 FLOAT16_ENDS = (
     "float16 ends at 65,504, and activations of models made in bfloat16 go beyond; load it with dtype='bfloat16' or 'float32' "
     "(--dtype)"
 )
+_without_cache: "weakref.WeakKeyDictionary[Any, str]" = (
+    weakref.WeakKeyDictionary()
+)  # models whose cache is wrong, and how
 
 
 def logits_of(
@@ -65,7 +73,7 @@ class KVState:
     """Keys and values of tokens already run, on either class; made by `prefill`, grown by `extend`.
 
     Attributes:
-        cache: the class's own.
+        cache: the class's own; None for a model whose cache is wrong: all tokens run again in each pass.
         tokens: ids of what was run, padding included.
         mask: 1 = token, 0 = padding.
         borders: where the prompts end, as far as it was said; a later pass may say it anew.
@@ -105,7 +113,7 @@ def can_join(model: Any) -> bool:
     Not where a layer keeps something else than keys and values of all tokens, or where padding counts (see `gaps_are_exact`).
 
     Raises:
-        ModelError: as `gaps_are_exact`.
+        ModelError: logits that are NaN.
     """
     return gaps_are_exact(model) and _caches_join(model)
 
@@ -123,7 +131,7 @@ def _caches_join(model: Any) -> bool:
     # A layer of another kind, or one that holds more than its rows.
     except (AttributeError, TypeError, RuntimeError):
         return False
-    limit = (1e-4 if wanted.dtype in (torch.float32, torch.float64) else 0.1) * wanted.float().std()
+    limit = (1e-4 if computes_exactly(model) else 0.1) * wanted.float().std()
     return bool((found.float() - wanted.float()).abs().max() <= limit)
 
 
@@ -197,6 +205,9 @@ def _run(
     if state is not None:
         whole, ids = torch.cat([state.mask, mask], dim=1), torch.cat([state.tokens, tokens], dim=1)
         borders = state.borders if borders is None else borders
+    if model in _without_cache:
+        logits = logits_of(model, ids, whole, borders)[:, -1 if last_only else -tokens.shape[1] :]
+        return logits, KVState(None, ids, whole, borders)
     with contextlib.ExitStack() as stack:
         stack.enter_context(laid_out(model, Layout.of(ids, whole, tokens.shape[1], borders)))
         options = stack.enter_context(_last_logits(model, tokens)) if last_only else {}
@@ -243,18 +254,30 @@ def _run_hooked(
     return logits, cache
 
 
+def check_cache(model: Any) -> None:
+    """Raise ModelError for a model whose key-value cache gives other logits than one full pass."""
+    gaps_are_exact(model)
+    if (how := _without_cache.get(model)) is not None:
+        raise ModelError(f"{model.cfg.model_name}: {how}, and this needs them; try another version of transformer-lens")
+
+
 @torch.no_grad()
 @proven_once("cached keys, gaps in them")
-def gaps_are_exact(model: Any) -> bool | None:
+def gaps_are_exact(model: Any) -> bool:
     """Whether padding between what is cached and what follows changes nothing; tried once a model on a few tokens.
 
-    It does where distances are counted in places of the cache (some ALiBi models) instead of real tokens, and no one can tell
-    while somebody's own hook is in place that acts on certain positions only: then False, and tried again next time.
+    It does where distances are counted in places of the cache (some ALiBi models) instead of real tokens. Everybody's hooks are
+    off meanwhile. Where cached keys give other logits than one full pass even without padding, or none, passes of this model run
+    all tokens again from then on, which a warning says.
 
     Raises:
-        ModelError: going on from cached keys fails, or gives other logits than one full pass even without padding; or logits
-            are NaN.
+        ModelError: logits that are NaN.
     """
+    with unhooked(model):
+        return _try_cache(model)
+
+
+def _try_cache(model: Any) -> bool:
     device = device_of(model)
     ids = torch.arange(8, device=device)[None] % int(model.cfg.d_vocab)
     ones, gap = torch.ones_like(ids), torch.zeros(1, 3, dtype=ids.dtype, device=device)
@@ -262,7 +285,7 @@ def gaps_are_exact(model: Any) -> bool | None:
     whole = logits_of(model, ids, ones, borders)[:, 4:]
     if whole.isnan().any():
         raise not_finite(model, "logits")
-    exact, scale = whole.dtype in (torch.float32, torch.float64), whole.float().std()
+    exact, scale = computes_exactly(model), whole.float().std()
     off = []
     for n in (0, 3):
         tokens, mask = torch.cat([gap[:, :n], ids[:, 4:]], 1), torch.cat([gap[:, :n], ones[:, 4:]], 1)
@@ -270,18 +293,18 @@ def gaps_are_exact(model: Any) -> bool | None:
             state = prefill(model, ids[:, :4], ones[:, :4], borders)[1]
             behind = extend(model, state, tokens, mask)[0][:, n:]
         except RuntimeError as e:
-            raise ModelError(
-                f"{model.cfg.model_name} cannot go on from cached keys ({e}); try another version of transformer-lens"
-            ) from e
+            return _do_without(model, f"it cannot go on from cached keys ({e})")
         off.append((behind.float() - whole.float()).abs().max())
     if not off[0] <= (0.01 if exact else 0.3) * scale:
-        if any(point.fwd_hooks for point in model.hook_dict.values()):
-            return None
-        raise ModelError(
-            f"{model.cfg.model_name}: logits behind cached keys are off by {float(off[0]):.2g} from those of one full pass "
-            "(a defect of this TransformerLens version for this architecture); try another version of transformer-lens"
-        )
+        how = f"logits behind cached keys are off by {float(off[0]):.2g} from those of one full pass"
+        return _do_without(model, f"{how} (a defect of this TransformerLens version for this architecture)")
     return bool(off[1] <= 4 * off[0] + 1e-4 * scale)
+
+
+def _do_without(model: Any, how: str) -> bool:
+    _without_cache[model] = how
+    logger.warning("%s: %s; every pass runs all tokens again, which is right but slow", model.cfg.model_name, how)
+    return False
 
 
 def step(model: Any, state: KVState, token: Int[Tensor, " batch"]) -> tuple[Float[Tensor, "batch d_vocab"], KVState]:
@@ -291,6 +314,8 @@ def step(model: Any, state: KVState, token: Int[Tensor, " batch"]) -> tuple[Floa
 
 
 def _select_rows(cache: Any, rows: Tensor, *, keep: bool) -> Any:
+    if cache is None:
+        return None
     if hasattr(cache, "entries"):
         mask = cache.previous_attention_mask[rows.to(cache.previous_attention_mask.device)]
         return replace(cache, entries=[e.select(rows, keep=keep) for e in cache.entries], previous_attention_mask=mask)

@@ -18,13 +18,12 @@ from torch import Tensor, nn
 
 from lofit_lens.errors import InputError
 from lofit_lens.models.hooks import frozen, has_hooks, unhooked
-from lofit_lens.models.info import device_of
+from lofit_lens.models.info import computes_exactly, device_of
 from lofit_lens.models.positions import Borders, Layout, laid_out
 from lofit_lens.models.proofs import proven_once
 from lofit_lens.models.running import logits_of, uncached
 
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}  # of the logits' standard deviation; half precision: ROUGH
-ROUGH = 0.1
+TOLERANCE, ROUGH = 1e-4, 0.1  # of the logits' standard deviation; ROUGH: half precision, quantized weights
 ROWS = 256  # of logits at once: a matrix product wants no more, and little memory is handed out anew in each step
 
 # Models that do more with logits than the unembedding does.
@@ -200,5 +199,5 @@ def _is_proven(model: Any) -> bool:
             found = _selected(model, tokens, mask, at).float()
         except (RuntimeError, TypeError, ValueError, IndexError):  # another shape is not what it works with
             return False
-    limit = TOLERANCE.get(whole.dtype, ROUGH) * whole.float().std()
+    limit = (TOLERANCE if computes_exactly(model) else ROUGH) * whole.float().std()
     return found.shape == wanted.shape and bool((found - wanted).abs().max() <= limit)

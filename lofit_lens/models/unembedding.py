@@ -12,18 +12,18 @@ import weakref
 from typing import Any, NamedTuple
 
 import torch
-from einops import einsum
+from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from lofit_lens.errors import ModelError
-from lofit_lens.models.hooks import hook_z, hooked, residual_point
-from lofit_lens.models.info import device_of, model_info
+from lofit_lens.models.hooks import head_size, hook_z, hooked, residual_point
+from lofit_lens.models.info import computes_exactly, device_of, model_info, quantization_of
+from lofit_lens.models.projections import projection
 from lofit_lens.models.running import run_through
 
 PART = 8192  # columns of W_U that are taken in float32 together
-TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # of the probe; half precision: ROUGH
-ROUGH = 0.1
+TOLERANCE, ROUGH = 1e-3, 0.1  # of the probe; ROUGH: half precision, quantized weights
 
 _direct: "weakref.WeakKeyDictionary[nn.Module, set[int]]" = weakref.WeakKeyDictionary()
 
@@ -58,11 +58,21 @@ def head_output_matrix(model: Any, layer: int) -> Float[Tensor, "n_heads d_head 
             (a norm behind attention, as in Gemma 2; a multiplier, as in Granite).
     """
     hook_z(model, layer)
-    W = model.blocks[layer].attn.W_O.detach().float()
+    W = _by_running(model, layer) if quantization_of(model) else model.blocks[layer].attn.W_O.detach().float()
     if layer not in _direct.setdefault(model, set()):
         _check_direct(model, layer, W)
         _direct[model].add(layer)
     return W
+
+
+@torch.no_grad()
+def _by_running(model: Any, layer: int) -> Float[Tensor, "n_heads d_head d_model"]:
+    """W_O of quantized weights, which are packed: what the projection makes of each unit vector."""
+    project, n_heads = projection(model, (layer, "o")), int(model.cfg.n_heads)
+    place = next(project.parameters()).device
+    units = torch.eye(n_heads * head_size(model, [layer]), device=place, dtype=next(model.parameters()).dtype)
+    rows = project(units).float() - project(torch.zeros_like(units[:1])).float()
+    return rearrange(rows, "(head d) model -> head d model", head=n_heads)
 
 
 @torch.no_grad()
@@ -81,12 +91,12 @@ def _check_direct(model: Any, layer: int, W: Float[Tensor, "n_heads d_head d_mod
             run_through(model, tokens, torch.ones_like(tokens))
         found.append(seen["hook_resid_post"] - seen["hook_mlp_out"])
     wanted = einsum(change.to(W), W, "head d, head d model -> model")
-    dtype = next(model.parameters()).dtype
+    exact = computes_exactly(model)
     # Half precision cannot show a small change of a large coordinate (the first token has some): a few of its steps are let pass.
-    unseen = 4 * torch.finfo(dtype).eps * found[0].abs() if dtype not in TOLERANCE else 0.0
+    unseen = 0.0 if exact else 4 * torch.finfo(next(model.parameters()).dtype).eps * found[0].abs()
     missed = ((found[1] - found[0] - wanted).abs() - unseen).clamp(min=0)
     off = missed.max() / wanted.abs().max().clamp(min=1e-30)
-    if not off <= TOLERANCE.get(dtype, ROUGH):
+    if not off <= (TOLERANCE if exact else ROUGH):
         raise ModelError(
             f"layer {layer} of {model_info(model).name} does not add z W_O to its residual stream as it is (off by {off:.2g}): a "
             "norm or a multiplier stands behind attention, so that offsets have no direct effect that could be stated"

@@ -52,7 +52,7 @@ def head_grid(
     fig = make_subplots(cols=len(scores), shared_yaxes=True, subplot_titles=list(scores), horizontal_spacing=spacing)
     layout: Any = fig.layout
     for i, (name, s) in enumerate(scores.items(), start=1):
-        alike = [other.values for other in scores.values() if other.kind == s.kind]
+        alike = [other.at_heads for other in scores.values() if other.kind == s.kind]
         bar = {"x": layout[f"xaxis{i}"].domain[1], "xanchor": "left"} if own_bars else {}
         fig.add_trace(
             go.Heatmap(

@@ -8,7 +8,7 @@ from scipy import stats
 from lofit_lens.checks import check_is, check_one_of
 from lofit_lens.errors import InputError
 from lofit_lens.evaluation.stats import mark
-from lofit_lens.heads import HeadScores
+from lofit_lens.heads import HeadScores, HeadSet, joint_grid
 from lofit_lens.plots.curves import GREY, MANY_TICKS, add_curve, faded, finish, need, rows_where, ticks_at
 from lofit_lens.plots.style import COLORS, HEAT
 
@@ -142,9 +142,11 @@ def score_scatter(
     if a.shape != b.shape:
         raise InputError(f"scores of different models: {a.shape} and {b.shape} heads; draw two scores of one model")
     names = labels or tuple(" ".join(filter(None, (s.task, s.kind))) for s in (a, b))
-    x, y = a.values.flatten().numpy(), b.values.flatten().numpy()
-    of = [np.zeros(x.size, bool) if k is None else s.top(k).mask(a.shape).flatten().numpy() for s in (a, b)]
-    heads = np.array([f"L{i // a.shape[1]}H{i % a.shape[1]}" for i in range(x.size)])
+    listed = HeadSet.all(joint_grid((a.shape, b.shape)))
+    x, y = (np.array([s[head] for head in listed]) for s in (a, b))
+    tops = [set() if k is None else set(s.top(k)) for s in (a, b)]
+    of = [np.array([head in top for head in listed]) for top in tops]
+    heads = np.array([str(head) for head in listed])
     groups = (
         ("other heads" if k else "heads", ~of[0] & ~of[1], "#AAAAAA" if k else COLORS[0], "circle", 5),
         (f"only {names[0]}", of[0] & ~of[1], COLORS[0], "square", 8),

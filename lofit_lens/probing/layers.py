@@ -34,8 +34,9 @@ def probe_layers(
     """Heads layer by layer, the best-probed layer first; statements, arguments and errors as in `probe_heads`.
 
     Returns:
-        Scores `[n_layers, n_heads]`: (n_layers - place of the head's layer, from 0) + half the score of its own probe. Equal
-        accuracies are told apart by AUC, of layers as of heads. `.meta["layer_accuracy"]` holds each layer's accuracy.
+        Scores `[n_layers, n_heads]`: (layers with heads - place of the head's layer, from 0) + half the score of its own probe.
+        Equal accuracies are told apart by AUC, of layers as of heads. `.meta["layer_accuracy"]` holds the accuracy of each layer
+        that has heads.
     """
     info, task = model_info(model), task_of(task).asked_of(model)
     listed, right, fitting, held_out = labelled(task, n_train, seed)
@@ -45,12 +46,14 @@ def probe_layers(
         # A whole layer is fitted as one head of its width; directions are of no use here.
         views = (v for i in z.layers for v in (z.layer(i), rearrange(z.layer(i), "n head d -> n 1 (head d)")))
         work = ((v, right, fitting, np.zeros(v.shape[1:]), seed, MAX_ITER) for v in views)
-        size = 2 * n_fitting * z.layer(0)[0].size * info.n_layers
-        fits = _each(work, _jobs(None, size, info.n_layers))
-        found = list(tqdm(fits, total=2 * info.n_layers, desc="fit layers' probes", disable=not progress, unit="fit"))
+        size, n_layers = 2 * n_fitting * z.layer(z.layers[0])[0].size * len(z.layers), len(z.layers)
+        fits = _each(work, _jobs(None, size, n_layers))
+        found = list(tqdm(fits, total=2 * n_layers, desc="fit layers' probes", disable=not progress, unit="fit"))
     own, whole = np.stack([f.score for f in found[::2]]), np.array([f.score[0] for f in found[1::2]])
     place = np.argsort(np.argsort(-whole, kind="stable"))
-    return HeadScores(info.n_layers - place[:, None] + own / 2, "probing layers", info.name, task.name, {
+    scores = np.zeros(info.grid)
+    scores[list(z.layers)] = n_layers - place[:, None] + own / 2
+    return HeadScores(scores, "probing layers", info.name, task.name, layers=info.head_layers, meta={
         "step": "head selection", "model": info.to_dict(), "task": task.name, "data_hash": task.data_hash,
         "n_train": len({s.row for s in listed[:n_fitting]}), "seed": seed, "config": {"max_iter": MAX_ITER},
         "n_fitting": n_fitting, "n_validation": n - n_fitting, "held_out": held_out,

@@ -229,12 +229,12 @@ def fit_probes(
         model, statement_ids(model, listed), what="z", token_budget=token_budget, memory_limit=memory_limit,
         progress=progress, label="record z",
     ) as z:  # fmt: skip
-        n_heads, d_head = z.layer(0).shape[1:]
+        n_heads, d_head = z.layer(z.layers[0]).shape[1:]
         drawn = random_directions((info.n_layers, n_heads, d_head), seed=seed)
         work = ((z.layer(n), right, fitting, drawn[n], seed, max_iter) for n in z.layers)
-        size = n_fitting * info.n_layers * n_heads * d_head
+        size = n_fitting * info.grid.n_total * d_head
         found = list(tqdm(
-            _each(work, _jobs(n_jobs, size, info.n_layers)), total=info.n_layers, desc="fit probes", disable=not progress,
+            _each(work, _jobs(n_jobs, size, len(z.layers))), total=len(z.layers), desc="fit probes", disable=not progress,
             unit="layer",
         ))  # fmt: skip
     n_rows = len({s.row for s in listed[:n_fitting]})
@@ -251,11 +251,17 @@ def fit_probes(
         "unconverged": sum(f.unconverged for f in found), "versions": meta.versions, "attached": attached,
     }  # fmt: skip
 
+    def at_layers(values: Sequence[np.ndarray]) -> np.ndarray:
+        """One entry for every layer of the model, zero where a layer has no heads."""
+        whole = np.zeros((info.n_layers, *values[0].shape))
+        whole[list(z.layers)] = values
+        return whole
+
     def scores(kind: str, values: Sequence[np.ndarray]) -> HeadScores:
-        return HeadScores(np.stack(values), kind, info.name, task.name, record_of)
+        return HeadScores(at_layers(values), kind, info.name, task.name, record_of, info.head_layers)
 
     def stacked(values: Sequence[np.ndarray]) -> Tensor:
-        return torch.tensor(np.stack(values), dtype=torch.float32, device=device_of(model))
+        return torch.tensor(at_layers(values), dtype=torch.float32, device=device_of(model))
 
     return Probes(
         scores("probe accuracy", [f.score for f in found]),

@@ -21,6 +21,7 @@ from lofit_lens.checks import check_is, check_one_of, check_whole, shown
 from lofit_lens.errors import DataError, InputError
 from lofit_lens.heads import layers_of
 from lofit_lens.models import (
+    ModelInfo,
     check_residual,
     context_length,
     device_of,
@@ -144,7 +145,7 @@ def record(
         model: any HookedTransformer or TransformerBridge.
         sequences: token ids of each, BOS included; see `statement_ids`.
         what: `"z"` (hook_z of every head) or `"resid"` (hook_resid_post).
-        layers: which; None = all.
+        layers: which; None = all, of z all that have heads.
         token_budget: bound on the padded tokens of one forward pass (one sequence may exceed it alone).
         memory_limit: bytes; larger activations (4 bytes a number) lie in a file in the temporary folder.
         progress: show a bar over sequences.
@@ -158,7 +159,8 @@ def record(
     check_one_of("activations", what, ("z", "resid"))
     check_whole(1, token_budget=token_budget)
     check_whole(0, memory_limit=memory_limit)
-    wanted = _layers(model, layers)
+    info = model_info(model)
+    wanted = _layers(info, layers, info.grid.layers if what == "z" else range(info.n_layers))
     _check_lengths(model, sequences)
     if what == "z":
         width: tuple[int, ...] = (int(model.cfg.n_heads), head_size(model, wanted))
@@ -217,13 +219,15 @@ def _batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         yield rows
 
 
-def _layers(model: Any, layers: Iterable[int] | None) -> tuple[int, ...]:
-    n = model_info(model).n_layers
-    wanted = tuple(range(n)) if layers is None else tuple(sorted(set(layers_of(layers))))
+def _layers(info: ModelInfo, layers: Iterable[int] | None, every: Iterable[int]) -> tuple[int, ...]:
+    n = info.n_layers
+    if layers is None:
+        return tuple(every)
+    wanted = tuple(sorted(set(layers_of(layers))))
     if not wanted:
         raise InputError(f"no layer to record; give some of 0 to {n - 1}, or None for all")
     if wanted[0] < 0 or wanted[-1] >= n:
-        raise InputError(f"layers {list(wanted)} asked for; {model_info(model).name} has layers 0 to {n - 1}")
+        raise InputError(f"layers {list(wanted)} asked for; {info.name} has layers 0 to {n - 1}")
     return wanted
 
 

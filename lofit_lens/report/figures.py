@@ -230,7 +230,7 @@ def _k_sweep(results: Results) -> Iterator[Drawn]:
     if all(len(v) < 2 for v in values.values()):
         raise InputError("one number of heads only; run paper/fig5 or organism/fig5 into the same store")
     frame = sweep(values)
-    yield Drawn("fig5_heads", k_sweep(frame, n_heads_total=results.model.n_layers * results.model.n_heads), frame)
+    yield Drawn("fig5_heads", k_sweep(frame, n_heads_total=results.model.grid.n_total), frame)
 
 
 def _data_efficiency(results: Results) -> Iterator[Drawn]:

@@ -161,4 +161,4 @@ def preset(info: ModelInfo, task_family: str, objective: str) -> Preset:
     for key, row in rows.items():
         if key in name:
             return row
-    return replace(rows["llama-2-7b"], k=max(1, round(SHARE_OF_HEADS * info.n_layers * info.n_heads)))
+    return replace(rows["llama-2-7b"], k=max(1, round(SHARE_OF_HEADS * info.grid.n_total)))

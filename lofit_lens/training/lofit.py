@@ -80,7 +80,7 @@ def learned_scores(lofit: Lofit, component: Component, *, kind: str) -> HeadScor
     """L2 norm of every head's A or v as trained, with the training's record as `.meta`."""
     check_is(lofit, Lofit, "lofit", LOFIT)
     scores, meta = lofit.norms(component), lofit.meta
-    return HeadScores(scores.values, kind, scores.model, scores.task, {
+    return HeadScores(scores.values, kind, scores.model, scores.task, layers=scores.head_layers, meta={
         "step": "head selection", "model": meta.model.to_dict() if meta.model else None,
         **{name: getattr(meta, name) for name in KEPT if name != "metrics"}, "attached": meta.attached,
     })  # fmt: skip

@@ -17,13 +17,13 @@ from tqdm.auto import tqdm
 
 from lofit_lens.checks import check_whole
 from lofit_lens.errors import DataError
-from lofit_lens.heads import Head
+from lofit_lens.heads import Head, HeadSet
 from lofit_lens.models import (
     Borders,
     KVState,
+    check_cache,
     context_length,
     device_of,
-    gaps_are_exact,
     head_size,
     hook_z,
     hooked,
@@ -50,7 +50,7 @@ def patch_effects(
     progress: bool = True,
     label: str = "patch heads",
 ) -> Float64[Tensor, "n_layers n_heads rows"]:
-    """Change of every row's outcome by patching each head alone; nothing stays attached.
+    """Change of every row's outcome by patching each head alone; nothing stays attached. Layers without heads keep zeros.
 
     Args:
         model: what `measure` runs.
@@ -67,10 +67,9 @@ def patch_effects(
     """
     head_size(model)
     info = model_info(model)
-    heads = [Head(layer, head) for layer in range(info.n_layers) for head in range(info.n_heads)]
     base = measure().cpu().double()
-    effects = torch.zeros(info.n_layers, info.n_heads, len(base), dtype=torch.float64)
-    for head in tqdm(heads, desc=label, disable=not progress, unit="head"):
+    effects = torch.zeros(*info.grid, len(base), dtype=torch.float64)
+    for head in tqdm(HeadSet.all(info.grid), desc=label, disable=not progress, unit="head"):
         with hooked(hook_z(model, head.layer), patch(head)):
             effects[head] = measure().cpu().double() - base
     return effects
@@ -118,7 +117,7 @@ class AnswerLogProbs:
                 raise DataError(
                     f"row {i} has {len(row.ids)} tokens; the context of {name} is {limit}: shorten or drop it"
                 )
-        gaps_are_exact(model)  # raises where cached keys are wrong; there is no gap here, so its answer does not matter
+        check_cache(model)  # there is no gap here, so only that counts
         fill, device = pad_id(tokenizer_of(model)), device_of(model)
         starts = torch.tensor([row.start for row in rows])
         self.model, self.borders = model, Borders(starts, torch.tensor([len(row.ids) for row in rows]))

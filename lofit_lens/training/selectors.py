@@ -76,12 +76,13 @@ def random_scores(
     """
     info, task = model_info(model), task_of(task)
     check_seed(seed)
-    order = list(range(info.n_layers * info.n_heads))
+    order = list(range(info.grid.n_total))
     random.Random(seed).shuffle(order)
     values = torch.zeros(len(order), dtype=torch.float64)
     values[order] = torch.arange(len(order), 0, -1, dtype=torch.float64)
-    grid = rearrange(values, "(layer head) -> layer head", head=info.n_heads)
-    return _scored(grid, "random", model, task, seed=seed, n_train=0, config={})
+    scores = torch.zeros(info.grid, dtype=torch.float64)
+    scores[list(info.grid.layers)] = rearrange(values, "(layer head) -> layer head", head=info.n_heads)
+    return _scored(scores, "random", model, task, seed=seed, n_train=0, config={})
 
 
 def bias_scores(
@@ -179,7 +180,7 @@ def _gates(model: Any, batch: int) -> Any:
         return scale
 
     with contextlib.ExitStack() as stack:
-        for layer in range(info.n_layers):
+        for layer in info.grid.layers:
             stack.enter_context(hooked(hook_z(model, layer), gated(layer)))
         yield gates
 
@@ -226,17 +227,18 @@ def patching_scores(
         model, examples, n_prompts=n_prompts, n_shots=n_shots, separator=separator, seed=seed
     )
     with record(model, donors, what="z", progress=progress, label="donor prompts") as z:
-        mean = torch.stack([torch.from_numpy(z.layer(n).mean(axis=0, dtype=np.float64)) for n in z.layers]).float()
+        means = {n: torch.from_numpy(z.layer(n).mean(axis=0, dtype=np.float64)).float() for n in z.layers}
     forms = [answer_rows(tokenizer_of(model), e) for e in measured]
     rows = [f for example in forms for f in example]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
-    effects = torch.zeros(*mean.shape[:2], len(rows), dtype=torch.float64)
+    effects = torch.zeros(*model_info(model).grid, len(rows), dtype=torch.float64)
     parts = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     with frozen(model):
         for number, part in enumerate(parts, start=1):
             effects[:, :, part] = patch_effects(
                 model, AnswerLogProbs(model, [rows[i] for i in part]), progress=progress,
-                patch=lambda head: replace_head(head.head, mean[head], at=0), label=f"patch heads {number}/{len(parts)}",
+                patch=lambda head: replace_head(head.head, means[head.layer][head.head], at=0),
+                label=f"patch heads {number}/{len(parts)}",
             )  # fmt: skip
     per_example = rearrange(effects, "layer head (row form) -> layer head row form", form=len(forms[0]))
     gains = per_example[..., 0] - per_example[..., 1] if len(forms[0]) == 2 else per_example[..., 0]
@@ -274,7 +276,7 @@ def _scored(
     info, task = model_info(model), task.asked_of(model)
     if not values.isfinite().all():
         raise not_finite(model, f"scores by {kind}")
-    return HeadScores(values, kind, info.name, task.name, {
+    return HeadScores(values, kind, info.name, task.name, layers=info.head_layers, meta={
         "step": "head selection", "model": info.to_dict(), "task": task.name, "data_hash": task.data_hash,
         "n_train": n_train, "seed": seed, "config": config, "versions": io.environment(), "attached": list(attached),
     })  # fmt: skip

@@ -16,7 +16,7 @@ from lofit_lens.evaluation.evaluate import evaluate
 from lofit_lens.experiments.executors.attempt import Each
 from lofit_lens.experiments.executors.process import kept_model
 from lofit_lens.experiments.executors.schedule import Group
-from lofit_lens.experiments.grid.keys import grader_key, model_key, selector_source
+from lofit_lens.experiments.grid.keys import check_code, model_key
 from lofit_lens.experiments.methods import Fit, Method, Workbench, method_of, register, use_file
 from lofit_lens.experiments.methods.choice import Tuned, choose
 from lofit_lens.experiments.readings import read_adapter, read_together
@@ -88,7 +88,7 @@ def compute(store: Store, group: Group, context: Any, device: str | None, each: 
         register(method)
     SELECTORS.update(context.selectors)
     for cell in group.cells:
-        _check_code(cell, context)
+        check_code(cell.spec, context.tasks)
     jobs = [_Job(store, cell, context, _bench(cell, context, device)) for cell in group.cells]
     with ExitStack() as stack:
         for job in jobs:
@@ -108,21 +108,6 @@ def compute(store: Store, group: Group, context: Any, device: str | None, each: 
                     job.draft.timing["together"] = [cell.name for cell in group.cells]
     if any(job.failed_reader for job in jobs):
         _silent.add(context.track)  # no further cell waits for it
-
-
-def _check_code(cell: Cell, context: Context) -> None:
-    """Raise InputError if a user's code is not what named the cell: its file may change before a worker imports it."""
-    spec, found = cell.spec, {}
-    if "method" in spec:
-        found[spec["method"]] = method_of(spec["method"]).source, spec.get("source", "")
-    elif spec["kind"] == "scores":
-        found[spec["by"]] = selector_source(spec["by"]).get("source", ""), spec.get("source", "")
-    if "task" in spec:
-        task = context.tasks[io.digest(spec["task"])]
-        found[f"the grader of {task.name}"] = grader_key(task), spec["task"]["grade"]
-    for name, (here, planned) in found.items():
-        if here != planned:
-            raise InputError(f"the code of {name} has changed since this grid was planned; run the grid again")
 
 
 def _read_along(job: "_Job", context: Context) -> None:
@@ -303,7 +288,7 @@ def _fitted(job: _Job) -> Intervention | None:
 
 
 def _heads(job: _Job) -> HeadSet:
-    heads, grid = job.spec["heads"], (job.bench.info.n_layers, job.bench.info.n_heads)
+    heads, grid = job.spec["heads"], job.bench.info.grid
     if "cell" in heads:
         return HeadScores.load(job.store.folder(heads["cell"]) / "scores.json").top(heads["k"])
     return HeadSet.all(grid) if "all" in heads else HeadSet.random(grid, heads["k"], seed=heads["random"])

@@ -71,7 +71,7 @@ class Setting:
     @property
     def n_heads(self) -> int:
         """Heads of the model."""
-        return self.info.n_layers * self.info.n_heads
+        return self.info.grid.n_total
 
     def outline(self, task: str) -> Outline:
         """Model and preset."""

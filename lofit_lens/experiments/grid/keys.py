@@ -1,9 +1,12 @@
 """What names a run: all that can change its result, of the model, the task, the head score and the versions."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from lofit_lens import io
+from lofit_lens.errors import InputError
+from lofit_lens.experiments.methods import method_of
 from lofit_lens.experiments.methods.source import digest_of, in_library
 from lofit_lens.models import ModelInfo
 from lofit_lens.tasks.base import Task
@@ -21,6 +24,7 @@ def model_key(info: ModelInfo, files: str = "") -> dict[str, Any]:
     return {
         "weights": weights, "files": files, "backend": info.backend, "processed": info.processed, "dtype": info.dtype,
         "heads": [info.n_layers, info.n_heads], "prepend_bos": info.prepend_bos,
+        **({"head_layers": list(info.head_layers)} if info.head_layers else {}),
     }  # fmt: skip
 
 
@@ -37,16 +41,12 @@ def task_key(task: Task) -> dict[str, Any]:
     return {
         "name": task.name, "form": task.form, "objective": task.objective, "metric": task.metric,
         "max_new_tokens": task.max_new_tokens, "data": io.digest([rows, sorted(task.leaked), task.n_train]),
-        "grade": grader_key(task), **({} if task.chat is None else {"chat": asdict(task.chat)}),
+        "grade": _grader(task), **({} if task.chat is None else {"chat": asdict(task.chat)}),
     }  # fmt: skip
 
 
-def grader_key(task: Task) -> str:
-    """A grader's name; outside the library its code too, since it may change under its name.
-
-    Raises:
-        InputError: its code takes something from around it that cannot be named.
-    """
+def _grader(task: Task) -> str:
+    """A grader's name; outside the library its code too, since it may change under its name."""
     grade: Any = task.grade
     if grade is None:
         return ""
@@ -58,6 +58,29 @@ def selector_source(name: str) -> dict[str, str]:
     """Digest of the code of a selector from outside the library."""
     select: Any = SELECTORS[name]
     return {} if in_library(select) else {"source": digest_of([select], f"the selector {name}")}
+
+
+def check_code(spec: Mapping[str, Any], tasks: Mapping[str, Task]) -> None:
+    """See that a user's code in this process is what named a cell: its file may change before a worker imports it.
+
+    Args:
+        spec: of the cell.
+        tasks: digest of a task's key -> task.
+
+    Raises:
+        InputError: it is not (method, head score or grader, by name).
+    """
+    found = {}
+    if "method" in spec:
+        found[spec["method"]] = method_of(spec["method"]).source, spec.get("source", "")
+    elif spec["kind"] == "scores":
+        found[spec["by"]] = selector_source(spec["by"]).get("source", ""), spec.get("source", "")
+    if "task" in spec:
+        task = tasks[io.digest(spec["task"])]
+        found[f"the grader of {task.name}"] = _grader(task), spec["task"]["grade"]
+    for name, (here, planned) in found.items():
+        if here != planned:
+            raise InputError(f"the code of {name} has changed since this grid was planned; run the grid again")
 
 
 def versions_key() -> dict[str, str]:

@@ -77,7 +77,8 @@ def load_results(folder: str | Path, *, grids: Sequence[str] | None = None, mode
     ordered = dict(sorted(scores.items(), key=lambda item: (list(record["tasks"]).index(item[0][0]), item[0][1:])))
     whole = {**record, "damage": damage}
     return Results(
-        folder, whole, ModelInfo(**record["model"]), tuple(record["tasks"]), frame, tuple(evaluations), tuple(folders), ordered
+        folder, whole, ModelInfo.from_dict(record["model"]), tuple(record["tasks"]), frame, tuple(evaluations), tuple(folders),
+        ordered,
     )  # fmt: skip
 
 

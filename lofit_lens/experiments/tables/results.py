@@ -86,7 +86,7 @@ class Results:
 
     def wide_k(self, task: str) -> int:
         """Number of heads of the 10 % setting."""
-        return heads_of("3K", int(self._task(task)["k"]), self.model.n_layers * self.model.n_heads)
+        return heads_of("3K", int(self._task(task)["k"]), self.model.grid.n_total)
 
     def metric(self, task: str) -> str:
         """The task's own metric."""
