@@ -116,8 +116,8 @@ def open_checkpoint(name_or_path: str | Path, *, revision: str | None = None) ->
     config = _configuration(folder, name)
     if config.get("quantization_config"):
         raise ModelError(
-            f"{name} holds quantized weights, into which nothing can be folded exactly; take the checkpoint in full precision that "
-            "they were made from (export: base=..., strict=False; --base, --other-model)"
+            f"{name} holds quantized weights, into which nothing can be folded exactly; take the checkpoint in full "
+            "precision that they were made from (export: base=..., strict=False; --base, --other-model)"
         )
     where = _indexed(folder, name) if (folder / INDEX).is_file() else None
     files = [WEIGHTS] if where is None else sorted(set(where.values()))
