@@ -77,6 +77,16 @@ def test_a_model_without_heads(family):
         ll.Lofit.for_model(model)
 
 
+def test_heads_of_another_size_may_be_named(family):
+    """Gemma 4: the smaller group is left out by default only; both sizes together are refused."""
+    model = load_model(family("Gemma4"), device="cpu")
+    assert ll.Lofit.for_model(model, ["L0H1"]).d_head == 12
+    with ll.Lofit.for_model(model, ["L0H1"]).attached(model):
+        pass
+    with pytest.raises(ModelError, match="layers differ in d_head"):
+        ll.Lofit.for_model(model, ["L0H1", "L1H1"])
+
+
 @pytest.mark.parametrize("name", ["DeepseekV2", "DeepseekV3"])
 def test_latent_attention_is_split_by_the_size_of_the_values(family, name):
     """z is the input of o_proj, head by head: silencing a head's z equals zero columns of o_proj."""
@@ -158,7 +168,7 @@ def test_probes_and_what_follows(family, words):
     probes = ll.fit_probes(model, task, seed=0, progress=False)
     iti = probes.iti(2)
     assert iti.heads.layers == (1,)
-    with pytest.raises(InputError, match=r"layer 0 of this model has no heads .* its layers with heads: 1"):
+    with pytest.raises(InputError, match=r"head L0H1 is not among those .* the layers of these: 1"):
         probes.iti(["L0H1"])
     drift = ll.analysis.drift(model, iti, ["word 1:", "word 2: yes"], progress=False)
     assert sorted(set(drift.layers.query("where == 'z'")["layer"])) == [1]

@@ -87,7 +87,7 @@ def attention_patterns(model: Any, prompts: Sequence[str], heads: Heads) -> Atte
     info, prompts, heads = model_info(model), texts_of("prompts", prompts), HeadSet.of(heads)
     if len(heads) == 0 or not prompts:
         raise InputError(f"{len(prompts)} prompts and {len(heads)} heads; give at least one of each")
-    heads.check(info.grid)
+    heads.check((info.n_layers, info.n_heads))
     tokenizer, limit, device = tokenizer_of(model), context_length(model), device_of(model)
     texts, patterns = [], []
     with frozen(model):

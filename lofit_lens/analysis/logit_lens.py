@@ -147,7 +147,7 @@ def promoted_by(
         DataError: a prompt longer than the context.
     """
     info, heads = model_info(model), HeadSet.of(heads)
-    heads.check(info.grid)
+    heads.check((info.n_layers, info.n_heads))
     d_head = head_size(model, heads.layers)
     if not isinstance(directions, Tensor) or tuple(directions.shape) != (len(heads), d_head):
         of = f"of shape {tuple(directions.shape)}" if isinstance(directions, Tensor) else shown(directions)

@@ -271,7 +271,7 @@ def removal(
     check_one_of("how", how, HOW)
     info, task, heads = model_info(model), task_of(task), HeadSet.of(heads)
     shape = info.grid
-    heads.check(shape)
+    heads.check((info.n_layers, info.n_heads))
     means = None
     if how == "mean":
         given = [e.prompt for e in task.examples(split, limit=limit)] if prompts is None else prompts

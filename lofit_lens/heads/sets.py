@@ -122,7 +122,7 @@ class HeadSet:
                 )
             if h.layer not in grid.layers:
                 raise InputError(
-                    f"layer {h.layer} of this model has no heads that can be edited, so {h} is none; its layers with heads: "
+                    f"head {h} is not among those that can be edited together; the layers of these: "
                     f"{', '.join(map(str, grid.layers))}"
                 )
 

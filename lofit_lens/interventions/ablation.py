@@ -114,7 +114,7 @@ class HeadAblation(HeadAdapter):
             ModelError: heads that cannot be reached.
         """
         info, heads = model_info(model), HeadSet.of(heads)
-        heads.check(info.grid)
+        heads.check((info.n_layers, info.n_heads))
         d_head = head_size(model, heads.layers or None)
         check_is(means, (Tensor, type(None)), "means", "what mean_z gives")
         shape = (info.n_layers, info.n_heads, d_head)

@@ -12,7 +12,7 @@ from torch import Tensor
 from lofit_lens import io
 from lofit_lens.checks import check_whole, shown
 from lofit_lens.errors import AdapterError, InputError
-from lofit_lens.heads import Head, Heads, HeadSet, joint_grid
+from lofit_lens.heads import Grid, Head, Heads, HeadSet, joint_grid
 from lofit_lens.html import first_of
 from lofit_lens.interventions.base import Adapter, AdapterMeta, Edit
 from lofit_lens.interventions.cards import plain, table
@@ -147,8 +147,12 @@ def chosen_heads(heads: Heads, grid: tuple[int, int], title: str) -> HeadSet:
             f"this head set{made_for} belongs to a model of {heads.shape[0]} layers x {heads.shape[1]} heads; "
             f"this one has {grid[0]} x {grid[1]}"
         )
-    heads.check(grid)
-    return HeadSet(heads.heads, heads.scores, joint_grid(s for s in (grid, heads.shape) if s), heads.label)
+    whole = joint_grid(s for s in (grid, heads.shape) if s)
+    if any(head.layer not in whole.layers for head in heads):
+        whole = Grid(
+            whole
+        )  # named on purpose, as heads of another size than most: attaching tells whether they can be reached
+    return HeadSet(heads.heads, heads.scores, whole, heads.label)
 
 
 def check_vectors_shape(shape: Any) -> tuple[int, int, int]:
