@@ -148,6 +148,12 @@ def test_every_head_score(family, words, by):
         scores.top(5)
 
 
+def test_counts_from_a_configuration(family):
+    """Of the layers with heads, and of the values' size."""
+    assert ll.parameter_counts(family("Lfm2"), k=1)["LoFiT step 1"] == 4 * 8
+    assert ll.parameter_counts(family("DeepseekV3"), k=1)["LoFiT step 1"] == 3 * 4 * 12
+
+
 def test_a_grid(family, words, tmp_path):
     """Planned without the weights: K, random heads and all heads are of the layers that have some."""
     (tmp_path / "grid.yaml").write_text(

@@ -44,7 +44,7 @@ from lofit_lens.models.info import (
     value_biases_folded,
 )
 from lofit_lens.models.loading import BACKENDS, load_model, parse_device
-from lofit_lens.models.planned import planned_info, planned_tokenizer
+from lofit_lens.models.planned import planned_head_layers, planned_info, planned_tokenizer
 from lofit_lens.models.positions import (
     ALL,
     Borders,
@@ -137,6 +137,7 @@ __all__ = [
     "parse_device",
     "pattern_point",
     "peek",
+    "planned_head_layers",
     "planned_info",
     "planned_tokenizer",
     "positions_of",

@@ -55,7 +55,7 @@ def planned_info(
         remember_source(called, identity, source)
     shape = _shape(config) if on is None else (on.n_layers, on.n_heads, on.d_model, on.d_vocab)
     n_layers, n_heads, d_model, d_vocab = map(int, shape)
-    reached = _head_layers(config.get_text_config()) if on is None else None
+    reached = planned_head_layers(config) if on is None else None
     return ModelInfo(
         name=called, revision=identity, backend="bridge" if on is None else "hooked", processed=False,
         dtype=str(wanted).removeprefix("torch."), n_layers=n_layers, n_heads=n_heads, d_model=d_model, d_vocab=d_vocab,
@@ -89,8 +89,9 @@ def _shape(config: Any) -> tuple[int, int, int, int]:
     return text.num_hidden_layers, n_heads, text.hidden_size, text.vocab_size
 
 
-def _head_layers(text: Any) -> tuple[int, ...] | None:
-    """What `head_layers` finds in the loaded model; None = all."""
+def planned_head_layers(config: Any) -> tuple[int, ...] | None:
+    """What `head_layers` will find in the loaded bridge; None = all."""
+    text = config.get_text_config()
     kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()
     each = getattr(text, "per_layer_config", None)  # of models whose layers differ in more than that
     attends = [i for i, kind in enumerate(kinds) if "attention" in kind and kind != "linear_attention"]

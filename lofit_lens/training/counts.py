@@ -17,7 +17,7 @@ from lofit_lens.interventions.lora import RANK as LORA_RANK
 from lofit_lens.interventions.lora import TARGETS, Lora, parse_targets
 from lofit_lens.interventions.loreft import RANK, LoReft
 from lofit_lens.interventions.red import Red
-from lofit_lens.models import ORGANISM, ModelInfo
+from lofit_lens.models import ORGANISM, ModelInfo, planned_head_layers
 from lofit_lens.training.config import preset
 
 
@@ -44,11 +44,14 @@ def parameter_counts(
         n_layers, n_heads, d_model = text.num_hidden_layers, text.num_attention_heads, text.hidden_size
     except AttributeError as e:
         raise ModelError(f"{name} has no attention heads to count ({e}); give a transformer's configuration") from e
-    d_head = getattr(text, "head_dim", None) or d_model // n_heads
-    if k is None:
-        k = preset(ModelInfo(name, None, "bridge", False, "float32", n_layers, n_heads, d_model, 0), "", "sft").k
-    grid, shape = (n_layers, n_heads), (n_layers, n_heads, d_head)
-    check_k(3 * k, n_layers * n_heads, name)
+    # Of latent attention (DeepSeek) head_dim is that of the keys' rotary part.
+    d_head = getattr(text, "v_head_dim", None) or getattr(text, "head_dim", None) or d_model // n_heads
+    info = ModelInfo(
+        name, None, "bridge", False, "float32", n_layers, n_heads, d_model, 0, head_layers=planned_head_layers(config)
+    )
+    k = preset(info, "", "sft").k if k is None else k
+    grid, shape = info.grid, (n_layers, n_heads, d_head)
+    check_k(3 * k, grid.n_total, name)
 
     def offsets(n: int) -> int:
         return Lofit(shape, HeadSet.random(grid, n, seed=0)).train_only("v").n_parameters
@@ -58,7 +61,7 @@ def parameter_counts(
     return {
         "ITI": k * d_head,
         "RepE": n_layers * d_model,
-        "LoFiT step 1": Lofit(shape).train_only("A").n_parameters,
+        "LoFiT step 1": Lofit(shape, HeadSet.all(grid)).train_only("A").n_parameters,
         "LoFiT 3 %": offsets(k),
         "LoFiT 10 %": offsets(3 * k),
         "LoRA": _lora(config, parse_targets(targets), lora_rank, shape),
