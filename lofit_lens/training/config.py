@@ -4,6 +4,7 @@ Values are those of the official code's 3 % setting. Where the paper's text diff
 was run.
 """
 
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ class TrainConfig:
     """How one adapter is trained.
 
     Args:
-        lr: AdamW learning rate at the first step; it falls linearly to 0, without warm-up.
+        lr: AdamW's largest learning rate, that of the first step where there is no warm-up; it falls to 0.
         epochs: passes over the training examples; the last one is kept.
         batch_size: examples a step (a DPO pair is one example).
         l1: lambda, weight of the raw sum of |A| over all entries; step 1 only.
@@ -29,6 +30,8 @@ class TrainConfig:
         init_std: standard deviation of the starting values.
         max_steps: stop after so many steps (the schedule still spans all epochs); None = no bound.
         schedule_steps: steps in which the learning rate falls to 0; None = those of all epochs.
+        schedule: how it falls: `"linear"`, or `"cosine"` (half a wave).
+        warmup_steps: steps in which it rises linearly from 0 first.
 
     Raises:
         InputError: a value out of range; names the field.
@@ -46,6 +49,8 @@ class TrainConfig:
     init_std: float = 1e-3
     max_steps: int | None = None
     schedule_steps: int | None = None
+    schedule: str = "linear"
+    warmup_steps: int = 0
 
     def __post_init__(self) -> None:
         for name in ("lr", "clip", "beta", "eps", "init_std", "l1", "weight_decay"):
@@ -56,6 +61,8 @@ class TrainConfig:
         for name in ("l1", "weight_decay"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(f"{name} is {getattr(self, name)}; it must be 0 or above and finite")
+        check_one_of("schedule", self.schedule, ("linear", "cosine"))
+        check_whole(0, warmup_steps=self.warmup_steps)
         bounds = given(max_steps=self.max_steps, schedule_steps=self.schedule_steps)
         check_whole(1, epochs=self.epochs, batch_size=self.batch_size, **bounds)
         if not isinstance(self.betas, tuple | list) or len(self.betas) != 2:
@@ -66,9 +73,16 @@ class TrainConfig:
                 raise InputError(f"betas is {self.betas}; both must be 0 or above and below 1")
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able form; without `schedule_steps` where it is None, so that runs keep the names from before there was one."""
+        """A JSON-able form; without younger fields that keep their default: runs keep the names that they had before."""
         found = {**asdict(self), "betas": list(self.betas)}
-        return {name: value for name, value in found.items() if name != "schedule_steps" or value is not None}
+        return {k: v for k, v in found.items() if k not in YOUNGER or v != YOUNGER[k]}
+
+    def lr_at(self, step: int, span: int) -> float:
+        """Learning rate of a step, counted from 0, of a schedule of `span` steps."""
+        if step < self.warmup_steps:
+            return self.lr * step / self.warmup_steps
+        left = (span - step) / max(1, span - self.warmup_steps)
+        return self.lr * (left if self.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2)
 
     def with_changes(self, **changes: Any) -> "TrainConfig":
         """A copy with the given fields changed; None leaves a field as it is.
@@ -85,6 +99,9 @@ class TrainConfig:
             if name not in names:
                 raise unknown("setting", name, names)
         return replace(self, **{k: v for k, v in changes.items() if v is not None})
+
+
+YOUNGER = {"schedule_steps": None, "schedule": "linear", "warmup_steps": 0}
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from lofit_lens.checks import check_is, check_one_of, shown
 from lofit_lens.errors import InputError, TrainingDiverged
 from lofit_lens.heads import Heads, HeadScores
 from lofit_lens.interventions.lofit import LOFIT, Component, Lofit
-from lofit_lens.interventions.provenance import KEPT
+from lofit_lens.interventions.provenance import KEPT, AdapterMeta
 from lofit_lens.interventions.side_by_side import side_by_side
 from lofit_lens.models import model_info
 from lofit_lens.tasks.base import Task
@@ -79,11 +79,16 @@ def select_heads(
 def learned_scores(lofit: Lofit, component: Component, *, kind: str) -> HeadScores:
     """L2 norm of every head's A or v as trained, with the training's record as `.meta`."""
     check_is(lofit, Lofit, "lofit", LOFIT)
-    scores, meta = lofit.norms(component), lofit.meta
-    return HeadScores(scores.values, kind, scores.model, scores.task, layers=scores.head_layers, meta={
+    scores = lofit.norms(component)
+    return HeadScores(scores.values, kind, scores.model, scores.task, record_of(lofit.meta), scores.head_layers)
+
+
+def record_of(meta: AdapterMeta) -> dict[str, Any]:
+    """What a training that scores heads says of itself in `HeadScores.meta`."""
+    return {
         "step": "head selection", "model": meta.model.to_dict() if meta.model else None,
         **{name: getattr(meta, name) for name in KEPT if name != "metrics"}, "attached": meta.attached,
-    })  # fmt: skip
+    }  # fmt: skip
 
 
 def tune_scalings(

@@ -1,4 +1,4 @@
-"""The only training loop: AdamW, linear decay to 0, global clip, last step kept. For one adapter, or for several side by side.
+"""The only training loop: AdamW, a learning rate that falls to 0, global clip, last step kept. For one adapter, or for several.
 
 It knows rows by their index alone; what a row is and what its loss is belongs to the caller. Epoch e visits the rows in
 the order `torch.randperm(n)` of a generator seeded with `seed + e` (the official order), consecutive rows form the
@@ -126,14 +126,16 @@ class Training:
         return self._order[1][place * self.config.batch_size : (place + 1) * self.config.batch_size]
 
     def begin(self) -> None:
-        """Set the learning rate of the next step and drop old gradients."""
+        """Set the learning rate of the next step, drop old gradients, and tell the adapter which step it is, if it asks."""
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr
         self.optimizer.zero_grad(set_to_none=True)
+        if (tell := getattr(self.asked.adapter, "begin_step", None)) is not None:
+            tell(len(self.history))
 
     @property
     def _lr(self) -> float:
-        return self.config.lr * (1 - len(self.history) / self.span)
+        return self.config.lr_at(len(self.history), self.span)
 
     def clipped(self) -> tuple[Tensor, Tensor]:
         """Add the penalty's gradient to the loss's, and clip; raw penalty and gradient norm before the clip."""

@@ -8,6 +8,7 @@
 | probing layers | place of its layer by the accuracy of one probe on all the layer's z, then its own probe accuracy |
 | gradient attribution | mean over examples of abs(sum over positions of z . dLoss/dz) |
 | activation patching | mean gain of the right answer's log-prob with its z from few-shot prompts |
+| JoLA gates | sum of its two gates, learned together with the edits (`jola_scores`) |
 | random | place in a random order |
 
 All have the signature of `Selector`, so that `SELECTORS[name](model, task, seed=0).top(k)` can go to `tune_offsets`.
@@ -48,6 +49,7 @@ from lofit_lens.tasks.base import Task
 from lofit_lens.tasks.collate import encode_training
 from lofit_lens.tasks.registry import task_of
 from lofit_lens.training.config import TrainConfig
+from lofit_lens.training.jola import jola_scores
 from lofit_lens.training.lofit import learned_scores, select_heads, tune_offsets
 from lofit_lens.training.loop import OnStep, check_gradients
 from lofit_lens.training.objective import task_loss
@@ -293,6 +295,7 @@ SELECTORS: dict[str, Selector] = {
     "probing layers": probing_layers,
     "gradient attribution": attribution_scores,
     "activation patching": patching_scores,
+    "JoLA gates": jola_scores,
     "random": random_scores,
 }
 _LIBRARY = tuple(SELECTORS)
