@@ -20,7 +20,7 @@ def select(
         typer.Option(
             "--by",
             help="A-norm (LoFiT's step 1), bias norm, probe accuracy, probing layers, gradient attribution, activation patching, "
-            "random.",
+            "JoLA gates, random.",
         ),
     ] = A_NORM,
     k: Annotated[int | None, typer.Option("--k", help="Heads to keep in heads.json; left out: the preset's.")] = None,

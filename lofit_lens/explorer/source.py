@@ -19,7 +19,8 @@ from lofit_lens.models import ModelInfo, model_info, same_weights
 USUAL_SHARE = 0.03  # of all heads: K where nothing says another (the paper's main setting)
 # Selectors in the order to show; selections of one's own come last.
 ORDER = (
-    "A-norm", "bias norm", "probe accuracy", "probing layers", "gradient attribution", "activation patching", "random",
+    "A-norm", "bias norm", "probe accuracy", "probing layers", "gradient attribution", "activation patching", "JoLA gates",
+    "random",
 )  # fmt: skip
 
 
