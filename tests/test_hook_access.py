@@ -104,8 +104,8 @@ def test_d_head_is_read_from_z(loaded, architecture, on):
 
 
 def test_mamba_is_refused(checkpoint):
-    """A model without attention heads: ModelError that names the layer, not a crash."""
-    with pytest.raises(ModelError, match=r"layer 0|cannot load"):
+    """A model without attention heads: ModelError that says so, not a crash."""
+    with pytest.raises(ModelError, match=r"no layer of tiny-\d+ has heads|cannot load"):
         head_size(load_model(checkpoint("mamba"), backend="bridge", device="cpu"))
 
 
@@ -136,11 +136,14 @@ class _Fake(nn.Module):
 )  # fmt: skip
 def test_heads_that_cannot_be_reached_are_refused(monkeypatch, kind, message):
     """A wanted layer fires never or twice, is split wrongly, has no hook, or differs in d_head: each is named."""
-    monkeypatch.setattr(models.hooks, "backend_of", lambda model: "bridge")
+    for module in (models.hooks, models.info):
+        monkeypatch.setattr(module, "backend_of", lambda model: "bridge")
     assert head_size(_Fake()) == 8
     fake = _Fake(**kind)
     with pytest.raises(ModelError, match=message):
-        head_size(fake)
+        head_size(fake, range(2))
+    if "missing" in kind:
+        assert head_size(fake) == 8  # by default only layers that have heads
     good = [i for i in range(2) if f"layer {i}" in message] or [1]
     assert head_size(fake, [1 - good[0]]) == 8  # layers that are not wanted do not matter
 
