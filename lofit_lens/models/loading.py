@@ -30,6 +30,7 @@ from lofit_lens.models.tokens import chosen_rules, ends_in, keep_rules
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "hooked", "bridge")
+DEVICES = ("cpu", "cuda")  # kinds
 
 
 def load_model(
@@ -207,7 +208,7 @@ def parse_device(device: str | torch.device | None) -> torch.device:
         raise InputError(f"unknown device {str(device)!r}; allowed: cpu, cuda, cuda:0, cuda:1, ...") from e
     if parsed.type == "cuda" and (parsed.index or 0) >= torch.cuda.device_count():
         raise InputError(f"no device {device} here: this machine has {torch.cuda.device_count()} CUDA devices; use cpu")
-    if parsed.type not in ("cpu", "cuda"):
+    if parsed.type not in DEVICES:
         raise InputError(
             f"device {device} is not supported (TransformerLens gives silent errors on MPS); use cpu or cuda"
         )

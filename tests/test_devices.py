@@ -1,0 +1,67 @@
+"""Everything runs on a device that is not the CPU, finds there what it finds on the CPU, and goes there and back as rarely as told."""
+
+import math
+
+import pytest
+import torch
+
+from lofit_lens.models import device_of, load_model, model_info
+from tests import pretend
+from tests.device_cases import CASES, plain
+
+
+@pytest.fixture(autouse=True)
+def devices():
+    with pretend.devices():
+        yield
+
+
+@pytest.fixture(scope="module")
+def there(checkpoint):
+    """Class -> a tiny Llama on a pretend device."""
+    made = {}
+
+    def model_of(backend):
+        if backend not in made:
+            with pretend.devices():
+                made[backend] = load_model(checkpoint("llama"), backend=backend, device="pretend:0")
+        return made[backend]
+
+    return model_of
+
+
+def assert_same(found, wanted, where=""):
+    """Numbers to 1e-6, everything else as it is."""
+    assert type(found) is type(wanted), where
+    if isinstance(wanted, dict):
+        assert found.keys() == wanted.keys(), where
+        for key in wanted:
+            assert_same(found[key], wanted[key], f"{where}/{key}")
+    elif isinstance(wanted, list):
+        assert len(found) == len(wanted), where
+        for i, (one, other) in enumerate(zip(found, wanted, strict=True)):
+            assert_same(one, other, f"{where}/{i}")
+    elif isinstance(wanted, float):
+        close = math.isclose(found, wanted, rel_tol=1e-6, abs_tol=1e-6) or (math.isnan(found) and math.isnan(wanted))
+        assert close, f"{where}: {found} and {wanted}"
+    else:
+        assert found == wanted, where
+
+
+def test_a_model_is_loaded_onto_a_device(there, loaded, backend):
+    """All of it, with the record that it has on the CPU."""
+    model = there(backend)
+    assert {str(t.device) for t in (*model.parameters(), *model.buffers())} == {"pretend:0"}
+    assert str(device_of(model)) == "pretend:0"
+    assert model_info(model) == model_info(loaded("llama", backend))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_device_finds_what_the_cpu_finds(there, loaded, backend, tmp_path, name):
+    told = CASES[name]
+    if told.bridge_only and backend == "hooked":
+        pytest.skip("LoRA is for the bridge")
+    (tmp_path / "cpu").mkdir()
+    wanted = plain(told.run(loaded("llama", backend), tmp_path / "cpu"))
+    torch.manual_seed(0)
+    assert_same(plain(told.run(there(backend), tmp_path)), wanted, name)
