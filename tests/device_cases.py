@@ -10,7 +10,7 @@ import torch
 
 import lofit_lens as ll
 from lofit_lens import HeadSet, Task, TrainConfig, analysis, models
-from lofit_lens.evaluation import generate, score_continuations
+from lofit_lens.evaluation import Metric, generate, score_continuations
 from lofit_lens.interventions import HeadAblation, Lora, LoReft, Red, mean_z
 from lofit_lens.models import Borders, backend_of
 from lofit_lens.probing import fit_probes, record
@@ -78,6 +78,8 @@ def plain(found: Any) -> Any:
         return found.tolist()
     if isinstance(found, dict):
         return {str(key): plain(value) for key, value in found.items()}
+    if isinstance(found, Metric):
+        return [found.mean, found.n]
     if isinstance(found, list | tuple):
         return [plain(value) for value in found]
     return plain(found.to_dict()) if hasattr(found, "to_dict") else found
@@ -334,10 +336,11 @@ def told_of_a_model(model, folder):
 # ---------------------------------------------------------------------------------------------------------- studies
 
 
-@case("compare_methods", "run_grid", "tune_method", "compare_selectors")
+@case("compare_methods", "compare_selectors", "run_grid", "tune_method")
 def studies(model, folder):
-    names = ["ITI", "RepE", "RED", "LoReFT", *(["LoRA"] if backend_of(model) == "bridge" else [])]
-    options = {"seeds": (0,), "batch_size": 4, "n_train": 4, **QUIET}
-    table = ll.compare_methods(model, OPTIONS, methods=names, reference="ITI", texts=["Ann asked her son."], **options)
-    chosen = ll.compare_selectors(model, OPTIONS, selectors=["probe accuracy"], **options)
-    return table.frame.drop(columns=[c for c in table.frame if "seconds" in c]), len(chosen.frame)
+    """All run a grid; its fits are those of the cases above."""
+    fast, options = {"lr": 1e-2, "epochs": 1}, {"batch_size": 4, "n_train": 4, **QUIET}
+    table = ll.compare_methods(
+        model, OPTIONS, methods=["zero-shot", "RED"], settings={"RED": fast}, reference="RED", texts=["Ann asked."], seeds=(0,), **options
+    )
+    return table.rows[0].metrics, ll.tune_method(model, OPTIONS, "RED", grid=[fast], **options).settings
