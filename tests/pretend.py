@@ -13,6 +13,7 @@ a wrapper, those of backward passes included. Time, memory, streams and the roun
 """
 
 import contextlib
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -308,6 +309,8 @@ def devices() -> Iterator[None]:
     with (
         mock.patch("torch.nn.utils.clip_grad._group_tensors_by_device_and_dtype", _by_device),
         mock.patch.object(loading, "DEVICES", (*loading.DEVICES, KIND)),
+        # Transformers' own threads, which read weights, would not have the mode.
+        mock.patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"),
         # Else the mode would be off inside `backward` and `grad`, where functions of the library run.
         mock.patch("torch._tensor.has_torch_function_unary", lambda _: False),
         mock.patch("torch.autograd.has_torch_function", lambda _: False),

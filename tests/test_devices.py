@@ -30,6 +30,33 @@ def there(checkpoint):
     return model_of
 
 
+MAP = {
+    "model.embed_tokens": "pretend:0", "model.rotary_emb": "pretend:0", "model.layers.0": "pretend:0",
+    "model.layers.1": "pretend:1", "model.layers.2": "pretend:1", "model.norm": "pretend:1", "lm_head": "pretend:1",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def spread(checkpoint):
+    """A tiny Llama of which a layer lies on one device and two on another."""
+    with pretend.devices():
+        return load_model(checkpoint("llama"), device_map=MAP)
+
+
+@pytest.fixture(scope="module")
+def on_cpu(loaded, tmp_path_factory):
+    """(case, class) -> what it finds on the CPU, once."""
+    found = {}
+
+    def of(name, backend):
+        if (name, backend) not in found:
+            folder = tmp_path_factory.mktemp("cpu")
+            found[name, backend] = plain(CASES[name].run(loaded("llama", backend), folder))
+        return found[name, backend]
+
+    return of
+
+
 def assert_same(found, wanted, where=""):
     """Numbers to 1e-6, everything else as it is."""
     assert type(found) is type(wanted), where
@@ -57,11 +84,13 @@ def test_a_model_is_loaded_onto_a_device(there, loaded, backend):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_device_finds_what_the_cpu_finds(there, loaded, backend, tmp_path, name):
-    told = CASES[name]
-    if told.bridge_only and backend == "hooked":
-        pytest.skip("LoRA is for the bridge")
-    (tmp_path / "cpu").mkdir()
-    wanted = plain(told.run(loaded("llama", backend), tmp_path / "cpu"))
-    torch.manual_seed(0)
-    assert_same(plain(told.run(there(backend), tmp_path)), wanted, name)
+def test_a_device_finds_what_the_cpu_finds(there, on_cpu, backend, tmp_path, name):
+    if CASES[name].bridge_only and backend == "hooked":
+        pytest.skip("it is for the bridge")
+    assert_same(plain(CASES[name].run(there(backend), tmp_path)), on_cpu(name, backend), name)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_devices_find_what_the_cpu_finds(spread, on_cpu, tmp_path, name):
+    """A model in two parts, on the class that can be."""
+    assert_same(plain(CASES[name].run(spread, tmp_path)), on_cpu(name, "bridge"), name)

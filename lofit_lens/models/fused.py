@@ -32,6 +32,7 @@ from lofit_lens.models.hooks import frozen, hook_z, hooked, unhooked
 from lofit_lens.models.info import backend_of, device_of
 from lofit_lens.models.proofs import proven_once
 from lofit_lens.models.running import extend, logits_of, prefill, uncached
+from lofit_lens.models.sharded import runs_own_forward
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +160,10 @@ def _bridge_obstacle(model: Any) -> str | None:
     known = [c._reconstruct_attention for c in (JointQKVAttentionBridge, JointQKVPositionEmbeddingsAttentionBridge)]
     for block in model.blocks:
         attn = block.attn
-        if {"forward", "_reconstruct_attention"} & {*attn.__dict__, *attn.original_component.__dict__}:
+        inner = attn.original_component
+        if {"forward", "_reconstruct_attention"} & attn.__dict__.keys() or "_reconstruct_attention" in inner.__dict__:
+            return "another attention forward than the class's"
+        if not runs_own_forward(inner):
             return "another attention forward than the class's"
         if runs_projections(attn):
             continue

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lofit_lens.errors import ModelError
 from lofit_lens.models.hooks import hook_z, hooked, residual_point
 from lofit_lens.models.info import device_of, model_info
+from lofit_lens.models.sharded import device_of_module
 from lofit_lens.models.running import run_through
 
 PART = 8192  # columns of W_U that are taken in float32 together
@@ -99,7 +100,8 @@ def final_norm(model: Any) -> FinalNorm:
 
     Of a stream s and of -s the norm gives `w s / scale + b` and `-w s / scale + b`.
     """
-    d, device, dtype = int(model.cfg.d_model), device_of(model), next(model.parameters()).dtype
+    d, dtype = int(model.cfg.d_model), next(model.parameters()).dtype
+    device = device_of_module(model.ln_final, otherwise=model.W_U.device)  # a norm may have no weight
     s = torch.ones(d, device=device)
     s[1::2] = -1
     if d % 2:
