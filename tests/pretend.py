@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from lofit_lens.models import loading
+from lofit_lens.models import devices as places
 
 KIND = "pretend"
 aten = torch.ops.aten
@@ -308,7 +308,7 @@ def devices() -> Iterator[None]:
     _register()
     with (
         mock.patch("torch.nn.utils.clip_grad._group_tensors_by_device_and_dtype", _by_device),
-        mock.patch.object(loading, "DEVICES", (*loading.DEVICES, KIND)),
+        mock.patch.object(places, "KINDS", (*places.KINDS, KIND)),
         # Transformers' own threads, which read weights, would not have the mode.
         mock.patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"),
         # Else the mode would be off inside `backward` and `grad`, where functions of the library run.

@@ -1,9 +1,12 @@
 """Everything runs on a device that is not the CPU, finds there what it finds on the CPU, and goes there and back as rarely as told."""
 
+import functools
 import math
+from unittest import mock
 
 import pytest
 import torch
+from accelerate import dispatch_model
 
 from lofit_lens.models import device_of, load_model, model_info
 from tests import pretend
@@ -39,7 +42,9 @@ MAP = {
 @pytest.fixture(scope="module")
 def spread(checkpoint):
     """A tiny Llama of which a layer lies on one device and two on another."""
-    with pretend.devices():
+    # As on GPUs 0 and 1: accelerate takes the first of a set of devices, and names are not in order there.
+    first = functools.partial(dispatch_model, main_device="pretend:0")
+    with pretend.devices(), mock.patch("transformers.integrations.accelerate.dispatch_model", first):
         return load_model(checkpoint("llama"), device_map=MAP)
 
 

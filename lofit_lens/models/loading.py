@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from lofit_lens import io
-from lofit_lens.errors import InputError, ModelError, unknown
+from lofit_lens.errors import ModelError, unknown
 from lofit_lens.hub import first_line
 from lofit_lens.models.as_hooked import architecture_of, in_memory_tokenizer, load_hooked, on_hooked, quiet
 from lofit_lens.models.compared import Probe, is_quantised
+from lofit_lens.models.devices import check_placed, check_placing, parse_device
 from lofit_lens.models.identity import fingerprint, weights_revision
 from lofit_lens.models.info import (
     Origin,
@@ -26,14 +27,12 @@ from lofit_lens.models.info import (
     model_info,
 )
 from lofit_lens.models.rotary import changing_angles
-from lofit_lens.models.sharded import check_placed, check_placing
 from lofit_lens.models.sources import at_commit, check_weights, located, read_config, refuse_missing, remember_source
 from lofit_lens.models.tokens import chosen_rules, ends_in, keep_rules
 
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "hooked", "bridge")
-DEVICES = ("cpu", "cuda")  # kinds
 
 
 def load_model(
@@ -205,27 +204,6 @@ def chosen_dtype(device: torch.device) -> torch.dtype:
         native, reason = bool(found), f"this processor has {found[0] if found else 'neither AMX nor AVX512-BF16'}"
     logger.warning('dtype="auto": %s, since %s', "bfloat16" if native else "float32 and not bfloat16", reason)
     return torch.bfloat16 if native else torch.float32
-
-
-def parse_device(device: str | torch.device | None) -> torch.device:
-    """Turn a device name into a device that exists here.
-
-    Raises:
-        InputError: not a device name, or no such device on this machine.
-    """
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        parsed = torch.device(device)
-    except (RuntimeError, TypeError) as e:
-        raise InputError(f"unknown device {str(device)!r}; allowed: cpu, cuda, cuda:0, cuda:1, ...") from e
-    if parsed.type == "cuda" and (parsed.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"no device {device} here: this machine has {torch.cuda.device_count()} CUDA devices; use cpu")
-    if parsed.type not in DEVICES:
-        raise InputError(
-            f"device {device} is not supported (TransformerLens gives silent errors on MPS); use cpu or cuda"
-        )
-    return parsed
 
 
 def _load_hf(
