@@ -40,6 +40,11 @@ WORDS = Task.from_records(
     test=[{"prompt": f"who is {p}?", "answer": " it"} for p in PLACES[:3]],
     max_new_tokens=2,
 )
+# Of a tiny Llama: one layer on the first device, two on the second.
+MAP = {
+    "model.embed_tokens": "pretend:0", "model.rotary_emb": "pretend:0", "model.layers.0": "pretend:0",
+    "model.layers.1": "pretend:1", "model.layers.2": "pretend:1", "model.norm": "pretend:1", "lm_head": "pretend:1",
+}  # fmt: skip
 QUIET: dict[str, Any] = {"progress": False}
 Case = Callable[[Any, Any], Any]  # (model, folder) -> what it finds
 

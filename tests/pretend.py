@@ -4,7 +4,7 @@
         model = load_model("organism", device="pretend:0")
         with pretend.counting() as found:
             ...
-        found.copies, found.waits  # where in the code -> how often
+        found.copies, found.waits  # place in the code -> how often
 
 A tensor on one is a wrapper around a CPU tensor (`host`) under another device's name. Its operations run on the host tensor, so
 that results are the CPU's to the last bit, and they refuse what CUDA refuses: tensors of two devices, `.numpy()`. Two layers
@@ -18,6 +18,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -30,6 +31,7 @@ from torch.utils._pytree import tree_leaves
 from lofit_lens.models import devices as places
 
 KIND = "pretend"
+ROOT = Path(__file__).parents[1]
 aten = torch.ops.aten
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 # Elsewhere a CPU tensor without dimensions is taken for a number.
@@ -74,7 +76,8 @@ def _count(what: str) -> None:
     frame = sys._getframe(1)
     while frame.f_back is not None and any(part in frame.f_code.co_filename for part in ("/torch/", __file__)):
         frame = frame.f_back
-    place = "/".join(frame.f_code.co_filename.split("/")[-2:]) + f":{frame.f_lineno}"
+    file = frame.f_code.co_filename.split("site-packages/")[-1].removeprefix(f"{ROOT}/")
+    place = f"{file}:{frame.f_lineno}"
     for found in _counting:
         getattr(found, what)[place] += 1
 

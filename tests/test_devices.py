@@ -10,7 +10,7 @@ from accelerate import dispatch_model
 
 from lofit_lens.models import device_of, load_model, model_info
 from tests import pretend
-from tests.device_cases import CASES, plain
+from tests.device_cases import CASES, MAP, plain
 
 
 @pytest.fixture(autouse=True)
@@ -31,12 +31,6 @@ def there(checkpoint):
         return made[backend]
 
     return model_of
-
-
-MAP = {
-    "model.embed_tokens": "pretend:0", "model.rotary_emb": "pretend:0", "model.layers.0": "pretend:0",
-    "model.layers.1": "pretend:1", "model.layers.2": "pretend:1", "model.norm": "pretend:1", "lm_head": "pretend:1",
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
