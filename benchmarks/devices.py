@@ -31,7 +31,7 @@ from lofit_lens.evaluation.generation import decode_ids  # noqa: E402
 from lofit_lens.models import load_model  # noqa: E402
 
 HEADS = HeadSet(["L2H1", "L0H3"])
-FEW, MANY = 2, 4
+FEW, MANY = 2, 3
 
 
 def _steps(model: Any, task: Task, n: int) -> None:

@@ -56,16 +56,17 @@ class Told:
     run: Case
     stands_for: tuple[str, ...]
     bridge_only: bool = False
+    of_others: bool = False  # it calls nothing on a model but what other cases call
 
 
 CASES: dict[str, Told] = {}
 
 
-def case(*stands_for: str, bridge_only: bool = False) -> Callable[[Case], Case]:
+def case(*stands_for: str, bridge_only: bool = False, of_others: bool = False) -> Callable[[Case], Case]:
     """Make a function a case."""
 
     def kept(run: Case) -> Case:
-        CASES[run.__name__] = Told(run, stands_for, bridge_only)
+        CASES[run.__name__] = Told(run, stands_for, bridge_only, of_others)
         return run
 
     return kept
@@ -130,7 +131,7 @@ def lora(model, folder):
 @case("Passes.ready", "checkpointed", "fused_attention", "fused_refusal")
 def ways_of_passing(model, folder):
     ways, short = (PLAIN, Passes(token_budget=30), Passes(checkpointing=True), FAST), CONFIG.with_changes(max_steps=1)
-    return [ll.tune_offsets(model, DPO, CHOSEN, config=short, passes=way, **QUIET) for way in ways], str(
+    return [ll.tune_offsets(model, DPO, CHOSEN, config=short, n_train=4, passes=way, **QUIET) for way in ways], str(
         models.fused_refusal(model)
     )
 
@@ -279,7 +280,7 @@ def what_heads_do(model, folder):
     return seen.to_dict(), moved.layers, moved.heads
 
 
-@case("leave_one_out", "keep_only", "removal", "drop_edits")
+@case("leave_one_out", "keep_only", "removal", "drop_edits", of_others=True)
 def needed(model, folder):
     lofit, options = random_adapter(model).to(models.device_of(model)), {"limit": 1, **QUIET}
     return [
@@ -290,7 +291,7 @@ def needed(model, folder):
     ]
 
 
-@case("interference", "learned_in_turn", "long_context")
+@case("interference", "learned_in_turn", "long_context", of_others=True)
 def together(model, folder):
     lofit, options = random_adapter(model).to(models.device_of(model)), {"limit": 1, **QUIET}
     short = CONFIG.with_changes(max_steps=1)
@@ -341,7 +342,7 @@ def told_of_a_model(model, folder):
 # ---------------------------------------------------------------------------------------------------------- studies
 
 
-@case("compare_methods", "compare_selectors", "run_grid", "tune_method")
+@case("compare_methods", "compare_selectors", "run_grid", "tune_method", of_others=True)
 def studies(model, folder):
     """All run a grid; its fits are those of the cases above."""
     fast, options = {"lr": 1e-2, "epochs": 1}, {"batch_size": 4, "n_train": 4, **QUIET}

@@ -1,6 +1,8 @@
 """Everything runs on a device that is not the CPU, finds there what it finds on the CPU, and goes there and back as rarely as told."""
 
 import functools
+import importlib
+import inspect
 import math
 from unittest import mock
 
@@ -8,13 +10,15 @@ import pytest
 import torch
 from accelerate import dispatch_model
 
+from lofit_lens.interventions.base import KNOWN
 from lofit_lens.models import device_of, load_model, model_info
 from tests import pretend
 from tests.device_cases import CASES, MAP, plain
 
 
 @pytest.fixture(autouse=True)
-def devices():
+def devices(unchecked):
+    """Without the type checks, which look at the same calls elsewhere: this is quicker."""
     with pretend.devices():
         yield
 
@@ -74,6 +78,28 @@ def assert_same(found, wanted, where=""):
         assert found == wanted, where
 
 
+PARTS = ("", ".analysis", ".evaluation", ".interventions", ".models", ".probing", ".training")
+# They make no tensor, are run by every case, or run nothing but other functions that have a case.
+NEED_NONE = {
+    "backend_of", "before_each_pass", "declared", "device_of", "explore", "frozen", "is_processed", "is_watched", "laid_out",
+    "layout_of", "load_results", "not_finite", "paper_grid", "positions_of", "tokenizer_of", "value_biases_folded",
+    "why_not_finite",
+}  # fmt: skip
+
+
+def test_every_public_function_that_takes_a_model_has_a_case():
+    """And every method that can be attached."""
+    needed = {f"{kind.__name__}.attached" for kind in KNOWN.values() if kind.__module__.startswith("lofit_lens")}
+    for part in PARTS:
+        package = importlib.import_module(f"lofit_lens{part}")
+        for name in package.__all__:
+            found = getattr(package, name)
+            if inspect.isfunction(found) and "model" in inspect.signature(found).parameters:
+                needed.add(name)
+    told = {name for case in CASES.values() for name in case.stands_for}
+    assert not needed - told - NEED_NONE, needed - told - NEED_NONE
+
+
 def test_a_model_is_loaded_onto_a_device(there, loaded, backend):
     """All of it, with the record that it has on the CPU."""
     model = there(backend)
@@ -89,7 +115,7 @@ def test_a_device_finds_what_the_cpu_finds(there, on_cpu, backend, tmp_path, nam
     assert_same(plain(CASES[name].run(there(backend), tmp_path)), on_cpu(name, backend), name)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name, told in CASES.items() if not told.of_others])
 def test_two_devices_find_what_the_cpu_finds(spread, on_cpu, tmp_path, name):
     """A model in two parts, on the class that can be."""
     assert_same(plain(CASES[name].run(spread, tmp_path)), on_cpu(name, "bridge"), name)

@@ -82,6 +82,7 @@ class KVState:
 
     def _rows(self, rows: Int[Tensor, " n"], *, keep: bool) -> "KVState":
         borders = None if self.borders is None else self.borders.select(rows)
+        rows = rows.to(self.tokens.device)  # once, and not in every layer
         return KVState(_select_rows(self.cache, rows, keep=keep), self.tokens[rows], self.mask[rows], borders)
 
 

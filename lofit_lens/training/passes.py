@@ -142,7 +142,7 @@ def shared_log_probs(model: Any, forms: Sequence[Forms], owner: Tensor | None) -
     batch = collate([Encoded(a[:-1], 0) for a in answers], pad_id=fill, device=device)
     lengths = torch.tensor([len(e.ids) for f in forms for e in f])
     borders = Borders(ends[rows], lengths, None if owner is None else owner[rows])
-    logits = peek(model, state, rows.to(device), batch.tokens, batch.mask, borders)
+    logits = peek(model, state, rows, batch.tokens, batch.mask, borders)
     wanted = torch.full(batch.tokens.shape, NO_LABEL, dtype=torch.long)
     for i, answer in enumerate(answers):
         wanted[i, : len(answer) - 1] = torch.tensor(answer[1:])
