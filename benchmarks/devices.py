@@ -20,15 +20,14 @@ from record import ROOT
 
 sys.path.insert(0, str(ROOT))
 
-from tests import pretend, tiny  # noqa: E402
-from tests.device_cases import ANSWERS, CONFIG, MAP, PROMPTS, QUIET  # noqa: E402
-from tests.selecting import DPO, SFT  # noqa: E402
-
-import lofit_lens as ll  # noqa: E402
-from lofit_lens import HeadSet, Lofit, Task  # noqa: E402
-from lofit_lens.evaluation import score_continuations  # noqa: E402
-from lofit_lens.evaluation.generation import decode_ids  # noqa: E402
-from lofit_lens.models import load_model  # noqa: E402
+import lofit_lens as ll
+from lofit_lens import HeadSet, Lofit, Task
+from lofit_lens.evaluation import score_continuations
+from lofit_lens.evaluation.generation import decode_ids
+from lofit_lens.models import load_model
+from tests import pretend, tiny
+from tests.device_cases import ANSWERS, CONFIG, MAP, PROMPTS, QUIET
+from tests.selecting import DPO, SFT
 
 HEADS = HeadSet(["L2H1", "L0H3"])
 FEW, MANY = 2, 3
@@ -80,7 +79,9 @@ def counted(model: Any, run: Callable[[Any, int], None]) -> dict[str, Any]:
 
 def models(folder: Path) -> dict[str, Callable[[], Any]]:
     """A tiny Llama on one device in each class, and in two parts."""
-    one = {name: lambda name=name: load_model(folder, backend=name, device="pretend:0") for name in ("hooked", "bridge")}
+    one = {
+        name: lambda name=name: load_model(folder, backend=name, device="pretend:0") for name in ("hooked", "bridge")
+    }
     return {**one, "bridge, two devices": lambda: load_model(folder, device_map=MAP)}
 
 
@@ -94,7 +95,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             if name.split(",")[0] in args.backends:
                 model = load()
                 results[name] = {unit: counted(model, run) for unit, run in UNITS.items()}
-    settings = {"command": args.command, "model": "tiny Llama of 3 layers, random weights", "edited heads": list(map(str, HEADS))}
+    settings = {
+        "command": args.command,
+        "model": "tiny Llama of 3 layers, random weights",
+        "edited heads": list(map(str, HEADS)),
+    }
     record.write(args.out, "devices", settings, results)
     for name, found in results.items():
         for unit, n in found.items():

@@ -12,7 +12,7 @@ import lofit_lens as ll
 from lofit_lens import HeadSet, Task, TrainConfig, analysis, models
 from lofit_lens.evaluation import Metric, generate, score_continuations
 from lofit_lens.interventions import HeadAblation, Lora, LoReft, Red, mean_z
-from lofit_lens.models import Borders, backend_of
+from lofit_lens.models import Borders
 from lofit_lens.probing import fit_probes, record
 from lofit_lens.training import FAST, PLAIN, LofitRun, Passes, reference_log_probs, task_loss
 from lofit_lens.training.fitting import fit
@@ -96,7 +96,9 @@ def plain(found: Any) -> Any:
 
 @case("select_heads", "tune_scalings")
 def selection(model, folder):
-    return ll.select_heads(model, DPO, config=CONFIG, **QUIET).values, ll.tune_scalings(model, SFT, config=CONFIG, **QUIET)
+    return ll.select_heads(model, DPO, config=CONFIG, **QUIET).values, ll.tune_scalings(
+        model, SFT, config=CONFIG, **QUIET
+    )
 
 
 @case("tune_offsets", "fingerprint")
@@ -164,7 +166,7 @@ def losses(model, folder):
 
 @case("probe_layers", *(f.__name__ for f in SELECTORS.values()))
 def selectors(model, folder):
-    smaller = dict.fromkeys(LEARNED, {"config": CONFIG}) | {"activation patching": {"n_prompts": 2, "n_shots": 1}}
+    smaller = {name: {"config": CONFIG} for name in LEARNED} | {"activation patching": {"n_prompts": 2, "n_shots": 1}}
     return {
         name: choose(model, DPO, seed=0, n_train=4, **smaller.get(name, {}), **QUIET).values
         for name, choose in SELECTORS.items()
@@ -276,7 +278,10 @@ def what_heads_write(model, folder):
 @case("attention_patterns", "drift", "pattern_point")
 def what_heads_do(model, folder):
     lofit = random_adapter(model).to(models.device_of(model))
-    seen, moved = analysis.attention_patterns(model, PROMPTS[:2], CHOSEN), analysis.drift(model, lofit, PROMPTS, **QUIET)
+    seen, moved = (
+        analysis.attention_patterns(model, PROMPTS[:2], CHOSEN),
+        analysis.drift(model, lofit, PROMPTS, **QUIET),
+    )
     return seen.to_dict(), moved.layers, moved.heads
 
 
@@ -311,7 +316,18 @@ def _shift(lofit):
 # ----------------------------------------------------------------------------------------------------------- passes
 
 
-@case("prefill", "extend", "step", "peek", "remember", "logits_of", "logits_at", "read_at", "run_through", "gaps_are_exact")
+@case(
+    "prefill",
+    "extend",
+    "step",
+    "peek",
+    "remember",
+    "logits_of",
+    "logits_at",
+    "read_at",
+    "run_through",
+    "gaps_are_exact",
+)
 def passes(model, folder):
     tokens, mask = on(model, TOKENS, MASK)
     borders = Borders(torch.tensor([6, 4, 3]))
@@ -330,7 +346,17 @@ def passes(model, folder):
         ]  # fmt: skip
 
 
-@case("model_info", "head_size", "hook_z", "residual_point", "context_length", "attention_window", "fingerprint", "origin_of")
+@case(
+    "model_info",
+    "check_residual",
+    "head_size",
+    "hook_z",
+    "residual_point",
+    "context_length",
+    "attention_window",
+    "fingerprint",
+    "origin_of",
+)
 def told_of_a_model(model, folder):
     models.check_residual(model, [0, 1], "hook_resid_post")
     return [
@@ -347,6 +373,13 @@ def studies(model, folder):
     """All run a grid; its fits are those of the cases above."""
     fast, options = {"lr": 1e-2, "epochs": 1}, {"batch_size": 4, "n_train": 4, **QUIET}
     table = ll.compare_methods(
-        model, OPTIONS, methods=["zero-shot", "RED"], settings={"RED": fast}, reference="RED", texts=["Ann asked."], seeds=(0,), **options
+        model,
+        OPTIONS,
+        methods=["zero-shot", "RED"],
+        settings={"RED": fast},
+        reference="RED",
+        texts=["Ann asked."],
+        seeds=(0,),
+        **options,
     )
     return table.rows[0].metrics, ll.tune_method(model, OPTIONS, "RED", grid=[fast], **options).settings

@@ -35,7 +35,13 @@ ROOT = Path(__file__).parents[1]
 aten = torch.ops.aten
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 # Elsewhere a CPU tensor without dimensions is taken for a number.
-NO_NUMBERS = {aten.cat.default, aten.stack.default, aten.gather.default, aten.index_select.default, aten.embedding.default}
+NO_NUMBERS = {
+    aten.cat.default,
+    aten.stack.default,
+    aten.gather.default,
+    aten.index_select.default,
+    aten.embedding.default,
+}
 # The host needs values of the device before it can go on: a number, or how large the result is.
 WAITING = {
     aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default, aten.masked_select.default,
@@ -315,8 +321,8 @@ def devices() -> Iterator[None]:
         # Transformers' own threads, which read weights, would not have the mode.
         mock.patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"),
         # Else the mode would be off inside `backward` and `grad`, where functions of the library run.
-        mock.patch("torch._tensor.has_torch_function_unary", lambda _: False),
-        mock.patch("torch.autograd.has_torch_function", lambda _: False),
+        mock.patch("torch._tensor.has_torch_function_unary", return_value=False),
+        mock.patch("torch.autograd.has_torch_function", return_value=False),
         _Calls(),
     ):
         yield

@@ -1,4 +1,4 @@
-"""Everything runs on a device that is not the CPU, finds there what it finds on the CPU, and goes there and back as rarely as told."""
+"""Everything that takes a model runs on a device that is not the CPU, and on two, and finds there what it finds on the CPU."""
 
 import functools
 import importlib
@@ -7,12 +7,12 @@ import math
 from unittest import mock
 
 import pytest
-import torch
 from accelerate import dispatch_model
 
 from lofit_lens.interventions.base import KNOWN
 from lofit_lens.models import device_of, load_model, model_info
 from tests import pretend
+from tests.conftest import needs_hooked
 from tests.device_cases import CASES, MAP, plain
 
 
@@ -108,11 +108,17 @@ def test_a_model_is_loaded_onto_a_device(there, loaded, backend):
     assert model_info(model) == model_info(loaded("llama", backend))
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_device_finds_what_the_cpu_finds(there, on_cpu, backend, tmp_path, name):
-    if CASES[name].bridge_only and backend == "hooked":
-        pytest.skip("it is for the bridge")
-    assert_same(plain(CASES[name].run(there(backend), tmp_path)), on_cpu(name, backend), name)
+ON_EACH_CLASS = [
+    pytest.param(name, on, id=f"{name}-{on}", marks=needs_hooked if on == "hooked" else [])
+    for name, told in CASES.items()
+    for on in ("hooked", "bridge")
+    if on == "bridge" or not (told.bridge_only or told.of_others)
+]
+
+
+@pytest.mark.parametrize(("name", "on"), ON_EACH_CLASS)
+def test_a_device_finds_what_the_cpu_finds(there, on_cpu, tmp_path, name, on):
+    assert_same(plain(CASES[name].run(there(on), tmp_path)), on_cpu(name, on), name)
 
 
 @pytest.mark.parametrize("name", [name for name, told in CASES.items() if not told.of_others])

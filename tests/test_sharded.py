@@ -100,5 +100,5 @@ def test_weights_left_on_disk_are_refused(checkpoint):
     class Placed:
         hf_device_map = {"model": 0, "lm_head": "cpu"}  # noqa: RUF012
 
-    with pytest.raises(ModelError, match="x does not fit: its device map puts 1 modules .first: lm_head. on cpu"):
+    with pytest.raises(ModelError, match=r"x does not fit: its device map puts 1 modules .first: lm_head. on cpu"):
         check_placed(Placed(), "x")

@@ -194,7 +194,9 @@ class Lora(Adapter):
     def _tensors(self) -> Mapping[str, Tensor]:
         # One tensor for all layers of a projection: q.A is [n_layers, rank, width in], q.B [n_layers, width out, rank].
         return {
-            f"{name}.{side}": torch.stack([held[key].detach().cpu() for key, place in self._projections().items() if place[1] == name])
+            f"{name}.{side}": torch.stack(
+                [held[key].detach().cpu() for key, place in self._projections().items() if place[1] == name]
+            )
             for name in self.sizes
             for side, held in (("A", self.A), ("B", self.B))
         }

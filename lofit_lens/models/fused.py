@@ -28,11 +28,11 @@ from torch import Tensor, nn
 
 from lofit_lens.errors import ModelError
 from lofit_lens.models.attending import FLAGS, in_place, runs_projections
+from lofit_lens.models.devices import runs_own_forward
 from lofit_lens.models.hooks import frozen, hook_z, hooked, unhooked
 from lofit_lens.models.info import backend_of, device_of
 from lofit_lens.models.proofs import proven_once
 from lofit_lens.models.running import extend, logits_of, prefill, uncached
-from lofit_lens.models.devices import runs_own_forward
 
 logger = logging.getLogger(__name__)
 

@@ -76,7 +76,8 @@ def load_model(
         A `HookedTransformer` or a `TransformerBridge`.
 
     Raises:
-        InputError: unknown backend, dtype, device or device map, or ones that do not go together; or BOS for a tokenizer that has none.
+        InputError: unknown backend, dtype, device or device map, or ones that do not go together; or BOS for a tokenizer that has
+            none.
         ModelError: no such model; tensors or the tokenizer are missing; or the class asked for cannot load it correctly (the
             reason is given).
     """
@@ -99,7 +100,16 @@ def load_model(
     source, found = located(name_or_path)
     with at_commit(source, revision) as commit:
         return _on_its_class(
-            None, source, name or found, tokenizer, commit, backend, wanted or torch.float32, device, prepend_bos, placing
+            None,
+            source,
+            name or found,
+            tokenizer,
+            commit,
+            backend,
+            wanted or torch.float32,
+            device,
+            prepend_bos,
+            placing,
         )
 
 

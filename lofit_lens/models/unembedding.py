@@ -17,9 +17,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lofit_lens.errors import ModelError
+from lofit_lens.models.devices import device_of_module
 from lofit_lens.models.hooks import hook_z, hooked, residual_point
 from lofit_lens.models.info import device_of, model_info
-from lofit_lens.models.devices import device_of_module
 from lofit_lens.models.running import run_through
 
 PART = 8192  # columns of W_U that are taken in float32 together
