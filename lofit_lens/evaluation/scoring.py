@@ -209,27 +209,30 @@ def _score_group(
         for e in answers
     ]
     # The first token of an answer is predicted by its prompt, each later one by the one before it; none by the last.
-    values = _first(last[torch.tensor(owner, device=device)], rest)
+    found = [_first(last[torch.tensor(owner, device=device)], rest)]
     longer = sorted((i for i, e in enumerate(rest) if len(e.ids) > 1), key=lambda i: len(rest[i].ids))
-    lengths = [len(e.ids) - 1 for e in rest]
+    lengths, behind = [len(e.ids) - 1 for e in rest], []
     for chunk in grouped(longer, lengths, budget, padding=PADDING, cached=state.mask.shape[1]):
         batch = collate([Encoded(rest[i].ids[:-1], 0) for i in chunk], pad_id=fill, device=device)
-        rows = torch.tensor([owner[i] for i in chunk], device=device)
-        borders = Borders(ends[rows.cpu()], torch.tensor([len(prompts[owner[i]]) + len(rest[i].ids) for i in chunk]))
+        rows = torch.tensor([owner[i] for i in chunk])
+        borders = Borders(ends[rows], torch.tensor([len(prompts[owner[i]]) + len(rest[i].ids) for i in chunk]))
         logits = peek(model, state, rows, batch.tokens, batch.mask, borders)
-        for i, value in zip(chunk, _later(logits, [rest[i] for i in chunk]), strict=True):
-            values[i] += value
+        found.append(_later(logits, [rest[i] for i in chunk]))
+        behind += chunk
+    values = torch.cat(found).tolist()  # the one wait for the device
+    for i, value in zip(behind, values[len(rest) :], strict=True):
+        values[i] += value
     it = iter(values)
     return [[next(it) for _ in answers] for answers in questions]
 
 
-def _first(logits: Float[Tensor, "rows d_vocab"], rows: Sequence[Encoded]) -> list[float]:
+def _first(logits: Float[Tensor, "rows d_vocab"], rows: Sequence[Encoded]) -> Float[Tensor, " rows"]:
     """Log-prob of each row's first token, 0 where that is no label."""
     tokens = torch.tensor([row.ids[0] if row.start == 0 else NO_LABEL for row in rows], device=logits.device)
-    return token_log_probs(logits, tokens).tolist()
+    return token_log_probs(logits, tokens)
 
 
-def _later(logits: Float[Tensor, "rows pos d_vocab"], rows: Sequence[Encoded]) -> list[float]:
+def _later(logits: Float[Tensor, "rows pos d_vocab"], rows: Sequence[Encoded]) -> Float[Tensor, " rows"]:
     """Summed log-prob of each row's other labels, from logits at all its tokens but the last."""
     tokens = torch.full(logits.shape[:2], NO_LABEL, dtype=torch.long)
     for i, row in enumerate(rows):
@@ -237,4 +240,4 @@ def _later(logits: Float[Tensor, "rows pos d_vocab"], rows: Sequence[Encoded]) -
         tokens[i, start - 1 : len(row.ids) - 1] = torch.tensor(row.ids[start:])
     flat = zip(logits.flatten(0, 1).split(AT_ONCE), tokens.to(logits.device).flatten().split(AT_ONCE), strict=True)
     found = torch.cat([token_log_probs(*part) for part in flat])
-    return found.view(tokens.shape).sum(dim=1).tolist()
+    return found.view(tokens.shape).sum(dim=1)

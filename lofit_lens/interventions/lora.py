@@ -163,6 +163,10 @@ class Lora(Adapter):
     @contextlib.contextmanager
     def _in_place(self, model: Any) -> Iterator[None]:
         places = self._projections()
+        for key, place in places.items():  # peft's layer computes where the projection lies
+            device = next(projection(model, place).parameters()).device
+            for p in (self.A[key], self.B[key]):
+                p.data = p.data.to(device)
         layers = self._peft_layers({key: projection(model, place) for key, place in places.items()})
         with contextlib.ExitStack() as stack:
             for key, place in places.items():
@@ -190,7 +194,9 @@ class Lora(Adapter):
     def _tensors(self) -> Mapping[str, Tensor]:
         # One tensor for all layers of a projection: q.A is [n_layers, rank, width in], q.B [n_layers, width out, rank].
         return {
-            f"{name}.{side}": torch.stack([held[key] for key, place in self._projections().items() if place[1] == name])
+            f"{name}.{side}": torch.stack(
+                [held[key].detach().cpu() for key, place in self._projections().items() if place[1] == name]
+            )
             for name in self.sizes
             for side, held in (("A", self.A), ("B", self.B))
         }

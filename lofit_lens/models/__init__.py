@@ -11,6 +11,7 @@ equals the input of Hugging Face's `o_proj` and an adapter means the same thing 
 
 from lofit_lens.models.as_hooked import hooked_refusal
 from lofit_lens.models.checkpointing import checkpointed
+from lofit_lens.models.devices import parse_device
 from lofit_lens.models.fused import fused_attention, fused_refusal
 from lofit_lens.models.hooks import (
     Site,
@@ -43,7 +44,7 @@ from lofit_lens.models.info import (
     tokenizer_of,
     value_biases_folded,
 )
-from lofit_lens.models.loading import BACKENDS, load_model, parse_device
+from lofit_lens.models.loading import BACKENDS, load_model
 from lofit_lens.models.planned import planned_head_layers, planned_info, planned_tokenizer
 from lofit_lens.models.positions import (
     ALL,

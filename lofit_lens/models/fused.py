@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from lofit_lens.errors import ModelError
 from lofit_lens.models.attending import FLAGS, in_place, runs_projections
+from lofit_lens.models.devices import runs_own_forward
 from lofit_lens.models.hooks import frozen, head_size, hook_z, hooked, unhooked
 from lofit_lens.models.info import backend_of, computes_exactly, device_of, model_info
 from lofit_lens.models.proofs import proven_once
@@ -153,7 +154,10 @@ def _bridge_obstacle(model: Any, layers: Iterable[int]) -> str | None:
         return f"Hugging Face's {name} has no sdpa attention"
     known = [c._reconstruct_attention for c in (JointQKVAttentionBridge, JointQKVPositionEmbeddingsAttentionBridge)]
     for attn in (model.blocks[layer].attn for layer in layers):
-        if {"forward", "_reconstruct_attention"} & {*attn.__dict__, *attn.original_component.__dict__}:
+        inner = attn.original_component
+        if {"forward", "_reconstruct_attention"} & attn.__dict__.keys() or "_reconstruct_attention" in inner.__dict__:
+            return "another attention forward than the class's"
+        if not runs_own_forward(inner):
             return "another attention forward than the class's"
         if runs_projections(attn):
             continue

@@ -355,5 +355,8 @@ def attention_window(model: Any) -> int | None:
 
 
 def device_of(model: Any) -> torch.device:
-    """Device that takes the input tokens."""
-    return next(model.parameters()).device
+    """Device that takes the input tokens: the embedding's, wherever other layers lie."""
+    taking = model
+    if backend_of(model) == "bridge" and hasattr(model.original_model, "hf_device_map"):
+        taking = model.original_model.get_input_embeddings()
+    return next(taking.parameters()).device

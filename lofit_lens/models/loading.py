@@ -2,17 +2,20 @@
 
 import copy
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lofit_lens import io
-from lofit_lens.errors import InputError, ModelError, unknown
+from lofit_lens.errors import ModelError, unknown
 from lofit_lens.hub import first_line
 from lofit_lens.models.as_hooked import architecture_of, in_memory_tokenizer, load_hooked, on_hooked, quiet
 from lofit_lens.models.compared import Probe
+from lofit_lens.models.devices import check_placed, check_placing, parse_device
 from lofit_lens.models.identity import fingerprint, weights_revision
 from lofit_lens.models.info import (
     Origin,
@@ -39,6 +42,8 @@ def load_model(
     backend: str = "auto",
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
+    device_map: str | Mapping[str, int | str] | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
     tokenizer: Any = None,
     revision: str | None = None,
     prepend_bos: bool | None = None,
@@ -59,6 +64,10 @@ def load_model(
             bfloat16 where the device multiplies it natively (a GPU from Ampere on; a processor with AMX or AVX512-BF16), else
             float32; a warning says which and why. Results in bfloat16 have other last digits, so nothing takes it by itself.
         device: `"cpu"`, `"cuda"`, `"cuda:1"`; None = CUDA where available, else the CPU.
+        device_map: in place of `device`, for a model that one GPU does not hold: `"auto"` shares its layers out over all GPUs, a
+            mapping of Hugging Face's module names says where each lies. Always the bridge. Weights that would have to wait on
+            the CPU or on disk are refused.
+        max_memory: of each GPU, for `"auto"`: `{0: "20GiB", 1: "20GiB"}`.
         tokenizer: needed for a model in memory, optional otherwise; a tokenizer, or where to read one.
         revision: hub commit, tag or branch.
         prepend_bos: whether BOS stands in front of every text; None = as the tokenizer itself does it.
@@ -68,15 +77,18 @@ def load_model(
         A `HookedTransformer` or a `TransformerBridge`.
 
     Raises:
-        InputError: unknown backend, dtype or device; or BOS for a tokenizer that has none.
+        InputError: unknown backend, dtype, device or device map, or ones that do not go together; or BOS for a tokenizer that has
+            none.
         ModelError: no such model; tensors or the tokenizer are missing; or the class asked for cannot load it correctly (the
             reason is given).
     """
     if backend not in BACKENDS:
         raise unknown("backend", backend, BACKENDS)
+    in_memory = not isinstance(name_or_path, str | Path)
+    check_placing(device, device_map, max_memory, backend, in_memory=in_memory)
     device = parse_device(device)
     wanted = chosen_dtype(device) if dtype == "auto" else None if dtype is None else io.torch_dtype(dtype)
-    if not isinstance(name_or_path, str | Path):
+    if in_memory:
         _check_in_memory(name_or_path, tokenizer)
         held = None if wanted is None else f"{wanted}".removeprefix("torch.")
         asked = wanted or next(name_or_path.parameters()).dtype
@@ -84,16 +96,27 @@ def load_model(
             logger.info("the weights of the model in memory become %s, as asked", held)
         called = name or _own_name(name_or_path.config)
         return _on_its_class(name_or_path, None, called, tokenizer, None, backend, asked, device, prepend_bos)
+    placing = {} if device_map is None else {"device_map": device_map, "max_memory": max_memory}
+    backend = "bridge" if placing else backend
     source, found = located(name_or_path)
     with at_commit(source, revision) as commit:
         return _on_its_class(
-            None, source, name or found, tokenizer, commit, backend, wanted or torch.float32, device, prepend_bos
+            None,
+            source,
+            name or found,
+            tokenizer,
+            commit,
+            backend,
+            wanted or torch.float32,
+            device,
+            prepend_bos,
+            placing,
         )
 
 
 def _on_its_class(
     hf: Any, source: Any, name: str, tokenizer: Any, revision: str | None, backend: str, dtype: torch.dtype,
-    device: torch.device, prepend_bos: bool | None,
+    device: torch.device, prepend_bos: bool | None, placing: Mapping[str, Any] = MappingProxyType({}),
 ) -> Any:  # fmt: skip
     """Read what is not in memory yet, once, and build the class that gives the same logits."""
     if hf is None:
@@ -101,7 +124,7 @@ def _on_its_class(
         if Path(source).is_dir():
             check_weights(Path(source))
         tokenizer = read_tokenizer(source if tokenizer is None else tokenizer, revision if tokenizer is None else None)
-        hf = _load_hf(source, revision, dtype, config, name)
+        hf = _load_hf(source, revision, dtype, config, name, placing)
         identity = weights_revision(source, revision)
         remember_source(name, identity, source)
     else:
@@ -194,28 +217,9 @@ def chosen_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def parse_device(device: str | torch.device | None) -> torch.device:
-    """Turn a device name into a device that exists here.
-
-    Raises:
-        InputError: not a device name, or no such device on this machine.
-    """
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        parsed = torch.device(device)
-    except (RuntimeError, TypeError) as e:
-        raise InputError(f"unknown device {str(device)!r}; allowed: cpu, cuda, cuda:0, cuda:1, ...") from e
-    if parsed.type == "cuda" and (parsed.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"no device {device} here: this machine has {torch.cuda.device_count()} CUDA devices; use cpu")
-    if parsed.type not in ("cpu", "cuda"):
-        raise InputError(
-            f"device {device} is not supported (TransformerLens gives silent errors on MPS); use cpu or cuda"
-        )
-    return parsed
-
-
-def _load_hf(source: Any, revision: str | None, dtype: torch.dtype, config: Any, name: str) -> Any:
+def _load_hf(
+    source: Any, revision: str | None, dtype: torch.dtype, config: Any, name: str, placing: Mapping[str, Any]
+) -> Any:
     """The plain Hugging Face model, all its tensors from the checkpoint."""
     from transformer_lens.model_bridge.sources import transformers as lens
 
@@ -229,10 +233,12 @@ def _load_hf(source: Any, revision: str | None, dtype: torch.dtype, config: Any,
             attn_implementation="eager",
             trust_remote_code=False,
             output_loading_info=True,
+            **placing,
         )
     except Exception as e:
         raise ModelError(f"cannot read the weights of {source}: {first_line(e)}") from e
     refuse_missing(told, name)
+    check_placed(hf, name)
     return hf.eval()
 
 

@@ -90,6 +90,7 @@ class KVState:
 
     def _rows(self, rows: Int[Tensor, " n"], *, keep: bool) -> "KVState":
         borders = None if self.borders is None else self.borders.select(rows)
+        rows = rows.to(self.tokens.device)  # once, and not in every layer
         return KVState(_select_rows(self.cache, rows, keep=keep), self.tokens[rows], self.mask[rows], borders)
 
 
@@ -229,7 +230,9 @@ def _last_logits(model: Any, tokens: Int[Tensor, "batch new"]) -> Iterator[dict[
     """Have logits taken at the last place only, where the model can; yields what to pass to its forward."""
     if backend_of(model) == "bridge":
         can = "logits_to_keep" in inspect.signature(model.original_model.forward).parameters
-        yield {"logits_to_keep": torch.tensor([tokens.shape[1] - 1])} if can else {}  # on the CPU: fits any device
+        # A place on the CPU fits any device. Where layers lie on several, accelerate would move it to one of them.
+        kept = 1 if hasattr(model.original_model, "hf_device_map") else torch.tensor([tokens.shape[1] - 1])
+        yield {"logits_to_keep": kept} if can else {}
         return
     cut = model.unembed.register_forward_pre_hook(lambda _, args: (args[0][:, -1:],))
     try:

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lofit_lens.errors import ModelError
+from lofit_lens.models.devices import device_of_module
 from lofit_lens.models.hooks import head_size, hook_z, hooked, residual_point
 from lofit_lens.models.info import computes_exactly, device_of, model_info, quantization_of
 from lofit_lens.models.projections import projection
@@ -109,7 +110,8 @@ def final_norm(model: Any) -> FinalNorm:
 
     Of a stream s and of -s the norm gives `w s / scale + b` and `-w s / scale + b`.
     """
-    d, device, dtype = int(model.cfg.d_model), device_of(model), next(model.parameters()).dtype
+    d, dtype = int(model.cfg.d_model), next(model.parameters()).dtype
+    device = device_of_module(model.ln_final, otherwise=model.W_U.device)  # a norm may have no weight
     s = torch.ones(d, device=device)
     s[1::2] = -1
     if d % 2:

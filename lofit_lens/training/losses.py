@@ -37,9 +37,9 @@ def summed_log_probs(
 
 
 def sum_by_row(values: Float[Tensor, " n"], at: Bool[Tensor, "batch pos"]) -> Float[Tensor, " batch"]:
-    """Sum of each row's values, which stand in row-major order for the True places."""
-    spread = values.new_zeros(at.shape)
-    spread[at] = values
+    """Sum of each row's values, which stand in row-major order for the True places (on any device)."""
+    spread, (rows, columns) = values.new_zeros(at.shape), at.nonzero(as_tuple=True)
+    spread[rows.to(values.device), columns.to(values.device)] = values
     return spread.sum(dim=1)
 
 

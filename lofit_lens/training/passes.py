@@ -101,30 +101,32 @@ def log_probs_of(model: Any, rows: Sequence[Forms], passes: Passes) -> Float[Ten
 def log_probs(model: Any, forms: Sequence[Forms], owner: Tensor | None, passes: Passes) -> Float[Tensor, " sequences"]:
     """Summed log-prob (nats) of each sequence's labels, row by row, in one padded pass."""
     sequences = [e for f in forms for e in f]
-    batch = collate(sequences, pad_id=pad_id(tokenizer_of(model)), device=device_of(model))
+    batch = collate(sequences, pad_id=pad_id(tokenizer_of(model)), device="cpu")
     borders = Borders(
         torch.tensor([e.start for e in sequences]), torch.tensor([len(e.ids) for e in sequences]),
         None if owner is None else owner[torch.tensor([u for u, f in enumerate(forms) for _ in f])],
     )  # fmt: skip
     if not passes.scored_only:
-        return summed_log_probs(logits_of(model, batch.tokens, batch.mask, borders), batch.tokens, batch.labels)
+        tokens, mask, labels = (x.to(device_of(model)) for x in (batch.tokens, batch.mask, batch.labels))
+        return summed_log_probs(logits_of(model, tokens, mask, borders), tokens, labels)
     return _summed(model, batch, borders)
 
 
 def _summed(model: Any, batch: Batch, borders: Borders) -> Float[Tensor, " sequences"]:
-    scored = batch.labels[:, 1:]
+    """The batch lies on the CPU: which places are scored is known there, and asking a device for it waits."""
+    device, scored = device_of(model), batch.labels[:, 1:]
     at: Bool[Tensor, "batch pos"] = torch.zeros_like(batch.labels)
     at[:, :-1] = scored
-    wanted = batch.tokens[:, 1:][scored]
+    wanted = batch.tokens[:, 1:][scored].to(device)
     values = read_at(
         model,
-        batch.tokens,
-        batch.mask,
+        batch.tokens.to(device),
+        batch.mask.to(device),
         at,
         lambda logits, part: token_log_probs(logits, wanted[part].to(logits.device)),
         borders,
     )
-    return sum_by_row(values.to(scored.device), scored)
+    return sum_by_row(values.to(device), scored)
 
 
 def shared_log_probs(model: Any, forms: Sequence[Forms], owner: Tensor | None) -> Float[Tensor, " sequences"]:
@@ -140,7 +142,7 @@ def shared_log_probs(model: Any, forms: Sequence[Forms], owner: Tensor | None) -
     batch = collate([Encoded(a[:-1], 0) for a in answers], pad_id=fill, device=device)
     lengths = torch.tensor([len(e.ids) for f in forms for e in f])
     borders = Borders(ends[rows], lengths, None if owner is None else owner[rows])
-    logits = peek(model, state, rows.to(device), batch.tokens, batch.mask, borders)
+    logits = peek(model, state, rows, batch.tokens, batch.mask, borders)
     wanted = torch.full(batch.tokens.shape, NO_LABEL, dtype=torch.long)
     for i, answer in enumerate(answers):
         wanted[i, : len(answer) - 1] = torch.tensor(answer[1:])
