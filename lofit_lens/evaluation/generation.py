@@ -65,7 +65,7 @@ def generate(
     Args:
         model: any HookedTransformer or TransformerBridge, with whatever is attached to it.
         prompts: one text, or several; or one conversation, `[{"role": "user", "content": "..."}]`, or several, which always go
-            through the model's chat template.
+            through the model's chat template. A text may name positions for what is attached: `tasks.Marked`.
         max_new_tokens: limit, tokens.
         batch_size: at most so many prompts together; None = as many as the budget takes. They are sorted by length, and results
             keep the given order.
