@@ -62,7 +62,7 @@ def test_names_are_read():
 @pytest.mark.parametrize("name", ["", "ALL", "first", "f7", "l7", "f0+l0", "f-1+l2", "f7+l7 ", "7+7", "f1.5+l2", "f+l"])
 def test_other_names_are_refused(name):
     """The error says what was given, what is allowed, and what f7+l7 means."""
-    with pytest.raises(InputError, match=r"allowed: all, answer, predicting, last, f7\+l7") as e:
+    with pytest.raises(InputError, match=r"allowed: all, answer, predicting, last, row, f7\+l7") as e:
         Positions.parse(name)
     assert str(e.value).startswith(f"unknown positions {name!r}")
     assert str(e.value).endswith("f7+l7: the prompt's first 7 and last 7 tokens.")

@@ -61,6 +61,7 @@ class TaskOptions:
     source: Source = None
     chat: IsChat = False
     system: System = None
+    column: Column = None
 
     def opened(self, form: str | None = None) -> Any:
         """The task, as a chat where that is asked for."""
@@ -72,6 +73,7 @@ class TaskOptions:
             form=form,
             chat=self.chat,
             system=self.system,
+            column=self.column,
         )
 
 
@@ -202,13 +204,13 @@ def _at_revision(adapter: str) -> tuple[str, str | None]:
 
 def open_task(
     name: str, *, fold: int | None, data_dir: Path | None, source: str | None = None, form: str | None = None,
-    chat: bool = False, system: str | None = None,
+    chat: bool = False, system: str | None = None, column: Sequence[str] | None = None,
 ) -> Any:  # fmt: skip
     """Load a task and say what it holds."""
     quiet_libraries()
     from lofit_lens.tasks import load_task
 
-    task = load_task(name, fold=fold, data_dir=data_dir, source=source, form=form)
+    task = load_task(name, fold=fold, data_dir=data_dir, source=source, form=form, columns=columns_of(column))
     if chat or system is not None:
         task = task.as_chat(system=system)
     counts = " / ".join(f"{len(rows)} {split}" for split, rows in task.test.items())
@@ -266,12 +268,14 @@ def again(*bundles: Any, leave: Collection[str] = ()) -> str:
             value = getattr(bundle, f.name)
             if f.name not in leave and (f.default is MISSING or value != f.default or f.name == "model"):
                 option = f.name.replace("_", "-")
-                words.append(
-                    f"--{option}"
+                words += (
+                    [f"--{option}"]
                     if value is True
-                    else f"--no-{option}"
+                    else [f"--no-{option}"]
                     if value is False
-                    else f"--{option} {shlex.quote(str(value))}"
+                    else [
+                        f"--{option} {shlex.quote(str(one))}" for one in (value if isinstance(value, list) else [value])
+                    ]
                 )
     return "".join(f" {word}" for word in words)
 

@@ -42,6 +42,7 @@ def compare(
     fold: c.Fold = None,
     data_dir: c.DataDir = None,
     source: c.Source = None,
+    column: c.Column = None,
     form: c.Form = None,
     chat: c.IsChat = False,
     system: c.System = None,
@@ -67,7 +68,8 @@ def compare(
         from lofit_lens.cli.methods import Comparison, compare_on_tasks, ordinary_texts, task_names
         from lofit_lens.models import planned_tokenizer
 
-        opened = [c.TaskOptions(name, fold, data_dir, source, chat, system).opened(form) for name in task_names(task)]
+        columns = c.columns_by_task(task_names(task), column)
+        opened = [c.TaskOptions(n, fold, data_dir, source, chat, system, of).opened(form) for n, of in columns.items()]
         if any(one.chat is not None for one in opened):
             c.say_template_of([(how.model, how.revision)], used=True)
             opened = [one.asked_of(planned_tokenizer(how.model, revision=how.revision)) for one in opened]

@@ -39,6 +39,7 @@ def figures(
     )] = None,
     grid: s.Grids = None,
     data_dir: c.DataDir = None,
+    column: c.Column = None,
     chat: c.IsChat = False,
     system: c.System = None,
     workers: s.Workers = 0,
@@ -72,8 +73,8 @@ def figures(
         if run:
             study = s.Study(
                 results=results, how=how, tasks=task or ["organism/all"], seeds=seeds, draws=draws, limit=limit, parts=part,
-                tune=tune, others=other_task, texts=texts, data_dir=data_dir, chat=chat, system=system, workers=workers,
-                readings=True, quiet=quiet,
+                tune=tune, others=other_task, texts=texts, data_dir=data_dir, column=column, chat=chat, system=system,
+                workers=workers, readings=True, quiet=quiet,
             )  # fmt: skip
             s.run(study, "figures")
             c.console.print(f"study in {results}: {time.perf_counter() - start:.0f} s")

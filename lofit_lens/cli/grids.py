@@ -27,6 +27,7 @@ def grid(
     called: Annotated[str | None, typer.Option("--name", help="What the model is called in results, where it is one.")] = None,
     prepend_bos: c.PrependBos = None,
     task: Annotated[list[str] | None, typer.Option("--task", "-t", help="In place of the grid's; may be repeated.")] = None,
+    column: c.Column = None,
     chat: c.IsChat = False,
     system: c.System = None,
     seeds: Annotated[int | None, typer.Option("--seeds", help="Number of seeds (0, 1, ...).", min=1)] = None,
@@ -74,7 +75,7 @@ def grid(
     from lofit_lens.cli.methods import workers_for
     from lofit_lens.experiments.grid.run import open_grid, plan_grid, run_grid
 
-    asked = _changed(open_grid(name), model, called, prepend_bos, task, chat, system, seeds, limit, data_dir)
+    asked = _changed(open_grid(name), model, called, prepend_bos, task, column, chat, system, seeds, limit, data_dir)
     c.say_template_of([(m.name, m.revision) for m in asked.model], used=any(t.chat or t.system for t in asked.tasks))
     if dry_run:
         _print_plan(plan_grid(asked).cells, store, as_json)
@@ -126,7 +127,7 @@ def report(found: "Report", store: Path) -> None:
 
 def _changed(
     grid: "Grid", models: Sequence[str] | None, called: str | None, prepend_bos: bool | None, tasks: Sequence[str] | None,
-    chat: bool, system: str | None, seeds: int | None, limit: int | None, data_dir: Path | None,
+    column: Sequence[str] | None, chat: bool, system: str | None, seeds: int | None, limit: int | None, data_dir: Path | None,
 ) -> "Grid":  # fmt: skip
     """The grid with what the options put in place of its own."""
     from lofit_lens.cli.methods import task_names
@@ -149,6 +150,10 @@ def _changed(
             and asked["other_tasks"]
         ):
             asked["other_tasks"], asked["texts"] = [{"name": f"{n}-cued"} for n in embedded], "organism"
+    if column:
+        of = c.columns_by_task([t["name"] for part in ("tasks", "other_tasks") for t in asked[part]], column)
+        for part in ("tasks", "other_tasks"):
+            asked[part] = [{**t, "columns": c.columns_of(column)} if of[t["name"]] else t for t in asked[part]]
     if called is not None and len(asked["model"]) > 1:
         raise InputError(
             f"--name {called} for {len(asked['model'])} models; name one model, or write `called` into the grid"
@@ -175,11 +180,13 @@ def _changed(
 
 
 def _at(task: dict[str, Any], data_dir: Path) -> dict[str, Any]:
-    """The task with its files in `data_dir`, or in the sub-folder of its name there; embedded tasks have none."""
+    """The task with its files in `data_dir`, or in the sub-folder of its name there; embedded ones and single files have none."""
+    from lofit_lens.tasks.files import is_task_file
+
     own = data_dir / task["name"].split(":")[0]
-    return (
-        task if task["name"].startswith("organism/") else {**task, "data_dir": str(own if own.is_dir() else data_dir)}
-    )
+    if task["name"].startswith("organism/") or is_task_file(task["name"]):
+        return task
+    return {**task, "data_dir": str(own if own.is_dir() else data_dir)}
 
 
 def _devices(given: str | None) -> list[str]:

@@ -1,5 +1,6 @@
 """Options that several verbs share."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,12 @@ Model = Annotated[str, typer.Option("--model", "-m", help="'organism' (embedded)
 TaskName = Annotated[
     str, typer.Option("--task", "-t", help=(
         "truthfulqa, mquake, clutrr, siqa, arc_challenge, boolq, svamp, triviaqa, nq, mmlu, organism/truth|kinship|edits, "
-        "or a folder of your own."
+        "or your own: a folder, or a .jsonl, .json or .csv file."
+    ))
+]  # fmt: skip
+Column = Annotated[
+    list[str] | None, typer.Option("--column", help=(
+        "Of a task file: FIELD=COLUMN, e.g. prompt=question or 'answer= {label}'; may be repeated, also for one field."
     ))
 ]  # fmt: skip
 Source = Annotated[
@@ -74,3 +80,35 @@ Checkpointing = Annotated[
 Track = Annotated[
     str | None, typer.Option("--track", help="wandb or tensorboard reads the training's steps; files go to OUT.track.")
 ]  # fmt: skip
+
+
+def columns_of(given: Sequence[str] | None) -> dict[str, list[str]]:
+    """Field -> its columns, from texts FIELD=COLUMN.
+
+    Raises:
+        InputError: a text of another form.
+    """
+    from lofit_lens.errors import InputError
+
+    found: dict[str, list[str]] = {}
+    for text in given or ():
+        field, _, column = text.partition("=")
+        if not field or not column:
+            raise InputError(f"--column {text!r} names no field and column; give e.g. --column prompt=question")
+        found.setdefault(field, []).append(column)
+    return found
+
+
+def columns_by_task(names: Sequence[str], given: Sequence[str] | None) -> dict[str, list[str] | None]:
+    """What --column says of each of several tasks: it is for those that are files.
+
+    Raises:
+        InputError: it is given, and none is a file.
+    """
+    from lofit_lens.errors import InputError
+    from lofit_lens.tasks.files import is_task_file
+
+    found = {name: list(given) if given and is_task_file(name) else None for name in names}
+    if given and not any(found.values()):
+        raise InputError(f"--column is for tasks of one file, and {', '.join(names)} are none; leave it out")
+    return found

@@ -38,6 +38,7 @@ class Study:
     parts: Sequence[str] | None
     texts: str | None
     data_dir: Path | None
+    column: Sequence[str] | None
     chat: bool
     system: str | None
     workers: int
@@ -55,15 +56,21 @@ def run(asked: Study, name: str) -> None:
     from lofit_lens.experiments.grid.paper import paper_grid
     from lofit_lens.experiments.grid.run import run_grid
     from lofit_lens.organism.words import TASKS
+    from lofit_lens.tasks.files import is_task_file
 
     names = task_names(asked.tasks)
     parts = asked.parts or ["all"]
     embedded = [n for n in names if n.removeprefix("organism/") in TASKS]
     others = (asked.others or [f"{n}-cued" for n in embedded]) if {"table5", "all"} & set(parts) else []
+    columns = c.columns_by_task([*names, *others], asked.column)
     tasks, rest = (
         [
             c.TaskOptions(
-                n, data_dir=asked.data_dir if n not in embedded else None, chat=asked.chat, system=asked.system
+                n,
+                data_dir=None if n in embedded or is_task_file(n) else asked.data_dir,
+                chat=asked.chat,
+                system=asked.system,
+                column=columns[n],
             ).opened()
             for n in listed
         ]

@@ -19,6 +19,7 @@ def transfer(
     draws: s.Draws = 5,
     limit: s.Limit = None,
     data_dir: c.DataDir = None,
+    column: c.Column = None,
     chat: c.IsChat = False,
     system: c.System = None,
     workers: s.Workers = 0,
@@ -38,7 +39,7 @@ def transfer(
     c.check_writable(out)
     study = s.Study(
         results=out, how=how, tasks=names, seeds=seeds, draws=draws, limit=limit, parts=["fig2"], texts="none",
-        data_dir=data_dir, chat=chat, system=system, workers=workers, quiet=quiet,
+        data_dir=data_dir, column=column, chat=chat, system=system, workers=workers, quiet=quiet,
     )  # fmt: skip
     s.run(study, "transfer")
     from lofit_lens.experiments.tables.load import load_results

@@ -20,19 +20,22 @@ from lofit_lens.models import (
     KVState,
     backend_of,
     can_join,
+    check_marked,
     context_length,
     device_of,
     end_tokens,
     frozen,
     fused_attention,
+    marks_of_rows,
     not_finite,
+    positions_of,
     remember,
     step,
     together,
     tokenizer_of,
 )
 from lofit_lens.tasks.chat import as_conversation, parsed, turn_of
-from lofit_lens.tasks.collate import encode, pad, pad_id
+from lofit_lens.tasks.collate import encode, marks_of, pad, pad_id
 
 PADDING = 128  # padded tokens that prompts which are run together may waste; another pass would cost about as much
 WASTE = 1024  # the same where they must be run together to be decoded together; another batch costs as many steps again
@@ -62,7 +65,7 @@ def generate(
     Args:
         model: any HookedTransformer or TransformerBridge, with whatever is attached to it.
         prompts: one text, or several; or one conversation, `[{"role": "user", "content": "..."}]`, or several, which always go
-            through the model's chat template.
+            through the model's chat template. A text may name positions for what is attached: `tasks.Marked`.
         max_new_tokens: limit, tokens.
         batch_size: at most so many prompts together; None = as many as the budget takes. They are sorted by length, and results
             keep the given order.
@@ -97,6 +100,8 @@ def generate(
     tokenizer, limit = tokenizer_of(model), context_length(model)
     turns = [turn_of(tokenizer, p) for p in listed]
     encoded = [encode(tokenizer, turn.prompt) for turn in turns]
+    marks = [marks_of(tokenizer, turn, ids) for turn, ids in zip(turns, encoded, strict=True)]
+    check_marked(positions_of(model), marks, "prompt")
     for prompt, ids in zip(listed, encoded, strict=True):
         if not ids:
             raise DataError("a prompt is empty and this tokenizer has no BOS; give at least one word")
@@ -112,14 +117,15 @@ def generate(
         fused_attention(model, cached=True),
         tqdm(total=len(listed), desc="generate", disable=not progress, unit="prompt") as bar,
     ):
-        front = shared_front(model, encoded, longest=max(map(len, encoded)) + max_new_tokens)
+        front = shared_front(model, encoded, longest=max(map(len, encoded)) + max_new_tokens, marks=marks)
         own, cached = [len(ids) - len(front) for ids in encoded], len(front) + max_new_tokens
         padding = token_budget if can_join(model) else WASTE
         for rows in grouped(order, own, token_budget, padding=padding, cached=cached, most=batch_size):
             ends = [turns[i].end for i in rows]
             new_ids = decode_ids(
-                model, [encoded[i] for i in rows], max_new_tokens, front=front, turn_ends=ends, tell=bar.update
-            )
+                model, [encoded[i] for i in rows], max_new_tokens, front=front, marks=[marks[i] for i in rows],
+                turn_ends=ends, tell=bar.update,
+            )  # fmt: skip
             for i, new in zip(rows, new_ids, strict=True):
                 texts[i] = new_text(tokenizer, encoded[i], new)
     return texts[0] if single else texts
@@ -135,16 +141,17 @@ def _prompt(prompt: Any, chat: bool, system: str | None) -> str:
 @torch.no_grad()
 def decode_ids(
     model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, front: SharedFront = NO_FRONT,
-    turn_ends: Sequence[int | None] = (), tell: Callable[[int], Any] = lambda n: None,
+    marks: Sequence[Sequence[bool] | None] = (), turn_ends: Sequence[int | None] = (),
+    tell: Callable[[int], Any] = lambda n: None,
 ) -> list[list[int]]:  # fmt: skip
     """Greedy new ids for one batch up to an end token, which is left out. A prompt that has ended leaves the batch.
 
-    `front` is what all prompts begin with, run already; `turn_ends` the token that ends each one's answer beside the model's own;
-    `tell` is called with the number of prompts that are done.
+    `front` is what all prompts begin with, run already; `marks` the ids that each names (`marks_of`); `turn_ends` the token that
+    ends each one's answer beside the model's own; `tell` is called with the number of prompts that are done.
     """
     tokenizer = tokenizer_of(model)
     ends = [{*end_tokens(model), turn_ends[i] if turn_ends else None} for i in range(len(prompts))]
-    scores, state = _begun(model, prompts, front)
+    scores, state = _begun(model, prompts, front, marks or [None] * len(prompts))
     new: list[list[int]] = [[] for _ in prompts]
     running = list(range(len(prompts)))  # the prompt of each row of the batch
     for left in reversed(range(max_new_tokens)):
@@ -170,7 +177,7 @@ def decode_ids(
 
 
 def _begun(
-    model: Any, prompts: Sequence[Sequence[int]], front: SharedFront
+    model: Any, prompts: Sequence[Sequence[int]], front: SharedFront, marks: Sequence[Sequence[bool] | None]
 ) -> tuple[Float[Tensor, "batch d_vocab"], KVState]:
     """Scores of what comes after each prompt, and the cache; prompts run in groups of about one length if these can be joined."""
     own = [p[len(front) :] for p in prompts]
@@ -181,7 +188,7 @@ def _begun(
         tokens, mask = pad(
             [own[i] for i in rows], side="left", pad_id=pad_id(tokenizer_of(model)), device=device_of(model)
         )
-        borders = Borders(torch.tensor([len(prompts[i]) for i in rows]))
+        borders = Borders(torch.tensor([len(prompts[i]) for i in rows]), marks=marks_of_rows([marks[i] for i in rows]))
         parts.append(remember(model, front.rows(len(rows)), tokens, mask, borders))
     scores, state = torch.cat([found for found, _ in parts]), parts[0][1]
     if len(parts) > 1:

@@ -15,6 +15,7 @@ from lofit_lens.models import (
     attention_window,
     device_of,
     gaps_are_exact,
+    marks_of_rows,
     positions_of,
     remember,
     tokenizer_of,
@@ -44,7 +45,9 @@ NO_FRONT = SharedFront(())
 
 
 @torch.no_grad()
-def shared_front(model: Any, rows: Sequence[Sequence[int]], *, longest: int) -> SharedFront:
+def shared_front(
+    model: Any, rows: Sequence[Sequence[int]], *, longest: int, marks: Sequence[Sequence[bool] | None] = ()
+) -> SharedFront:
     """Run what all rows begin with, once, and leave each row a token of its own; interventions that are attached act on it.
 
     Rows keep more tokens of their own where something attached treats the end of a prompt apart. Also tries the model's cache
@@ -55,6 +58,7 @@ def shared_front(model: Any, rows: Sequence[Sequence[int]], *, longest: int) -> 
     Args:
         model: any HookedTransformer or TransformerBridge.
         rows: ids of all prompts.
+        marks: which of these each row names (`marks_of`); where something acts on those, rows share what they mark alike.
         longest: places in the cache of the longest sequence that will be run, padding included.
 
     Raises:
@@ -66,9 +70,11 @@ def shared_front(model: Any, rows: Sequence[Sequence[int]], *, longest: int) -> 
     own = max([1, *(p.tail for p in positions_of(model))])
     shortest = min(map(len, rows))
     n = min(common_length(rows), shortest - own)
+    if any(p.by_row for p in positions_of(model)):
+        n = min(n, common_length([named or () for named in marks or [()]]))
     if n < LEAST:
         return NO_FRONT
     ids = tuple(rows[0][:n])
     tokens, mask = pad([ids], side="left", pad_id=pad_id(tokenizer_of(model)), device=device_of(model))
-    borders = Borders(torch.tensor([shortest]), torch.tensor([shortest + 1]))
+    borders = Borders(torch.tensor([shortest]), torch.tensor([shortest + 1]), marks=marks_of_rows([*marks][:1]))
     return SharedFront(ids, remember(model, None, tokens, mask, borders)[1])

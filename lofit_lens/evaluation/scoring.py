@@ -9,6 +9,7 @@ prompt as rows of one batch. Interventions that are attached act where they say 
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,10 +24,12 @@ from lofit_lens.models import (
     Borders,
     Layout,
     Positions,
+    check_marked,
     context_length,
     device_of,
     frozen,
     fused_attention,
+    marks_of_rows,
     not_finite,
     peek,
     positions_of,
@@ -111,11 +114,15 @@ def count_unreached(model: Any, encoded: Sequence[Sequence[Encoded]]) -> int:
 
     So it is with an edit of the last position alone, which predicts nothing of the answer, and with an edit from the answer on
     where the answer is one token. Says so if there are any; 0 where something is attached that acts everywhere.
+
+    Raises:
+        InputError: something is attached that acts on the positions that each row names, and a question names none.
     """
     listed = positions_of(model)
+    check_marked(listed, [answers[0].marks if answers else () for answers in encoded], "question")
     if not listed or any(p.everywhere for p in listed):
         return 0
-    n = sum(not any(_reaches(p, e.start, len(e.ids)) for p in listed) for answers in encoded for e in answers)
+    n = sum(not any(_reaches(p, e) for p in listed) for answers in encoded for e in answers)
     if n:
         log.warning(
             "%d of %d answers keep the unmodified model's score: what is attached acts on positions %s, and none of those comes "
@@ -127,9 +134,10 @@ def count_unreached(model: Any, encoded: Sequence[Sequence[Encoded]]) -> int:
     return n
 
 
-def _reaches(positions: Positions, prompt: int, length: int) -> bool:
+def _reaches(positions: Positions, answer: Encoded) -> bool:
+    length = len(answer.ids)
     whole = torch.ones(1, length, dtype=torch.long)
-    borders = Borders(torch.tensor([prompt]), torch.tensor([length]))
+    borders = Borders(torch.tensor([answer.start]), torch.tensor([length]), marks=marks_of_rows([answer.marks]))
     return bool(positions.mask(Layout.of(whole, whole, length, borders))[0, : length - 1].any())
 
 
@@ -158,7 +166,8 @@ def score_encoded(
     ):
         after = [longest(answers) - len(p) for answers, p in zip(asked, prompts, strict=True)]
         places = len(prompts[order[-1]]) + max(after[i] for i in order)
-        front = shared_front(model, [prompts[i] for i in order], longest=places)
+        marks = [asked[i][0].marks for i in order]
+        front = shared_front(model, [prompts[i] for i in order], longest=places, marks=marks)
         own, limit = [len(p) - len(front) for p in prompts], context_length(model)
         for group in grouped(order, own, token_budget, padding=PADDING, cached=len(front), after=after, limit=limit):
             values = _score_group(model, front, [prompts[i] for i in group], [asked[i] for i in group], token_budget)
@@ -201,7 +210,8 @@ def _score_group(
     fill, device = pad_id(tokenizer_of(model)), device_of(model)
     tokens, mask = pad([p[len(front) :] for p in prompts], side="left", pad_id=fill, device=device)
     ends = torch.tensor([len(p) for p in prompts])
-    last, state = remember(model, front.rows(len(prompts)), tokens, mask, Borders(ends, ends + 1))
+    marks = marks_of_rows([answers[0].marks for answers in questions])
+    last, state = remember(model, front.rows(len(prompts)), tokens, mask, Borders(ends, ends + 1, marks=marks))
     owner = [q for q, answers in enumerate(questions) for _ in answers]
     rest = [
         Encoded(e.ids[len(p) :], e.start - len(p))
@@ -215,7 +225,8 @@ def _score_group(
     for chunk in grouped(longer, lengths, budget, padding=PADDING, cached=state.mask.shape[1]):
         batch = collate([Encoded(rest[i].ids[:-1], 0) for i in chunk], pad_id=fill, device=device)
         rows = torch.tensor([owner[i] for i in chunk])
-        borders = Borders(ends[rows], torch.tensor([len(prompts[owner[i]]) + len(rest[i].ids) for i in chunk]))
+        ends_too = torch.tensor([len(prompts[owner[i]]) + len(rest[i].ids) for i in chunk])
+        borders = replace(Borders(ends, marks=marks).select(rows), length=ends_too)
         logits = peek(model, state, rows, batch.tokens, batch.mask, borders)
         found.append(_later(logits, [rest[i] for i in chunk]))
         behind += chunk

@@ -268,4 +268,5 @@ def _moved(borders: Borders | None, rows: Int[Tensor, " n"], by: int) -> Borders
     if borders is None:
         return None
     some = borders.select(rows)
-    return Borders(some.prompt + by, None if some.length is None else some.length + by)
+    marks = None if some.marks is None else torch.nn.functional.pad(some.marks, (by, 0))  # what stands in front is BOS
+    return Borders(some.prompt + by, None if some.length is None else some.length + by, marks=marks)

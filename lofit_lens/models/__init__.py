@@ -52,9 +52,11 @@ from lofit_lens.models.positions import (
     Layout,
     Positions,
     before_each_pass,
+    check_marked,
     declared,
     laid_out,
     layout_of,
+    marks_of_rows,
     positions_of,
 )
 from lofit_lens.models.projections import PROJECTIONS, projection, projection_replaced, projection_sizes
@@ -103,6 +105,7 @@ __all__ = [
     "can_join",
     "check_cache",
     "check_ids",
+    "check_marked",
     "check_residual",
     "checkpointed",
     "context_length",
@@ -132,6 +135,7 @@ __all__ = [
     "located",
     "logits_at",
     "logits_of",
+    "marks_of_rows",
     "model_info",
     "not_finite",
     "origin_of",

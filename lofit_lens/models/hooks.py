@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lofit_lens.errors import ModelError
 from lofit_lens.models.info import backend_of, device_of, head_layers
-from lofit_lens.models.positions import Layout, laid_out, names_of
+from lofit_lens.models.positions import Borders, Layout, laid_out, names_of
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +142,8 @@ def _fired(model: Any, points: Mapping[int, Any]) -> dict[int, list[tuple[int, .
     mask = torch.ones_like(tokens)
     with torch.no_grad(), contextlib.ExitStack() as stack:
         # Said to whatever is attached, and before the hooks are there: it may run passes of its own.
-        stack.enter_context(laid_out(model, Layout.of(tokens, mask, 2, None)))
+        borders = Borders(torch.tensor([2]), torch.tensor([2]), marks=torch.ones(1, 2, dtype=torch.long))
+        stack.enter_context(laid_out(model, Layout.of(tokens, mask, 2, borders)))
         for layer, point in points.items():
             stack.enter_context(hooked(point, _recorder(shapes[layer])))
         model(tokens, attention_mask=mask)

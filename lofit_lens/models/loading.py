@@ -124,6 +124,8 @@ def _on_its_class(
         if Path(source).is_dir():
             check_weights(Path(source))
         tokenizer = read_tokenizer(source if tokenizer is None else tokenizer, revision if tokenizer is None else None)
+        if not placing and getattr(config, "quantization_config", None):
+            placing = {"device_map": {"": str(device)}}  # quantized weights are not moved once they are read
         hf = _load_hf(source, revision, dtype, config, name, placing)
         identity = weights_revision(source, revision)
         remember_source(name, identity, source)

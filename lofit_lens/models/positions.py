@@ -8,7 +8,7 @@ alone which tokens it has before it. Whoever runs a pass states the `Borders` of
 import contextlib
 import re
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from lofit_lens.errors import unknown
+from lofit_lens.errors import InputError, unknown
 
-NAMES = ("all", "answer", "predicting", "last")
+NAMES = ("all", "answer", "predicting", "last", "row")
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,17 +29,19 @@ class Borders:
         prompt: number of prompt tokens (BOS included); the answer follows.
         length: number of all tokens; None where the answer is still being decoded.
         owner: which of several adapters that are attached side by side edits the sequence; None where there is one alone.
+        marks: prompt tokens that each row names itself (see `marks_of_rows`); None where no row does.
     """
 
     prompt: Int[Tensor, " batch"]
     length: Int[Tensor, " batch"] | None = None
     owner: Int[Tensor, " batch"] | None = None
+    marks: Int[Tensor, "batch place"] | None = None
 
     def select(self, rows: Int[Tensor, " n"]) -> "Borders":
         """Those of some rows."""
         at = rows.to(self.prompt.device)
-        length, owner = (None if x is None else x[at] for x in (self.length, self.owner))
-        return Borders(self.prompt[at], length, owner)
+        length, owner, marks = (None if x is None else x[at] for x in (self.length, self.owner, self.marks))
+        return Borders(self.prompt[at], length, owner, marks)
 
     @classmethod
     def together(cls, parts: "Sequence[Borders]") -> "Borders":
@@ -48,7 +50,31 @@ class Borders:
             None if getattr(parts[0], name) is None else torch.cat([getattr(part, name) for part in parts])
             for name in ("length", "owner")
         )
-        return Borders(torch.cat([part.prompt for part in parts]), length, owner)
+        return Borders(torch.cat([part.prompt for part in parts]), length, owner, _marks_together(parts))
+
+
+def _marks_together(parts: Sequence[Borders]) -> Int[Tensor, "batch place"] | None:
+    width = max(0 if part.marks is None else part.marks.shape[1] for part in parts)
+    if not width:
+        return None
+    none = [torch.full((len(part.prompt), width), -1) for part in parts]
+    padded = [
+        n if part.marks is None else nn.functional.pad(part.marks, (0, width - part.marks.shape[1]))
+        for n, part in zip(none, parts, strict=True)
+    ]
+    return torch.cat(padded)
+
+
+def marks_of_rows(rows: Sequence[Sequence[bool] | None]) -> Int[Tensor, "batch place"] | None:
+    """Marks for `Borders`: 1 = the row names this token of its prompt, 0 = it does not; -1 throughout = it names none at all.
+
+    Args:
+        rows: of each prompt one value a token, BOS included; None = it says nothing. All None gives None.
+    """
+    if all(row is None for row in rows):
+        return None
+    width = max(len(row) for row in rows if row is not None)
+    return torch.tensor([[-1] * width if row is None else [*map(int, row), *[0] * (width - len(row))] for row in rows])
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +120,8 @@ class Positions:
     - `predicting`: from the prompt's last token on: all places that an answer's token is predicted from.
     - `last`: the last token of the sequence; while decoding, the newest one of each step.
     - `f7+l7` (any numbers): the prompt's first 7 and last 7 tokens (ReFT); the answer is not edited.
+    - `row`: the tokens of the prompt that each row names itself (`tasks.Marked`, or a field `positions` of one's own rows); the
+      answer is not edited, and a text that names none is refused.
 
     Plain text has no prompt: `answer` and `predicting` then mean every token, `f7+l7` the text's first and last ones, `last` its
     last one.
@@ -125,6 +153,11 @@ class Positions:
         return self.name == "all"
 
     @property
+    def by_row(self) -> bool:
+        """Whether each row names its own."""
+        return self.name == "row"
+
+    @property
     def tail(self) -> int:
         """Prompt tokens, counted from the prompt's end, that may be treated otherwise than those in front of them."""
         return self.final or (0 if self.everywhere else 1)
@@ -149,6 +182,13 @@ class Positions:
         if self.first or self.final:
             end = layout.end if prompt is None else prompt
             return real & (place < end) & ((place < self.first) | (place >= end - self.final))
+        if self.by_row:
+            marks = None if borders is None else borders.marks
+            if prompt is None or marks is None or bool((marks < 0).any()):
+                raise InputError(f"a text {NAMES_NONE}")
+            marks = marks.to(place.device)
+            named = marks.gather(1, place.clamp(0, marks.shape[1] - 1)) == 1
+            return real & (place < prompt.clamp(max=marks.shape[1])) & named
         if self.name == "last" and not decoding:
             return real & (place == layout.end - 1)
         if self.everywhere or prompt is None:
@@ -161,6 +201,26 @@ class Positions:
 
 
 ALL = Positions("all")
+NAMES_NONE = (
+    "names no positions, and what is attached acts at positions 'row', those that each row names; give it as "
+    "tasks.Marked(text, positions), or its row a field 'positions'; or act elsewhere (e.g. positions='all')"
+)
+
+
+def check_marked(positions: "Iterable[Positions]", marks: Sequence[Sequence[bool] | None], what: str) -> None:
+    """Check that each row names its positions, where something acts on those.
+
+    Args:
+        positions: of all that acts.
+        marks: of each row.
+        what: a row is called, e.g. `"training example"`.
+
+    Raises:
+        InputError: one does not; names its number, from 1.
+    """
+    if None in marks and any(p.by_row for p in positions):
+        raise InputError(f"{what} {list(marks).index(None) + 1} {NAMES_NONE}")
+
 
 _running: "weakref.WeakKeyDictionary[nn.Module, Layout]" = weakref.WeakKeyDictionary()
 _declared: "weakref.WeakKeyDictionary[nn.Module, list[tuple[Positions, str]]]" = weakref.WeakKeyDictionary()

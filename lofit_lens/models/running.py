@@ -124,7 +124,10 @@ def _caches_join(model: Any) -> bool:
     device = device_of(model)
     ids = torch.arange(8, device=device)[None] % int(model.cfg.d_vocab)
     new = torch.cat([ids[:, 5:7], ids[:, 3:5]])
-    parts = [prefill(model, ids[:, :n], torch.ones_like(ids[:, :n]), Borders(torch.tensor([n])))[1] for n in (5, 3)]
+    borders = [Borders(torch.tensor([n]), marks=torch.ones(1, n, dtype=torch.long)) for n in (5, 3)]
+    parts = [
+        prefill(model, ids[:, :n], torch.ones_like(ids[:, :n]), b)[1] for n, b in zip((5, 3), borders, strict=True)
+    ]
     row = torch.tensor([0])
     wanted = torch.cat([extend(model, p.select(row), n[None])[0] for p, n in zip(parts, new, strict=True)])
     try:
@@ -284,7 +287,7 @@ def _try_cache(model: Any) -> bool:
     device = device_of(model)
     ids = torch.arange(8, device=device)[None] % int(model.cfg.d_vocab)
     ones, gap = torch.ones_like(ids), torch.zeros(1, 3, dtype=ids.dtype, device=device)
-    borders = Borders(torch.tensor([4]), torch.tensor([8]))
+    borders = Borders(torch.tensor([4]), torch.tensor([8]), marks=torch.ones(1, 4, dtype=torch.long))
     whole = logits_of(model, ids, ones, borders)[:, 4:]
     if whole.isnan().any():
         raise not_finite(model, "logits")

@@ -17,7 +17,8 @@ _IN_LAYER = {
     **dict.fromkeys(
         (
             "LlamaForCausalLM", "GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "MistralForCausalLM",
-            "Qwen2ForCausalLM", "Qwen3ForCausalLM",
+            "MixtralForCausalLM", "OlmoForCausalLM", "Olmo2ForCausalLM", "Olmo3ForCausalLM", "OlmoeForCausalLM",
+            "Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "GptOssForCausalLM",
         ),
         ("layers", "self_attn.o_proj"),
     ),
@@ -27,11 +28,6 @@ _IN_LAYER = {
 }  # fmt: skip
 KNOWN = tuple(_IN_LAYER)
 _TRANSPOSED = ("GPT2LMHeadModel",)
-# Their code builds the output projection without a bias, whatever the configuration says.
-_WITHOUT_ROOM = ("MixtralForCausalLM", "Phi3ForCausalLM")
-NO_ROOM = (
-    "its attention's output projection has no bias, and no setting gives it one, so that an offset has no place in it"
-)
 
 
 @dataclass(frozen=True)
@@ -91,9 +87,9 @@ def outputs_of(checkpoint: Checkpoint) -> Outputs:
     """
     architecture = checkpoint.architecture
     if architecture not in _IN_LAYER:
-        why = NO_ROOM if architecture in _WITHOUT_ROOM else "it is not built yet for this architecture"
         raise ModelError(
-            f"{checkpoint.name}: an adapter cannot be exported into a {architecture}: {why} (it is for {', '.join(KNOWN)}). "
+            f"{checkpoint.name}: an adapter cannot be exported into a {architecture}: it is not built yet for this architecture "
+            f"(it is for {', '.join(KNOWN)}). "
             "Nothing was written. Attach the adapter at run time instead: load_adapter(folder, model=model).attached(model)"
         )
     layers, module = _IN_LAYER[architecture]

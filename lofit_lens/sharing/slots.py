@@ -1,9 +1,10 @@
 """Where a checkpoint has room for a bias of attention's output projection, and how its configuration has to say so.
 
-GPT-2, GPT-NeoX and OPT have the bias. Llama, Gemma, Gemma-2, Gemma-3 (text) and Qwen3 have it with `attention_bias=True`, which
-asks for biases of q, k and v too: zeros. Mistral and Qwen2 have none and ignore the key; without a sliding window they are the
-same function as a Llama, so that the checkpoint can be written as one. What a configuration makes room for is read off the model
-that it builds on the meta device, without weights.
+GPT-2, GPT-NeoX, OPT and GPT-OSS have the bias. Llama, Gemma, Gemma-2, Gemma-3 (text), Qwen3, Qwen3-MoE, OLMo, OLMo-2, OLMo-3 and
+OLMoE have it with `attention_bias=True`, which asks for biases of q, k and v too: zeros. (A norm after attention, as in OLMo-2,
+comes after the bias.) Mistral, Qwen2, Mixtral and Phi-3 have none and ignore the key. Without a sliding window the first two are
+the same function as a Llama, so that the checkpoint can be written as one; the other two take scalings alone. What a
+configuration makes room for is read off the model that it builds on the meta device, without weights.
 """
 
 import copy
@@ -20,8 +21,9 @@ from lofit_lens.sharing.outputs import Outputs
 SWITCHES = {
     **dict.fromkeys(
         (
-            "LlamaForCausalLM", "GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Qwen3ForCausalLM",
-            "GPTNeoXForCausalLM",
+            "LlamaForCausalLM", "GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "OlmoForCausalLM",
+            "Olmo2ForCausalLM", "Olmo3ForCausalLM", "OlmoeForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM",
+            "GPTNeoXForCausalLM", "GptOssForCausalLM",
         ),
         "attention_bias",
     ),
@@ -36,8 +38,13 @@ ONLY_LLAMAS = ("mlp_bias", "pretraining_tp")
 IGNORED_BY = {
     "GemmaForCausalLM": "vLLM (0.33) and SGLang (0.5.23) leave this model's new biases out silently, unless they are told to run "
     "it through transformers (--model-impl transformers)",
-    "Qwen3ForCausalLM": "vLLM (0.33) leaves this model's new biases out silently, unless it is told to run it through "
-    "transformers (--model-impl transformers)",
+    **dict.fromkeys(
+        ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
+        "vLLM (0.33) leaves this model's new biases out silently, unless it is told to run it through transformers "
+        "(--model-impl transformers)",
+    ),
+    "OlmoeForCausalLM": "SGLang (0.5.23) leaves this model's new biases out silently, and vLLM (0.33) should fail on them, "
+    "unless they are told to run it through transformers (--model-impl transformers)",
 }
 NEXT = "Export the adapter as a PEFT carrier (export_peft), or serve it with lofit_lens"
 
@@ -82,7 +89,8 @@ def slot_for(outputs: Outputs, layers: Sequence[int]) -> Slot:
     after = _sizes(config, outputs)
     if not wanted <= set(after):
         raise ModelError(
-            f"{name}: {architecture} of this transformers has no bias in attention's output projection. {NEXT}"
+            f"{name}: {architecture} of this transformers has no bias in attention's output projection, and no setting gives it "
+            f"one, so that an offset has no place in it (scalings alone need none). {NEXT}"
         )
     added = {bias: size for bias, size in after.items() if bias not in before}
     changed = [one for one in before if after.get(one) != before[one]]

@@ -10,9 +10,10 @@ from lofit_lens.tasks.examples import (
     TestExample,
     TrainingExample,
 )
+from lofit_lens.tasks.marked import Marked
 from lofit_lens.tasks.registry import TASKS, load_task, register
 
 __all__ = [
-    "TASKS", "ChoiceExample", "Form", "GenerationExample", "OptionExample", "PairExample", "SFTExample", "Task", "TestExample",
-    "TrainingExample", "load_task", "register",
+    "TASKS", "ChoiceExample", "Form", "GenerationExample", "Marked", "OptionExample", "PairExample", "SFTExample", "Task",
+    "TestExample", "TrainingExample", "load_task", "register",
 ]  # fmt: skip

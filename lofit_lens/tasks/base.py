@@ -23,7 +23,7 @@ from lofit_lens.tasks.examples import (
     TrainingExample,
     grade_first_line,
 )
-from lofit_lens.tasks.rows import READ, fields_of_task
+from lofit_lens.tasks.rows import fields_of_task, hashes_of
 
 Objective = Literal["sft", "dpo"]
 
@@ -301,8 +301,11 @@ class Task:
 
         Records with `prompt` and `answer` (optional `aliases`) train by SFT and are graded by exact match; with `options`
         beside them (a list that holds the answer), by the option with the highest log-prob. Records with `prompt`, `chosen` and
-        `rejected` train by DPO and are graded by multiple choice. One form a task. `task.counted` says how many rows of `val`
-        and `test` repeat a training row's prompt.
+        `rejected` train by DPO and are graded by multiple choice; each of the two may be a list of texts, of which the pair takes
+        the first, MC1 the first right one, and MC2 and MC3 all. One form a task. `task.counted` says how many rows of `val` and
+        `test` repeat a training row's prompt.
+
+        A record may name `positions` of its prompt, for adapters at `positions="row"`: see `tasks.Marked`.
 
         In place of `prompt`, all records may have `messages`, a list of `{"role": "user", "content": "..."}` (also system and
         assistant): the model's chat template makes the prompt of them. An assistant's last message is the `answer`.
@@ -330,5 +333,5 @@ class Task:
             name, {s: [(f"{name} {s} row {i + 1}", r) for i, r in enumerate(rows)] for s, rows in splits.items()},
             grade=grade, metric=metric, max_new_tokens=max_new_tokens, n_train=n_train, source="records", hashes={},
         )  # fmt: skip
-        read = {s: [{k: r[k] for k in READ if k in r} for r in rows] for s, rows in splits.items()}
-        return cls(**made | {"hashes": {s: io.digest(rows) for s, rows in read.items()}})
+        made["hashes"] = hashes_of(splits)
+        return cls(**made)

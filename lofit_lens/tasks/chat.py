@@ -20,9 +20,10 @@ from jinja2 import TemplateError
 from lofit_lens import io
 from lofit_lens.errors import DataError, InputError
 from lofit_lens.models.tokens import ChatText, rules_of
+from lofit_lens.tasks.marked import Spans, spans_of
 
 ROLES = ("system", "user", "assistant")
-ANSWER = "ANSWER"  # stands for an answer where a template is read
+ANSWER, ASKED = "ANSWER", "-ASKED-"  # stand for an answer and for what is asked where a template is read
 
 
 class Conversation(str):
@@ -132,11 +133,13 @@ class Turn:
         prompt: all text in front of it.
         lead: of a chat: white space between prompt and answer, in place of the answer's own; None = the answer stands as it is.
         end: the token that ends it, or None where the tokenizer has none.
+        spans: marked characters of `prompt`; see `Marked`.
     """
 
     prompt: str
     lead: str | None
     end: int | None
+    spans: Spans = ()
 
     def answer(self, text: str) -> str:
         """An answer as it follows the prompt."""
@@ -147,11 +150,12 @@ def turn_of(tokenizer: Any, prompt: str) -> Turn:
     """Where the answer to a prompt goes: right behind a text; of a conversation in the assistant's turn.
 
     Raises:
-        InputError: a conversation, and a tokenizer without a chat template or with one that does not take it.
+        InputError: a conversation, and a tokenizer without a chat template or with one that does not take it; or one with marked
+            characters, and a template that changes them.
     """
     end = rules_of(tokenizer).eos
     if not isinstance(prompt, Conversation):
-        return Turn(prompt, None, end)
+        return Turn(prompt, None, end, spans_of(prompt))
     text, front, behind = _rendered(tokenizer, prompt), "", ""
     with contextlib.suppress(TemplateError):  # of a template that takes no answer, only its prompt is known
         whole = _apply(tokenizer, [*prompt.messages, ("assistant", ANSWER)])
@@ -161,7 +165,24 @@ def turn_of(tokenizer: Any, prompt: str) -> Turn:
     thought, lead = (between, "") if between.strip() else ("", between)
     added = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
     ends = (i for i in tokenizer(behind, add_special_tokens=False)["input_ids"] if i in added)
-    return Turn(ChatText(text + thought), lead, next(ends, end))
+    return Turn(ChatText(text + thought), lead, next(ends, end), _spans_in(tokenizer, prompt, text))
+
+
+def _spans_in(tokenizer: Any, prompt: Conversation, text: str) -> Spans:
+    """Where the marked characters of the user's last turn stand in the template's text."""
+    said = prompt.asked
+    if not spans_of(said):
+        return ()
+    front, _, behind = _apply(tokenizer, prompt.with_asked(ASKED).messages, generate=True).rpartition(ASKED)
+    inner = text[len(front) : len(text) - len(behind)]
+    if f"{front}{inner}{behind}" != text or inner not in (said, said.strip()):
+        raise InputError(
+            f"this model's chat template changes the user's text {said[:60]!r}, so that its marked characters (positions) "
+            "cannot be found in it; ask without chat, or act on other positions"
+        )
+    dropped = said.index(inner)
+    inside = [(max(start - dropped, 0), min(end - dropped, len(inner))) for start, end in spans_of(said)]
+    return tuple((len(front) + start, len(front) + end) for start, end in inside)
 
 
 def has_template(tokenizer: Any) -> bool:

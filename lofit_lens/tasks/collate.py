@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from lofit_lens.errors import DataError
+from lofit_lens.errors import DataError, InputError
 from lofit_lens.models import ChatText, check_ids, rules_of
-from lofit_lens.tasks.chat import Conversation, turn_of
+from lofit_lens.tasks.chat import Conversation, Turn, turn_of
 from lofit_lens.tasks.examples import PairExample, SFTExample, TrainingExample
 
 
@@ -40,12 +40,13 @@ class Encoded:
     """Ids of a prompt with its continuation; `ids[start:]` is the continuation.
 
     `merged` tells that the tokenizer joined the end of the prompt and the start of the continuation in one token, so that
-    `ids[start:]` begins with a part of the prompt.
+    `ids[start:]` begins with a part of the prompt. `marks` says of each id of the prompt whether the row names it (`marks_of`).
     """
 
     ids: tuple[int, ...]
     start: int
     merged: bool = False
+    marks: tuple[bool, ...] | None = None
 
     @property
     def n_labels(self) -> int:
@@ -62,10 +63,11 @@ def encode_continuations(
     token ends it.
 
     Raises:
-        DataError: nothing is left to predict, or nothing stands in front of it.
+        DataError: nothing is left to predict, nothing stands in front of it, or a marked character is part of its first token.
     """
     turn = turn_of(tokenizer, prompt)
     before = encode(tokenizer, turn.prompt)
+    marks = marks_of(tokenizer, turn, before)
     found = []
     for continuation in continuations:
         whole = encode(tokenizer, turn.prompt + turn.answer(continuation))
@@ -76,8 +78,42 @@ def encode_continuations(
         if start == 0 or start >= len(whole):
             what = "the prompt has no token" if start == 0 else "the answer has no token"
             raise DataError(f"{what}: prompt {prompt[-60:]!r}, answer {continuation[:60]!r}")
-        found.append(Encoded(tuple(whole), start, start < len(before)))
+        if marks and any(marks[start:]):
+            raise DataError(
+                f"the tokenizer joins the marked end of {prompt[-60:]!r} with the answer {continuation[:60]!r} in one token; "
+                "mark less, or put white space between them"
+            )
+        found.append(Encoded(tuple(whole), start, start < len(before), marks and marks[:start]))
     return tuple(found)
+
+
+def marks_of(tokenizer: Any, turn: Turn, ids: Sequence[int]) -> tuple[bool, ...] | None:
+    """Which ids of a prompt overlap its marked characters (`tasks.Marked`); None where it marks none.
+
+    Args:
+        tokenizer: with offsets.
+        turn: of the prompt.
+        ids: `encode(tokenizer, turn.prompt)`.
+
+    Raises:
+        InputError: a tokenizer that does not say which characters a token stands for.
+        DataError: marked characters that no token stands for.
+    """
+    if not turn.spans:
+        return None
+    if not tokenizer.is_fast:
+        raise InputError(
+            "this tokenizer does not say which characters a token stands for (it is not a fast one), so that positions by row "
+            "cannot be found; load the model with a fast tokenizer, or act on other positions"
+        )
+    offsets = tokenizer(str(turn.prompt), add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    for start, end in turn.spans:
+        if not any(first < end and last > start for first, last in offsets):
+            raise DataError(
+                f"no token stands for the characters {start} to {end} of {turn.prompt[:60]!r}; mark more than a space"
+            )
+    named = [any(first < end and last > start for start, end in turn.spans) for first, last in offsets]
+    return (*[False] * (len(ids) - len(named)), *named)
 
 
 def common_length(rows: Sequence[Sequence[int]]) -> int:

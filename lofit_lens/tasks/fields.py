@@ -41,6 +41,23 @@ def texts(where: str, row: Mapping[str, Any], name: str) -> tuple[str, ...]:
     return tuple(found)
 
 
+def one_or_more(where: str, row: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    """A field that holds a text, or a list of one text or more, each once.
+
+    Raises:
+        DataError: it is missing, holds something else, or a text that is empty or given twice; names row and field.
+    """
+    if not isinstance(row.get(name), list | tuple):
+        return fields(where, row, name)
+    found = texts(where, row, name)
+    if not found:
+        raise DataError(f"{where}: field {name!r} is an empty list; give one text or more")
+    for i, text in enumerate(found):
+        if not text.strip() or text in found[:i]:
+            raise DataError(f"{where}: field {name!r} holds {text!r}{' twice' if text.strip() else ''}; leave it out")
+    return found
+
+
 def _whole(where: str, name: str, text: str) -> None:
     try:
         text.encode()

@@ -12,6 +12,7 @@ from lofit_lens.tasks import clutrr, instruction, knowledge, mquake, truthfulqa
 from lofit_lens.tasks.base import Task
 from lofit_lens.tasks.examples import SPLITS
 from lofit_lens.tasks.fields import file_hashes
+from lofit_lens.tasks.files import Columns, is_task_file, task_of_file
 from lofit_lens.tasks.rows import fields_of_task
 from lofit_lens.tasks.sources import read_rows
 
@@ -92,23 +93,29 @@ def load_task(
     data_dir: str | Path | None = None,
     source: str | None = None,
     form: str | None = None,
+    columns: Columns | None = None,
 ) -> Task:
     """Read a task.
 
     Args:
         name: `"truthfulqa"`, `"mquake"`, `"clutrr"`, `"siqa"`, `"arc_challenge"`, `"boolq"`, `"svamp"`; for evaluation only
-            `"triviaqa"`, `"nq"`, `"mmlu"`; embedded `"organism/truth"`, `"organism/kinship"`, `"organism/edits"`; or a folder
-            of one's own with `train.jsonl`, `test.jsonl` and, if wanted, `val.jsonl`, whose rows hold what
-            `Task.from_records` takes. A folder that is called as a task is one as a `Path`, or as `"./mquake"`.
+            `"triviaqa"`, `"nq"`, `"mmlu"`; embedded `"organism/truth"`, `"organism/kinship"`, `"organism/edits"`; or one's own,
+            whose rows hold what `Task.from_records` takes: a folder with `train.jsonl`, `test.jsonl` and, if wanted,
+            `val.jsonl`, or one file (.jsonl, .json, .csv or .parquet) with a column `split`, or without: then a tenth of the
+            prompts is for testing, a tenth for validation, the others for training, drawn with seed 0. A folder that is called
+            as a task is one as a `Path`, or as `"./mquake"`.
         fold: 0 or 1, TruthfulQA only (also written `"truthfulqa:1"`).
         data_dir: folder with the files; None fetches the pinned public files.
         source: `"files"` (instruction files, the default) or `"hub"` (the original data set): SIQA, ARC-Challenge, BoolQ, SVAMP.
         form: how questions are asked, where there are several ways: `"choices"` or `"generation"` (TruthfulQA),
             `"generation"` or `"options"` (SIQA, ARC-Challenge, BoolQ). None = the first.
+        columns: of one file: field -> its column, e.g. `{"prompt": "question", "answer": "label"}`; or text with columns in
+            braces, `"Q: {question}"`; or, for `aliases`, `options`, `chosen` and `rejected`, a list of these. A field that is
+            not named is read from the column of its own name.
 
     Raises:
-        InputError: unknown task, fold, source or form.
-        DataError: files missing, empty or with bad rows; names file and row.
+        InputError: unknown task, fold, source, form or field.
+        DataError: files missing, empty or with bad rows; names file, row and column.
 
     Examples:
         >>> load_task("organism/truth").metric
@@ -124,10 +131,16 @@ def load_task(
     if folder.is_dir() and (text not in TASKS or isinstance(name, Path)):
         if fold is not None or data_dir is not None or source is not None:
             raise InputError(f"{text} is a task folder of your own: it takes no fold, no data_dir and no source")
+        _no_columns(text, columns)
         task = _from_folder(folder)
+    elif is_task_file(name) and (text not in TASKS or isinstance(name, Path)):
+        if fold is not None or data_dir is not None or source is not None:
+            raise InputError(f"{text} is a task file of your own: it takes no fold, no data_dir and no source")
+        task = task_of_file(name, columns)
     elif text not in TASKS:
-        raise unknown("task", text, TASKS, hint="Or give a folder with train.jsonl and test.jsonl.")
+        raise unknown("task", text, TASKS, hint="Or give a folder, or a .jsonl, .json or .csv file.")
     else:
+        _no_columns(text, columns)
         if fold is None and data_dir is None and source is None and _rows_in(folder).keys() >= NEEDED:
             log.warning(
                 "%s is the built-in task, and the folder ./%s is not read; give ./%s for a task of your own in it, or data_dir "
@@ -135,6 +148,13 @@ def load_task(
             )  # fmt: skip
         task = TASKS[text](fold, data_dir, source)
     return task if form is None else task.in_form(form)
+
+
+def _no_columns(name: str, columns: Columns | None) -> None:
+    if columns:
+        raise InputError(
+            f"columns are those of one file, and {name} is none; leave them out, or give a .jsonl, .json or .csv file"
+        )
 
 
 def task_of(task: Any) -> Task:

@@ -1,10 +1,12 @@
 """Rows of one's own, in the plain forms (see `Task.from_records`)."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lofit_lens.errors import DataError
-from lofit_lens.tasks.chat import parsed
+from lofit_lens import io
+from lofit_lens.errors import DataError, InputError
+from lofit_lens.tasks.chat import Conversation, parsed
 from lofit_lens.tasks.examples import (
     SPLITS,
     Chat,
@@ -18,10 +20,11 @@ from lofit_lens.tasks.examples import (
     TrainingExample,
     grade_first_line,
 )
-from lofit_lens.tasks.fields import Row, check_options, fields, texts
+from lofit_lens.tasks.fields import Row, check_options, fields, one_or_more, texts
+from lofit_lens.tasks.marked import Marked
 
 # Fields of a record that are read.
-READ = ("prompt", "messages", "answer", "aliases", "options", "chosen", "rejected")
+READ = ("prompt", "messages", "answer", "aliases", "options", "chosen", "rejected", "positions")
 
 
 def fields_of_task(
@@ -34,7 +37,10 @@ def fields_of_task(
         raise DataError(f"{name} has no training rows in {source}; give records with prompt (or messages) and answer")
     has = first[1] if isinstance(first[1], Mapping) else {}
     chat = "messages" in has
-    rows = {split: [(where, _with_prompt(where, row, chat)) for where, row in listed] for split, listed in rows.items()}
+    rows = {
+        split: [(where, _with_marks(where, _with_prompt(where, row, chat))) for where, row in listed]
+        for split, listed in rows.items()
+    }
     read = _read_pair if "chosen" in has else _read_options if "options" in has else _read_answer
     default = {_read_pair: "mc1", _read_options: "accuracy", _read_answer: "em"}[read]
     made = {split: [read(where, row) for where, row in listed] for split, listed in rows.items()}
@@ -45,6 +51,18 @@ def fields_of_task(
         "metric": metric or default, "grade": grade if read is _read_answer else None, "max_new_tokens": max_new_tokens,
         "hashes": hashes, "source": source, "n_train": n_train, "chat": Chat() if chat else None, "counted": _repeats(test),
     }  # fmt: skip
+
+
+def hashes_of(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, str]:
+    """Split -> SHA-256 of what is read of its rows, wherever they come from; a cell that is NaN counts as empty."""
+    return {
+        split: io.digest([{k: None if _is_nan(r[k]) else r[k] for k in READ if k in r} for r in listed])
+        for split, listed in rows.items()
+    }
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
 
 
 def _repeats(test: Mapping[str, Sequence[TestExample]]) -> dict[str, int]:
@@ -77,6 +95,19 @@ def _with_prompt(where: str, row: Any, chat: bool) -> Any:
     return {**rest, "prompt": parsed(messages, where)}
 
 
+def _with_marks(where: str, row: Any) -> Any:
+    """A row whose prompt has its positions marked, where it names some."""
+    if not isinstance(row, Mapping) or row.get("positions") is None or _is_nan(row["positions"]):
+        return row
+    (prompt,) = fields(where, row, "prompt")
+    try:
+        if isinstance(prompt, Conversation):
+            return {**row, "prompt": prompt.with_asked(Marked(prompt.asked, row["positions"]))}
+        return {**row, "prompt": Marked(prompt, row["positions"])}
+    except InputError as e:
+        raise DataError(f"{where}: {e}") from e
+
+
 def _read_answer(where: str, row: Any) -> tuple[SFTExample, GenerationExample]:
     prompt, answer = fields(where, row, "prompt", "answer")
     if row.get("options") is not None:
@@ -94,7 +125,8 @@ def _read_options(where: str, row: Any) -> tuple[SFTExample, OptionExample]:
 
 
 def _read_pair(where: str, row: Any) -> tuple[PairExample, ChoiceExample]:
-    prompt, chosen, rejected = fields(where, row, "prompt", "chosen", "rejected")
-    if chosen == rejected:
-        raise DataError(f"{where}: 'chosen' and 'rejected' are the same text; a pair must differ")
-    return PairExample(prompt, chosen, rejected), ChoiceExample(prompt, chosen, (chosen,), (rejected,))
+    (prompt,) = fields(where, row, "prompt")
+    right, wrong = one_or_more(where, row, "chosen"), one_or_more(where, row, "rejected")
+    if both := [text for text in right if text in wrong]:
+        raise DataError(f"{where}: 'chosen' and 'rejected' are the same text, {both[0]!r}; an answer is right or wrong")
+    return PairExample(prompt, right[0], wrong[0]), ChoiceExample(prompt, right[0], right, wrong)

@@ -129,11 +129,15 @@ def _csv_rows(path: Path, text: str) -> list[Row]:
     reader = csv.DictReader(text_io.StringIO(text, newline=""), strict=True)
     rows: list[Row] = []
     try:
+        columns = list(reader.fieldnames or ())
+        if twice := [name for i, name in enumerate(columns) if name in columns[:i]]:
+            raise DataError(f"{path}:1: two columns are called {twice[0]!r}; rename one, or leave it out")
         for row in reader:
-            if None in row:
+            if None in row or None in row.values():
+                n = len(columns) + len(row[None]) if None in row else sum(cell is not None for cell in row.values())
                 raise DataError(
-                    f"{path}:{reader.line_num}: {len(row) - 1 + len(row[None])} cells under {len(row) - 1} columns; put a cell "
-                    'that holds a comma in "quotes"'
+                    f"{path}:{reader.line_num}: {n} cells under {len(columns)} columns; put a cell that holds a comma in "
+                    '"quotes", and leave one without text empty, between its commas'
                 )
             rows.append((f"{path}:{reader.line_num}", row))
     except csv.Error as e:

@@ -15,7 +15,17 @@ from lofit_lens import io
 from lofit_lens.checks import check_is
 from lofit_lens.errors import InputError, TrainingDiverged
 from lofit_lens.interventions.base import AdapterMeta, check_adapter
-from lofit_lens.models import ALL, ModelInfo, attached_to, fingerprint, frozen, model_info, why_not_finite
+from lofit_lens.models import (
+    ALL,
+    ModelInfo,
+    attached_to,
+    check_marked,
+    fingerprint,
+    frozen,
+    model_info,
+    positions_of,
+    why_not_finite,
+)
 from lofit_lens.tasks.base import Task
 from lofit_lens.tasks.registry import task_of
 from lofit_lens.training.config import TrainConfig
@@ -126,6 +136,7 @@ def fit_together(
     for one in fits:
         _check_positions(one.adapter)
         one.adapter.attach_check(model)
+    acting = positions_of(model)
     others = attached_to(model, label or "training")
     wanted = [p for one in fits for p in one.adapter.parameters() if p.requires_grad]
     drawn = [one.task.training_examples("train", n=one.n_train, seed=one.seed) for one in fits]
@@ -137,6 +148,8 @@ def fit_together(
         for one, examples in zip(fits, drawn, strict=True):
             how = {"passes": passes, "batch_size": one.config.batch_size, "weights": weights}
             objectives.append(objective(model, examples, beta=one.config.beta, reference=one.reference, **how))
+            marks = [forms[0].marks for forms in objectives[-1].rows]
+            check_marked([*acting, getattr(one.adapter, "positions", ALL)], marks, "training example")
         steps = Steps(model, objectives, passes, owned=len(fits) > 1)
         for p in wanted:  # an adapter inside the model (LoRA) was frozen with it
             p.requires_grad_(True)

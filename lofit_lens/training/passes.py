@@ -25,6 +25,7 @@ from lofit_lens.models import (
     fused_attention,
     gaps_are_exact,
     logits_of,
+    marks_of_rows,
     peek,
     read_at,
     remember,
@@ -105,6 +106,7 @@ def log_probs(model: Any, forms: Sequence[Forms], owner: Tensor | None, passes: 
     borders = Borders(
         torch.tensor([e.start for e in sequences]), torch.tensor([len(e.ids) for e in sequences]),
         None if owner is None else owner[torch.tensor([u for u, f in enumerate(forms) for _ in f])],
+        marks_of_rows([e.marks for e in sequences]),
     )  # fmt: skip
     if not passes.scored_only:
         tokens, mask, labels = (x.to(device_of(model)) for x in (batch.tokens, batch.mask, batch.labels))
@@ -135,13 +137,14 @@ def shared_log_probs(model: Any, forms: Sequence[Forms], owner: Tensor | None) -
     prompts = [f[0].ids[: f[0].start] for f in forms]
     ends = torch.tensor([len(p) for p in prompts])
     ids, mask = pad(prompts, side="left", pad_id=fill, device=device)
-    last, state = remember(model, None, ids, mask, Borders(ends, ends + 1, owner))
+    marks = marks_of_rows([f[0].marks for f in forms])
+    last, state = remember(model, None, ids, mask, Borders(ends, ends + 1, owner, marks))
     rows = torch.tensor([u for u, f in enumerate(forms) for _ in f])
     answers = [e.ids[e.start :] for f in forms for e in f]
     sums = token_log_probs(last[rows.to(device)], torch.tensor([a[0] for a in answers], device=device))
     batch = collate([Encoded(a[:-1], 0) for a in answers], pad_id=fill, device=device)
     lengths = torch.tensor([len(e.ids) for f in forms for e in f])
-    borders = Borders(ends[rows], lengths, None if owner is None else owner[rows])
+    borders = Borders(ends[rows], lengths, *(None if x is None else x[rows] for x in (owner, marks)))
     logits = peek(model, state, rows, batch.tokens, batch.mask, borders)
     wanted = torch.full(batch.tokens.shape, NO_LABEL, dtype=torch.long)
     for i, answer in enumerate(answers):

@@ -30,7 +30,8 @@ from lofit_lens.experiments.methods.source import in_library
 from lofit_lens.experiments.store.cells import Cell
 from lofit_lens.experiments.store.store import Store
 from lofit_lens.models import ModelInfo, fingerprint, folder_digest, model_info, planned_info, planned_tokenizer
-from lofit_lens.tasks import Task, load_task
+from lofit_lens.tasks import TASKS, Task, load_task
+from lofit_lens.tasks.sources import FORMATS
 from lofit_lens.training.selectors import SELECTORS
 from lofit_lens.training.trackers import tracker
 
@@ -84,9 +85,11 @@ def read_grid(path: str | Path) -> Grid:
     try:
         for file in listed(found.get("code", ())):
             use_file(Path(path).parent / str(file))
-        return Grid(**{str(k): v for k, v in found.items()})
+        grid = Grid(**{str(k): v for k, v in found.items()})
     except InputError as e:
         raise InputError(f"{path}: {e}") from e
+    beside = {part: tuple(_beside(path, t) for t in getattr(grid, part)) for part in ("tasks", "other_tasks")}
+    return grid.model_copy(update=beside)
 
 
 def plan_grid(
@@ -223,6 +226,12 @@ def _placed(spec: ModelSpec) -> ModelSpec:
     )
 
 
+def _beside(grid: str | Path, spec: TaskSpec) -> TaskSpec:
+    """A task that is a single file, by its place from the grid's file."""
+    file = Path(spec.name).suffix in FORMATS and spec.name not in TASKS
+    return spec.model_copy(update={"name": str(Path(grid).parent / spec.name)}) if file else spec
+
+
 def _check_asked(grid: Grid, others: bool, texts: bool) -> None:
     """A run that asks for what the grid does not have would be made without it.
 
@@ -237,7 +246,9 @@ def _check_asked(grid: Grid, others: bool, texts: bool) -> None:
 
 
 def _load(spec: TaskSpec) -> Task:
-    task = load_task(spec.name, fold=spec.fold, source=spec.source, form=spec.form, data_dir=spec.data_dir)
+    task = load_task(
+        spec.name, fold=spec.fold, source=spec.source, form=spec.form, data_dir=spec.data_dir, columns=spec.columns
+    )
     return task.as_chat(system=spec.system) if spec.chat or spec.system is not None else task
 
 

@@ -134,13 +134,17 @@ class ModelSpec(Spec):
 
 
 class TaskSpec(Spec):
-    """A task by name: see `load_task` for the fields, and `Task.as_chat` for `chat` and `system` (which means chat)."""
+    """A task by name: see `load_task` for the fields, and `Task.as_chat` for `chat` and `system` (which means chat).
+
+    In a grid's file, a task that is a file too is found from there, as `code` is.
+    """
 
     name: str
     fold: int | None = None
     source: str | None = None
     form: str | None = None
     data_dir: str | None = None
+    columns: dict[str, Texts] = {}
     chat: bool = False
     system: str | None = None
 
