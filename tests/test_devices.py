@@ -1,13 +1,10 @@
 """Everything that takes a model runs on a device that is not the CPU, and on two, and finds there what it finds on the CPU."""
 
-import functools
 import importlib
 import inspect
 import math
-from unittest import mock
 
 import pytest
-from accelerate import dispatch_model
 
 from lofit_lens.interventions import HeadAblation, Lofit, Lora, LoReft, Red
 from lofit_lens.interventions.base import KNOWN
@@ -15,7 +12,7 @@ from lofit_lens.models import device_of, load_model, model_info
 from tests import pretend
 from tests.adapters import CHOSEN
 from tests.conftest import needs_hooked
-from tests.device_cases import CASES, MAP, plain
+from tests.device_cases import CASES, in_two, plain
 
 
 @pytest.fixture(autouse=True)
@@ -42,10 +39,8 @@ def there(checkpoint):
 @pytest.fixture(scope="module")
 def spread(checkpoint):
     """A tiny Llama of which a layer lies on one device and two on another."""
-    # As on GPUs 0 and 1: accelerate takes the first of a set of devices, and names are not in order there.
-    first = functools.partial(dispatch_model, main_device="pretend:0")
-    with pretend.devices(), mock.patch("transformers.integrations.accelerate.dispatch_model", first):
-        return load_model(checkpoint("llama"), device_map=MAP)
+    with pretend.devices():
+        return in_two(checkpoint("llama"))
 
 
 @pytest.fixture(scope="module")
