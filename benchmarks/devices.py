@@ -26,7 +26,7 @@ from lofit_lens.evaluation import score_continuations
 from lofit_lens.evaluation.generation import decode_ids
 from lofit_lens.models import load_model
 from tests import pretend, tiny
-from tests.device_cases import ANSWERS, CONFIG, MAP, PROMPTS, QUIET
+from tests.device_cases import ANSWERS, CONFIG, PROMPTS, QUIET, in_two
 from tests.selecting import DPO, SFT
 
 HEADS = HeadSet(["L2H1", "L0H3"])
@@ -82,7 +82,7 @@ def models(folder: Path) -> dict[str, Callable[[], Any]]:
     one = {
         name: lambda name=name: load_model(folder, backend=name, device="pretend:0") for name in ("hooked", "bridge")
     }
-    return {**one, "bridge, two devices": lambda: load_model(folder, device_map=MAP)}
+    return {**one, "bridge, two devices": lambda: in_two(folder)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

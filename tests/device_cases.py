@@ -1,12 +1,15 @@
 """What tests run on pretend devices: a small call of every public function that takes a model, by the names it stands for."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pandas as pd
 import torch
+from accelerate import dispatch_model
 
 import lofit_lens as ll
 from lofit_lens import HeadSet, Task, TrainConfig, analysis, models
@@ -46,6 +49,15 @@ MAP = {
     "model.layers.1": "pretend:1", "model.layers.2": "pretend:1", "model.norm": "pretend:1", "lm_head": "pretend:1",
 }  # fmt: skip
 QUIET: dict[str, Any] = {"progress": False}
+
+
+def in_two(folder: Any) -> Any:
+    """A tiny Llama on two devices. As on GPUs 0 and 1, accelerate's main device is the first: it takes one of a set."""
+    first = functools.partial(dispatch_model, main_device="pretend:0")
+    with mock.patch("transformers.integrations.accelerate.dispatch_model", first):
+        return models.load_model(folder, device_map=MAP)
+
+
 Case = Callable[[Any, Any], Any]  # (model, folder) -> what it finds
 
 

@@ -7,7 +7,7 @@ import pytest
 from lofit_lens.models import load_model
 from tests import pretend
 from tests.conftest import HOOKED
-from tests.device_cases import MAP
+from tests.device_cases import in_two
 
 sys.path.insert(0, str(pretend.ROOT / "benchmarks"))  # they import each other by name, as scripts do
 
@@ -30,8 +30,8 @@ def counted(request, checkpoint):
     """Bounds, and for each unit what one more of it takes."""
     two = request.param == "two devices"
     with pretend.devices():
-        how = {"device_map": MAP} if two else {"backend": request.param, "device": "pretend:0"}
-        model = load_model(checkpoint("llama"), **how)
+        folder = checkpoint("llama")
+        model = in_two(folder) if two else load_model(folder, backend=request.param, device="pretend:0")
         return ON_TWO if two else ON_ONE, {u: benchmark.counted(model, run) for u, run in benchmark.UNITS.items()}
 
 

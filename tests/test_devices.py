@@ -1,19 +1,18 @@
 """Everything that takes a model runs on a device that is not the CPU, and on two, and finds there what it finds on the CPU."""
 
-import functools
 import importlib
 import inspect
 import math
-from unittest import mock
 
 import pytest
-from accelerate import dispatch_model
 
+from lofit_lens.interventions import HeadAblation, Lofit, Lora, LoReft, Red
 from lofit_lens.interventions.base import KNOWN
 from lofit_lens.models import device_of, load_model, model_info
 from tests import pretend
+from tests.adapters import CHOSEN
 from tests.conftest import needs_hooked
-from tests.device_cases import CASES, MAP, plain
+from tests.device_cases import CASES, in_two, plain
 
 
 @pytest.fixture(autouse=True)
@@ -40,10 +39,8 @@ def there(checkpoint):
 @pytest.fixture(scope="module")
 def spread(checkpoint):
     """A tiny Llama of which a layer lies on one device and two on another."""
-    # As on GPUs 0 and 1: accelerate takes the first of a set of devices, and names are not in order there.
-    first = functools.partial(dispatch_model, main_device="pretend:0")
-    with pretend.devices(), mock.patch("transformers.integrations.accelerate.dispatch_model", first):
-        return load_model(checkpoint("llama"), device_map=MAP)
+    with pretend.devices():
+        return in_two(checkpoint("llama"))
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +103,19 @@ def test_a_model_is_loaded_onto_a_device(there, loaded, backend):
     assert {str(t.device) for t in (*model.parameters(), *model.buffers())} == {"pretend:0"}
     assert str(device_of(model)) == "pretend:0"
     assert model_info(model) == model_info(loaded("llama", backend))
+
+
+def test_adapters_are_made_on_the_models_device(there, backend):
+    """Their numbers would else be sent there in every pass."""
+    model = there(backend)
+    made = [
+        Lofit.for_model(model),
+        Red.for_model(model),
+        LoReft.for_model(model, seed=0),
+        HeadAblation.of(model, CHOSEN),
+    ]
+    for adapter in made if backend == "hooked" else [*made, Lora.for_model(model, seed=0)]:
+        assert {t.device for t in adapter.state_dict().values()} == {device_of(model)}, adapter
 
 
 ON_EACH_CLASS = [

@@ -12,7 +12,7 @@ from lofit_lens.interventions import Lora
 from lofit_lens.models import device_of, fused_refusal, load_model, logits_of, model_info
 from lofit_lens.models.devices import check_placed
 from tests import pretend, tiny
-from tests.device_cases import CONFIG, MAP, MASK, QUIET, TOKENS
+from tests.device_cases import CONFIG, MAP, MASK, QUIET, TOKENS, in_two
 from tests.selecting import SFT
 
 
@@ -25,7 +25,7 @@ def devices():
 @pytest.fixture(scope="module")
 def spread(checkpoint):
     with pretend.devices():
-        return load_model(checkpoint("llama"), device_map=MAP)
+        return in_two(checkpoint("llama"))
 
 
 def test_layers_lie_where_the_map_says(spread, loaded):
