@@ -76,7 +76,7 @@ test-browser: $(READY)
 
 # Files, statistics, tables and pages are the same on every TransformerLens.
 TL4_TESTS := $(patsubst %,tests/test_%.py,ablation adapters_base architectures attached attention borders carrier checkpointing \
-  contrast decoding devices evaluation experiments folded folded_slots fused fused_proof gguf hook_access iti lofit logit_lens lora loreft \
+  contrast decoding device_counts devices evaluation experiments folded folded_slots fused fused_proof gguf hook_access iti lofit logit_lens lora loreft \
   many models not_finite odd_checkpoints passes patching planned probing red repe scored scoring selectors sharded smollm2 steps tokens \
   trained_methods training wrong_uses)
 
