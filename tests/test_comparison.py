@@ -244,6 +244,7 @@ def test_bad_requests_are_refused_first(model, asked):
     for options, message in (
         ({"methods": ["LoFT 3 %"]}, "unknown method"), ({"seeds": ()}, "0 seeds"),
         ({"methods": ["zero-shot"]}, "reference 'LoFiT 3 %' is not among"), ({"methods": [REFERENCE, REFERENCE]}, "given twice"),
+        ({"methods": [REFERENCE]}, "only LoFiT 3 % is asked for; name another method"),
         ({"workers": 2}, "by name"), ({"settings": {"RED": {"lrr": 1.0}}}, "settings of RED: no field 'lrr'"),
         ({"settings": {"RDE": {}}}, "Did you mean 'RED'"),
     ):  # fmt: skip

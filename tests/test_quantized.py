@@ -9,6 +9,7 @@ from lofit_lens.errors import ModelError
 from lofit_lens.evaluation import generate
 from lofit_lens.evaluation.scoring import score_continuations
 from lofit_lens.models import fingerprint, head_output_matrix, logits_of, model_info
+from lofit_lens.models.compared import Probe
 from lofit_lens.sharing import export_folded
 from tests import tiny
 from tests.task_rows import words_task
@@ -89,6 +90,25 @@ def test_taken_as_it_is(loaded_as, kind):
     assert packed(model.original_model) == kinds
     assert len(kinds) == 21
     assert fingerprint(model) == fingerprint(model)
+
+
+def test_the_probe_allows_for_what_padding_changes(checkpoint, monkeypatch):
+    """LLM.int8 tells outliers by all tokens of a pass: its own logits move by 8 % on SmolLM2 where padding runs beside them."""
+    hf = tf.AutoModelForCausalLM.from_pretrained(checkpoint("llama"), attn_implementation="eager").eval()
+    forward = hf.forward
+
+    def by_batch(ids, **more):
+        out = forward(ids, **more)
+        out.logits *= 1.1 if ids.shape[1] > 12 else 1.0
+        return out
+
+    assert Probe.of(hf, hf.config, torch.float32).bound == 1e-3
+    hf.quantization_method, hf.config.quantization_config = "bitsandbytes", {"load_in_8bit": True}
+    assert Probe.of(hf, hf.config, torch.float32).bound == 5e-2
+    monkeypatch.setattr(hf, "forward", by_batch)
+    found = Probe.of(hf, hf.config, torch.float32)
+    scale = max(1.0, float(found.expected.abs().max()))
+    assert found.bound == pytest.approx(0.2 * float(found.expected.abs().max()) / scale, rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -113,6 +113,8 @@ def compare_methods(
         raise InputError(
             f"the reference {reference!r} is not among the methods compared ({', '.join(names)}); name one of them"
         )
+    if len(names) < 2:
+        raise InputError(f"only {names[0]} is asked for; name another method to compare it with")
     texts = list(texts)
     runs = []
     for name in names:

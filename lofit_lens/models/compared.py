@@ -45,8 +45,9 @@ class Probe:
         if not torch.isfinite(expected).all():
             why = FLOAT16_ENDS if first.dtype == torch.float16 else "its weights may be damaged; fetch it again"
             raise ModelError(f"plain Hugging Face gives logits that are not finite with this model: {why}")
-        exact = {first.dtype, dtype} <= {torch.float32, torch.float64} and quantization_of(hf) is None
-        return cls(tokens, expected, 1e-3 if exact else 5e-2)
+        if quantization_of(hf) is not None:
+            return cls(tokens, expected, max(5e-2, 2 * _own_change(hf, tokens, expected)))
+        return cls(tokens, expected, 1e-3 if {first.dtype, dtype} <= {torch.float32, torch.float64} else 5e-2)
 
     def check(self, model: Any) -> None:
         """Raise ModelError where a class gives other logits; a conversion that went wrong is refused, not returned.
@@ -68,3 +69,17 @@ class Probe:
                 if got.dtype == torch.float64 and not torch.isfinite(got).all():
                     said += " (attention overflows in padded places of float64); load it with dtype='float32'"
                 raise ModelError(f"its logits differ from the Hugging Face model's {said}")
+
+
+@torch.no_grad()
+def _own_change(hf: Any, tokens: Tensor, expected: Tensor) -> float:
+    """By how much of their size a quantized model's own logits change where padding runs beside the tokens.
+
+    LLM.int8 tells which columns are outliers by all tokens of a pass.
+    """
+    rows = torch.nn.functional.pad(tokens, (0, GAP)).repeat(2, 1)
+    mask = torch.nn.functional.pad(torch.ones_like(tokens), (0, GAP)).repeat(2, 1)
+    device = next(hf.parameters()).device
+    with frozen(hf):
+        padded = hf(rows.to(device), attention_mask=mask.to(device), use_cache=False).logits[:, : tokens.shape[1]]
+    return float((padded.float().cpu() - expected).abs().max() / expected.abs().max().clamp(min=1.0))
