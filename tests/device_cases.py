@@ -176,9 +176,11 @@ def losses(model, folder):
         return reference, task_loss(model, examples, beta=0.5, reference=reference)([0, 1, 2])
 
 
-@case("probe_layers", *(f.__name__ for f in SELECTORS.values()))
+@case("probe_layers", "fit_jola", *(f.__name__ for f in SELECTORS.values()))
 def selectors(model, folder):
-    smaller = {name: {"config": CONFIG} for name in LEARNED} | {"activation patching": {"n_prompts": 2, "n_shots": 1}}
+    smaller = {name: {"config": CONFIG} for name in (*LEARNED, "JoLA gates")} | {
+        "activation patching": {"n_prompts": 2, "n_shots": 1}
+    }
     return {
         name: choose(model, DPO, seed=0, n_train=4, **smaller.get(name, {}), **QUIET).values
         for name, choose in SELECTORS.items()
@@ -338,6 +340,7 @@ def _shift(lofit):
     "logits_at",
     "read_at",
     "run_through",
+    "check_cache",
     "gaps_are_exact",
 )
 def passes(model, folder):

@@ -26,10 +26,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from lofit_lens.errors import ModelError
 from lofit_lens.models.attending import FLAGS, in_place, runs_projections
 from lofit_lens.models.devices import runs_own_forward
-from lofit_lens.models.hooks import frozen, head_size, hook_z, hooked, unhooked
+from lofit_lens.models.hooks import frozen, hook_z, hooked, unhooked
 from lofit_lens.models.info import backend_of, computes_exactly, device_of, model_info
 from lofit_lens.models.proofs import proven_once
 from lofit_lens.models.running import extend, logits_of, prefill, uncached
@@ -113,11 +112,9 @@ def _tried(model: Any, what: str, differs: Callable[[Any], str | None]) -> bool 
 
 def _known_obstacle(model: Any) -> str | None:
     """What is known to be computed otherwise, or not known to be computed as here."""
-    try:
-        head_size(model)
-    except ModelError as e:
-        return str(e)
     layers = model_info(model).grid.layers
+    if not layers:
+        return "no layer has heads at hook_z"
     if backend_of(model) == "bridge":
         return _bridge_obstacle(model, layers)
     return next((why for layer in layers if (why := _hooked_obstacle(model.blocks[layer].attn))), None)

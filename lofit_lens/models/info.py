@@ -357,6 +357,7 @@ def attention_window(model: Any) -> int | None:
 def device_of(model: Any) -> torch.device:
     """Device that takes the input tokens: the embedding's, wherever other layers lie."""
     taking = model
-    if backend_of(model) == "bridge" and hasattr(model.original_model, "hf_device_map"):
-        taking = model.original_model.get_input_embeddings()
+    hf = getattr(model, "original_model", None)
+    if hf is not None and hasattr(hf, "hf_device_map"):
+        taking = hf.get_input_embeddings()
     return next(taking.parameters()).device

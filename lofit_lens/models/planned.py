@@ -92,6 +92,8 @@ def _shape(config: Any) -> tuple[int, int, int, int]:
 def planned_head_layers(config: Any) -> tuple[int, ...] | None:
     """What `head_layers` will find in the loaded bridge; None = all."""
     text = config.get_text_config()
+    if not getattr(text, "num_attention_heads", None):
+        return ()
     kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()
     each = getattr(text, "per_layer_config", None)  # of models whose layers differ in more than that
     attends = [i for i, kind in enumerate(kinds) if "attention" in kind and kind != "linear_attention"]

@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lofit_lens.checks import check_seed
 from lofit_lens.heads import HeadScores, HeadSet
 from lofit_lens.interventions.base import AdapterMeta, Edit
 from lofit_lens.interventions.lofit import Lofit, edit_z
@@ -76,6 +77,7 @@ class Gated(Lofit):
     @torch.no_grad()
     def start_(self, seed: int, std: float) -> "Gated":
         """A, v ~ N(0, std); phi as Xavier draws a layer's (1 x heads): N(0, 2 / (1 + heads)). All of it is trainable."""
+        check_seed(seed)
         generator, self.seed = torch.Generator().manual_seed(seed), seed
         for part, spread in ((self.A, std), (self.v, std), (self.phi, math.sqrt(2 / (1 + self.shape[1])))):
             part.copy_(torch.randn(part.shape, generator=generator) * spread)
