@@ -96,10 +96,10 @@ def test_a_word_for_each_outcome():
     ("name", "backend"),
     [
         pytest.param("Mistral", "hooked", marks=needs_hooked),
-        ("Mistral", "bridge"),
+        pytest.param("Mistral", "bridge", marks=pytest.mark.slow),
         ("Gemma2", "bridge"),
-        ("FalconH1", "bridge"),
-        ("OPT", "bridge"),
+        pytest.param("FalconH1", "bridge", marks=pytest.mark.slow),
+        pytest.param("OPT", "bridge", marks=pytest.mark.slow),
     ],
 )
 def test_a_family_says_the_same_again(name, backend, monkeypatch):

@@ -90,6 +90,7 @@ def test_a_failed_cell_is_exit_code_1(shell, yaml, tmp_path, monkeypatch):
     assert (tmp_path / "s" / "logs").is_dir()
 
 
+@pytest.mark.slow
 def test_fits_are_trained_together_or_each_alone(shell, yaml, tmp_path):
     """Together by themselves; --together says how many at most."""
     grid = yaml("runs: [{heads: random, draws: 3}]")

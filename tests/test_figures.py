@@ -106,6 +106,7 @@ def test_head_sets_are_those_of_the_first_seed(results, drawn):
     assert set(stability["n_runs"]) == {3}, "two seeds and the extra one"
 
 
+@pytest.mark.slow
 def test_files_are_the_same_every_time(results, tmp_path):
     """Figures as HTML, data as CSV, tables as Markdown, LaTeX and CSV; a second drawing gives the same data, byte for byte."""
     first = draw_all(results, tmp_path / "a", formats=["html"])

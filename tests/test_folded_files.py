@@ -87,6 +87,7 @@ def test_a_wrong_fold_is_deleted(checkpoint, tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_one_heads_part_is_missed_in_half_precision_too(checkpoint, tmp_path, monkeypatch):
     """Of 12 heads one offset, or one layer's scalings, left out: logits alone would let it pass over GPT-2 in bfloat16."""
     base = shutil.copytree(checkpoint("gpt2"), tmp_path / "base")

@@ -261,6 +261,7 @@ def test_models_of_one_name_have_records_of_their_own(checkpoint, tmp_path):
     assert not {c.name for c in again.cells} & {c.name for c in planned.cells}
 
 
+@pytest.mark.slow
 def test_models_are_freed(checkpoint, tmp_path):
     """A worker holds one model at a time: its benches go with it."""
     grid = grid_of(Run(method="zero-shot"), model=[str(checkpoint("llama")), str(checkpoint("gpt2"))])

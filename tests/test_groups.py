@@ -459,6 +459,7 @@ def test_a_member_that_diverges(bridge_llama, grid, whole, tmp_path, monkeypatch
     assert contents(tmp_path) == contents(whole)
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_fails_is_one_cells(bridge_llama, grid, whole, tmp_path, monkeypatch):
     """The next call trains all of its group again, from the checkpoint that stayed, to the same bytes."""
     inner, seen = computing.evaluate, []

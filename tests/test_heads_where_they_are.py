@@ -111,7 +111,7 @@ def test_latent_attention_is_split_by_the_size_of_the_values(family, name):
 
 
 @pytest.mark.parametrize("name", [
-    pytest.param("Qwen3Next", marks=NEWER), "Lfm2", "FalconH1", pytest.param("DeepseekV3"),
+    pytest.param("Qwen3Next", marks=NEWER), "Lfm2", pytest.param("FalconH1", marks=pytest.mark.slow), "DeepseekV3",
 ])  # fmt: skip
 def test_on_the_shell_without_an_option(capsys, monkeypatch, caplog, family, words, tmp_path, name):
     """Select, tune, save, load, eval."""
@@ -158,7 +158,7 @@ def test_a_grid(family, words, tmp_path):
     """Planned without the weights: K, random heads and all heads are of the layers that have some."""
     (tmp_path / "grid.yaml").write_text(
         f"name: hybrid\nmodel: {family('Lfm2')}\ntasks: {words}\nruns:\n"
-        "  - {method: LoFiT, heads: [A-norm, random, all], k: [K, 50 %], settings: preset, draws: 1}\n"
+        "  - {method: LoFiT, heads: [A-norm, random, all], k: [K, 50 %], settings: {lr: 0.01, epochs: 1}, draws: 1}\n"
     )
     report = run_grid(tmp_path / "grid.yaml", tmp_path / "s", device="cpu", progress=False)
     assert report.failed == {}

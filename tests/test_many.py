@@ -66,8 +66,8 @@ def assert_equal_runs(got, want, within=1e-5):
     "how",
     [
         FAST,
-        PLAIN,
-        Passes(100),
+        pytest.param(PLAIN, marks=pytest.mark.slow),
+        pytest.param(Passes(100), marks=pytest.mark.slow),
         pytest.param(Passes(1), marks=pytest.mark.slow),
         pytest.param(Passes(checkpointing=True), marks=pytest.mark.slow),
     ],
@@ -201,7 +201,7 @@ def ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("at", [1, 4, 6])
+@pytest.mark.parametrize("at", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 6))])
 def test_stopped_and_resumed_all_runs_end_in_the_same_bits(llama, tmp_path, monkeypatch, ctrl_c, at):
     """Ctrl-C in some step; one file holds all runs, those that ended too."""
     inner, count = Steps.__call__, []

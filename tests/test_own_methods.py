@@ -88,6 +88,7 @@ def gates(tmp_path):
     USED.pop("own_gates", None)
 
 
+@pytest.mark.slow
 def test_a_grid_with_a_file_of_code(gates, checkpoint, tmp_path):
     """A method and a head score of one's own, by their names, in a worker process; rows, adapters and export."""
     (tmp_path / "grid.yaml").write_text(
@@ -195,6 +196,7 @@ def test_what_a_digest_holds(monkeypatch):
     assert digest_of([Holder], "it") != digest_of([type("Holder", (), {"model": "y"})], "it")
 
 
+@pytest.mark.slow
 def test_a_digest_is_the_same_in_every_process():
     """Texts in a set have another order in each."""
     code = (

@@ -136,7 +136,7 @@ def test_padding_is_a_token_that_the_embedding_has(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["config", "generation"])
-@pytest.mark.parametrize("memory", [False, True])
+@pytest.mark.parametrize("memory", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_generation_stops_at_every_end_token(where, memory, backend, tmp_path):
     """A list in either configuration counts whole, beside the tokenizer's own end token."""
     hf = tiny.hf_model("llama")

@@ -241,7 +241,14 @@ def organism():
     return ll.load_model("organism", backend="bridge", device="cpu")
 
 
-@pytest.mark.parametrize(("method", "lr", "epochs"), [("red", 2e-1, 2), ("loreft", 1e-2, 1), ("lora", 1e-2, 1)])
+@pytest.mark.parametrize(
+    ("method", "lr", "epochs"),
+    [
+        pytest.param("red", 2e-1, 2, marks=pytest.mark.slow),
+        ("loreft", 1e-2, 1),
+        ("lora", 1e-2, 1),
+    ],
+)
 def test_it_learns_a_task(organism, method, lr, epochs):
     """10 steps (RED 20) on 80 rows of the embedded model's kinship task: exact match from 0 to above 0.6 on rows it has not seen.
 
