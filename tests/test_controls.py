@@ -33,17 +33,17 @@ def right(n_right, n_items=100):
 def test_the_test_of_one_more_draw():
     """Where items add nothing, t = D / (s sqrt(1 + 1/n)) with n - 1 degrees of freedom, worked out by hand.
 
-    Sets at .4, .5 and .6 on all items, chosen at .9: D = .4, s = .1, t = .4 / (.1 sqrt(4 / 3)) = 3.4641 with 2 degrees of
-    freedom: p = .0742. The interval is .4 +- 4.3027 x .11547. Equivalence within .8 has the same t at its near side: p = .0371.
+    Sets at .4, .5, .5 and .6 on all items, chosen at .9: D = .4, s = .08165, t = .4 / (s sqrt(5 / 4)) = 4.3818 with 3 degrees of
+    freedom: p = .0220. The interval is .4 +- 3.1824 x .09129. Equivalence within .8 has the same t at its near side: p = .0110.
     """
     items = np.linspace(-0.1, 0.1, 50)  # common to all
-    sets = np.array([0.4, 0.5, 0.6])[:, None, None] + items
+    sets = np.array([0.4, 0.5, 0.5, 0.6])[:, None, None] + items
     found = chosen_against_random((0.9 + items)[None], sets, margin=0.8)
     assert found.difference == pytest.approx(0.4)
-    assert found.p == pytest.approx(0.0742, abs=1e-4)
-    assert found.interval == pytest.approx((0.4 - 4.3027 * 0.11547, 0.4 + 4.3027 * 0.11547), abs=1e-4)
-    assert found.p_equivalence == pytest.approx(0.0371, abs=1e-4)
-    assert (found.beaten_by, found.n_sets, found.n_seeds, found.n_items) == (0, 3, 1, 50)
+    assert found.p == pytest.approx(0.0220, abs=1e-4)
+    assert found.interval == pytest.approx((0.4 - 3.1824 * 0.09129, 0.4 + 3.1824 * 0.09129), abs=1e-4)
+    assert found.p_equivalence == pytest.approx(0.0110, abs=1e-4)
+    assert (found.beaten_by, found.n_sets, found.n_seeds, found.n_items) == (0, 4, 1, 50)
 
 
 def test_items_count_where_random_sets_change_nothing():
@@ -63,9 +63,11 @@ def test_verdicts():
     assert chosen_against_random(better, random).verdict == LOCALISED
     assert chosen_against_random(equal, random).verdict == EQUIVALENT
     assert chosen_against_random(worse, random).verdict == WORSE
-    assert chosen_against_random(better, random[:1]).verdict == UNCLEAR, "one set shows no spread"
-    assert chosen_against_random(equal, random[:1]).verdict == UNCLEAR
-    assert chosen_against_random(better, random[:1]).interval is None
+    for n_sets in (1, 2, 3):
+        for own in (better, equal, worse):
+            few = chosen_against_random(own, random[:n_sets])
+            assert (few.verdict, few.interval, few.p, few.p_equivalence) == (UNCLEAR, None, 1.0, 1.0)
+    assert chosen_against_random(better, random[:4]).verdict == LOCALISED
     assert chosen_against_random(equal, np.array([[right(n)] * 2 for n in range(20, 80, 6)])).verdict == UNCLEAR
     few = np.repeat(right(5, 10)[None, None], 10, 0)
     assert chosen_against_random(few[0], few).verdict == UNCLEAR, "10 items without a difference prove little"
@@ -97,10 +99,10 @@ def test_wrong_arguments(chosen, random, options, message):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n_sets", [5, 10, 20])
+@pytest.mark.parametrize("n_sets", [4, 5, 10, 20])
 @pytest.mark.parametrize("n_seeds", [1, 2])
 def test_difference_holds_its_level(n_sets, n_seeds):
-    """Where the chosen set is one more draw, p < .05 in 4 to 6 % of cases (4.8 to 5.2 % of 4000, standard error .35 %)."""
+    """Where the chosen set is one more draw, p < .05 in 4 to 6 % of cases (measured of 4000, standard error .35 %)."""
     rng = np.random.default_rng(n_sets)
     found = [chosen_against_random(*drawn(rng, n_sets, n_seeds=n_seeds)) for _ in range(4000)]
     assert 0.04 <= np.mean([f.p < 0.05 for f in found]) <= 0.06
@@ -119,7 +121,7 @@ def test_difference_holds_its_level_without_spread_of_sets():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n_sets", [5, 10])
+@pytest.mark.parametrize("n_sets", [4, 10])
 @pytest.mark.parametrize("side", [-1, 1])
 def test_equivalence_at_the_margin(n_sets, side):
     """Where the true difference is the margin, equivalence is declared in at most 5 % of cases; the interval covers."""

@@ -14,6 +14,7 @@ import pandas as pd
 
 from lofit_lens.analysis.controls import (
     EQUIVALENT,
+    FEW_SETS,
     LOCALISED,
     UNCLEAR,
     WORSE,
@@ -21,18 +22,23 @@ from lofit_lens.analysis.controls import (
     check_margin,
     chosen_against_random,
 )
-from lofit_lens.analysis.resampling import mean_interval
+from lofit_lens.analysis.resampling import mean_interval, paired_test_of_means
 from lofit_lens.evaluation.result import table_html
+from lofit_lens.evaluation.stats import PairedTest
 from lofit_lens.experiments.comparison import grid_results, one_task_grid
-from lofit_lens.experiments.grid.specs import CHOSEN, ModelSpec, Run
+from lofit_lens.experiments.grid.specs import CHOSEN, Run
 from lofit_lens.experiments.methods.base import MATCHED, OWN, TRIALS
 from lofit_lens.experiments.methods.choice import Settings
-from lofit_lens.experiments.tables.results import Results
-from lofit_lens.experiments.tables.table import settings_text
+from lofit_lens.experiments.tables.results import ZERO, Results
+from lofit_lens.experiments.tables.table import markdown, settings_text
 from lofit_lens.tasks.base import Task
 
 CHOSEN_SET = "chosen"
 SHOWN = {"set": "set", "value": "mean", "low": "low", "high": "high", "settings": "settings", "heads": "heads"}
+UNLEARNED = (
+    "These runs cannot tell: the chosen heads do not do better than the unmodified model, so that beside random ones they "
+    "say nothing. More training or another learning rate may."
+)
 IN_WORDS = {
     LOCALISED: "The chosen heads do better than random ones: the edit is localised.",
     EQUIVALENT: "There is no evidence of localisation: chosen and random heads are equivalent within the margin.",
@@ -55,6 +61,8 @@ class Localisation:
         table: one row a head set, the chosen first: `set` (`"chosen"`, `"random 0"`, ...), `value` (mean over seeds and items),
             `low`, `high` (95 % over seeds and items), `settings` and `heads` (of each seed, where they differ).
         test: chosen against random.
+        unmodified: mean of the model without edits.
+        gain: the chosen set against it, a paired test over items.
     """
 
     task: str
@@ -65,11 +73,21 @@ class Localisation:
     tried: int
     table: pd.DataFrame
     test: ControlTest
+    unmodified: float
+    gain: PairedTest
 
     @property
     def verdict(self) -> str:
-        """One of `analysis.controls.LOCALISED`, `EQUIVALENT`, `WORSE` and `UNCLEAR`."""
-        return self.test.verdict
+        """One of `analysis.controls.LOCALISED`, `EQUIVALENT`, `WORSE` and `UNCLEAR`.
+
+        It is the test's; but a chosen set that is not better than the unmodified model leaves it unclear.
+        """
+        return UNCLEAR if self._unlearned else self.test.verdict
+
+    @property
+    def _unlearned(self) -> bool:
+        learned = self.gain.difference > 0 and self.gain.p < 1 - self.gain.level
+        return self.test.verdict in (EQUIVALENT, LOCALISED) and not learned
 
     def columns(self) -> tuple[str, ...]:
         """Headings of `rows`."""
@@ -77,7 +95,7 @@ class Localisation:
 
     def rows(self) -> list[tuple[str, ...]]:
         """The table as text, in percent."""
-        cells = self.table[list(SHOWN)].to_dict("records")
+        cells = pd.DataFrame(self.table[list(SHOWN)]).to_dict("records")
         return [tuple(f"{100 * v:.1f}" if isinstance(v, float) else str(v) for v in row.values()) for row in cells]
 
     def title(self) -> str:
@@ -89,22 +107,38 @@ class Localisation:
         return {
             "task": self.task, "model": self.model, "split": self.split, "metric": self.metric, "k": self.k, "tried": self.tried,
             "sets": self.table.astype(object).where(self.table.notna(), None).to_dict("records"), "test": self.test.to_dict(),
-            "words": str(self),
+            "unmodified": self.unmodified, "gain": self.gain.to_dict(), "verdict": self.verdict, "words": str(self),
         }  # fmt: skip
+
+    def to_markdown(self) -> str:
+        """The paragraph below the table."""
+        return markdown(self.title(), self.columns(), self.rows(), [str(self)])
 
     def __str__(self) -> str:
         test, margin = self.test, f"{100 * self.test.margin:g} points"
         random = 100 * self.table.loc[self.table["set"] != CHOSEN_SET, "value"]
         lie = f" (from {random.min():.1f} to {random.max():.1f} %)" if test.n_sets > 1 else ""
-        how = f"at the best of {self.tried} settings on the validation rows" if self.tried > 1 else "with equal settings"
-        between = "" if test.interval is None else " [{:+z.1f}, {:+z.1f}]".format(*(100 * end for end in test.interval))
-        same = "1 random set has" if test.n_sets == 1 else f"{test.n_sets} random sets with as many heads in each layer have"
+        how = (
+            f"at the best of {self.tried} settings on the validation rows" if self.tried > 1 else "with equal settings"
+        )
+        same = (
+            "1 random set has"
+            if test.n_sets == 1
+            else f"{test.n_sets} random sets with as many heads in each layer have"
+        )
+        tests = f"{100 * test.difference:+z.1f} points; fewer than {FEW_SETS} random sets are not tested"
+        if test.interval is not None:
+            low, high = (f"{100 * end:+z.1f}" for end in test.interval)
+            tests = (
+                f"{100 * test.difference:+z.1f} points [{low}, {high}], {_p(test.p)}; equivalence within {margin}: "
+                f"{_p(test.p_equivalence)}; {test.beaten_by} of {test.n_sets} random sets do as well or better"
+            )
         return (
             f"On {self.task} ({self.metric.upper()}, {_counted(test.n_items, 'row')} of the {self.split} split), LoFiT on the "
             f"{_counted(self.k, 'head')} of {self.model} that were chosen by {OWN} reaches {100 * test.chosen:.1f} %; "
-            f"{same} {100 * test.random:.1f} % on average{lie}. Each set was trained {how}, with {_counted(test.n_seeds, 'seed')}. "
-            f"The difference is {100 * test.difference:+z.1f} points{between}, {_p(test.p)}; {test.beaten_by} of {test.n_sets} "
-            f"random sets do as well or better. Equivalence within {margin}: {_p(test.p_equivalence)}. {IN_WORDS[self.verdict]}"
+            f"{same} {100 * test.random:.1f} % on average{lie}, the unmodified model {100 * self.unmodified:.1f} %. Each set was "
+            f"trained {how}, with {_counted(test.n_seeds, 'seed')}. The difference is {tests}. "
+            f"{UNLEARNED if self._unlearned else IN_WORDS[self.verdict]}"
         )
 
     def __repr__(self) -> str:
@@ -135,17 +169,18 @@ def localisation(
     """Tune LoFiT's offsets on the task's own heads and on random sets of the same layers, and test whether the own do better.
 
     The own heads are the best by A-norm with each seed; a random set has as many in each layer (`HeadSet.matched`) and is
-    trained with the same seeds. Every set chooses its settings by trials on its own heads. That makes
-    `(draws + 1) * seeds * (points + 1)` fits, which share passes over the model.
+    trained with the same seeds. Every set chooses its settings for each seed, by trials on its own heads. That makes
+    `(draws + 1) * seeds * (points + 1)` fits, which share passes over the model. The unmodified model is tested beside them.
 
     Args:
         model: any HookedTransformer or TransformerBridge; or a name, a folder or a `ModelSpec`, needed for several workers.
-        task: with training and validation rows.
+        task: with training rows, and validation rows where there is something to choose.
         k: heads in each set, as `Run.k`; None = the preset's.
-        draws: random sets; 10 or more for a verdict, one for none.
+        draws: random sets; fewer than four are not tested, and leave it open.
         seeds: of selection and fits.
         margin: the smallest difference in the task's metric that would matter, a share: 0.05 = 5 points. Fix it beforehand.
-        points: settings that every set chooses from, e.g. `[{"lr": 0.01}]`; None = LoFiT's own four learning rates.
+        points: settings that every set chooses from, e.g. `[{"lr": 0.01}, {"lr": 0.03}]`; None = LoFiT's own four learning
+            rates. A single point is taken without trials.
         split: that the sets are tested on.
         limit: only its first rows.
         n_train: training rows drawn; None = the task's own number.
@@ -161,11 +196,12 @@ def localisation(
         TrainingDiverged: training gave NaN or infinity at every point of a set.
     """
     check_margin(margin)
-    fields: dict[str, Any] = {
-        "k": "K" if k is None else k, "settings": CHOSEN if points is None else tuple(dict(p) for p in points),
-        "trials_on": "heads",
-    }  # fmt: skip
-    runs = [Run(heads=(OWN,), **fields), Run(heads=(MATCHED,), draws=draws, **fields)]
+    fields: dict[str, Any] = {"k": "K" if k is None else k}
+    if points is not None and len(points) == 1:
+        fields |= {"settings": dict(points[0])}  # nothing to choose
+    else:
+        fields |= {"settings": CHOSEN if points is None else tuple(map(dict, points)), "trials_on": "heads"}
+    runs = [Run(heads=(OWN,), **fields), Run(heads=(MATCHED,), draws=draws, **fields), Run(method=(ZERO,))]
     grid = one_task_grid(
         "localisation", model, task, runs, seeds=tuple(seeds), split=split, limit=limit, batch_size=batch_size
     )
@@ -182,9 +218,11 @@ def _found(results: Results, task: Task, split: str, tried: int, margin: float) 
         _row(results, name, rows, of) for name, rows, of in zip(names, (own, *drawn), scores, strict=True)
     ])  # fmt: skip
     test = chosen_against_random(scores[0], scores[1:], margin=margin)
+    bare = results.values(results.zero_shot(task.name))
     return Localisation(
-        task.name, results.model.name, split, results.metric(task.name), int(own["k"].iloc[0]), tried, table, test
-    )
+        task.name, results.model.name, split, results.metric(task.name), int(own["k"].iloc[0]), tried, table, test,
+        float(bare.mean()), paired_test_of_means(scores[0], bare),
+    )  # fmt: skip
 
 
 def _row(results: Results, name: str, rows: pd.DataFrame, scores: Any) -> dict[str, Any]:

@@ -254,7 +254,7 @@ class HeadSet:
 
     @classmethod
     def matched(cls, like: "HeadSet", *, seed: int) -> "HeadSet":
-        """As many heads in each layer as `like` has, drawn evenly without replacement within each layer, by `random.Random(seed)`.
+        """As many heads in each layer as `like` has, drawn evenly without replacement in each, by `random.Random(seed)`.
 
         Heads of `like` may be drawn again.
 
