@@ -5,8 +5,8 @@ import plotly.graph_objects as go
 
 from lofit_lens.checks import check_is
 from lofit_lens.experiments.localisation import CHOSEN_SET, Localisation
-from lofit_lens.plots.curves import GREY, faded
-from lofit_lens.plots.style import COLORS, style
+from lofit_lens.plots.curves import GREY, faded, finish
+from lofit_lens.plots.style import COLORS
 
 
 def localisation_figure(found: Localisation, *, title: str = "Chosen heads and random sets") -> go.Figure:
@@ -43,13 +43,12 @@ def localisation_figure(found: Localisation, *, title: str = "Chosen heads and r
             hovertemplate="%{x}: %{y:.1f} % [%{customdata[0]:.1f}, %{customdata[1]:.1f}]<br>%{customdata[2]}<br>%{customdata[3]}"
             "<extra></extra>",
         ))  # fmt: skip
-    lines = f"dashed line and band: mean of the random sets, margin of {margin:g} points; dotted: unmodified model"
-    note = f"{found.verdict}<br>{lines}; bars: 95 % interval"
-    style(
-        fig, title=f"{title}<br><sup>{found.title()}: {note}</sup>", width=max(620, 160 + 42 * len(table)),
-        height=430,
-    )  # fmt: skip
+    note = (
+        f"{found.title()}: {found.verdict}<br>dashed and band: mean of the random sets, margin of {margin:g} points<br>"
+        "dotted: unmodified model; bars: 95 % interval over seeds and items"
+    )
+    finish(fig, title, note, width=max(620, 160 + 42 * len(table)), height=280)
     fig.update_xaxes(tickangle=-40)
     fig.update_yaxes(title_text=f"{found.metric.upper()}, %")
-    fig.update_layout(margin={"t": 100, "b": 90}, showlegend=False)
+    fig.update_layout(showlegend=False)
     return fig
