@@ -84,6 +84,8 @@ def test_rows_of_matched_heads_stand_apart(kept):
     assert "random heads" not in results.kinds("kin")
     settings = table["random heads, same layers"].settings["lr"]
     assert settings in (0.02, 0.5, "0.02 / 0.5")
+    assert [m.by_run for m in table.methods if m.method != "zero-shot"] == [True, True]
+    assert all(m.tuned is None for m in table.methods), "no single choice stands for runs that each made their own"
     assert len(results.by_chance("kin")) == 0
     assert {row.method for row in results.selector_table("kin").rows} == {"heads by A-norm", "heads by matched"}
 

@@ -178,7 +178,7 @@ class MethodTable:
         chosen = [r for r in self.rows if r.tried > 1]
         tried = sorted({r.tried for r in chosen})
         edge = [m.method for m in self.methods if m.tuned is not None and m.tuned.at_edge]
-        apart = {m.method for m in self.methods if any(r.settings != m.runs[0].settings for r in m.runs)}
+        apart = {m.method for m in self.methods if m.by_run}
         by_run = [r for r in self.rows if r.method in apart]
         given = [r for r in self.rows if r.tried <= 1 and r.settings and r.method not in apart]
         notes = [
