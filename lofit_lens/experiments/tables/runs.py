@@ -34,7 +34,7 @@ class FitResult:
 
 @dataclass(frozen=True, eq=False)
 class MethodRuns:
-    """A method's fits, one a seed, and how its settings were chosen (None: given, taken over, or each run chose with `by_run`)."""
+    """A method's fits, one a seed, and how its settings were chosen (None: given, taken over, or by each run: `by_run`)."""
 
     method: str
     runs: tuple[FitResult, ...]
