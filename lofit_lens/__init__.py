@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lofit_lens.experiments.grid.paper import paper_grid
     from lofit_lens.experiments.grid.run import read_grid, run_grid
     from lofit_lens.experiments.grid.specs import Grid
+    from lofit_lens.experiments.localisation import localisation
     from lofit_lens.experiments.methods import Method
     from lofit_lens.experiments.tables.load import load_results
     from lofit_lens.explorer import explore
@@ -68,6 +69,7 @@ _PARTS = (
 _HOMES = {
     "evaluation": "Damage EvalResult compare damage evaluate generate over_seeds",
     "experiments.comparison": "compare_methods compare_selectors tune_method",
+    "experiments.localisation": "localisation",
     "experiments.grid.run": "read_grid run_grid",
     "experiments.grid.paper": "paper_grid",
     "experiments.tables.load": "load_results",
@@ -109,9 +111,9 @@ __version__ = "0.1.0"
 __all__ = [
     "ITI", "PLAIN", "ContrastVectors", "Damage", "EvalResult", "Grid", "Head", "HeadScores", "HeadSet", "Intervention", "LoReft",
     "Lofit", "LofitRun", "Lora", "Method", "Passes", "Positions", "Preset", "Red", "RepE", "Task", "TrainConfig", "attached",
-    "compare", "compare_methods", "compare_selectors", "damage", "edit_z", "evaluate", "explore", "export_folded",
-    "export_peft", "export_svec", "fit", "fit_probes", "generate", "import_folded", "import_lofit", "import_svec",
-    "learned_scores", "load_adapter", "load_lora", "load_model", "load_results", "load_task", "model_info", "over_seeds",
+    "compare", "compare_methods", "compare_selectors", "damage", "edit_z", "evaluate", "explore", "export_folded", "export_peft",
+    "export_svec", "fit", "fit_probes", "generate", "import_folded", "import_lofit", "import_svec", "learned_scores",
+    "load_adapter", "load_lora", "load_model", "load_results", "load_task", "localisation", "model_info", "over_seeds",
     "paper_grid", "parameter_counts", "preset", "probe_heads", "read_grid", "reading_vectors", "run_grid", "select_heads",
     "tune_many", "tune_method", "tune_offsets", "tune_scalings",
 ]  # fmt: skip

@@ -383,7 +383,7 @@ def told_of_a_model(model, folder):
 # ---------------------------------------------------------------------------------------------------------- studies
 
 
-@case("compare_methods", "compare_selectors", "run_grid", "tune_method", of_others=True)
+@case("compare_methods", "compare_selectors", "localisation", "run_grid", "tune_method", of_others=True)
 def studies(model, folder):
     """All run a grid; its fits are those of the cases above."""
     fast, options = {"lr": 1e-2, "epochs": 1}, {"batch_size": 4, "n_train": 4, **QUIET}

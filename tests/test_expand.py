@@ -273,3 +273,44 @@ class Grader:
 
     def __call__(self, text, example):
         return {"em": 1.0}
+
+
+def test_matched_heads_build_on_the_own_of_each_seed():
+    """Every draw with every seed, on the profile of that seed's own heads; `random` keeps a seed for each draw."""
+    cells = cells_of(Run(heads=("matched", "random"), k=2, draws=2), tasks=[KIN], seeds=(0, 1))
+    scores = [c.name for c in cells if c.row["kind"] == "scores"]
+    assert rows(cells, "scores", "heads_from", "seed") == [("A-norm", 0), ("A-norm", 1)]
+    assert rows(cells, "fit", "heads_from", "draw", "seed") == [
+        ("matched", 0, 0), ("matched", 0, 1), ("matched", 1, 0), ("matched", 1, 1), ("random", 0, 0), ("random", 1, 1)
+    ]  # fmt: skip
+    fits = [c for c in cells if c.row["heads_from"] == "matched"]
+    assert [c.spec["heads"] for c in fits] == [
+        {"matched": d, "cell": cell, "k": 2} for d in (0, 1) for cell in scores
+    ]  # fmt: skip
+    assert all(list(c.needs) == [c.spec["heads"]["cell"]] for c in fits)
+
+
+def test_trials_on_the_very_heads():
+    """Every head set has as many trials as the method has points, on the heads that its fit edits; the own keep their names."""
+    asked = {"settings": "chosen", "trials_on": "heads"}
+    cells = cells_of(
+        Run(**asked), Run(heads="matched", draws=2, **asked), Run(heads="random", draws=1, **asked), tasks=[KIN], seeds=(0, 1)
+    )  # fmt: skip
+    by_name = {c.name: c for c in cells}
+    fits = [c for c in cells if c.row["kind"] == "fit"]
+    assert len(fits) == 2 + 4 + 1
+    for fit in fits:
+        trials = [by_name[name] for (name,) in fit.spec["chosen"]]
+        assert [t.spec["heads"] for t in trials] == [fit.spec["heads"]] * 4
+        assert [t.spec["split"] for t in trials] == ["val"] * 4
+        assert {t.spec["seed"] for t in trials} == {0}, "the tuning seed"
+        assert set(fit.needs) == {t.name for t in trials} | ({fit.spec["heads"].get("cell")} - {None})
+    assert len({name for fit in fits for (name,) in fit.spec["chosen"]}) == 4 * 7
+    usual = cells_of(Run(settings="chosen"), tasks=[KIN], seeds=0)
+    assert {c.name for c in usual} < set(by_name), "on the own heads of the tuning seed they are the usual trials"
+    with pytest.raises(InputError, match="trials_on is 'heads' and there are no trials; give settings: chosen"):
+        Run(trials_on="heads")
+    with pytest.raises(InputError, match="trials_on is 'all': input should be 'own' or 'heads'"):
+        Run(settings="chosen", trials_on="all")
+    with pytest.raises(InputError, match="'trials_on' is not for RED"):
+        Run(method="RED", **asked)

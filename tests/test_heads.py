@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lofit_lens.errors import DataError, InputError
-from lofit_lens.heads import Head, HeadSet
+from lofit_lens.heads import Grid, Head, HeadSet
 from tests.records import edited_record
 
 SHAPE = (3, 4)
@@ -222,3 +222,18 @@ def test_a_missing_or_truncated_head_file_is_refused(tmp_path):
     for name in ("half.npy", "empty.npy", "none.npy"):
         with pytest.raises(DataError, match=name):
             HeadSet.load(tmp_path / name)
+
+
+def test_matched_sets_keep_the_layers_of_another():
+    """As many heads in each layer, each head of a layer equally often; layers without heads stay without."""
+    like = HeadSet("L2H1 L0H3 L2H0 L4H2", shape=Grid((5, 4), layers=[0, 2, 4]))
+    drawn = [HeadSet.matched(like, seed=seed) for seed in range(400)]
+    assert all(s.layer_counts().tolist() == [1, 0, 2, 0, 1] and s.shape.head_layers == (0, 2, 4) for s in drawn)
+    assert drawn[7].heads == HeadSet.matched(like, seed=7).heads != drawn[8].heads
+    counts = [sum((2, head) in s for s in drawn) for head in range(4)]
+    assert sum(counts) == 800
+    assert all(160 < n < 240 for n in counts), "two of four: 200 each, standard deviation 10"
+    with pytest.raises(InputError, match="does not know its model; give shape="):
+        HeadSet.matched(HeadSet("L2H1"), seed=0)
+    with pytest.raises(InputError, match="seed is -1"):
+        HeadSet.matched(like, seed=-1)

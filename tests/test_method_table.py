@@ -167,6 +167,17 @@ def test_notes_say_how_settings_came_about(table):
     assert "paired bootstrap" in notes
 
 
+def test_settings_of_runs_that_chose_for_themselves(table):
+    """All values are named, and not as if they were given."""
+    apart = [FitResult(s, {"lr": lr}, result(GOOD[s]), 8, 1.0, 0.5) for s, lr in ((0, 0.03), (1, 0.01))]
+    rows = MethodTable.of([MethodRuns("good", tuple(apart), by_run=True), MethodRuns("one", (run(0, BAD[0]),))], "good")
+    assert rows["good"].settings == {"lr": "0.01 / 0.03"}
+    notes = "\n".join(rows.notes())
+    assert "settings chosen run by run on the validation split: good: lr 0.01 / 0.03" in notes
+    assert "settings given or taken over: one: lr 0.01" in notes
+    assert "run by run" not in "\n".join(table.notes())
+
+
 def test_few_items_take_the_permutation_test():
     """Below 50 items the bootstrap finds too much."""
     few = [EvalResult(r.task, r.split, r.metrics, r.items.head(20)) for r in (result(GOOD[0]), result(BAD[0]))]

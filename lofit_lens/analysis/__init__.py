@@ -6,6 +6,7 @@
 | where in the model are they? | `layer_shares`, `mean_layers`, `mean_layer_differences` |
 | does selection repeat itself? | `stability`, `selection_frequency`, `mean_spearman` |
 | do other tasks' heads serve? | `transfer_matrix` |
+| do chosen heads do better than random ones? | `chosen_against_random` |
 | how many heads, how many examples? | `sweep`, `paired_differences` |
 | what does an adapter say, and how does it lie? | `promoted_tokens`, `promoted_by`, `geometry`, `offset_cosines` |
 | where do the heads look? | `attention_patterns` |
@@ -15,6 +16,7 @@
 """
 
 from lofit_lens.analysis.attention import AttentionPatterns, attention_patterns
+from lofit_lens.analysis.controls import ControlTest, chosen_against_random
 from lofit_lens.analysis.drift import Drift, drift
 from lofit_lens.analysis.geometry import geometry, offset_cosines
 from lofit_lens.analysis.interference import Interference, LongContext, interference, learned_in_turn, long_context
@@ -27,9 +29,9 @@ from lofit_lens.analysis.sweeps import paired_differences, sweep
 from lofit_lens.analysis.transfer import Transfer, transfer_matrix
 
 __all__ = [
-    "AttentionPatterns", "Drift", "HeadTokens", "Interference", "KeepOnly", "LeaveOneOut", "LongContext", "Removal", "Transfer",
-    "agreement", "agreement_by_k", "attention_patterns", "drift", "drop_edits", "geometry", "interference", "keep_only",
-    "layer_shares", "learned_in_turn", "leave_one_out", "long_context", "mean_layer_differences", "mean_layers", "mean_spearman",
-    "offset_cosines", "overlap", "paired_differences", "promoted_by", "promoted_tokens", "removal",
-    "score_agreement", "selection_frequency", "stability", "sweep", "transfer_matrix",
+    "AttentionPatterns", "ControlTest", "Drift", "HeadTokens", "Interference", "KeepOnly", "LeaveOneOut", "LongContext",
+    "Removal", "Transfer", "agreement", "agreement_by_k", "attention_patterns", "chosen_against_random", "drift", "drop_edits",
+    "geometry", "interference", "keep_only", "layer_shares", "learned_in_turn", "leave_one_out", "long_context",
+    "mean_layer_differences", "mean_layers", "mean_spearman", "offset_cosines", "overlap", "paired_differences", "promoted_by",
+    "promoted_tokens", "removal", "score_agreement", "selection_frequency", "stability", "sweep", "transfer_matrix",
 ]  # fmt: skip

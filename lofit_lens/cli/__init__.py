@@ -19,6 +19,7 @@ from lofit_lens.cli import (
     figures,
     generate,
     grids,
+    localise,
     probe,
     report,
     screen,
@@ -35,7 +36,8 @@ app = typer.Typer(
 )  # fmt: skip
 for _name, _verb in (
     ("demo", demo.demo), ("select", select.select), ("probe", probe.probe), ("tune", tune.tune), ("eval", evaluate.evaluate),
-    ("compare", compare.compare), ("transfer", transfer.transfer), ("figures", figures.figures), ("report", report.report),
+    ("compare", compare.compare), ("transfer", transfer.transfer), ("localise", localise.localise),
+    ("figures", figures.figures), ("report", report.report),
     ("grid", grids.grid),
     ("export", export.export), ("import", bring_in.bring_in),
     ("damage", damage.damage), ("generate", generate.generate), ("doctor", doctor.doctor),

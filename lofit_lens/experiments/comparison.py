@@ -123,11 +123,11 @@ def compare_methods(
             wanted = CHOSEN if settings is None or name not in settings else dict(settings[name])
             fields = {**fields, "settings": wanted, "damage": bool(texts)}
         runs.append(Run(method=(method.name,), **fields))
-    grid = _grid(
+    grid = one_task_grid(
         "compare", model, task, runs, seeds=tuple(seeds), tuning_seeds=tuple(tuning_seeds), split=split, limit=limit,
         batch_size=batch_size,
     )  # fmt: skip
-    with _results(grid, model, task, n_train, out, texts, workers, device, progress) as results:
+    with grid_results(grid, model, task, n_train, out, texts, workers, device, progress) as results:
         table = results.method_table(task.name, reference)
     assert table is not None
     return table
@@ -174,10 +174,10 @@ def compare_selectors(
     runs = [Run(heads=tuple(name for name in names if name != RANDOM), settings=PRESET)]
     if RANDOM in names:
         runs.append(Run(heads=(RANDOM,), draws=max(DRAWS, len(seeds))))
-    grid = _grid(
+    grid = one_task_grid(
         "compare selectors", model, task, runs, seeds=tuple(seeds), split=split, limit=limit, batch_size=batch_size
     )
-    with _results(grid, model, task, n_train, out, (), workers, device, progress) as results:
+    with grid_results(grid, model, task, n_train, out, (), workers, device, progress) as results:
         table = results.selector_table(task.name)
     if table is None:
         raise InputError(f"only the selector {names[0]} is asked for; name another one to compare it with")
@@ -223,7 +223,7 @@ def tune_method(
             f"{len(grid or ())} settings and {len(seeds)} seeds to try for {chosen.name}; give one or more of each"
         )
     points = CHOSEN if grid is None else tuple(dict(point) for point in grid)
-    asked = _grid(
+    asked = one_task_grid(
         "tune",
         model,
         task,
@@ -244,7 +244,8 @@ def tune_method(
         return choice(store, trials, chosen.name, task.name, task.metric)
 
 
-def _grid(kind: str, model: Any, task: Task, runs: Sequence[Run], **fields: Any) -> Grid:
+def one_task_grid(kind: str, model: Any, task: Task, runs: Sequence[Run], **fields: Any) -> Grid:
+    """A grid of these runs on one model and task, named after its kind and the task."""
     if not isinstance(model, ModelSpec):
         model = ModelSpec(name=str(model) if isinstance(model, str | Path) else "in memory")
     name = re.sub(r"[^A-Za-z0-9._ +-]+", "-", f"{kind} {task.name}")[:100]
@@ -252,7 +253,7 @@ def _grid(kind: str, model: Any, task: Task, runs: Sequence[Run], **fields: Any)
 
 
 @contextlib.contextmanager
-def _results(
+def grid_results(
     grid: Grid, model: Any, task: Task, n_train: int | None, out: str | Path | None, texts: Sequence[str], workers: int,
     device: str | None, progress: bool,
 ) -> Iterator[Results]:  # fmt: skip

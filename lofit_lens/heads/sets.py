@@ -253,6 +253,21 @@ class HeadSet:
         return cls(random.Random(seed).sample(pool, k), shape=shape, label=f"random (seed {seed})")
 
     @classmethod
+    def matched(cls, like: "HeadSet", *, seed: int) -> "HeadSet":
+        """As many heads in each layer as `like` has, drawn evenly without replacement in each, by `random.Random(seed)`.
+
+        Heads of `like` may be drawn again.
+
+        Raises:
+            InputError: `like` does not know its model's shape, or the seed is no whole number from 0.
+        """
+        check_seed(seed)
+        shape, drawn = like._need_shape(), random.Random(seed)
+        counts = enumerate(like.layer_counts())
+        heads = [(layer, head) for layer, n in counts for head in drawn.sample(range(shape[1]), int(n))]
+        return cls(heads, shape=shape, label=f"random, same layers (seed {seed})")
+
+    @classmethod
     def from_npy(cls, path: str | Path, *, shape: tuple[int, int] | None = None, label: str = "") -> "HeadSet":
         """Read a head file of the official code: int64 `[k, 2]` = (layer, head), best first.
 

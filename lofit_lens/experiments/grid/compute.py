@@ -290,7 +290,8 @@ def _fitted(job: _Job) -> Intervention | None:
 def _heads(job: _Job) -> HeadSet:
     heads, grid = job.spec["heads"], job.bench.info.grid
     if "cell" in heads:
-        return HeadScores.load(job.store.folder(heads["cell"]) / "scores.json").top(heads["k"])
+        own = HeadScores.load(job.store.folder(heads["cell"]) / "scores.json").top(heads["k"])
+        return HeadSet.matched(own, seed=heads["matched"]) if "matched" in heads else own
     return HeadSet.all(grid) if "all" in heads else HeadSet.random(grid, heads["k"], seed=heads["random"])
 
 

@@ -12,15 +12,15 @@ Nothing is loaded but the data: a model is known by its configuration (`models.p
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from lofit_lens import io
 from lofit_lens.errors import InputError, unknown
 from lofit_lens.experiments.grid.keys import model_key, selector_source, task_key, versions_key
-from lofit_lens.experiments.grid.specs import CHOSEN, EVERY, ITSELF, OTHERS, PRESET, Grid, Run, heads_of
+from lofit_lens.experiments.grid.specs import CHOSEN, EVERY, HEADS_READ, ITSELF, OTHERS, PRESET, Grid, Run, heads_of
 from lofit_lens.experiments.methods import Method, Outline, method_of
-from lofit_lens.experiments.methods.base import ALL, OWN, RANDOM
+from lofit_lens.experiments.methods.base import ALL, MATCHED, OWN, RANDOM
 from lofit_lens.experiments.store.cells import Cell
 from lofit_lens.models import ModelInfo
 from lofit_lens.tasks.base import Task
@@ -174,6 +174,13 @@ class _Maker:
                     for draw in range(run.draws):
                         what = {"heads_from": RANDOM, "source": "", "k": k, "draw": draw}
                         yield self._fit(run, method, task, n_train, draw, what, {"random": draw, "k": k})
+                elif heads == MATCHED:
+                    for draw in range(run.draws):
+                        for seed in seeds:
+                            own = self.scores(OWN, task, seed, n_train).name
+                            what = {"heads_from": MATCHED, "source": "", "k": k, "draw": draw}
+                            drawn = {"matched": draw, "cell": own, "k": k}
+                            yield self._fit(run, method, task, n_train, seed, what, drawn)
                 elif heads == ALL:
                     for seed in seeds:
                         what = {"heads_from": ALL, "source": "", "k": k}
@@ -217,7 +224,7 @@ class _Maker:
         heads: dict[str, Any] | None = None,
     ) -> Cell:  # fmt: skip
         needs = [heads["cell"]] if heads and "cell" in heads else []
-        settings, trials = self._settings(run, method, task, what.get("k"))
+        settings, trials = self._settings(run, method, task, what, heads)
         spec = {
             **self._spec(method, task, seed, n_train, settings, heads, what.get("k")), "kind": "fit",
             "split": self.setting.grid.split, "limit": self.setting.grid.limit, "chosen": trials,
@@ -233,7 +240,8 @@ class _Maker:
     def _heads_label(self, what: Mapping[str, Any], task: str) -> Iterator[object]:
         """Heads of a fit for its label: by what, whose, how many."""
         if (by := what.get("heads_from")) is not None:
-            yield by if by in (RANDOM, ALL) else self.setting.grid.selection(by).by
+            draw = what.get("draw", 0) if by == MATCHED else ""
+            yield f"{by}{draw}" if by in HEADS_READ else self.setting.grid.selection(by).by
             yield f"of {what['source']}" if what["source"] not in ("", task) else ""
         if "k" in what:
             yield f"k{what['k']}"
@@ -252,7 +260,7 @@ class _Maker:
         }  # fmt: skip
 
     def _settings(
-        self, run: Run, method: Method, task: str, k: int | None
+        self, run: Run, method: Method, task: str, what: Mapping[str, Any], heads: dict[str, Any] | None
     ) -> tuple[dict[str, Any], list[list[str]] | None]:  # fmt: skip
         """Settings that are given or the preset's; or the trials that they are chosen from, a list for each point."""
         if isinstance(run.settings, dict):
@@ -268,28 +276,30 @@ class _Maker:
                 f"{task} has no validation rows, on which the settings of {method.name} are chosen; add some, or give them "
                 "(settings: {...})"
             )
-        return {}, [[self._trial(method, task, dict(p), seed, k).name for seed in grid.tuning_seeds] for p in points]
+        trial = partial(self._trial, method, task, what, heads if run.trials_on == "heads" else None)
+        return {}, [[trial(dict(point), seed).name for seed in grid.tuning_seeds] for point in points]
 
-    def _trial(self, method: Method, task: str, point: dict[str, Any], seed: int, k: int | None) -> Cell:
-        """With the task's own heads by A-norm and the usual K, whichever heads the run itself names."""
-        heads, needs = None, []
-        if method.heads == "chosen":
-            k = self.setting.outline(task).preset.k
-            scores = self.scores(OWN, task, seed, None)
-            heads, needs = {"cell": scores.name, "k": k}, [scores.name]
+    def _trial(
+        self, method: Method, task: str, what: Mapping[str, Any], heads: dict[str, Any] | None, point: dict[str, Any], seed: int
+    ) -> Cell:  # fmt: skip
+        """On the run's heads; None = on the task's own by A-norm and the usual K, whichever heads the run itself names."""
+        own = {"heads_from": OWN, "source": task, "k": self.setting.outline(task).preset.k}
+        k, label = what.get("k"), [f"k{what['k']}"] if method.heads == "k" else []
+        if method.heads == "chosen" and heads is None:
+            what, k = own, own["k"]
+            heads = {"cell": self.scores(OWN, task, seed, None).name, "k": k}
+        elif method.heads == "chosen" and what != own:
+            label = list(self._heads_label(what, task))
+        needs = [heads["cell"]] if heads and "cell" in heads else []
         spec = {**self._spec(method, task, seed, None, point, heads, k), "kind": "trial", "split": "val"}
         if (limit := self.setting.grid.tuning_limit) is not None:
             spec["limit"] = limit
         row = {
-            "task": task,
-            "tested": task,
-            "method": method.name,
-            "seed": seed,
+            "task": task, "tested": task, "method": method.name, "seed": seed, **({} if what == own else what),
             **{f"set_{k}": v for k, v in point.items()},
-        }
+        }  # fmt: skip
         shown = (f"{k}{v:.3g}" if isinstance(v, float) else f"{k}{v}" for k, v in point.items())
-        k_shown = f"k{k}" if method.heads == "k" else ""
-        return self.add((task, method.name, "trial", k_shown, *shown, f"seed{seed}"), spec, needs, row)
+        return self.add((task, method.name, "trial", *label, *shown, f"seed{seed}"), spec, needs, row)
 
     # ------------------------------------------------------------------------------------- tests of a fit
 

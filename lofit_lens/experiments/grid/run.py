@@ -23,9 +23,9 @@ from lofit_lens.experiments.executors.schedule import TOGETHER
 from lofit_lens.experiments.grid.compute import Context, compute
 from lofit_lens.experiments.grid.expand import Setting, expand
 from lofit_lens.experiments.grid.paper import grid_named, known_grids
-from lofit_lens.experiments.grid.specs import Grid, ModelSpec, TaskSpec, listed
+from lofit_lens.experiments.grid.specs import HEADS_READ, Grid, ModelSpec, TaskSpec, listed
 from lofit_lens.experiments.methods import USED, Outline, Workbench, use_file
-from lofit_lens.experiments.methods.base import ALL, RANDOM, Method
+from lofit_lens.experiments.methods.base import Method
 from lofit_lens.experiments.methods.source import in_library
 from lofit_lens.experiments.store.cells import Cell
 from lofit_lens.experiments.store.store import Store
@@ -288,7 +288,7 @@ def _methods(grid: Grid) -> list[Method]:
 def _from_outside(grid: Grid) -> tuple[tuple[str, ...], tuple[Method, ...], dict[str, Any]]:
     """Files that were used, and a grid's methods and selectors that other processes find neither there nor in the library."""
     named = {grid.selection(name).by for name in (*grid.scores, *grid.selections)}
-    named |= {grid.selection(h).by for run in grid.runs for h in run.heads if h not in (RANDOM, ALL)}
+    named |= {grid.selection(h).by for run in grid.runs for h in run.heads if h not in HEADS_READ}
     selectors = {name: SELECTORS[name] for name in sorted(named) if not _is_found(SELECTORS[name])}
     methods = tuple(m for m in _methods(grid) if m.fit is not None and not _is_found(m.fit))
     return tuple(USED.values()), methods, selectors

@@ -18,14 +18,14 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from lofit_lens.errors import InputError, no_field, unknown
 from lofit_lens.experiments.methods import method_of
-from lofit_lens.experiments.methods.base import ALL, OWN, RANDOM, TRAINED, Method
+from lofit_lens.experiments.methods.base import ALL, MATCHED, OWN, RANDOM, TRAINED, Method
 from lofit_lens.heads import check_k
 from lofit_lens.io import torch_dtype
 from lofit_lens.models.loading import BACKENDS
@@ -36,8 +36,12 @@ PRESET, CHOSEN = "preset", "chosen"
 MANY = 10**9  # heads, where the model is not known yet
 # Fields of a run that are read, beside `method` and `settings`; a method whose runs name its heads reads those of its heads.
 ANY_FIT = ("n_train", "seeds", "tested", "damage")
-HEADS_READ = {RANDOM: ("heads", "k", "draws", "n_train", "tested", "damage"), ALL: ("heads", *ANY_FIT)}
-SELECTED_READ = ("heads", "of", "k", "readings", *ANY_FIT)
+HEADS_READ = {
+    RANDOM: ("heads", "k", "draws", "trials_on", "n_train", "tested", "damage"),
+    MATCHED: ("heads", "k", "draws", "trials_on", *ANY_FIT),
+    ALL: ("heads", "trials_on", *ANY_FIT),
+}
+SELECTED_READ = ("heads", "of", "k", "readings", "trials_on", *ANY_FIT)
 WHOLE = ("epochs", "batch_size", "max_steps", "schedule_steps")  # settings that count
 
 
@@ -194,13 +198,16 @@ class Run(Spec):
 
     Attributes:
         method: of `METHODS`, or a `Method` of one's own.
-        heads: LoFiT and its kin: name of a selection (a selector's name is one by itself), `random`, or `all`.
+        heads: LoFiT and its kin: name of a selection (a selector's name is one by itself), `random`, `all`, or `matched`: random
+            ones, as many in each layer as among the task's own by A-norm (`HeadSet.matched`).
         of: likewise: whose heads are taken: the task's `own`, the `others`' of the grid, `every` task's, or task names.
         k: methods that edit heads: a number, `K` (the preset's), `3K`, or `20 %` of the model's heads.
         n_train: training examples, of the selection too; None = the task's own number.
         settings: `preset`; `chosen` on the validation rows among the method's own points; values, e.g. `{lr: 0.01}`; or a list
             of such, to choose among. ITI and RepE have no preset: theirs are always chosen, or given.
-        draws: of random heads; draw d is also the seed.
+        trials_on: heads of the trials of settings to choose from: the task's `own` by A-norm, the usual K of them; or the very
+            `heads` of each run, so that each of several head sets has trials of its own.
+        draws: of random heads, where draw d is also the seed; of matched heads, each with every seed.
         seeds: None = the grid's.
         tested: also test the adapters on the grid's other tasks.
         damage: measure the adapters' damage on the grid's texts.
@@ -215,6 +222,7 @@ class Run(Spec):
     settings: Annotated[
         str | dict[str, int | float] | tuple[dict[str, int | float], ...], BeforeValidator(_preset_or_numbers)
     ] = PRESET
+    trials_on: Literal["own", "heads"] = "own"
     draws: Annotated[int, Field(ge=1)] = 5
     seeds: Seeds | None = None
     tested: bool = False
@@ -229,6 +237,8 @@ class Run(Spec):
                     raise InputError(f"settings of {method.name}: {no_field(setting, method.all_settings)}")
         for k in self.k:
             heads_of(k, 1, MANY)
+        if self.trials_on == "heads" and (self.settings == PRESET or isinstance(self.settings, dict)):
+            raise InputError("trials_on is 'heads' and there are no trials; give settings: chosen, or a list of points")
         self._only_read_fields()
         return self
 
@@ -269,13 +279,7 @@ class Run(Spec):
     @property
     def points(self) -> tuple[dict[str, int | float], ...]:
         """Settings that are given, or that are given to choose from."""
-        return (
-            ()
-            if isinstance(self.settings, str)
-            else (self.settings,)
-            if isinstance(self.settings, dict)
-            else self.settings
-        )
+        return () if isinstance(self.settings, str) else listed(self.settings)
 
 
 class Grid(Spec):
@@ -326,13 +330,13 @@ class Grid(Spec):
         if not self.runs and not self.scores and not any(s.seeds for s in self.selections.values()):
             raise InputError("this grid asks for nothing; give runs, or scores")
         for name, selection in self.selections.items():
-            if name in (RANDOM, ALL) or (name in SELECTORS and selection.by != name):
+            if name in HEADS_READ or (name in SELECTORS and selection.by != name):
                 raise InputError(f"a selection by {selection.by} is named {name!r}, which stands for others; rename it")
         for name in (*self.scores, *self.selections):
             self._no_circle(name)
         for run in self.runs:
             for name in run.heads:
-                if name not in (RANDOM, ALL):
+                if name not in HEADS_READ:
                     self.selection(name)
         return self
 

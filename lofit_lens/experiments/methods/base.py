@@ -31,7 +31,7 @@ Settings = Mapping[str, Any]
 TRIALS = 4
 RATES = (0.1, 0.3, 1.0, 3.0)  # times the usual learning rate
 TRAINED = tuple(f.name for f in fields(TrainConfig))
-OWN, RANDOM, ALL = "A-norm", "random", "all"  # heads of a run
+OWN, RANDOM, MATCHED, ALL = "A-norm", "random", "matched", "all"  # heads of a run
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ class Method:
         bridge: it needs a TransformerBridge.
         cost: seconds of a fit relative to one of LoFiT, for the order of work.
         place: in tables; of equal ones by name.
-        control_rows: names of its rows on random heads and on all heads.
+        control_rows: names of its rows on random heads and on all heads; that of matched heads follows from the first.
     """
 
     name: str
@@ -243,16 +243,16 @@ class Method:
         """Name of its row in a table.
 
         Args:
-            heads: `OWN`, `RANDOM` or `ALL`, for a method whose runs name the heads.
+            heads: `OWN`, `RANDOM`, `MATCHED` or `ALL`, for a method whose runs name the heads.
             k: number of heads.
             usual: the preset's number, 3 % of the paper's models.
             wide: three times as many, 10 %.
         """
         if self.heads != "chosen":
             return self.name
-        if heads in (RANDOM, ALL):
-            names = self.control_rows or (f"{self.name}, random heads", f"{self.name}, all heads")
-            return names[heads == ALL]
+        if heads in (RANDOM, MATCHED, ALL):
+            drawn, every = self.control_rows or (f"{self.name}, random heads", f"{self.name}, all heads")
+            return {RANDOM: drawn, MATCHED: f"{drawn}, same layers", ALL: every}[heads]
         share = {wide: "10 %", usual: "3 %"}  # of equal numbers the usual one
         return f"{self.name} {share[k]}" if k in share else f"{self.name}, {k} heads"
 

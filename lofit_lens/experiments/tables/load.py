@@ -140,6 +140,6 @@ def _seconds(store: Store, name: str, run: dict[str, Any]) -> dict[str, float]:
         fit = store.read(spec["fit"])
         return {**_seconds(store, spec["fit"], fit), "eval_seconds": own.get("eval_seconds", float("nan"))}
     seconds = own.get("fit_seconds", float("nan"))
-    if spec["heads"] and "cell" in spec["heads"]:
+    if spec["heads"] and "cell" in spec["heads"] and "matched" not in spec["heads"]:  # a draw selects nothing
         seconds += store.timing(spec["heads"]["cell"]).get("seconds", 0.0)
     return {"fit_seconds": seconds, "eval_seconds": own.get("eval_seconds", float("nan"))}

@@ -16,7 +16,7 @@ from lofit_lens.experiments.grid.compute import READINGS, choice
 from lofit_lens.experiments.grid.expand import TOGETHER
 from lofit_lens.experiments.grid.specs import heads_of
 from lofit_lens.experiments.methods import METHODS, Method, lofit, zero_shot
-from lofit_lens.experiments.methods.base import ALL, OWN, RANDOM
+from lofit_lens.experiments.methods.base import ALL, MATCHED, OWN, RANDOM
 from lofit_lens.experiments.methods.choice import Tuned
 from lofit_lens.experiments.store.store import Store
 from lofit_lens.experiments.tables.runs import FitResult, MethodRuns
@@ -193,8 +193,8 @@ class Results:
     def kinds(self, task: str) -> dict[str, str]:
         """Rows of the task's method table, each with what it is.
 
-        Kinds: `zero` (nothing is fitted), `steered` (fitted, not trained), `random` heads, `own` heads, `wide` (three times as
-        many), `all` heads, `trained` (on all layers).
+        Kinds: `zero` (nothing is fitted), `steered` (fitted, not trained), `random` heads, `matched` (random with as many in each
+        layer as the own), `own` heads, `wide` (three times as many), `all` heads, `trained` (on all layers).
         """
         return {name: kind for name, (kind, _) in self._named(task).items()}
 
@@ -208,8 +208,8 @@ class Results:
             # One that is not known in this process came from outside the library.
             method = METHODS.get(name) or Method(name, None, heads="chosen" if by else "")
             own = by == OWN and source == task
-            if by == RANDOM and n == k:
-                kind = "random"
+            if by in (RANDOM, MATCHED) and n == k:
+                kind = by
             elif by == ALL:
                 kind = "all"
             elif own and n in (k, wide):
@@ -218,7 +218,7 @@ class Results:
                 kind = "zero" if name == ZERO else "trained" if bool(rows["trained"].any()) else "steered"
             else:
                 continue
-            order = (method.place, method.name, ("random", "own", "wide", "all").index(kind) if by else 0)
+            order = (method.place, method.name, (RANDOM, MATCHED, "own", "wide", "all").index(kind) if by else 0)
             found.append((order, method.row(by, None if np.isnan(n) else int(n), usual, wide), kind, rows))
         return {name: (kind, rows) for _, name, kind, rows in sorted(found, key=lambda row: row[0])}
 
@@ -240,7 +240,9 @@ class Results:
         found = self.rows(task=task, method=LOFIT, k=self.k(task), n_train=None)
         ran = dict.fromkeys(by for by in found["heads_from"] if by != ALL)
         selectors = [*(by for by in SELECTORS if by in ran), *(by for by in ran if by not in SELECTORS)]
-        chosen = {by: self.lofit(task, heads_from=by, source="" if by == RANDOM else task) for by in selectors}
+        chosen = {
+            by: self.lofit(task, heads_from=by, source="" if by in (RANDOM, MATCHED) else task) for by in selectors
+        }
         named = {f"heads by {by}": rows for by, rows in chosen.items()}
         return self._table(f"selectors {task}", named, f"heads by {OWN}")
 
@@ -265,7 +267,7 @@ class Results:
         if key in self._tables:
             return self._tables[key]
         runs = [
-            MethodRuns(name, tuple(self._run(i) for i in rows.index), self._tuned(rows))
+            MethodRuns(name, tuple(self.fit(i) for i in rows.index), self._tuned(rows), self._by_run(rows))
             for name, rows in named.items() if len(rows)
         ]  # fmt: skip
         if len(runs) < 2 or reference not in [m.method for m in runs]:
@@ -277,7 +279,8 @@ class Results:
     def _store(self) -> Store:
         return Store(self.folder)
 
-    def _run(self, i: Any) -> FitResult:
+    def fit(self, i: Any) -> FitResult:
+        """The fit behind a row of `runs`, by the row's index."""
         record = self._store.read(self.folders[i].name)
         row, run = self.runs.loc[i], record["run"]
         return FitResult(
@@ -290,11 +293,16 @@ class Results:
         # What was chosen with the task's own heads is taken over by the method's other runs.
         by, k = rows.iloc[0]["heads_from"], rows.iloc[0]["k"]
         taken_over = by and (by, k) != (OWN, self.k(spec["task"]["name"]))
-        if not spec["chosen"] or taken_over:
+        if not spec["chosen"] or taken_over or self._by_run(rows):
             return None
         return choice(self._store, spec["chosen"], spec["method"], spec["task"]["name"], spec["task"]["metric"])
 
+    def _by_run(self, rows: pd.DataFrame) -> bool:
+        """Whether these runs had trials of their own."""
+        chosen = [self._store.read(self.folders[i].name)["spec"]["chosen"] for i in rows.index]
+        return any(trials != chosen[0] for trials in chosen)
+
     def damage(self, task: str) -> Float[np.ndarray, "seeds texts"] | None:
         """KL (nats a token) of LoFiT's adapters on ordinary text; None where not measured."""
-        hurt = [self._run(i).damage for i in self.lofit(task).index]
+        hurt = [self.fit(i).damage for i in self.lofit(task).index]
         return np.array([h["kl"] for h in hurt if h]) if hurt and all(hurt) else None

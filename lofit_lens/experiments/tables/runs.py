@@ -34,8 +34,9 @@ class FitResult:
 
 @dataclass(frozen=True, eq=False)
 class MethodRuns:
-    """A method's fits, one a seed, and how its settings were chosen (None: they were given, or taken over)."""
+    """A method's fits, one a seed, and how its settings were chosen (None: given, taken over, or by each run: `by_run`)."""
 
     method: str
     runs: tuple[FitResult, ...]
     tuned: Tuned | None = None
+    by_run: bool = False

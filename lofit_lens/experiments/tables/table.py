@@ -20,7 +20,7 @@ from lofit_lens.evaluation.stats import (
     paired_bootstrap_test,
     paired_permutation_test,
 )
-from lofit_lens.experiments.tables.runs import MethodRuns
+from lofit_lens.experiments.tables.runs import FitResult, MethodRuns
 from lofit_lens.models import ModelInfo
 
 KIND, SCHEMA = "lofit_lens.MethodTable", 1
@@ -49,7 +49,7 @@ class Row:
 
     Attributes:
         method: name.
-        settings: chosen on the validation split, or given.
+        settings: chosen on the validation split, or given; where runs differ all values as one text.
         tried: points of the grid that were tried; 0 where settings were given or taken over.
         n_parameters: learned or estimated numbers; the same for every seed.
         metrics: mean over seeds and items with the 95 % interval.
@@ -178,7 +178,9 @@ class MethodTable:
         chosen = [r for r in self.rows if r.tried > 1]
         tried = sorted({r.tried for r in chosen})
         edge = [m.method for m in self.methods if m.tuned is not None and m.tuned.at_edge]
-        given = [r for r in self.rows if r.tried <= 1 and r.settings]
+        apart = {m.method for m in self.methods if m.by_run}
+        by_run = [r for r in self.rows if r.method in apart]
+        given = [r for r in self.rows if r.tried <= 1 and r.settings and r.method not in apart]
         notes = [
             f"[ ]: 95 % bootstrap interval over seeds and items (seeds: {usual}{f'; {other}' if other else ''}); ( ): lowest to "
             "highest run. With few seeds such intervals can be too narrow."
@@ -190,6 +192,8 @@ class MethodTable:
                 f"settings chosen on the validation split, {' or '.join(map(str, tried))} points a method, before the "
                 f"{self.split} split was touched: {_all_settings(chosen)}"
             )
+        if by_run:
+            notes.append(f"settings chosen run by run on the validation split: {_all_settings(by_run)}")
         if given:
             notes.append(f"settings given or taken over: {_all_settings(given)}")
         if edge:
@@ -318,10 +322,19 @@ def _row(method: MethodRuns, against: Comparison | None, p_holm: float | None) -
             [q - p for q, p in zip(h["cross_entropy"], h["cross_entropy_base"], strict=True)] for h in hurt
         ])  # fmt: skip
     return Row(
-        method.method, runs[0].settings, 0 if method.tuned is None else method.tuned.tried, counts.pop(),
+        method.method, _settings_of(runs), 0 if method.tuned is None else method.tuned.tried, counts.pop(),
         over_seeds([r.result for r in runs]), against, p_holm, Spread.of([r.fit_seconds for r in runs]),
         Spread.of([r.eval_seconds for r in runs]), kl, increase, tuple(r.heads for r in runs if r.heads),
     )  # fmt: skip
+
+
+def _settings_of(runs: Sequence[FitResult]) -> dict[str, Any]:
+    """The settings of all runs; where they differ the values, ascending, as one text."""
+    found = {}
+    for name in runs[0].settings:
+        values = sorted({run.settings[name] for run in runs})
+        found[name] = values[0] if len(values) == 1 else " / ".join(f"{v:.3g}" for v in values)
+    return found
 
 
 def markdown(title: str, columns: Sequence[str], cells: Sequence[Sequence[str]], notes: Sequence[str]) -> str:

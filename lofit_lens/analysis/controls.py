@@ -1,0 +1,168 @@
+"""Whether chosen heads do better than random sets of as many heads: a test of difference and one of equivalence.
+
+With `c` the mean of the chosen set and `r_d` that of random set d of D, over seeds and items, and `d_i` the difference on item i
+(the chosen set's mean over seeds minus the mean over sets and seeds):
+
+    difference    D^ = c - mean(r)
+    variance      V  = (1 + 1 / D) var(r) + max(0, var(d_i) - (1 + 1 / D) var(e_di)) / n_items,  at least 1 / n_items**2
+    difference    t  = D^ / sqrt(V), two-sided
+    equivalence   t  = (margin - |D^|) / sqrt(V), the smaller of the two one-sided tests (Schuirmann 1987)
+
+The unit is the set. If choosing were no better than drawing, the chosen set would be one more draw: its mean would spread about
+the others' by `(1 + 1 / D) var(r)`, in which training noise and what single items add to a set are contained. With the first
+term alone this is Student's test of one new observation, exact for normal means at any number of sets and seeds (Crawford &
+Howell 1998 use it for a single case). The second term counts items on which the chosen set differs from the random ones by more
+than these differ among themselves (`e_di` is what is left of their scores after means of sets and items): random sets that
+change nothing have no spread, and would make any difference look certain. Degrees of freedom follow Satterthwaite (1946).
+Fewer than four random sets are not tested.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import scipy
+from numpy.typing import ArrayLike
+
+from lofit_lens.checks import check_number, check_share
+from lofit_lens.errors import InputError
+
+FEW_SETS = (
+    4  # of fewer the spread is known too badly: p < 0.05 comes up in up to 11 % of cases with two, 6 % with three
+)
+LOCALISED = "localised"
+EQUIVALENT = "no evidence of localisation: equivalent within the margin"
+WORSE = "chosen heads do worse than random ones"
+UNCLEAR = "cannot tell"
+
+
+@dataclass(frozen=True)
+class ControlTest:
+    """Chosen heads beside random sets.
+
+    Attributes:
+        chosen: mean of the chosen set over seeds and items.
+        random: mean of the random sets.
+        difference: chosen minus random.
+        interval: of the difference, over sets, seeds and items; None for fewer than four random sets or two items.
+        p: of the difference, two-sided; 1 where there is no interval.
+        p_equivalence: of the two one-sided tests that the difference lies within the margin, the larger; likewise.
+        margin: differences closer to 0 than this do not matter; on the scale of the scores.
+        beaten_by: random sets that do as well as the chosen one or better.
+        n_sets: random sets.
+        n_seeds: of each set.
+        n_items: the same for all.
+        level: of the interval.
+    """
+
+    chosen: float
+    random: float
+    difference: float
+    interval: tuple[float, float] | None
+    p: float
+    p_equivalence: float
+    margin: float
+    beaten_by: int
+    n_sets: int
+    n_seeds: int
+    n_items: int
+    level: float = 0.95
+
+    @property
+    def verdict(self) -> str:
+        """One of `LOCALISED`, `EQUIVALENT`, `WORSE` and `UNCLEAR`, each p against 1 - level.
+
+        Equivalence goes first: a difference that is surely there and surely below the margin does not matter.
+        """
+        if self.p_equivalence < 1 - self.level:
+            return EQUIVALENT
+        if self.p < 1 - self.level:
+            return LOCALISED if self.difference > 0 else WORSE
+        return UNCLEAR
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able, with the verdict."""
+        return {**asdict(self), "verdict": self.verdict}
+
+
+def chosen_against_random(
+    chosen: ArrayLike, random: ArrayLike, *, margin: float = 0.05, level: float = 0.95
+) -> ControlTest:
+    """Test whether a chosen set of heads does better than random ones, and whether the difference lies within a margin.
+
+    The question is whether choosing is better than drawing one set, not whether this set is above the mean of all: where
+    random sets differ much among themselves, one above their mean may be one of many. In simulations in which the chosen set is
+    one more draw, p < 0.05 comes up in 4 to 5.2 % of cases (4, 5, 10 or 20 sets, 1 or 2 seeds, 200 items, right or wrong), and
+    equivalence in at most 5 % where the true difference is the margin. A percentile bootstrap over sets, seeds and items is not
+    used: with 10 sets and 2 seeds its 95 % interval left out the truth in 34 % of the same cases, since it takes nothing of
+    the chosen set's own spread into account. The seeds count through their mean: noise of training that is larger for the
+    chosen set than for the random ones is not seen.
+
+    Args:
+        chosen: [n_seeds, n_items] scores, from 0 to 1.
+        random: [n_sets, n_seeds, n_items] scores on the same items in the same order.
+        margin: fixed before the scores are seen; above 0.
+        level: of the interval.
+
+    Raises:
+        InputError: other shapes, different items or seeds, no set, NaN or infinite scores, a margin that is not above 0, or a
+            level outside (0, 1).
+    """
+    check_margin(margin)
+    check_share("level", level)
+    own, sets = _scores(chosen, "chosen", 2), _scores(random, "random", 3)
+    if own.shape != sets.shape[1:]:
+        raise InputError(
+            f"chosen has shape {own.shape} and each random set {sets.shape[1:]}; give the same seeds and items for all"
+        )
+    (n_sets, n_seeds, n_items), mean, means = sets.shape, float(own.mean()), sets.mean((1, 2))
+    difference = mean - float(means.mean())
+    found = {"chosen": mean, "random": float(means.mean()), "difference": difference}
+    interval, p, p_equivalence = None, 1.0, 1.0
+    if n_sets >= FEW_SETS and n_items > 1:
+        variance, df = _variance(own.mean(0), sets.mean(1))
+        error, t = variance**0.5, scipy.stats.t
+        half = float(t.isf((1 - level) / 2, df)) * error
+        interval = (difference - half, difference + half)
+        p = float(2 * t.sf(abs(difference) / error, df))
+        p_equivalence = float(t.sf((margin - abs(difference)) / error, df))
+    beaten_by = int((means >= mean - 1e-12).sum())
+    return ControlTest(
+        **found, interval=interval, p=p, p_equivalence=p_equivalence, margin=float(margin), beaten_by=beaten_by,
+        n_sets=n_sets, n_seeds=n_seeds, n_items=n_items, level=level,
+    )  # fmt: skip
+
+
+def check_margin(margin: float) -> None:
+    """Raise InputError unless the margin is a number above 0."""
+    check_number(margin=margin)
+    if margin <= 0:
+        raise InputError(f"margin is {margin}; give the smallest difference that would matter, above 0, e.g. 0.05")
+
+
+def _variance(own: np.ndarray, sets: np.ndarray) -> tuple[float, float]:
+    """Variance of the difference and its degrees of freedom, from `own` [n_items] and `sets` [n_sets, n_items]."""
+    n_sets, n_items = sets.shape
+    more, means = 1 + 1 / n_sets, sets.mean(1, keepdims=True)
+    between = more * float(means.var(ddof=1))
+    left = sets - means - sets.mean(0) + sets.mean()
+    residual = float((left**2).sum()) / ((n_sets - 1) * (n_items - 1))
+    of_items = float((own - sets.mean(0)).var(ddof=1))
+    excess = max(0.0, of_items - more * residual) / n_items
+    excess = max(excess, 1 / n_items**2 - between)  # as if one item might have changed
+    df = (between + excess) ** 2 / (between**2 / (n_sets - 1) + excess**2 / (n_items - 1))
+    return between + excess, df
+
+
+def _scores(values: ArrayLike, name: str, ndim: int) -> np.ndarray:
+    shape = ("[n_seeds, n_items]", "[n_sets, n_seeds, n_items]")[ndim - 2]
+    try:
+        found = np.asarray(values, dtype=float)
+    except (TypeError, ValueError) as e:
+        raise InputError(f"the scores of {name} must be numbers {shape}, rows of equal length: {e}") from e
+    if found.ndim != ndim or not found.size:
+        raise InputError(f"the scores of {name} have shape {found.shape}; give {shape} with at least one of each")
+    if not np.isfinite(found).all():
+        where = np.argwhere(~np.isfinite(found))[0].tolist()
+        raise InputError(f"score {where} of {name} is {found[tuple(where)]}; drop or replace such items first")
+    return found

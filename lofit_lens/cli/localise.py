@@ -1,0 +1,67 @@
+"""lofit-lens localise: does it matter which heads are edited?"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lofit_lens.cli import common as c
+from lofit_lens.cli import studies as s
+
+
+def localise(
+    what: c.TaskOptions,
+    how: c.ModelOptions,
+    k: Annotated[
+        str | None, typer.Option("--k", help="Heads in each set: a number, 3K or '10 %'; left out: the preset's.")
+    ] = None,
+    draws: Annotated[int, typer.Option("--draws", help="Random sets.", min=1)] = 10,
+    seeds: s.Seeds = 2,
+    margin: Annotated[
+        float, typer.Option("--margin", help="Smallest difference that would matter, a share: 0.05 = 5 points.")
+    ] = 0.05,
+    lr: Annotated[list[float] | None, typer.Option(
+        "--lr", help="Learning rate that every set may choose; may be repeated. Left out: four around the preset's."
+    )] = None,
+    limit: s.Limit = None,
+    n_train: c.NTrain = None,
+    workers: s.Workers = 0,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder of the runs; what is in it is not run again.")
+    ] = Path("runs/localise"),
+    quiet: c.Quiet = False,
+    as_json: c.AsJson = False,
+) -> None:  # fmt: skip
+    """Tune offsets on the task's own heads and on random sets of the same layers: do the own heads do better?
+
+    Example: lofit-lens localise --task organism/kinship
+    """
+    c.console.stderr = as_json
+    opened = what.opened()
+    c.check_writable(out)
+    if opened.chat is not None:
+        c.say_template_of([(how.model, how.revision)], used=True)
+        from lofit_lens.models import planned_tokenizer
+
+        opened = opened.asked_of(planned_tokenizer(how.model, revision=how.revision))
+    c.quiet_libraries()
+    from lofit_lens import io
+    from lofit_lens.cli.methods import workers_for
+    from lofit_lens.experiments.localisation import localisation
+    from lofit_lens.plots.localisation import localisation_figure
+    from lofit_lens.plots.style import save_figure
+
+    with c.progress_lines(quiet):
+        found = localisation(
+            how.spec(), opened, k=int(k) if k is not None and k.isdecimal() else k, draws=draws, seeds=range(seeds),
+            margin=margin, points=[{"lr": rate} for rate in lr] if lr else None, limit=limit, n_train=n_train,
+            workers=workers_for(workers, how.model, how.device), device=how.device, out=out, progress=not quiet,
+        )  # fmt: skip
+    stem = out / f"{opened.name.replace('/', '-').replace(':', '-')}-localisation"
+    files = save_figure(localisation_figure(found), stem, data=found.table, formats=("html",))
+    files += [io.write_json(f"{stem}.json", found.to_dict()), io.write_text(f"{stem}.md", found.to_markdown())]
+    s.print_table(found.title(), found.columns(), found.rows(), ())
+    c.console.print(f"\n{found}\n")
+    c.console.print(f"wrote {', '.join(f.name for f in files)} into {out}")
+    if as_json:
+        c.print_json(found.to_dict())
