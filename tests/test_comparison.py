@@ -258,7 +258,13 @@ def test_what_failed_is_raised(model):
     DIVERGES.add(7.0)
     with pytest.raises(TrainingDiverged, match="loss is nan"):
         compare_methods(
-            model, TASK, methods=[ONE], settings={"one": {"x": 7.0}}, reference="one", seeds=(0,), progress=False
+            model,
+            TASK,
+            methods=[ONE, "zero-shot"],
+            settings={"one": {"x": 7.0}},
+            reference="one",
+            seeds=(0,),
+            progress=False,
         )
 
 
