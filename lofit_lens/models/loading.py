@@ -285,7 +285,7 @@ def _within_float32(scores: Tensor) -> Tensor:
 
 def _split_by_value_size(model: Any) -> None:
     """Split z of latent attention (DeepSeek) into its heads; the bridge splits by the size of a head's rotary part."""
-    for block in model.blocks:
+    for block in getattr(model, "blocks", ()):  # HRM-Text has none
         attn = getattr(block, "attn", None)
         size = getattr(getattr(attn, "original_component", None), "v_head_dim", None)
         conversion = getattr(getattr(getattr(attn, "o", None), "hook_in", None), "hook_conversion", None)
