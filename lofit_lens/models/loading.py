@@ -328,8 +328,8 @@ def _load_bridge(hf: Any, name: str, tokenizer: Any, dtype: torch.dtype, device:
             changing,
         )
     try:
-        if len(model.blocks) != int(model.cfg.n_layers):
-            raise ModelError(f"it has {len(model.blocks)} layers, and its configuration says {model.cfg.n_layers}")
+        if (n := len(getattr(model, "blocks", ()))) != int(model.cfg.n_layers):
+            raise ModelError(f"it has {n} layers, and its configuration says {model.cfg.n_layers}")
         probe.check(model)
     except Exception as e:
         raise ModelError(f"TransformerBridge cannot load {name} correctly: {first_line(e)}") from e
