@@ -20,7 +20,7 @@ help:
 	@echo "demo      main job on the embedded model (one to two minutes after set-up)"
 	@echo "real      the same on SmolLM2, a language model of 135 million parameters, and MQuAKE (about twelve minutes after set-up;"
 	@echo "          fetches both; with local task files: make real DATA=FOLDER that holds mquake/)"
-	@echo "test      what a change can break (under eight minutes on two cores after set-up)"
+	@echo "test      what a change can break (about ten minutes on two cores after set-up)"
 	@echo "test-all  all tests: also calibration of statistics, random kills, all notebooks, benchmarks, a training of the embedded"
 	@echo "          model, every architecture on every class (about an hour)"
 	@echo "test-browser  the pages and the explorer in Chrome or Chromium"
@@ -98,6 +98,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/train_step.py --device cpu
 	$(BIN)/python benchmarks/many.py --device cpu
 	$(BIN)/python benchmarks/scaling.py --device cpu
+	$(BIN)/python benchmarks/devices.py
 	$(BIN)/python benchmarks/mc_eval.py --device cpu --rounds 2 --questions 32 $(FROM)
 	$(BIN)/python benchmarks/performance.py
 
@@ -107,6 +108,7 @@ bench-real: $(REAL_READY)
 	$(BIN)/python benchmarks/train_step.py --model smollm2 --sizes 8x64 --device cpu --out $(RESULTS)/train_step_smollm2.json
 	$(BIN)/python benchmarks/many.py --model smollm2 --tasks mquake $(FEW_RUNS) --out $(RESULTS)/many_smollm2.json $(FROM)
 	$(BIN)/python benchmarks/many.py --model smollm2 --tasks clutrr $(FEW_RUNS) --out $(RESULTS)/many_smollm2_clutrr.json $(FROM)
+	$(BIN)/python benchmarks/quantized.py --device cpu --train 24 $(FROM)
 	$(BIN)/python benchmarks/whole_run.py --tasks mquake --device cpu --out $(RESULTS)/whole_run_mquake.json $(FROM)
 	$(BIN)/python benchmarks/whole_run.py --tasks clutrr --train 16 --test 40 --device cpu --out $(RESULTS)/whole_run_clutrr.json $(FROM)
 	$(BIN)/python benchmarks/whole_run.py --tasks truthfulqa --train 4 --test 10 --device cpu \
