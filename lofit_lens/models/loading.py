@@ -288,7 +288,7 @@ def _split_by_value_size(model: Any) -> None:
     for block in getattr(model, "blocks", ()):  # HRM-Text has none
         attn = getattr(block, "attn", None)
         size = getattr(getattr(attn, "original_component", None), "v_head_dim", None)
-        conversion = getattr(getattr(getattr(attn, "o", None), "hook_in", None), "hook_conversion", None)
+        conversion: Any = getattr(getattr(getattr(attn, "o", None), "hook_in", None), "hook_conversion", None)
         if size is not None and getattr(conversion, "splits_attention_heads", False):
             conversion.n_heads, conversion.d_head = int(model.cfg.n_heads), int(size)
 

@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lofit_lens.checks import check_seed
-from lofit_lens.heads import HeadScores, HeadSet
+from lofit_lens.heads import HeadScores, HeadSet, check_shape
 from lofit_lens.interventions.base import AdapterMeta, Edit
 from lofit_lens.interventions.lofit import Lofit, edit_z
 from lofit_lens.models import ModelInfo, model_info
@@ -92,8 +92,7 @@ class Gated(Lofit):
 
     def penalty(self) -> Tensor:
         """Of the step that was begun; layers without heads are left out."""
-        grid = self.heads.shape
-        assert grid is not None
+        grid = check_shape(self.heads.shape)
         weight = WEIGHT * math.exp(-DECAY * self.step)
         of_A, of_v = (penalty(phi[list(grid.layers)]) for phi in self.phi)
         return (weight * of_v + (1 - weight) * of_A) / grid.n_total
@@ -114,8 +113,7 @@ class Gated(Lofit):
         g = gate(self.phi)
         A, v = g[0][..., None] * self.A, g[1][..., None] * self.v
         norms = torch.cat([A, v], dim=-1).norm(dim=-1)
-        info, grid = self.meta.model, self.heads.shape
-        assert grid is not None
+        info, grid = self.meta.model, check_shape(self.heads.shape)
         scores = HeadScores(
             g.sum(dim=0) + TIE * norms / norms.max().clamp(min=1e-30), "JoLA gates", info.name if info else "", self.meta.task,
             {**record_of(self.meta), "open": {name: int((of > 0).sum()) for name, of in zip("Av", g, strict=True)}},
