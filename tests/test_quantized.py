@@ -1,4 +1,5 @@
-"""Quantized base models: taken as they are, on the bridge; adapters are float32 over them. bitsandbytes and torchao run here."""
+"""Quantized base models: taken as they are, on the bridge; adapters are float32 over them. bitsandbytes runs here; torchao
+where it is installed (it writes to stderr when it is imported, so that it is not among what the tests install)."""
 
 import pytest
 import torch
