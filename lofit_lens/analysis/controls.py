@@ -24,12 +24,12 @@ import numpy as np
 import scipy
 from numpy.typing import ArrayLike
 
+from lofit_lens.analysis.resampling import score_array
 from lofit_lens.checks import check_number, check_share
 from lofit_lens.errors import InputError
 
-FEW_SETS = (
-    4  # of fewer the spread is known too badly: p < 0.05 comes up in up to 11 % of cases with two, 6 % with three
-)
+# Of fewer the spread is known too badly: p < 0.05 comes up in up to 11 % of cases with two, 6 % with three.
+FEW_SETS = 4
 LOCALISED = "localised"
 EQUIVALENT = "no evidence of localisation: equivalent within the margin"
 WORSE = "chosen heads do worse than random ones"
@@ -110,7 +110,8 @@ def chosen_against_random(
     """
     check_margin(margin)
     check_share("level", level)
-    own, sets = _scores(chosen, "chosen", 2), _scores(random, "random", 3)
+    of = ("n_seeds", "n_items")
+    own, sets = score_array(chosen, "chosen", of), score_array(random, "random", ("n_sets", *of))
     if own.shape != sets.shape[1:]:
         raise InputError(
             f"chosen has shape {own.shape} and each random set {sets.shape[1:]}; give the same seeds and items for all"
@@ -152,17 +153,3 @@ def _variance(own: np.ndarray, sets: np.ndarray) -> tuple[float, float]:
     excess = max(excess, 1 / n_items**2 - between)  # as if one item might have changed
     df = (between + excess) ** 2 / (between**2 / (n_sets - 1) + excess**2 / (n_items - 1))
     return between + excess, df
-
-
-def _scores(values: ArrayLike, name: str, ndim: int) -> np.ndarray:
-    shape = ("[n_seeds, n_items]", "[n_sets, n_seeds, n_items]")[ndim - 2]
-    try:
-        found = np.asarray(values, dtype=float)
-    except (TypeError, ValueError) as e:
-        raise InputError(f"the scores of {name} must be numbers {shape}, rows of equal length: {e}") from e
-    if found.ndim != ndim or not found.size:
-        raise InputError(f"the scores of {name} have shape {found.shape}; give {shape} with at least one of each")
-    if not np.isfinite(found).all():
-        where = np.argwhere(~np.isfinite(found))[0].tolist()
-        raise InputError(f"score {where} of {name} is {found[tuple(where)]}; drop or replace such items first")
-    return found

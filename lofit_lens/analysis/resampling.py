@@ -37,18 +37,33 @@ def item_scores(values: ArrayLike, name: str) -> Float[np.ndarray, "n_seeds n_it
     Raises:
         InputError: not numbers, rows of unequal length, no items, NaN or infinite values.
     """
+    return score_array(values, name, ("n_seeds", "n_items"), single=True)
+
+
+def score_array(values: ArrayLike, name: str, axes: Sequence[str], *, single: bool = False) -> np.ndarray:
+    """Scores as an array with these axes, all of them finite.
+
+    Args:
+        values: the scores.
+        name: of what has them, for the error.
+        axes: their names, e.g. `("n_seeds", "n_items")`.
+        single: take a single row as one of several.
+
+    Raises:
+        InputError: not numbers, rows of unequal length, other axes, no scores, NaN or infinite values.
+    """
+    wanted = f"[{', '.join(axes)}]"
     try:
-        grid = np.atleast_2d(np.asarray(values, dtype=float))
+        found = np.asarray(values, dtype=float)
     except (TypeError, ValueError) as e:
-        raise InputError(f"the scores of {name} must be numbers [n_seeds, n_items], rows of equal length: {e}") from e
-    if grid.ndim != 2 or not grid.size:
-        raise InputError(
-            f"the scores of {name} have shape {grid.shape}; give [n_seeds, n_items] with at least one of each"
-        )
-    if not np.isfinite(grid).all():
-        seed, item = np.argwhere(~np.isfinite(grid))[0]
-        raise InputError(f"score [{seed}, {item}] of {name} is {grid[seed, item]}; drop or replace such items first")
-    return grid
+        raise InputError(f"the scores of {name} must be numbers {wanted}, rows of equal length: {e}") from e
+    found = np.atleast_2d(found) if single else found
+    if found.ndim != len(axes) or not found.size:
+        raise InputError(f"the scores of {name} have shape {found.shape}; give {wanted} with at least one of each")
+    if not np.isfinite(found).all():
+        where = np.argwhere(~np.isfinite(found))[0].tolist()
+        raise InputError(f"score {where} of {name} is {found[tuple(where)]}; drop or replace such items first")
+    return found
 
 
 def resampled_means(

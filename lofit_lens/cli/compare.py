@@ -71,7 +71,6 @@ def compare(
         columns = c.columns_by_task(task_names(task), column)
         opened = [c.TaskOptions(n, fold, data_dir, source, chat, system, of).opened(form) for n, of in columns.items()]
         if any(one.chat is not None for one in opened):
-            c.say_template_of([(how.model, how.revision)], used=True)
             opened = [one.asked_of(planned_tokenizer(how.model, revision=how.revision)) for one in opened]
         tables = compare_on_tasks(Comparison(
             model=how.spec(), device=how.device, tasks=opened, methods=method, selectors=selectors, seeds=seeds,

@@ -40,7 +40,6 @@ def localise(
     opened = what.opened()
     c.check_writable(out)
     if opened.chat is not None:
-        c.say_template_of([(how.model, how.revision)], used=True)
         from lofit_lens.models import planned_tokenizer
 
         opened = opened.asked_of(planned_tokenizer(how.model, revision=how.revision))

@@ -40,6 +40,11 @@ def mark(p: float) -> str:
     return "*" if p < 0.05 else "+" if p < 0.1 else ""
 
 
+def p_in_words(p: float) -> str:
+    """`p = 0.012`, or `p < 0.001`."""
+    return f"p = {p:.3f}" if p >= 0.001 else "p < 0.001"
+
+
 @dataclass(frozen=True)
 class PairedTest:
     """Difference of two runs on the same items, with its uncertainty. Prints as `+0.120 [0.050, 0.190], p = 0.004 *`.
@@ -73,8 +78,7 @@ class PairedTest:
 
     def __str__(self) -> str:
         between = f" [{self.interval[0]:z.3f}, {self.interval[1]:z.3f}]" if self.interval else ""
-        p = f"p = {self.p:.3f}" if self.p >= 0.001 else "p < 0.001"
-        return f"{self.difference:+z.3f}{between}, {p} {self.mark}".rstrip()
+        return f"{self.difference:+z.3f}{between}, {p_in_words(self.p)} {self.mark}".rstrip()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; `PairedTest(**d)` undoes it."""

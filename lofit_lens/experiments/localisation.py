@@ -24,7 +24,7 @@ from lofit_lens.analysis.controls import (
 )
 from lofit_lens.analysis.resampling import mean_interval, paired_test_of_means
 from lofit_lens.evaluation.result import table_html
-from lofit_lens.evaluation.stats import PairedTest
+from lofit_lens.evaluation.stats import PairedTest, p_in_words
 from lofit_lens.experiments.comparison import grid_results, one_task_grid
 from lofit_lens.experiments.grid.specs import CHOSEN, Run
 from lofit_lens.experiments.methods.base import MATCHED, OWN, TRIALS
@@ -130,8 +130,8 @@ class Localisation:
         if test.interval is not None:
             low, high = (f"{100 * end:+z.1f}" for end in test.interval)
             tests = (
-                f"{100 * test.difference:+z.1f} points [{low}, {high}], {_p(test.p)}; equivalence within {margin}: "
-                f"{_p(test.p_equivalence)}; {test.beaten_by} of {test.n_sets} random sets do as well or better"
+                f"{100 * test.difference:+z.1f} points [{low}, {high}], {p_in_words(test.p)}; equivalence within {margin}: "
+                f"{p_in_words(test.p_equivalence)}; {test.beaten_by} of {test.n_sets} random sets do as well or better"
             )
         return (
             f"On {self.task} ({self.metric.upper()}, {_counted(test.n_items, 'row')} of the {self.split} split), LoFiT on the "
@@ -237,7 +237,3 @@ def _row(results: Results, name: str, rows: pd.DataFrame, scores: Any) -> dict[s
 
 def _counted(n: int, what: str) -> str:
     return f"{n} {what}{'' if n == 1 else 's'}"
-
-
-def _p(p: float) -> str:
-    return f"p = {p:.3f}" if p >= 0.001 else "p < 0.001"

@@ -82,14 +82,14 @@ class HeadAdapter(Adapter):
         """The adapter as it starts, for a model and on its device; `heads=None` takes every head that can be edited.
 
         Raises:
-            InputError: a head outside the model, or in a layer that has no heads.
+            InputError: a head outside the model.
             ModelError: heads that cannot be reached at hook_z.
         """
         info = model_info(model)
         grid = info.grid
         chosen = HeadSet.all(grid) if heads is None else chosen_heads(heads, grid, cls.title)
         d_head = head_size(model, None if heads is None else chosen.layers)
-        made = cls((*grid, d_head), chosen, AdapterMeta(model=info, versions=io.environment()))
+        made = cls((info.n_layers, info.n_heads, d_head), chosen, AdapterMeta(model=info, versions=io.environment()))
         return made.to(device_of(model))
 
     @classmethod
@@ -148,10 +148,9 @@ def chosen_heads(heads: Heads, grid: tuple[int, int], title: str) -> HeadSet:
             f"this one has {grid[0]} x {grid[1]}"
         )
     whole = joint_grid(s for s in (grid, heads.shape) if s)
+    # Named on purpose, as heads of another size than most: attaching tells whether they can be reached.
     if any(head.layer not in whole.layers for head in heads):
-        whole = Grid(
-            whole
-        )  # named on purpose, as heads of another size than most: attaching tells whether they can be reached
+        whole = Grid(whole)
     return HeadSet(heads.heads, heads.scores, whole, heads.label)
 
 

@@ -267,7 +267,7 @@ class Results:
         if key in self._tables:
             return self._tables[key]
         runs = [
-            MethodRuns(name, tuple(self.fit(i) for i in rows.index), self._tuned(rows), self._by_run(rows))
+            MethodRuns(name, tuple(self.fit(i) for i in rows.index), *self._tuned(rows))
             for name, rows in named.items() if len(rows)
         ]  # fmt: skip
         if len(runs) < 2 or reference not in [m.method for m in runs]:
@@ -288,19 +288,17 @@ class Results:
             float(row["eval_seconds"]), self.record["damage"].get(self.folders[i].name), run["heads"],
         )  # fmt: skip
 
-    def _tuned(self, rows: pd.DataFrame) -> Tuned | None:
-        spec = self._store.read(self.folders[rows.index[0]].name)["spec"]
+    def _tuned(self, rows: pd.DataFrame) -> tuple[Tuned | None, bool]:
+        """The trials that these runs share, and whether each had trials of its own."""
+        spec, *others = (self._store.read(self.folders[i].name)["spec"] for i in rows.index)
+        by_run = any(other["chosen"] != spec["chosen"] for other in others)
         # What was chosen with the task's own heads is taken over by the method's other runs.
         by, k = rows.iloc[0]["heads_from"], rows.iloc[0]["k"]
         taken_over = by and (by, k) != (OWN, self.k(spec["task"]["name"]))
-        if not spec["chosen"] or taken_over or self._by_run(rows):
-            return None
-        return choice(self._store, spec["chosen"], spec["method"], spec["task"]["name"], spec["task"]["metric"])
-
-    def _by_run(self, rows: pd.DataFrame) -> bool:
-        """Whether these runs had trials of their own."""
-        chosen = [self._store.read(self.folders[i].name)["spec"]["chosen"] for i in rows.index]
-        return any(trials != chosen[0] for trials in chosen)
+        if not spec["chosen"] or taken_over or by_run:
+            return None, by_run
+        task = spec["task"]
+        return choice(self._store, spec["chosen"], spec["method"], task["name"], task["metric"]), by_run
 
     def damage(self, task: str) -> Float[np.ndarray, "seeds texts"] | None:
         """KL (nats a token) of LoFiT's adapters on ordinary text; None where not measured."""
