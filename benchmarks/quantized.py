@@ -9,6 +9,7 @@ scores, the metrics, seconds. What was run is written after each base.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     results: dict[str, Any] = {}
     known: dict[str, HeadScores] = {}
     for name in BASES:
+        if name.startswith("torchao") and find_spec("torchao") is None:
+            print(f"{name}: left out, since torchao is not installed (pip install torchao)")
+            continue
         results[name], known[name] = run(name, args)
         if name != "float32":
             shared = known["float32"].top(args.k) & known[name].top(args.k)
