@@ -24,6 +24,9 @@ def localise(
         "--lr", help="Learning rate that every set may choose; may be repeated. Left out: four around the preset's."
     )] = None,
     limit: s.Limit = None,
+    val_limit: Annotated[
+        int | None, typer.Option("--val-limit", help="Trials see only the first validation rows.", min=1)
+    ] = None,
     n_train: c.NTrain = None,
     workers: s.Workers = 0,
     out: Annotated[
@@ -53,8 +56,8 @@ def localise(
     with c.progress_lines(quiet):
         found = localisation(
             how.spec(), opened, k=int(k) if k is not None and k.isdecimal() else k, draws=draws, seeds=range(seeds),
-            margin=margin, points=[{"lr": rate} for rate in lr] if lr else None, limit=limit, n_train=n_train,
-            workers=workers_for(workers, how.model, how.device), device=how.device, out=out, progress=not quiet,
+            margin=margin, points=[{"lr": rate} for rate in lr] if lr else None, limit=limit, tuning_limit=val_limit,
+            n_train=n_train, workers=workers_for(workers, how.model, how.device), device=how.device, out=out, progress=not quiet,
         )  # fmt: skip
     stem = out / f"{opened.name.replace('/', '-').replace(':', '-')}-localisation"
     files = save_figure(localisation_figure(found), stem, data=found.table, formats=("html",))

@@ -159,6 +159,7 @@ def localisation(
     points: Sequence[Settings] | None = None,
     split: str = "test",
     limit: int | None = None,
+    tuning_limit: int | None = None,
     n_train: int | None = None,
     batch_size: int | None = None,
     workers: int = 1,
@@ -183,6 +184,7 @@ def localisation(
             rates. A single point is taken without trials.
         split: that the sets are tested on.
         limit: only its first rows.
+        tuning_limit: only the first validation rows in the trials.
         n_train: training rows drawn; None = the task's own number.
         batch_size: of the evaluation, as in `evaluate`.
         workers: processes, each on one thread.
@@ -203,8 +205,9 @@ def localisation(
         fields |= {"settings": CHOSEN if points is None else tuple(map(dict, points)), "trials_on": "heads"}
     runs = [Run(heads=(OWN,), **fields), Run(heads=(MATCHED,), draws=draws, **fields), Run(method=(ZERO,))]
     grid = one_task_grid(
-        "localisation", model, task, runs, seeds=tuple(seeds), split=split, limit=limit, batch_size=batch_size
-    )
+        "localisation", model, task, runs, seeds=tuple(seeds), split=split, limit=limit, tuning_limit=tuning_limit,
+        batch_size=batch_size,
+    )  # fmt: skip
     with grid_results(grid, model, task, n_train, out, (), workers, device, progress) as results:
         return _found(results, task, split, TRIALS if points is None else len(points), margin)
 
