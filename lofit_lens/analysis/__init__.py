@@ -11,10 +11,12 @@
 | what does an adapter say, and how does it lie? | `promoted_tokens`, `promoted_by`, `geometry`, `offset_cosines` |
 | where do the heads look? | `attention_patterns` |
 | is the set needed, is it enough? | `leave_one_out`, `keep_only`, `removal`, `drop_edits` |
+| do the heads carry the answer? | `answer_patching` |
 | what does it change inside? | `drift` |
 | do adapters get in each other's way, and do they last over long contexts? | `interference`, `learned_in_turn`, `long_context` |
 """
 
+from lofit_lens.analysis.answers import AnswerPatching, answer_patching
 from lofit_lens.analysis.attention import AttentionPatterns, attention_patterns
 from lofit_lens.analysis.controls import ControlTest, chosen_against_random
 from lofit_lens.analysis.drift import Drift, drift
@@ -29,9 +31,10 @@ from lofit_lens.analysis.sweeps import paired_differences, sweep
 from lofit_lens.analysis.transfer import Transfer, transfer_matrix
 
 __all__ = [
-    "AttentionPatterns", "ControlTest", "Drift", "HeadTokens", "Interference", "KeepOnly", "LeaveOneOut", "LongContext",
-    "Removal", "Transfer", "agreement", "agreement_by_k", "attention_patterns", "chosen_against_random", "drift", "drop_edits",
-    "geometry", "interference", "keep_only", "layer_shares", "learned_in_turn", "leave_one_out", "long_context",
-    "mean_layer_differences", "mean_layers", "mean_spearman", "offset_cosines", "overlap", "paired_differences", "promoted_by",
-    "promoted_tokens", "removal", "score_agreement", "selection_frequency", "stability", "sweep", "transfer_matrix",
+    "AnswerPatching", "AttentionPatterns", "ControlTest", "Drift", "HeadTokens", "Interference", "KeepOnly", "LeaveOneOut",
+    "LongContext", "Removal", "Transfer", "agreement", "agreement_by_k", "answer_patching", "attention_patterns",
+    "chosen_against_random", "drift", "drop_edits", "geometry", "interference", "keep_only", "layer_shares", "learned_in_turn",
+    "leave_one_out", "long_context", "mean_layer_differences", "mean_layers", "mean_spearman", "offset_cosines", "overlap",
+    "paired_differences", "promoted_by", "promoted_tokens", "removal", "score_agreement", "selection_frequency", "stability",
+    "sweep", "transfer_matrix",
 ]  # fmt: skip

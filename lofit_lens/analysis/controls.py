@@ -44,7 +44,8 @@ class ControlTest:
         chosen: mean of the chosen set over seeds and items.
         random: mean of the random sets.
         difference: chosen minus random.
-        interval: of the difference, over sets, seeds and items; None for fewer than four random sets or two items.
+        interval: of the difference, over sets, seeds and items, within what shares from 0 to 1 can differ by; None for fewer than
+            four random sets or two items.
         p: of the difference, two-sided; 1 where there is no interval.
         p_equivalence: of the two one-sided tests that the difference lies within the margin, the larger; likewise.
         margin: differences closer to 0 than this do not matter; on the scale of the scores.
@@ -124,7 +125,10 @@ def chosen_against_random(
         variance, df = _variance(own.mean(0), sets.mean(1))
         error, t = variance**0.5, scipy.stats.t
         half = float(t.isf((1 - level) / 2, df)) * error
-        interval = (difference - half, difference + half)
+        bound = (
+            1.0 if min(own.min(), sets.min()) >= 0 and max(own.max(), sets.max()) <= 1 else np.inf
+        )  # of any difference
+        interval = (max(difference - half, -bound), min(difference + half, bound))
         p = float(2 * t.sf(abs(difference) / error, df))
         p_equivalence = float(t.sf((margin - abs(difference)) / error, df))
     beaten_by = int((means >= mean - 1e-12).sum())

@@ -6,6 +6,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from lofit_lens.analysis.answers import AnswerPatching
 from lofit_lens.analysis.attention import AttentionPatterns
 from lofit_lens.analysis.drift import Drift
 from lofit_lens.analysis.interference import Interference, LongContext
@@ -97,8 +98,13 @@ def _long_context(r: Record) -> LongContext:
     )
 
 
+def _answers(r: Record) -> AnswerPatching:
+    return AnswerPatching(frame_of(r["rows"]), _items(r["items"]), r["task"], r["split"], r["draws"], r["seed"])
+
+
 KINDS: dict[str, Callable[[Record], Any]] = {
     "lofit_lens.HeadTokens": _tokens, "lofit_lens.AttentionPatterns": _patterns, "lofit_lens.LeaveOneOut": _leave_one_out,
     "lofit_lens.KeepOnly": _keep_only, "lofit_lens.Removal": _removal, "lofit_lens.Drift": _drift,
     "lofit_lens.Interference": _interference, "lofit_lens.LongContext": _long_context,
+    "lofit_lens.AnswerPatching": _answers,
 }  # fmt: skip

@@ -23,6 +23,12 @@ def localise(
     lr: Annotated[list[float] | None, typer.Option(
         "--lr", help="Learning rate that every set may choose; may be repeated. Left out: four around the preset's."
     )] = None,
+    reword: Annotated[list[str] | None, typer.Option(
+        "--reword", help="Also test on other wordings of the prompts: OLD=NEW, replaced everywhere; may be repeated."
+    )] = None,
+    controls: Annotated[bool, typer.Option(
+        "--controls/--no-controls", help="Also: half of the edits, heads silenced, answers patched, heads chosen again."
+    )] = True,
     limit: s.Limit = None,
     val_limit: Annotated[
         int | None, typer.Option("--val-limit", help="Trials see only the first validation rows.", min=1)
@@ -49,20 +55,28 @@ def localise(
     c.quiet_libraries()
     from lofit_lens import io
     from lofit_lens.cli.methods import workers_for
-    from lofit_lens.experiments.localisation import localisation
+    from lofit_lens.errors import InputError
+    from lofit_lens.experiments.localisation import CONTROL_COLUMNS, localisation
     from lofit_lens.plots.localisation import localisation_figure
     from lofit_lens.plots.style import save_figure
 
+    for pair in reword or ():
+        if "=" not in pair:
+            raise InputError(f"--reword is {pair!r}; give OLD=NEW, e.g. --reword Q:=Question:")
+    wordings = {"reworded": dict(pair.split("=", 1) for pair in reword)} if reword else None
     with c.progress_lines(quiet):
         found = localisation(
             how.spec(), opened, k=int(k) if k is not None and k.isdecimal() else k, draws=draws, seeds=range(seeds),
-            margin=margin, points=[{"lr": rate} for rate in lr] if lr else None, limit=limit, tuning_limit=val_limit,
+            margin=margin, points=[{"lr": rate} for rate in lr] if lr else None, wordings=wordings,
+            controls=controls, limit=limit, tuning_limit=val_limit,
             n_train=n_train, workers=workers_for(workers, how.model, how.device), device=how.device, out=out, progress=not quiet,
         )  # fmt: skip
     stem = out / f"{opened.name.replace('/', '-').replace(':', '-')}-localisation"
     files = save_figure(localisation_figure(found), stem, data=found.table, formats=("html",))
     files += [io.write_json(f"{stem}.json", found.to_dict()), io.write_text(f"{stem}.md", found.to_markdown())]
     s.print_table(found.title(), found.columns(), found.rows(), ())
+    if rows := found.control_rows():
+        s.print_table("Controls", CONTROL_COLUMNS, rows, ())
     c.console.print(f"\n{found}\n")
     c.console.print(f"wrote {', '.join(f.name for f in files)} into {out}")
     if as_json:

@@ -127,7 +127,9 @@ def compare_methods(
         "compare", model, task, runs, seeds=tuple(seeds), tuning_seeds=tuple(tuning_seeds), split=split, limit=limit,
         batch_size=batch_size,
     )  # fmt: skip
-    with grid_results(grid, model, task, n_train, out, texts, workers, device, progress) as results:
+    with grid_results(
+        grid, model, [task], n_train, out, texts=texts, workers=workers, device=device, progress=progress
+    ) as results:
         table = results.method_table(task.name, reference)
     assert table is not None
     return table
@@ -177,7 +179,7 @@ def compare_selectors(
     grid = one_task_grid(
         "compare selectors", model, task, runs, seeds=tuple(seeds), split=split, limit=limit, batch_size=batch_size
     )
-    with grid_results(grid, model, task, n_train, out, (), workers, device, progress) as results:
+    with grid_results(grid, model, [task], n_train, out, workers=workers, device=device, progress=progress) as results:
         table = results.selector_table(task.name)
     if table is None:
         raise InputError(f"only the selector {names[0]} is asked for; name another one to compare it with")
@@ -254,15 +256,15 @@ def one_task_grid(kind: str, model: Any, task: Task, runs: Sequence[Run], **fiel
 
 @contextlib.contextmanager
 def grid_results(
-    grid: Grid, model: Any, task: Task, n_train: int | None, out: str | Path | None, texts: Sequence[str], workers: int,
-    device: str | None, progress: bool,
+    grid: Grid, model: Any, tasks: Sequence[Task], n_train: int | None, out: str | Path | None, *, workers: int,
+    device: str | None, progress: bool, texts: Sequence[str] = (), other_tasks: Sequence[Task] = (),
 ) -> Iterator[Results]:  # fmt: skip
     """Run the grid and read it, from a store that is gone after the block unless `out` is given."""
     by_name = isinstance(model, str | Path | ModelSpec)
     with _folder(out) as folder:
         report = run_grid(
-            grid, folder, model=None if by_name else model, tasks=[_with_rows(task, n_train)], texts=texts, workers=workers,
-            device=device, progress=progress,
+            grid, folder, model=None if by_name else model, tasks=[_with_rows(t, n_train) for t in tasks],
+            other_tasks=other_tasks, texts=texts, workers=workers, device=device, progress=progress,
         )  # fmt: skip
         _check(report)
         yield load_results(folder, grids=[grid.name])

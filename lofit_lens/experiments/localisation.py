@@ -3,13 +3,23 @@
 Edits that are optimised at random heads may do nearly as well as at chosen ones (Wang & Veitch, arXiv 2502.11447), so that a
 gain does not show by itself that a task is located where the edit is. Here every head set, chosen or random, is trained with
 the same seeds at a learning rate of its own, chosen by the same trials on the validation rows; `analysis.controls` has the tests.
+
+Controls stand beside that, with the chosen heads' first adapter and as many random sets:
+
+- other wordings of the test prompts: the same adapters, nothing trained again
+- half of the edits: the first half of the heads, best first, against random halves
+- heads silenced: z of the chosen heads is its mean, against as many other heads of the same layers
+- answer carried: z patched from prompts with the same and with another answer (`analysis.answers`)
+- stability: heads chosen again with other seeds, and by two halves of the training rows
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from lofit_lens.analysis.controls import (
@@ -22,18 +32,27 @@ from lofit_lens.analysis.controls import (
     check_margin,
     chosen_against_random,
 )
+from lofit_lens.analysis.measure import records
+from lofit_lens.analysis.needed import BEST, KeepOnly, Removal
 from lofit_lens.analysis.resampling import mean_interval, paired_test_of_means
+from lofit_lens.analysis.stability import stability
+from lofit_lens.analysis.stored import restored
+from lofit_lens.errors import InputError
 from lofit_lens.evaluation.result import table_html
 from lofit_lens.evaluation.stats import PairedTest, p_in_words
 from lofit_lens.experiments.comparison import grid_results, one_task_grid
-from lofit_lens.experiments.grid.specs import CHOSEN, Run
+from lofit_lens.experiments.grid.specs import CHOSEN, Run, TaskSpec
 from lofit_lens.experiments.methods.base import MATCHED, OWN, TRIALS
 from lofit_lens.experiments.methods.choice import Settings
+from lofit_lens.experiments.readings import CARRIED, CONTROLS, HALF, SILENCED
 from lofit_lens.experiments.tables.results import ZERO, Results
 from lofit_lens.experiments.tables.table import markdown, settings_text
+from lofit_lens.heads import HeadScores
 from lofit_lens.tasks.base import Task
+from lofit_lens.tasks.wording import reworded
 
 CHOSEN_SET = "chosen"
+CONTROL_COLUMNS = ("control", "chosen", "random", "difference", "p")
 SHOWN = {"set": "set", "value": "mean", "low": "low", "high": "high", "settings": "settings", "heads": "heads"}
 UNLEARNED = (
     "These runs cannot tell: the chosen heads do not do better than the unmodified model, so that beside random ones they "
@@ -63,6 +82,10 @@ class Localisation:
         test: chosen against random.
         unmodified: mean of the model without edits.
         gain: the chosen set against it, a paired test over items.
+        controls: one row a control, as far as it could be had: `control`, `chosen`, `random` (means), `difference`, `low`, `high`
+            (95 %), `p`, `p_equivalence`, `n_sets`, `n_items`; of the first seed, but for other wordings.
+        again: heads chosen again: `over` (seeds, halves of the training rows), `jaccard` and `shared` (means over pairs of runs),
+            `expected` and `expected_shared` by chance, `n_runs`.
     """
 
     task: str
@@ -75,6 +98,8 @@ class Localisation:
     test: ControlTest
     unmodified: float
     gain: PairedTest
+    controls: pd.DataFrame = field(default_factory=pd.DataFrame)
+    again: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @property
     def verdict(self) -> str:
@@ -98,6 +123,16 @@ class Localisation:
         cells = pd.DataFrame(self.table[list(SHOWN)]).to_dict("records")
         return [tuple(f"{100 * v:.1f}" if isinstance(v, float) else str(v) for v in row.values()) for row in cells]
 
+    def control_rows(self) -> list[tuple[str, ...]]:
+        """The controls as text below `CONTROL_COLUMNS`: means and differences in percent."""
+        return [
+            (
+                str(row["control"]), f"{100 * row['chosen']:z.1f}", f"{100 * row['random']:z.1f}",
+                f"{100 * row['difference']:+z.1f} {_interval(row)}", p_in_words(row["p"]).removeprefix("p ").removeprefix("= "),
+            )
+            for row in self.controls.to_dict("records")
+        ]  # fmt: skip
+
     def title(self) -> str:
         """What it is about."""
         return f"{self.task}, {self.split} split, {self.metric.upper()} in %, n={self.test.n_items}, {self.model}"
@@ -106,13 +141,16 @@ class Localisation:
         """JSON-able."""
         return {
             "task": self.task, "model": self.model, "split": self.split, "metric": self.metric, "k": self.k, "tried": self.tried,
-            "sets": self.table.astype(object).where(self.table.notna(), None).to_dict("records"), "test": self.test.to_dict(),
-            "unmodified": self.unmodified, "gain": self.gain.to_dict(), "verdict": self.verdict, "words": str(self),
+            "sets": records(self.table), "test": self.test.to_dict(),
+            "unmodified": self.unmodified, "gain": self.gain.to_dict(), "controls": records(self.controls),
+            "again": records(self.again), "verdict": self.verdict, "words": str(self),
         }  # fmt: skip
 
     def to_markdown(self) -> str:
-        """The paragraph below the table."""
-        return markdown(self.title(), self.columns(), self.rows(), [str(self)])
+        """The tables, and the paragraph below them."""
+        sets = markdown(self.title(), self.columns(), self.rows(), [str(self)])
+        rows = self.control_rows()
+        return sets + ("\n" + markdown("Controls", CONTROL_COLUMNS, rows, []) if rows else "")
 
     def __str__(self) -> str:
         test, margin = self.test, f"{100 * self.test.margin:g} points"
@@ -138,14 +176,27 @@ class Localisation:
             f"{_counted(self.k, 'head')} of {self.model} that were chosen by {OWN} reaches {100 * test.chosen:.1f} %; "
             f"{same} {100 * test.random:.1f} % on average{lie}, the unmodified model {100 * self.unmodified:.1f} %. Each set was "
             f"trained {how}, with {_counted(test.n_seeds, 'seed')}. The difference is {tests}. "
-            f"{UNLEARNED if self._unlearned else IN_WORDS[self.verdict]}"
+            f"{UNLEARNED if self._unlearned else IN_WORDS[self.verdict]}{self._controls_in_words()}"
         )
+
+    def _controls_in_words(self) -> str:
+        said = [
+            f"{row['control']}: {100 * row['chosen']:z.1f} % against {100 * row['random']:z.1f} %, {p_in_words(row['p'])}"
+            for row in self.controls.to_dict("records")
+        ]
+        chosen_again = [
+            f"over {row['over']} {row['shared']:.1f} of {self.k} heads are chosen again ({row['expected_shared']:.1f} by chance)"
+            for row in self.again.to_dict("records")
+        ]
+        beside = f" Controls, chosen against random heads: {'; '.join(said)}." if said else ""
+        return beside + (f" By A-norm, {', and '.join(chosen_again)}." if chosen_again else "")
 
     def __repr__(self) -> str:
         return f"Localisation({self.title()}: {self.verdict})"
 
     def _repr_html_(self) -> str:
-        return table_html(self.title(), self.columns(), self.rows(), [str(self)])
+        sets, rows = table_html(self.title(), self.columns(), self.rows(), [str(self)]), self.control_rows()
+        return sets + (table_html("Controls", CONTROL_COLUMNS, rows) if rows else "")
 
 
 def localisation(
@@ -157,6 +208,8 @@ def localisation(
     seeds: Sequence[int] = (0, 1),
     margin: float = 0.05,
     points: Sequence[Settings] | None = None,
+    wordings: Mapping[str, Mapping[str, str]] | None = None,
+    controls: bool = True,
     split: str = "test",
     limit: int | None = None,
     tuning_limit: int | None = None,
@@ -182,7 +235,11 @@ def localisation(
         margin: the smallest difference in the task's metric that would matter, a share: 0.05 = 5 points. Fix it beforehand.
         points: settings that every set chooses from, e.g. `[{"lr": 0.01}, {"lr": 0.03}]`; None = LoFiT's own four learning
             rates. A single point is taken without trials.
-        split: that the sets are tested on.
+        wordings: of the test prompts, on which all adapters are tested too: name -> old text -> new text, e.g.
+            `{"spelled out": {"Q:": "Question:", "A:": "Answer:"}}` (`tasks.wording.reworded`); None = no other.
+        controls: also read the other controls: half of the edits, heads silenced, answer carried, heads chosen again. They cost
+            about `3 * draws` evaluations and a selection.
+        split: that the sets are tested on. Controls are of the test split, and need it.
         limit: only its first rows.
         tuning_limit: only the first validation rows in the trials.
         n_train: training rows drawn; None = the task's own number.
@@ -193,8 +250,8 @@ def localisation(
         progress: show what is done and the time left.
 
     Raises:
-        InputError: a margin that is not above 0, no draw or seed, no points, a task without validation rows, several workers
-            with a model in memory, or a run that failed.
+        InputError: a margin that is not above 0, no draw or seed, no points, a task without validation rows, a wording that
+            changes nothing, wordings on another split than test, several workers with a model in memory, or a run that failed.
         TrainingDiverged: training gave NaN or infinity at every point of a set.
     """
     check_margin(margin)
@@ -203,13 +260,33 @@ def localisation(
         fields |= {"settings": dict(points[0])}  # nothing to choose
     else:
         fields |= {"settings": CHOSEN if points is None else tuple(map(dict, points)), "trials_on": "heads"}
-    runs = [Run(heads=(OWN,), **fields), Run(heads=(MATCHED,), draws=draws, **fields), Run(method=(ZERO,))]
+    asked = [reworded(task, replacements, name=name) for name, replacements in (wordings or {}).items()]
+    if asked and split != "test":
+        raise InputError(
+            f"split is {split!r} and wordings are of the test split; leave wordings out, or take split='test'"
+        )
+    fields["tested"] = bool(asked)
+    read = {"readings": CONTROLS} if controls and split == "test" else {}
+    halves = _halves(task if n_train is None else replace(task, n_train=n_train)) if read else []
+    runs = [Run(heads=(OWN,), **read, **fields), Run(heads=(MATCHED,), draws=draws, **fields), Run(method=(ZERO,))]
     grid = one_task_grid(
         "localisation", model, task, runs, seeds=tuple(seeds), split=split, limit=limit, tuning_limit=tuning_limit,
         batch_size=batch_size,
     )  # fmt: skip
-    with grid_results(grid, model, task, n_train, out, (), workers, device, progress) as results:
-        return _found(results, task, split, TRIALS if points is None else len(points), margin)
+    more = {"workers": workers, "device": device, "progress": progress}
+    with grid_results(grid, model, [task], n_train, out, other_tasks=asked, **more) as results:
+        found = _found(results, task, split, TRIALS if points is None else len(points), margin)
+        if asked or read:
+            found = replace(found, controls=_controls(results, task, asked, margin))
+        again = (
+            [_again(f"{len(results.seeds)} seeds", _by_seed(results, task), found.k)] if len(results.seeds) > 1 else []
+        )
+    if halves:
+        grid = one_task_grid("localisation halves", model, task, [], scores=(OWN,), seeds=tuple(seeds)[:1])
+        grid = grid.model_copy(update={"tasks": tuple(TaskSpec(name=half.name) for half in halves)})
+        with grid_results(grid, model, halves, None, out, **more) as results:
+            again.append(_again("two halves of the training rows", list(results.scores.values()), found.k))
+    return replace(found, again=pd.DataFrame(again))
 
 
 def _found(results: Results, task: Task, split: str, tried: int, margin: float) -> Localisation:
@@ -236,6 +313,70 @@ def _row(results: Results, name: str, rows: pd.DataFrame, scores: Any) -> dict[s
         "settings": " / ".join(dict.fromkeys(settings_text(fit.settings) for fit in fits)),
         "heads": " / ".join(dict.fromkeys(fit.heads for fit in fits)),
     }  # fmt: skip
+
+
+def _controls(results: Results, task: Task, asked: Sequence[Task], margin: float) -> pd.DataFrame:
+    """A row for each control that the store holds."""
+    found = []
+
+    def add(control: str, chosen: np.ndarray, sets: np.ndarray) -> None:
+        test = chosen_against_random(chosen, sets, margin=margin)
+        low, high = test.interval or (float("nan"), float("nan"))
+        found.append({
+            "control": control, "chosen": test.chosen, "random": test.random, "difference": test.difference, "low": low,
+            "high": high, "p": test.p, "p_equivalence": test.p_equivalence, "n_sets": test.n_sets, "n_items": test.n_items,
+        })  # fmt: skip
+
+    for other in asked:
+        named = {"task": task.name, "tested": other.name}
+        own = results.values(results.rows(heads_from=OWN, **named))
+        drawn = [results.values(of) for _, of in results.rows(heads_from=MATCHED, **named).groupby("draw")]
+        add(f"prompts {other.name.removeprefix(task.name + ':')}", own, np.stack(drawn))
+    parts = results.readings().get(task.name, {})
+    where = f"{results.folder}: the reading of {task.name}"
+    if HALF in parts:
+        kept = restored(parts[HALF], where)
+        k = min(k for k in kept.frame["k"] if k)
+        add(f"edits of {_counted(k, 'head')} only", *_items(kept, kept.frame["k"] == k, kept.frame["order"] == BEST))
+    if SILENCED in parts:
+        gone = restored(parts[SILENCED], where)
+        add("heads silenced", *_items(gone, gone.frame["k"] > 0, gone.frame["which"] == "chosen"))
+    if CARRIED in parts:
+        patched = restored(parts[CARRIED], where)
+        carried = [patched.carried("random", draw)[None] for draw in range(patched.draws)]
+        add("answer carried", patched.carried()[None], np.stack(carried))
+    return pd.DataFrame(found)
+
+
+def _items(found: KeepOnly | Removal, wanted: pd.Series, chosen: pd.Series) -> tuple[np.ndarray, np.ndarray]:
+    """Items of the chosen heads' run [1, n_items] and of the random ones [n_sets, 1, n_items]."""
+    items = np.array(found.items)
+    return items[(wanted & chosen).to_numpy()], items[(wanted & ~chosen).to_numpy()][:, None]
+
+
+def _by_seed(results: Results, task: Task) -> list[HeadScores]:
+    return [results.scores[task.name, OWN, seed] for seed in results.seeds]
+
+
+def _again(over: str, scores: Sequence[HeadScores], k: int) -> dict[str, Any]:
+    row = stability(scores, ks=[k]).to_dict("records")[0]
+    return {"over": over, **{c: row[c] for c in ("jaccard", "shared", "expected", "expected_shared", "n_runs")}}
+
+
+def _halves(task: Task) -> list[Task]:
+    """The training rows that are drawn with seed 0, in two halves; nothing of a single row."""
+    rows = list(task.drawn("train", n=None, seed=0))
+    random.Random(0).shuffle(rows)
+    middle = len(rows) // 2
+    return [
+        replace(task.subset(train=sorted(half)), name=f"{task.name}:{name} half")
+        for name, half in (("first", rows[:middle]), ("second", rows[middle:]))
+        if middle
+    ]
+
+
+def _interval(row: Mapping[Any, Any]) -> str:
+    return "" if np.isnan(row["low"]) else f"[{100 * row['low']:+z.1f}, {100 * row['high']:+z.1f}]"
 
 
 def _counted(n: int, what: str) -> str:

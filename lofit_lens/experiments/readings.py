@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from lofit_lens.analysis.answers import answer_patching
 from lofit_lens.analysis.attention import attention_patterns
 from lofit_lens.analysis.drift import drift
 from lofit_lens.analysis.geometry import geometry
@@ -32,12 +33,19 @@ SHOWN = 2  # prompts whose attention patterns are kept
 ALL_HEADS = 128  # up to so many heads in a model, the patterns of all are kept; else those of the adapter's heads
 LONGEST = 60  # tokens of a prompt whose patterns are kept
 
+HALF, SILENCED, CARRIED = "half of the edits", "removal in the same layers", "answer patching"
+CONTROLS = (HALF, SILENCED, CARRIED)  # of `localisation`, read where it asks for them
+PARTS = (
+    "tokens", "geometry", "attention", "leave_one_out", "keep_only", "removal", "drift", "removal_cued", "removal_edits",
+    "long_context", *CONTROLS,
+)  # fmt: skip
+
 log = logging.getLogger(__name__)
 
 
 def read_adapter(
     model: Any, task: Task, lofit: Lofit, *, seed: int, limit: int | None, draws: int, wide: Lofit | None = None,
-    cued: Task | None = None, texts: Sequence[str] = (),
+    cued: Task | None = None, texts: Sequence[str] = (), only: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Read one task's adapter; a part that the model or the task does not allow is left out, with a warning.
 
@@ -51,6 +59,7 @@ def read_adapter(
         wide: the task's adapter on three times as many heads, from which edits are dropped.
         cued: the same task with prompts that the unmodified model can do, which shows whether it needs the heads.
         texts: ordinary texts that stand in front of questions in long contexts; none = that part is left out.
+        only: names of the parts that are wanted, controls among them; none = all but the controls of `localisation`.
 
     Returns:
         Name of a part -> its record, JSON-able.
@@ -78,6 +87,14 @@ def read_adapter(
         parts["long_context"] = lambda: long_context(
             model, task, lofit, texts, _lengths(model), separator=" ", limit=rows, progress=False
         ).to_dict()
+    if only:
+        nearby = HeadSet.all(model_info(model).grid).restrict(lofit.heads.layers)
+        parts |= {
+            HALF: lambda: keep_only(model, task, lofit, ks=[max(1, lofit.k // 2)], draws=draws, **options).to_dict(),
+            SILENCED: lambda: removal(model, task, lofit.heads, adapter=lofit, pool=nearby, **removed).to_dict(),
+            CARRIED: lambda: answer_patching(model, task, lofit.heads, adapter=lofit, draws=draws, **options).to_dict(),
+        }
+        parts = {name: parts[name] for name in only if name in parts}
     return _parts(parts)
 
 

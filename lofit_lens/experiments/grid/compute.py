@@ -351,7 +351,7 @@ def _reading(job: _Job) -> None:
         parts = read_adapter(
             model, task(spec["task"]), adapter(spec["fit"]), seed=spec["seed"], limit=spec["limit"], draws=spec["draws"],
             wide=adapter(spec["wide"]) if spec["wide"] else None, cued=task(spec["cued"]) if spec["cued"] else None,
-            texts=job.store.kept(spec["texts"]) if spec["texts"] else (),
+            texts=job.store.kept(spec["texts"]) if spec["texts"] else (), only=spec.get("only", ()),
         )  # fmt: skip
     io.write_json(job.draft.path / READINGS, parts)
 

@@ -21,6 +21,7 @@ from lofit_lens.experiments.grid.keys import model_key, selector_source, task_ke
 from lofit_lens.experiments.grid.specs import CHOSEN, EVERY, HEADS_READ, ITSELF, OTHERS, PRESET, Grid, Run, heads_of
 from lofit_lens.experiments.methods import Method, Outline, method_of
 from lofit_lens.experiments.methods.base import ALL, MATCHED, OWN, RANDOM
+from lofit_lens.experiments.readings import PARTS
 from lofit_lens.experiments.store.cells import Cell
 from lofit_lens.models import ModelInfo
 from lofit_lens.tasks.base import Task
@@ -321,7 +322,12 @@ class _Maker:
     def readings(self, run: Run) -> None:
         """Readings of each task's adapter with the first seed, and of all of them together."""
         grid, found = self.setting.grid, {}
-        seed, draws = (run.seeds or grid.seeds)[0], max((r.draws for r in grid.runs if RANDOM in r.heads), default=5)
+        drawn = [r.draws for r in grid.runs if {RANDOM, MATCHED} & {*r.heads}]
+        seed, draws = (run.seeds or grid.seeds)[0], max(drawn, default=5)
+        only = [] if isinstance(run.readings, bool) else list(run.readings)
+        for part in only:
+            if part not in PARTS:
+                raise unknown("part of a reading", part, PARTS)
         for task in self.setting.tasks:
             outline = self.setting.outline(task)
             fit = self._own_fit(run, task, seed, heads_of(run.k[0], outline.preset.k, self.setting.n_heads))
@@ -334,10 +340,10 @@ class _Maker:
             spec = {
                 "kind": "reading", "task": self.setting.task_keys[task], "fit": fit.name, "wide": wide and wide.name,
                 "cued": self.setting.task_keys.get(f"{task}-cued"), "texts": self.setting.texts, "draws": draws, "seed": seed,
-                "limit": grid.limit,
+                "limit": grid.limit, **({"only": only} if only else {}),
             }  # fmt: skip
             self.add((fit.label, "reading"), spec, [f.name for f in (fit, wide) if f], {"task": task, "seed": seed})
-        if len(found) > 1:
+        if len(found) > 1 and not only:
             spec = {
                 "kind": "reading", "tasks": {t: self.setting.task_keys[t] for t in found}, "seed": seed, "limit": grid.limit,
                 "fits": {t: fit.name for t, fit in found.items()},

@@ -211,7 +211,7 @@ class Run(Spec):
         seeds: None = the grid's.
         tested: also test the adapters on the grid's other tasks.
         damage: measure the adapters' damage on the grid's texts.
-        readings: read what the first seed's adapter says of the model (`experiments.readings`); LoFiT, heads by A-norm.
+        readings: read what the first seed's adapter says of the model, or these parts only (`experiments.readings`).
     """
 
     method: Methods = ("LoFiT",)
@@ -227,7 +227,9 @@ class Run(Spec):
     seeds: Seeds | None = None
     tested: bool = False
     damage: bool = False
-    readings: bool = False
+    readings: Annotated[bool | tuple[str, ...], BeforeValidator(lambda v: v if isinstance(v, bool) else listed(v))] = (
+        False
+    )
 
     @model_validator(mode="after")
     def _known_names(self) -> "Run":
