@@ -32,14 +32,15 @@ def spread_evenly(model: LlamaForCausalLM) -> LlamaForCausalLM:
         InputError: fewer key-value heads than heads, a bias, scaled rotary frequencies, or head sizes that give other angles.
     """
     config = copy.deepcopy(model.config)
-    heads, size = config.num_attention_heads, config.head_dim
+    heads = config.num_attention_heads
+    size = config.head_dim or config.hidden_size // heads
     rope = getattr(config, "rope_parameters", None) or {}
     if config.num_key_value_heads != heads or config.attention_bias or rope.get("rope_type", "default") != "default":
         raise InputError(
             f"{config.num_key_value_heads} key-value heads of {heads}, attention bias {config.attention_bias}, rotary "
             f"{rope.get('rope_type', 'default')}; give a Llama with a key-value head for each head, no bias and default rotary"
         )
-    config.head_dim = heads * int(size)
+    config.head_dim = heads * size
     made = LlamaForCausalLM(config).to(model.dtype)  # pyright: ignore[reportArgumentType]
     own, wide = model.state_dict(), {}
     for name, weight in own.items():

@@ -1,16 +1,25 @@
-"""Chosen heads beside random sets of the same layers, with the margin in which differences do not matter."""
+"""Chosen heads beside random sets of the same layers, with the margin in which differences do not matter, and the controls."""
+
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 from lofit_lens.checks import check_is
+from lofit_lens.evaluation.stats import p_in_words
 from lofit_lens.experiments.localisation import CHOSEN_SET, Localisation
 from lofit_lens.plots.curves import GREY, faded, finish
 from lofit_lens.plots.style import COLORS
 
+FIRST: dict[str, Any] = {"row": 1, "col": 1}
+SECOND: dict[str, Any] = {"row": 1, "col": 2}
+
 
 def localisation_figure(found: Localisation, *, title: str = "Chosen heads and random sets") -> go.Figure:
     """Each random set's mean with its 95 % interval, from the best to the worst, and the chosen set's in front of them.
+
+    Beside them stand the controls, as far as they were had: the chosen heads and the mean of the random sets.
 
     The dashed line is the mean of the random sets, and the band around it the margin; the dotted line is the unmodified model.
 
@@ -22,12 +31,14 @@ def localisation_figure(found: Localisation, *, title: str = "Chosen heads and r
         InputError: something else.
     """
     check_is(found, Localisation, "found", "what localisation returns")
+    listed = found.controls
+    fig = make_subplots(
+        rows=1, cols=1 + (len(listed) > 0), column_widths=[0.62, 0.38] if len(listed) else None, horizontal_spacing=0.2,
+        subplot_titles=("tuned on each set", "controls") if len(listed) else None,
+    )  # fmt: skip
     test, table = found.test, found.table.sort_values("value", ascending=False, kind="stable")
     chosen = table["set"] == CHOSEN_SET
-    fig, middle, margin = go.Figure(), 100 * test.random, 100 * test.margin
-    fig.add_hrect(y0=middle - margin, y1=middle + margin, fillcolor=faded(GREY), line_width=0, layer="below")
-    fig.add_hline(y=100 * found.unmodified, line={"color": GREY, "dash": "dot", "width": 1.5}, layer="below")
-    fig.add_hline(y=middle, line={"color": GREY, "dash": "dash", "width": 1.5}, layer="below")
+    middle, margin = 100 * test.random, 100 * test.margin
     for name, rows, color in (("chosen heads", table[chosen], COLORS[1]), ("random sets", table[~chosen], COLORS[0])):
         value, low, high = (100 * rows[column] for column in ("value", "low", "high"))
         texts = [
@@ -42,13 +53,48 @@ def localisation_figure(found: Localisation, *, title: str = "Chosen heads and r
             customdata=texts,
             hovertemplate="%{x}: %{y:.1f} % [%{customdata[0]:.1f}, %{customdata[1]:.1f}]<br>%{customdata[2]}<br>%{customdata[3]}"
             "<extra></extra>",
-        ))  # fmt: skip
+        ), **FIRST)  # fmt: skip
+    # After the traces: an empty subplot takes no lines.
+    fig.add_hrect(y0=middle - margin, y1=middle + margin, fillcolor=faded(GREY), line_width=0, layer="below", **FIRST)
+    fig.add_hline(y=100 * found.unmodified, line={"color": GREY, "dash": "dot", "width": 1.5}, layer="below", **FIRST)
+    fig.add_hline(y=middle, line={"color": GREY, "dash": "dash", "width": 1.5}, layer="below", **FIRST)
+    if len(listed):
+        _controls(fig, listed)
     note = (
         f"{found.title()}: {found.verdict}<br>dashed and band: mean of the random sets, margin of {margin:g} points<br>"
-        "dotted: unmodified model; bars: 95 % interval over seeds and items"
+        "dotted: unmodified model; bars: 95 % interval over seeds and items<br>orange: chosen heads; blue: random sets"
     )
-    finish(fig, title, note, width=max(620, 160 + 42 * len(table)), height=280)
-    fig.update_xaxes(tickangle=-40)
-    fig.update_yaxes(title_text=f"{found.metric.upper()}, %")
+    finish(
+        fig,
+        title,
+        note,
+        width=max(620, 160 + 42 * len(table)) + (420 if len(listed) else 0),
+        height=280,
+        lift=22 if len(listed) else 0,
+    )
+    fig.update_xaxes(tickangle=-40, **FIRST)
+    fig.update_yaxes(title_text=f"{found.metric.upper()}, %", **FIRST)
     fig.update_layout(showlegend=False)
     return fig
+
+
+def _controls(fig: go.Figure, controls: pd.DataFrame) -> None:
+    """Chosen and random heads of every control, joined by a line; what is tested and p stand at the pointer."""
+    names = controls["control"].tolist()
+    for row in controls.to_dict("records"):
+        ends = [100 * row["chosen"], 100 * row["random"]]
+        fig.add_trace(
+            go.Scatter(x=ends, y=[row["control"]] * 2, mode="lines", line={"color": GREY}, hoverinfo="skip"), **SECOND
+        )
+    texts = [
+        [100 * r["difference"], p_in_words(r["p"]), r["n_sets"], r["n_items"]] for r in controls.to_dict("records")
+    ]
+    for name, column, color in (("chosen heads", "chosen", COLORS[1]), ("random sets", "random", COLORS[0])):
+        fig.add_trace(go.Scatter(
+            x=(100 * controls[column]).tolist(), y=names, mode="markers", name=name, marker={"size": 9, "color": color},
+            customdata=texts,
+            hovertemplate="%{y}: " + name + " %{x:.1f} %<br>difference %{customdata[0]:+.1f}, %{customdata[1]}<br>"
+            "%{customdata[2]} random sets, %{customdata[3]} rows<extra></extra>",
+        ), **SECOND)  # fmt: skip
+    fig.update_yaxes(autorange="reversed", **SECOND)
+    fig.update_xaxes(title_text="%", **SECOND)
