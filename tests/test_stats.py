@@ -392,7 +392,7 @@ def test_false_positives_where_few_items_differ(paired_test):
             found[plus, minus] = paired_test(a, b, resamples=999).p < 0.05
     for rate in (0.01, 0.02, 0.03):
         of = [
-            scipy.stats.binom.pmf(m, 200, rate) * scipy.stats.binom.pmf(plus, m, 0.5) * found[tuple(sorted((plus, m - plus)))]
+            textbook.binom.pmf(m, 200, rate) * textbook.binom.pmf(plus, m, 0.5) * found[tuple(sorted((plus, m - plus)))]
             for m in range(16) for plus in range(m + 1)
         ]  # fmt: skip
         assert sum(of) <= 0.05
