@@ -88,7 +88,7 @@ def test_against_plain_hugging_face(checkpoint, task, on):
             logp = hf(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[row.start - 1 :]
             total = total - logp.sum()
         loss = total / sum(row.n_labels for row in batch)
-        weight = 0.1 * math.exp(-0.01 * (step + 1))
+        weight = 0.1 * math.exp(-0.01 * step)
         extra = (weight * penalty(phi[1]) + (1 - weight) * penalty(phi[0])) / 12
         (loss + extra).backward()
         torch.nn.utils.clip_grad_norm_([A, v, phi], 1.0)

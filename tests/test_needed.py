@@ -7,11 +7,13 @@ and the adapter's offset on L0H0 is too small to matter.
 import json
 import random
 
+import numpy as np
 import pytest
 import torch
 
 import lofit_lens as ll
 from lofit_lens import HeadSet, Lofit
+from lofit_lens.analysis.controls import chosen_against_random
 from lofit_lens.analysis.needed import drop_edits, keep_only, leave_one_out, removal
 from lofit_lens.errors import InputError
 from lofit_lens.models import load_model
@@ -70,22 +72,23 @@ def test_leave_one_out_of_a_single_head_is_the_bare_model(model, task, lofit):
 
 def test_keep_only_counts_up(model, task, lofit):
     """Best first: nothing at k = 0 and 1, all from 2 on. Random orders: all once the key head is among the first k."""
-    found = keep_only(model, task, lofit, draws=3, seed=3, progress=False)
-    orders = [random.Random(3 + d).sample([str(h) for h in lofit.heads], 4) for d in range(3)]
+    found = keep_only(model, task, lofit, draws=4, seed=3, progress=False)
+    orders = [random.Random(3 + d).sample([str(h) for h in lofit.heads], 4) for d in range(4)]
     best = found.frame[found.frame["order"] == "best first"]
     assert best["k"].tolist() == [0, 1, 2, 3, 4]
     assert best["value"].tolist() == [0, 0, 1, 1, 1]
     drawn = found.frame[found.frame["order"] == "random"]
-    assert drawn["k"].tolist() == [1, 2, 3] * 3
+    assert drawn["k"].tolist() == [1, 2, 3] * 4
     for row in drawn.itertuples():
         assert row.heads == " ".join(orders[row.draw][: row.k])
         assert row.value == float(KEY in orders[row.draw][: row.k])
     curve = found.curve.set_index("k")
-    shares = {k: sum(KEY in o[:k] for o in orders) / 3 for k in (1, 2, 3)}
+    shares = {k: sum(KEY in o[:k] for o in orders) / 4 for k in (1, 2, 3)}
     assert curve["random"].to_dict() == pytest.approx({0: 0.0, **shares, 4: 1.0})
     assert curve.loc[2, "difference"] == pytest.approx(1 - shares[2])
     assert curve.loc[2, "low"] <= curve.loc[2, "difference"] <= curve.loc[2, "high"]
     assert curve.loc[4, "difference"] == 0
+    assert curve.loc[[0, 4], ["low", "high", "p"]].isna().all(axis=None), "nothing is random there"
     assert len(found.items) == len(found.frame)
     assert [sum(i) / len(i) for i in found.items] == found.frame["value"].tolist()
     json.dumps(found.to_dict(), allow_nan=False)
@@ -93,19 +96,23 @@ def test_keep_only_counts_up(model, task, lofit):
 
 def test_removing_the_head_that_decides_hurts_and_others_do_not(model, task, lofit):
     """Silenced behind the adapter, the key head's offset is gone; any other head's silence leaves all answers right."""
-    found = removal(model, task, HeadSet([KEY]), adapter=lofit, draws=3, seed=1, progress=False)
+    found = removal(model, task, HeadSet([KEY]), adapter=lofit, draws=5, seed=1, progress=False)
     row = found.curve.iloc[0]
-    assert (row["k"], row["none"], row["draws"], row["n"]) == (1, 1.0, 3, len(found.items[0]))
+    assert (row["k"], row["none"], row["draws"], row["n"]) == (1, 1.0, 5, len(found.items[0]))
     assert row["chosen"] < 0.75
     assert row["random"] == 1.0
     assert row["difference"] == row["chosen"] - row["random"]
     assert row["low"] <= row["difference"] <= row["high"] < 0
+    runs = [np.array(items)[None] for items in found.items]
+    test = chosen_against_random(runs[1], runs[2:], others=(1, 11))
+    assert (row["low"], row["high"], row["p"], row["pool"]) == (*test.interval, test.p, 11)
     others = [str(h) for h in HeadSet.all((3, 4)) if str(h) != KEY]
     drawn = found.frame[found.frame["which"] == "random"]
-    assert drawn["heads"].tolist() == [random.Random(1 + d).sample(others, 1)[0] for d in range(3)]
-    assert found.frame["which"].tolist() == ["none", "chosen", *["random"] * 3]
+    assert drawn["heads"].tolist() == [random.Random(1 + d).sample(others, 1)[0] for d in range(5)]
+    assert found.frame["which"].tolist() == ["none", "chosen", *["random"] * 5]
     zero = removal(model, task, HeadSet([KEY]), adapter=lofit, how="zero", draws=1, limit=4, progress=False)
     assert (zero.how, zero.curve["n"][0]) == ("zero", 4)
+    assert zero.curve[["low", "high", "p"]].isna().all(axis=None), "one draw is not tested"
     json.dumps(found.to_dict(), allow_nan=False)
 
 
@@ -156,10 +163,10 @@ def test_bad_requests_say_what_to_give(model, task, lofit, unchecked):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["truth", "kinship", "edits"])
 def test_removing_chosen_heads_of_the_embedded_model_hurts_more_than_random_ones(name):
-    """Three ways, each with its whole interval below 0.
+    """Three ways, each worse than without any of ten random sets; two of them with the whole interval below 0.
 
     Behind the adapter; on questions with a good cue, which the unmodified model answers, at the means of neutral prompts; and the
-    three heads' edits taken out of an adapter of nine.
+    three heads' edits taken out of an adapter of nine, where six others are too few for an interval that tells.
     """
     model, task = ll.load_model("organism"), ll.load_task(f"organism/{name}")
     scores = ll.select_heads(model, task, seed=0, progress=False)
@@ -169,10 +176,11 @@ def test_removing_chosen_heads_of_the_embedded_model_hurts_more_than_random_ones
     cued = ll.load_task(f"organism/{name}-cued")
     wide = ll.tune_offsets(model, task, scores.top(9), seed=0, progress=False)
     for found in (
-        removal(model, task, chosen, adapter=tuned, ks=[3], limit=120, progress=False),
-        removal(model, cued, chosen, prompts=neutral, ks=[3], limit=120, progress=False),
-        drop_edits(model, task, wide, chosen, ks=[3], limit=120, progress=False),
+        removal(model, task, chosen, adapter=tuned, ks=[3], draws=10, limit=120, progress=False),
+        removal(model, cued, chosen, prompts=neutral, ks=[3], draws=10, limit=120, progress=False),
+        drop_edits(model, task, wide, chosen, ks=[3], draws=10, limit=120, progress=False),
     ):
         row = found.curve.iloc[0]
-        assert row["high"] < 0, found.curve
+        assert row["chosen"] < found.frame["value"][2:].min(), found.frame
+        assert row["high"] < 0 or found.how == "edits", found.curve
         assert row["none"] > 0.75

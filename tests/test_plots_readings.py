@@ -169,6 +169,15 @@ def test_removal_curves():
     assert fig.layout.xaxis.title.text == "k (heads removed)"
 
 
+def test_a_difference_that_was_not_tested_stands_without_an_interval():
+    """Few draws: no bounds in the note."""
+    found = removed()
+    found.curve[["low", "high"]] = float("nan")
+    assert "chosen - random -0.80 (z at its mean)" in note(removal_figure(found))
+    assert "-0.80" in note(removal_bars(found))
+    assert "[" not in note(removal_bars(found))
+
+
 def test_removal_bars():
     """Three bars a task at its largest k, with bounds, and the paired difference above."""
     fig = removal_bars({"a": removed(), "b": removed((2,))})

@@ -141,6 +141,19 @@ def test_a_column_without_a_number_is_one_of_nan():
     assert frame["value"].tolist() == [0.5, 1.0]
 
 
+@pytest.mark.parametrize("part", ["keep_only", "removal"])
+def test_older_records_without_p_lose_their_intervals(results, part):
+    """Those were no tests of chosen against random heads; all else is as it was."""
+    record = results.readings()[KIN][part]
+    old = {
+        **record,
+        "curve": [{k: v for k, v in row.items() if k not in ("p", "pool")} | {"low": -1.0} for row in record["curve"]],
+    }
+    found = restored(old, "old").curve
+    assert found[["low", "high", "p"]].isna().all(axis=None)
+    assert found["difference"].tolist() == [row["difference"] for row in record["curve"]]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

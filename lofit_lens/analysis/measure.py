@@ -11,7 +11,7 @@ from lofit_lens.checks import check_seed, check_whole, shown
 from lofit_lens.errors import InputError
 from lofit_lens.evaluation.evaluate import evaluate
 from lofit_lens.evaluation.result import Metric
-from lofit_lens.evaluation.stats import PairedTest, bootstrap_interval_over_seeds
+from lofit_lens.evaluation.stats import PairedTest
 from lofit_lens.interventions.base import Intervention, attached
 from lofit_lens.tasks.base import Task
 from lofit_lens.tasks.registry import task_of
@@ -43,18 +43,6 @@ def summary(items: Sequence[float]) -> dict[str, Any]:
 def paired(first: Items, second: Items) -> PairedTest:
     """Paired test of first - second over items: bootstrap, or permutation below 50 items."""
     return paired_test_of_means(np.array([first], dtype=float), np.array([second], dtype=float))
-
-
-def difference(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """Mean of first - second over draws and items, paired: `difference`, `low` and `high` (95 %, draws and items resampled).
-
-    Args:
-        first: [draws, items], or [1, items] where the other side alone was drawn.
-        second: the same.
-    """
-    d = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
-    low, high = bootstrap_interval_over_seeds(d) or (np.nan, np.nan)
-    return {"difference": float(d.mean()), "low": low, "high": high}
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:

@@ -6,7 +6,8 @@
     drop_edits      an adapter of many heads loses its edits of the chosen     whether it leans on these
 
 Random heads stand beside each: orders of the same heads (`keep_only`), or as many other heads (`removal`, `drop_edits`).
-Differences are paired by item. Intervals are 95 %; where several draws stand behind a number, draws and items are resampled.
+Differences are paired by item. Intervals are 95 %. Whether chosen heads differ from random ones is tested by
+`chosen_against_random`, which takes four draws or more; the interval of the random heads' mean resamples draws and items.
 """
 
 import random
@@ -14,13 +15,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from lofit_lens.analysis.measure import Items, check_draws, check_ks, difference, items_of, paired, records, summary
+from lofit_lens.analysis.controls import chosen_against_random
+from lofit_lens.analysis.measure import Items, check_draws, check_ks, items_of, paired, records, summary
+from lofit_lens.analysis.resampling import NAN
 from lofit_lens.checks import check_is, check_one_of
 from lofit_lens.errors import InputError
-from lofit_lens.evaluation.stats import holm
+from lofit_lens.evaluation.stats import bootstrap_interval_over_seeds, holm
 from lofit_lens.heads import Heads, HeadSet
 from lofit_lens.interventions.ablation import HOW, HeadAblation, How, mean_z
 from lofit_lens.interventions.base import Intervention
@@ -113,7 +117,8 @@ class KeepOnly:
             (no edit) and k = K (all) are the same for every order and stand once, under `"best first"`.
         items: metric of every item, in the order of the frame.
         curve: one row a k: `k`, `best` (value of the best-first order), `random` (mean over draws), `random_low`,
-            `random_high` (95 % over draws and items), `difference` (best - random), `low`, `high`, `draws`, `n`.
+            `random_high` (95 % over draws and items), `difference` (best - random), `low`, `high`, `p` (of the difference; see
+            `chosen_against_random`), `draws`, `n`. `low`, `high` and `p` are NaN for fewer than four draws, k = 0 and k = K.
         task: name.
         metric: name.
         split: which.
@@ -180,21 +185,24 @@ def keep_only(
     for k in (0, *inner, lofit.k):
         best = found[BEST, 0, k]
         drawn = [found.get((RANDOM, d, k), best) for d in range(draws)]  # at the ends every order is the same
-        curve.append(_beside(best, drawn) | {"k": k})
-    columns = ["k", "best", "random", "random_low", "random_high", "difference", "low", "high", "draws", "n"]
+        curve.append(_beside(best, drawn, (k, lofit.k) if k in (0, lofit.k) else None) | {"k": k})
+    columns = ["k", "best", "random", "random_low", "random_high", "difference", "low", "high", "p", "draws", "n"]
     return KeepOnly(
         pd.DataFrame(rows), tuple(found.values()), pd.DataFrame(curve, columns=columns), task.name, task.metric, split, draws,
         seed,
     )  # fmt: skip
 
 
-def _beside(best: Items, drawn: Sequence[Items]) -> dict[str, Any]:
-    """One run beside several random ones on the same items."""
-    nothing = [[0.0] * len(best)]
-    mean = difference(drawn, nothing)
+def _beside(best: Items, drawn: Sequence[Items], others: tuple[int, int] | None) -> dict[str, Any]:
+    """One run beside several random ones on the same items; `others` as in `chosen_against_random`."""
+    sets = np.array(drawn, dtype=float)
+    test = chosen_against_random([best], sets[:, None], others=others)
+    low, high = test.interval or (NAN, NAN)
+    random_low, random_high = bootstrap_interval_over_seeds(sets) or (NAN, NAN)
     return {
-        "best": summary(best)["value"], "random": mean["difference"], "random_low": mean["low"], "random_high": mean["high"],
-        **difference([best], drawn), "draws": len(drawn), "n": len(best),
+        "best": summary(best)["value"], "random": test.random, "random_low": random_low, "random_high": random_high,
+        "difference": test.difference, "low": low, "high": high, "p": test.p if test.interval else NAN, "draws": len(drawn),
+        "n": len(best),
     }  # fmt: skip
 
 
@@ -208,7 +216,9 @@ class Removal:
         items: metric of every item, in the order of the frame.
         curve: one row a k: `k`, `none` (nothing silenced), `chosen`, `chosen_low`, `chosen_high` (95 % over items), `random`,
             `random_low`, `random_high` (95 % over draws and items), `difference` (chosen - random; below 0: removing the chosen
-            heads hurts more), `low`, `high`, `draws`, `n`.
+            heads hurts more), `low`, `high`, `p` (of the difference; see `chosen_against_random`), `pool` (heads that the random
+            ones were drawn from), `draws`, `n`. `low`, `high` and `p` are NaN for fewer than four draws, for fewer than four
+            heads in the pool, or where k takes all of it.
         task: name.
         metric: name.
         split: which.
@@ -347,10 +357,10 @@ def _removed(
     curve = []
     for k in listed:
         own = found["chosen", 0, k]
-        row, at = _beside(own, [found["random", d, k] for d in range(draws)]), summary(own)
+        row, at = _beside(own, [found["random", d, k] for d in range(draws)], (k, len(others))), summary(own)
         curve.append({
             "k": k, "none": summary(found["none", 0, 0])["value"], "chosen": row.pop("best"), "chosen_low": at["low"],
-            "chosen_high": at["high"], **row,
+            "chosen_high": at["high"], **row, "pool": len(others),
         })  # fmt: skip
     task, split, how = of
     return Removal(

@@ -43,6 +43,12 @@ def frame_of(rows: Sequence[Record]) -> pd.DataFrame:
     return frame
 
 
+def _curve(r: Record) -> pd.DataFrame:
+    """Chosen beside random heads. Older records, without p, lose their intervals, which did not hold their level."""
+    frame = frame_of(r["curve"])
+    return frame if "p" in frame else frame.assign(low=float("nan"), high=float("nan"), p=float("nan"))
+
+
 def _items(listed: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
     return tuple(tuple(i) for i in listed)
 
@@ -70,13 +76,13 @@ def _leave_one_out(r: Record) -> LeaveOneOut:
 
 def _keep_only(r: Record) -> KeepOnly:
     return KeepOnly(
-        frame_of(r["rows"]), _items(r["items"]), frame_of(r["curve"]), r["task"], r["metric"], r["split"], r["draws"], r["seed"]
+        frame_of(r["rows"]), _items(r["items"]), _curve(r), r["task"], r["metric"], r["split"], r["draws"], r["seed"]
     )  # fmt: skip
 
 
 def _removal(r: Record) -> Removal:
     return Removal(
-        frame_of(r["rows"]), _items(r["items"]), frame_of(r["curve"]), r["task"], r["metric"], r["split"], r["how"], r["draws"],
+        frame_of(r["rows"]), _items(r["items"]), _curve(r), r["task"], r["metric"], r["split"], r["how"], r["draws"],
         r["seed"],
     )  # fmt: skip
 

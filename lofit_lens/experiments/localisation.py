@@ -319,8 +319,8 @@ def _controls(results: Results, task: Task, asked: Sequence[Task], margin: float
     """A row for each control that the store holds."""
     found = []
 
-    def add(control: str, chosen: np.ndarray, sets: np.ndarray) -> None:
-        test = chosen_against_random(chosen, sets, margin=margin)
+    def add(control: str, chosen: np.ndarray, sets: np.ndarray, others: tuple[int, int] | None = None) -> None:
+        test = chosen_against_random(chosen, sets, others=others, margin=margin)
         low, high = test.interval or (float("nan"), float("nan"))
         found.append({
             "control": control, "chosen": test.chosen, "random": test.random, "difference": test.difference, "low": low,
@@ -340,7 +340,8 @@ def _controls(results: Results, task: Task, asked: Sequence[Task], margin: float
         add(f"edits of {_counted(k, 'head')} only", *_items(kept, kept.frame["k"] == k, kept.frame["order"] == BEST))
     if SILENCED in parts:
         gone = restored(parts[SILENCED], where)
-        add("heads silenced", *_items(gone, gone.frame["k"] > 0, gone.frame["which"] == "chosen"))
+        k, pool = (int(gone.curve[column].iloc[0]) for column in ("k", "pool"))
+        add("heads silenced", *_items(gone, gone.frame["k"] > 0, gone.frame["which"] == "chosen"), (k, pool))
     if CARRIED in parts:
         patched = restored(parts[CARRIED], where)
         carried = [patched.carried("random", draw)[None] for draw in range(patched.draws)]

@@ -251,7 +251,7 @@ def removal_bars(
             x=name, y=1.04, yref="y", text=_difference(row), showarrow=False, yanchor="bottom", font={"size": 11}
         )
     draws = "/".join(dict.fromkeys(str(r.draws) for r in found.values()))
-    note = f"bars: 95 % over items, for random heads over {draws} draws too<br>above: chosen - random, paired"
+    note = f"bars: 95 % over items, for random heads over {draws} draws too<br>above: chosen - random, 95 % over sets and items"
     finish(fig, title, note, width=max(520, 110 + 170 * len(names)), height=280, entries=list(sides), tick_lines=2)
     fig.update_yaxes(title_text="metric (share of items)", range=[0, 1.18], tickvals=[0, 0.2, 0.4, 0.6, 0.8, 1])
     fig.update_xaxes(showgrid=False, tickangle=0)
@@ -298,7 +298,8 @@ def _bars(frame: pd.DataFrame, y: str, low: str, high: str) -> dict[str, object]
 
 
 def _difference(row: Mapping[Any, Any]) -> str:
-    return f"{row['difference']:+.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+    between = f" [{row['low']:.2f}, {row['high']:.2f}]" if pd.notna(row["low"]) else ""  # few draws are not tested
+    return f"{row['difference']:+.2f}{between}"
 
 
 def _how(how: str) -> str:

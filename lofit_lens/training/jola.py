@@ -4,15 +4,20 @@
 
     in training     g = clip(1.2 sigmoid((logit(u) + phi) / 0.33) - 0.1, 0, 1)     u uniform, drawn anew in each step
     afterwards      g = clip(1.2 sigmoid(phi) - 0.1, 0, 1)
-    penalty         [lambda P(phi_v) + (1 - lambda) P(phi_A)] / heads,   lambda of step t (from 1) = 0.1 exp(-0.01 t)
+    penalty         [lambda P(phi_v) + (1 - lambda) P(phi_A)] / heads,   lambda = 0.1 exp(-0.01 t) after t steps
                     P = sum over layers of the mean over heads of sigmoid(phi - 0.33 log(0.1 / 1.1))
 
 Fitted it is a LoFiT adapter: A' = g_A A and v' = g_v v. As in the authors' code (github.com/wenlai-lavine/jola, commit e2b73ce) u
-is drawn once a head, gate and step, u <- (1 - 2e-6) u + 1e-6, and P's sigmoid is kept within [1e-6, 1 - 1e-6].
+is drawn once per head, gate and step, u <- (1 - 2e-6) u + 1e-6, and P's sigmoid is kept within [1e-6, 1 - 1e-6]. Training is held
+to recorded numbers of that code (`tests/test_jola_official.py`).
 
-It differs here: the base model is frozen in full (the authors' code leaves the unembedding trainable), the last step is kept
-(theirs stops early by the penalised validation loss), validation batches do not count as steps, and rotary embeddings are the
-model's own (theirs sets the base to 10,000).
+It differs here in what is around the method:
+
+- The base model is frozen in full. The authors' code freezes what is below the unembedding, and trains that along with the edits.
+- The last step is kept. Theirs is of the epoch with the lowest penalised validation loss; two epochs without a lower one end it.
+- lambda falls with training steps only; there each validation batch lowers it too.
+- Answers are learned with the end token, and prompts are the task's own.
+- Rotary embeddings are the model's own. Theirs for Llama have base 10,000 and no scaling, whatever the model's config says.
 """
 
 import math
@@ -35,7 +40,7 @@ from lofit_lens.training.lofit import record_of
 from lofit_lens.training.loop import OnStep
 
 TEMPERATURE, LOW, HIGH, EPS = 0.33, -0.1, 1.1, 1e-6
-WEIGHT, DECAY = 0.1, 0.01  # lambda_t = WEIGHT exp(-DECAY t)
+WEIGHT, DECAY = 0.1, 0.01  # lambda = WEIGHT exp(-DECAY t)
 CONFIG = TrainConfig(lr=5e-3, epochs=20, l1=1.0, schedule="cosine", warmup_steps=50)
 ON_ORGANISM = 5e-2  # learning rate on the embedded model, whose steps are few
 TIE = 1e-6  # weight of the gated norm in the score, among gates that are alike
@@ -72,28 +77,31 @@ class Gated(Lofit):
     def __init__(self, shape: tuple[int, int, int], heads: HeadSet, meta: AdapterMeta | None = None) -> None:
         super().__init__(shape, heads, meta)
         self.phi = nn.Parameter(torch.zeros(2, *self.shape[:2]))
-        self.seed, self.step, self.u = 0, 0, torch.zeros(2, *self.shape[:2])
+        self.seed, self.done, self.u = 0, 0, torch.zeros(2, *self.shape[:2])
 
     @torch.no_grad()
     def start_(self, seed: int, std: float) -> "Gated":
-        """A, v ~ N(0, std); phi as Xavier draws a layer's (1 x heads): N(0, 2 / (1 + heads)). All of it is trainable."""
+        """A, v ~ N(0, std^2); phi ~ U(-a, a), a = sqrt(6 / (1 + heads)), as Xavier draws [heads, 1]. All of it is trainable."""
         check_seed(seed)
         generator, self.seed = torch.Generator().manual_seed(seed), seed
-        for part, spread in ((self.A, std), (self.v, std), (self.phi, math.sqrt(2 / (1 + self.shape[1])))):
-            part.copy_(torch.randn(part.shape, generator=generator) * spread)
+        for part in (self.A, self.v):
+            part.copy_(torch.randn(part.shape, generator=generator) * std)
+        bound = math.sqrt(6 / (1 + self.shape[1]))
+        self.phi.copy_((2 * torch.rand(self.phi.shape, generator=generator) - 1) * bound)
+        for part in (self.A, self.v, self.phi):
             part.requires_grad_(True)
         return self
 
     def begin_step(self, done: int) -> None:
         """Draw the noise of the next step; the same for all passes of it, and again after a stop."""
-        self.step = done + 1
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
+        self.done = done
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + done + 1)
         self.u = torch.rand(self.phi.shape, generator=generator).to(self.phi.device)
 
     def penalty(self) -> Tensor:
         """Of the step that was begun; layers without heads are left out."""
         grid = check_shape(self.heads.shape)
-        weight = WEIGHT * math.exp(-DECAY * self.step)
+        weight = WEIGHT * math.exp(-DECAY * self.done)
         of_A, of_v = (penalty(phi[list(grid.layers)]) for phi in self.phi)
         return (weight * of_v + (1 - weight) * of_A) / grid.n_total
 
