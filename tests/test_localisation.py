@@ -1,6 +1,7 @@
 """Chosen heads against random sets: what is run for it, what the store keeps, and what is said of the numbers."""
 
 import json
+import random
 from dataclasses import replace
 
 import numpy as np
@@ -8,13 +9,17 @@ import pandas as pd
 import pytest
 
 import lofit_lens as ll
+from lofit_lens.analysis.answers import answer_patching
 from lofit_lens.analysis.controls import EQUIVALENT, LOCALISED, UNCLEAR, WORSE, chosen_against_random
+from lofit_lens.analysis.needed import keep_only, removal
 from lofit_lens.analysis.resampling import paired_test_of_means
+from lofit_lens.analysis.stability import stability
 from lofit_lens.errors import InputError
 from lofit_lens.experiments.localisation import Localisation, localisation
 from lofit_lens.experiments.store.store import Store
 from lofit_lens.experiments.tables.load import load_results
 from lofit_lens.heads import HeadScores, HeadSet
+from lofit_lens.models import model_info
 from lofit_lens.plots import localisation_figure
 from tests.studies import TASKS
 
@@ -73,6 +78,67 @@ def test_numbers_are_those_of_the_store(model, kept):
     assert found.unmodified == results.values(results.zero_shot("kin")).mean()
     assert (found.k, found.tried, found.metric) == (2, 2, "em")
     assert json.loads(json.dumps(found.to_dict()))["words"] == str(found)
+
+
+def test_controls_are_read_from_the_store(model, tmp_path):
+    """Other wordings test the same adapters; the other controls are those of the first seed's adapter on the chosen heads."""
+    found = localise(
+        model, draws=4, points=POINTS[1:], wordings={"longer": {"kin": "So kin"}}, out=tmp_path / "store"
+    )  # fmt: skip
+    results = load_results(tmp_path / "store", grids=["localisation kin"])
+    table = found.controls.set_index("control")
+    assert table.index.tolist() == ["prompts longer", "edits of 1 head only", "heads silenced", "answer carried"]
+    own = results.values(results.rows(heads_from="A-norm", tested="kin:longer"))
+    drawn = np.stack(
+        [results.values(results.rows(heads_from="matched", draw=d, tested="kin:longer")) for d in range(4)]
+    )
+    assert drawn.shape == (4, 2, 6)
+    test = chosen_against_random(own, drawn)
+    assert table.loc["prompts longer", ["chosen", "random", "p"]].tolist() == [test.chosen, test.random, test.p]
+
+    lofit = results.adapter("kin", seed=0, model=model)
+    gone = removal(
+        model, KIN, lofit.heads, adapter=lofit, pool=HeadSet.all(model_info(model).grid).restrict(lofit.heads.layers), ks=[2],
+        draws=4, progress=False,
+    )  # fmt: skip
+    row = gone.curve.iloc[0]
+    columns = ["chosen", "random", "difference", "p"]
+    assert table.loc["heads silenced", columns].tolist() == pytest.approx(row[columns].tolist(), nan_ok=True)
+    half = keep_only(model, KIN, lofit, ks=[1], draws=4, progress=False).curve.set_index("k").loc[1]
+    assert table.loc["edits of 1 head only", ["chosen", "random"]].tolist() == half[["best", "random"]].tolist()
+    carried = answer_patching(model, KIN, lofit.heads, adapter=lofit, draws=4, progress=False).test()
+    assert table.loc["answer carried", ["chosen", "random", "p"]].tolist() == [
+        carried.chosen,
+        carried.random,
+        carried.p,
+    ]
+
+    again = found.again.set_index("over")
+    seeds = [results.scores["kin", "A-norm", seed] for seed in (0, 1)]
+    assert again.loc["2 seeds", "shared"] == stability(seeds, ks=[2])["shared"].item()
+    rows = list(KIN.drawn("train", seed=0))
+    random.Random(0).shuffle(rows)
+    halves = [KIN.subset(train=sorted(part)) for part in (rows[: len(rows) // 2], rows[len(rows) // 2 :])]
+    scores = [ll.select_heads(model, half, seed=0, progress=False) for half in halves]
+    assert again.loc["two halves of the training rows", "shared"] == stability(scores, ks=[2])["shared"].item()
+    assert "prompts longer: " in str(found)
+    assert len(localisation_figure(found).data) == 2 + 4 + 2
+    assert json.loads(json.dumps(found.to_dict()))["controls"][2]["control"] == "heads silenced"
+
+
+def test_controls_can_be_left_out(model):
+    """And of another split than test there are none; a wording needs the test split, and has to change each prompt."""
+    options = {"draws": 1, "points": POINTS[1:], "seeds": (0,)}
+    for left_out in ({"controls": False}, {"split": "val"}):
+        found = localise(model, **options, **left_out)
+        assert (len(found.controls), len(found.again)) == (0, 0)
+    for given, message in (
+        ({"wordings": {"a": {"kin": "So kin"}}, "split": "val"}, "wordings are of the test split"),
+        ({"wordings": {"a": {"no such text": ""}}}, "the wording 'a' changes nothing in the prompt"),
+        ({"wordings": {"a": {}}}, "replacements is {}"),
+    ):
+        with pytest.raises(InputError, match=message):
+            localise(model, **options, **given)
 
 
 def test_rows_of_matched_heads_stand_apart(kept):
