@@ -59,7 +59,7 @@ def statements(
         InputError: as `training_examples`, no rows in the split, or a `full_stop` of another type.
         DataError: no wrong answer can be had, since no drawn row has another one.
     """
-    check_is(full_stop, bool | None, "full_stop", "True, False or None")
+    check_is(full_stop, (bool, type(None)), "full_stop", "True, False or None")
     drawn, draw, found = task.drawn(split, n=n, seed=seed), random.Random(seed), []
     if not drawn:
         raise InputError(f"{task.name} has no {split} rows; take statements of another split")
