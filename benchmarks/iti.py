@@ -4,10 +4,12 @@
 
 Probes of TruthfulQA's statements with and without a full stop at their end (`fit_probes(full_stop=...)`): accuracy of the K best
 heads, heads in common, Spearman correlation of all heads' scores, cosine of the directions of the heads in common. Then MC1 and
-MC2 of the shift by alpha at positions "answer", "second" and "predicting", and of the unmodified model.
+MC2 of the shift by alpha at positions "answer", "second" and "predicting", and of the unmodified model. Probes are validated on
+one in five of the training rows that are drawn.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.quick:
         args.train, args.test, args.k, args.alphas = 8, 2, 2, [5.0]
     model, task = load_model(args.model, device=args.device), load_task(args.task, data_dir=args.data_dir)
+    task = replace(task, training={"train": task.training["train"]})
     made = {
         end: fit_probes(model, task, seed=SEED, n_train=args.train, full_stop=stop) for end, stop in ENDS.items()
     }
