@@ -284,7 +284,7 @@ def test_the_real_truthfulqa(data_dir):
 
 @pytest.mark.data
 def test_the_real_truthfulqa_in_either_reading(data_dir):
-    """With full stops it is the default; without, all but 5 of 3,354 answers are as the file has them, which LoFiT's code reads."""
+    """With full stops it is the default; without, all but 3 of 2,474 answers are as the file has them, which LoFiT's code reads."""
     task = load_task("truthfulqa", data_dir=data_dir)
     made = {end: statements(task, full_stop=end) for end in (None, True, False)}
     assert made[True] == made[None]
@@ -293,7 +293,7 @@ def test_the_real_truthfulqa_in_either_reading(data_dir):
         cells = [row[c] for row in csv.DictReader(f) for c in ("Best Answer", "Correct Answers", "Incorrect Answers")]
     known = {part.strip() for cell in cells for part in cell.split(";")}
     other = [s.answer for s in made[False] if s.answer[1:] not in known]
-    assert (len(other), len(made[False])) == (5, 3354)
+    assert (len(other), len(made[False])) == (3, 2474)
 
 
 @pytest.mark.data
