@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--task", default="truthfulqa")
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--train", type=int, help="training rows; left out: all")
-    parser.add_argument("--test", type=int, help="test rows; left out: all")
+    parser.add_argument("--test", type=int, help="test rows; left out: all; 0: probes alone")
     parser.add_argument("--k", type=int, default=27)
     parser.add_argument("--alphas", type=float, nargs="+", default=[5.0, 15.0])
     args = measure.parsed(parser, argv)
@@ -69,10 +69,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "model": model_info(model).to_dict(), "probes": {end: probed(p, args.k) for end, p in made.items()},
         "heads_in_common": len(both), "rank_correlation": float(rho),
         "cosines_in_common": [round(float(cosines[h]), 4) for h in both],
-        "unmodified": scores_of(evaluate(model, task, limit=args.test)), "shifted": [],
+        "shifted": [],
     }  # fmt: skip
+    if args.test != 0:
+        found["unmodified"] = scores_of(evaluate(model, task, limit=args.test))
+        print("unmodified", found["unmodified"])
     for end, probes in made.items():
-        for alpha in args.alphas:
+        for alpha in args.alphas if args.test != 0 else ():
             for positions in POSITIONS:
                 with probes.iti(args.k, alpha=alpha, positions=positions).attached(model):
                     result = evaluate(model, task, limit=args.test)

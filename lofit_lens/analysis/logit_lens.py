@@ -12,8 +12,8 @@ Every vector promotes some tokens, so that a list of them means nothing by itsel
 drawn evenly over the head's space, of the offset's norm (of the total: one for each head, independent). Compared is the mean of
 the listed logits, with the mean that each random offset gives to *its own* strongest tokens, as many of them; p = (1 + random
 ones at least as large) / (1 + random ones), for promoted and suppressed tokens apart. If the offset is itself such a draw, it is
-as likely to take any place among 199 others, so that p <= 0.05 in exactly 10 of 200 cases, whatever W_O and W_U are (0.0496 of
-20,000 such lists were called better in a simulation on the embedded model). The size is compared and not the shape (the first
+as likely to take any place among 199 others, so that p <= 0.05 in exactly 10 of 200 cases, whatever W_O and W_U are (0.046 of
+4,608 such lists were called better in a simulation on the embedded model). The size is compared and not the shape (the first
 logit over the standard deviation, say): random offsets have as pointed a list as learned ones, which move whole families of
 tokens. p is of one list: among K heads, one in twenty lists of chance comes out better.
 

@@ -34,7 +34,7 @@ from lofit_lens.errors import DataError
 from lofit_lens.heads import Heads, HeadScores, HeadSet
 from lofit_lens.interventions.base import AdapterMeta
 from lofit_lens.interventions.iti import ALPHA, ITI
-from lofit_lens.models import Positions, attached_to, device_of, model_info
+from lofit_lens.models import Positions, attached_to, device_of, model_info, tokenizer_of
 from lofit_lens.probing.directions import mass_mean_direction, random_directions, spread, unit
 from lofit_lens.probing.record import MEMORY_LIMIT, TOKEN_BUDGET, record, statement_ids
 from lofit_lens.tasks.base import Task
@@ -224,15 +224,22 @@ def fit_probes(
 
     Raises:
         InputError: no training rows, `n_train` outside them, or a number below 1.
-        DataError: too few rows to hold one out, statements of one label only, or longer than the context.
+        DataError: too few rows to hold one out, statements of one label only, or longer than the context; or words that the
+            tokenizer does not know with a full stop at their end.
         ModelError: heads that cannot be reached, or activations that are NaN or infinite.
     """
     info, task = model_info(model), task_of(task).asked_of(model)
     check_whole(1, max_iter=max_iter, **given(n_jobs=n_jobs))
     listed, right, fitting, held_out = labelled(task, n_train, seed, full_stop)
     n_fitting, attached = int(fitting.sum()), attached_to(model, f"probe heads {task.name}")
+    ids, unknown = statement_ids(model, listed), tokenizer_of(model).unk_token_id
+    if full_stop and unknown is not None and (odd := [s.answer for s, i in zip(listed, ids, strict=True) if i[-1] == unknown]):
+        raise DataError(
+            f"{task.name}: {len(odd)} answers, {odd[0]!r} first, end with a token that this tokenizer does not know once they "
+            "have a full stop, so that nothing can be read there; take full_stop=None or False"
+        )
     with record(
-        model, statement_ids(model, listed), what="z", token_budget=token_budget, memory_limit=memory_limit,
+        model, ids, what="z", token_budget=token_budget, memory_limit=memory_limit,
         progress=progress, label="record z",
     ) as z:  # fmt: skip
         n_heads, d_head = z.layer(z.layers[0]).shape[1:]

@@ -20,9 +20,9 @@ ENDS = {None: None, 0: False, 1: True}
 def _fit(bench: Workbench, asked: Fit) -> Intervention:
     start, end = asked.settings.get("answer_from"), asked.settings.get("full_stop")
     if start not in STARTS:
-        raise InputError(f"answer_from of ITI is {start}; give 1 or 2, or leave it out to shift all positions")
+        raise InputError(f"answer_from of ITI is {start:g}; give 1 or 2, or leave it out to shift all positions")
     if end not in ENDS:
-        raise InputError(f"full_stop of ITI is {end}; give 0 or 1, or leave it out")
+        raise InputError(f"full_stop of ITI is {end:g}; give 0 or 1, or leave it out")
     probes = bench.probes(asked.seed, full_stop=ENDS[end])
     return probes.iti(asked.k or bench.preset.k, alpha=asked.settings["alpha"], positions=STARTS[start])
 
