@@ -58,9 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.train, args.test, args.k, args.alphas = 8, 2, 2, [5.0]
     model, task = load_model(args.model, device=args.device), load_task(args.task, data_dir=args.data_dir)
     task = replace(task, training={"train": task.training["train"]})
-    made = {
-        end: fit_probes(model, task, seed=SEED, n_train=args.train, full_stop=stop) for end, stop in ENDS.items()
-    }
+    made = {end: fit_probes(model, task, seed=SEED, n_train=args.train, full_stop=stop) for end, stop in ENDS.items()}
     one, other = made.values()
     both = one.scores.top(args.k) & other.scores.top(args.k)
     cosines = torch.cosine_similarity(one.direction(), other.direction(), dim=-1)

@@ -68,7 +68,7 @@ def test_tokens_stand_in_order_of_their_logits():
 
 
 def test_lists_of_chance_are_said():
-    """Above a panel whose promoted or suppressed tokens are no stronger than random offsets'; results of older versions do not know."""
+    """Above a panel whose promoted or suppressed tokens are no stronger than chance; older results do not know."""
     found = tokens(2)
     assert "chance" not in note(promoted_figure(found))
     found.frame["p"] = [0.06 if (h, k) in {("L0H0", "promoted"), ("L1H0", "promoted"), ("L1H0", "suppressed")} else 0.05

@@ -144,7 +144,8 @@ def test_prompts_that_answers_will_follow(name, rows):
 
 @pytest.mark.parametrize(
     ("name", "rows"),
-    [("all", ["11.", "111"]), ("answer", ["11.", "111"]), ("second", ["01.", "011"]), ("predicting", ["11.", "111"]), ("last", ["01.", "001"]),
+    [("all", ["11.", "111"]), ("answer", ["11.", "111"]), ("second", ["01.", "011"]),
+     ("predicting", ["11.", "111"]), ("last", ["01.", "001"]),
      ("f3+l2", ["00.", "000"]), ("f9+l9", ["00.", "000"])],
 )  # fmt: skip
 def test_answers_behind_cached_prompts(name, rows):

@@ -479,7 +479,7 @@ def test_bad_requests_are_named(bridge_llama, task, changes, error, message):
 
 
 def test_how_statements_end_is_what_is_recorded(bridge_llama, monkeypatch):
-    """z at the full stop, or at the answer's last word; provenance says which, and nothing by default; unknown words are refused."""
+    """z at the full stop, or at the answer's last word; provenance says which, if asked; unknown words are refused."""
     rows = [{"prompt": f"Q: {q}? A:", "chosen": " it is Rome.", "rejected": " it is Paris."} for q in "abcd"]
     task, seen = Task.from_records("ends", train=rows, test=rows), []
     monkeypatch.setattr(inner, "record", lambda model, ids, **how: seen.append(ids) or record(model, ids, **how))

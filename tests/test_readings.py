@@ -17,6 +17,7 @@ from lofit_lens.experiments.tables.load import load_results
 from lofit_lens.explorer.readings import stored_readings
 from lofit_lens.explorer.source import read_source
 from lofit_lens.heads import Head
+from lofit_lens.models import visible
 from lofit_lens.report.page import render
 from tests import studies
 

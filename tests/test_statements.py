@@ -51,7 +51,7 @@ def test_truthfulqa_is_itis_form(tmp_path):
 
 
 def test_full_stops_can_be_had_or_left_out():
-    """ITI's statements end with one, those of LoFiT's files do not; an abbreviation keeps its own; texts that are then alike are one."""
+    """ITI's end with one, those of LoFiT's files do not; an abbreviation keeps its own; texts that are then alike are one."""
     row = {
         "prompt": "q", "answer": " In the U.S.", "aliases": [" At 9 p.m. in Rome. "],
         "options": [" In the U.S.", " Rome.", " Rome", " No"],
@@ -284,7 +284,7 @@ def test_the_real_truthfulqa(data_dir):
 
 @pytest.mark.data
 def test_the_real_truthfulqa_in_either_reading(data_dir):
-    """With full stops it is the default; without, all but 3 of 2,474 answers are as the file has them, which LoFiT's code reads."""
+    """With full stops it is the default; without, all but 3 of 2,474 answers are as LoFiT's code reads them in the file."""
     task = load_task("truthfulqa", data_dir=data_dir)
     made = {end: statements(task, full_stop=end) for end in (None, True, False)}
     assert made[True] == made[None]

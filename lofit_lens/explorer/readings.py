@@ -43,9 +43,12 @@ def token_reading(name: str, found: HeadTokens, head: Head) -> dict[str, Any]:
 
 
 def chance_note(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Whether a head's tokens stand out from those of random offsets of equal norm; "" where that was not asked (older results)."""
+    """Whether a head's tokens stand out from those of random offsets of equal norm; "" where older results do not say."""
     p = {r["kind"]: r["p"] for r in rows if r.get("p") is not None}
-    parts = [f"{kind} {'no better than chance' if value > LEVEL else 'beyond chance'} (p = {value:.3f})" for kind, value in p.items()]
+    parts = [
+        f"{kind} {'no better than chance' if value > LEVEL else 'beyond chance'} (p = {value:.3f})"
+        for kind, value in p.items()
+    ]
     return f"Beside random offsets of equal norm: {', '.join(parts)}." if parts else ""
 
 
@@ -69,7 +72,12 @@ def stored_readings(task: str, parts: Mapping[str, Any]) -> dict[str, dict[str, 
     title = f"{adapter_name(task)}, from the results"
     return {
         h: reading(
-            title, facts=facts[h], note=chance_note(listed[h]), unit="logits", promoted=tokens[h]["promoted"], suppressed=tokens[h]["suppressed"]
+            title,
+            facts=facts[h],
+            note=chance_note(listed[h]),
+            unit="logits",
+            promoted=tokens[h]["promoted"],
+            suppressed=tokens[h]["suppressed"],
         )
         for h in dict.fromkeys([*facts, *tokens])
     }

@@ -125,8 +125,8 @@ class Positions:
     - `row`: the tokens of the prompt that each row names itself (`tasks.Marked`, or a field `positions` of one's own rows); the
       answer is not edited, and a text that names none is refused.
 
-    Plain text has no prompt: `answer`, `second` and `predicting` then mean every token, `f7+l7` the text's first and last ones, `last` its
-    last one.
+    Plain text has no prompt: `answer`, `second` and `predicting` then mean every token, `f7+l7` the text's
+    first and last ones, `last` its last one.
     """
 
     name: str

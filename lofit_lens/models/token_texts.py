@@ -34,7 +34,9 @@ def visible(text: str) -> str:
 
     Nothing at all is `∅`. U+FFFD stands for itself only where a token really is that character; it is shown as `<U+FFFD>`.
     """
-    return "".join(SIGNS.get(c) or (c if c.isprintable() and c != UNKNOWN else f"<U+{ord(c):04X}>") for c in text) or EMPTY
+    return (
+        "".join(SIGNS.get(c) or (c if c.isprintable() and c != UNKNOWN else f"<U+{ord(c):04X}>") for c in text) or EMPTY
+    )
 
 
 def _text(tokenizer: Any, token: int, name: Any) -> str:

@@ -233,7 +233,11 @@ def fit_probes(
     listed, right, fitting, held_out = labelled(task, n_train, seed, full_stop)
     n_fitting, attached = int(fitting.sum()), attached_to(model, f"probe heads {task.name}")
     ids, unknown = statement_ids(model, listed), tokenizer_of(model).unk_token_id
-    if full_stop and unknown is not None and (odd := [s.answer for s, i in zip(listed, ids, strict=True) if i[-1] == unknown]):
+    if (
+        full_stop
+        and unknown is not None
+        and (odd := [s.answer for s, i in zip(listed, ids, strict=True) if i[-1] == unknown])
+    ):
         raise DataError(
             f"{task.name}: {len(odd)} answers, {odd[0]!r} first, end with a token that this tokenizer does not know once they "
             "have a full stop, so that nothing can be read there; take full_stop=None or False"
@@ -302,7 +306,14 @@ def probe_heads(
         Scores `[n_layers, n_heads]`; `.top(k)` gives the heads, those of equal accuracy by AUC (see `Probes.scores`).
     """
     return fit_probes(
-        model, task, seed=seed, n_train=n_train, max_iter=max_iter, full_stop=full_stop, n_jobs=n_jobs, progress=progress
+        model,
+        task,
+        seed=seed,
+        n_train=n_train,
+        max_iter=max_iter,
+        full_stop=full_stop,
+        n_jobs=n_jobs,
+        progress=progress,
     ).scores
 
 
