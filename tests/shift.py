@@ -18,7 +18,7 @@ from lofit_lens.models import Site, model_info
 from tests.adapters import output_projection
 from tests.blocks import blocks
 
-POSITIONS = ("all", "answer", "predicting", "last", "f3+l2", "f2+l9")
+POSITIONS = ("all", "answer", "second", "predicting", "last", "f3+l2", "f2+l9")
 
 
 class Shift(ResidualAdapter):
@@ -70,6 +70,7 @@ def places(name, prompt, length):
     """Numbers of the places that are edited in a sequence of `prompt` and then answer tokens, by the meaning of each name."""
     ends = {
         "all": range(length), "answer": range(prompt, length), "predicting": range(prompt - 1, length),
+        "second": range(prompt + 1, length),
         "last": [length - 1], "f3+l2": [*range(3), *range(prompt - 2, prompt)],
         "f2+l9": [*range(2), *range(prompt - 9, prompt)], "f0+l4": range(prompt - 4, prompt), "f5+l0": range(5),
     }  # fmt: skip
@@ -78,7 +79,7 @@ def places(name, prompt, length):
 
 def decoded(name, prompt, length):
     """The same while answers are decoded with a cache: each step sees its newest token as the last one."""
-    return places("predicting" if name in ("answer", "last") else name, prompt, length)
+    return places("predicting" if name in ("answer", "second", "last") else name, prompt, length)
 
 
 @contextlib.contextmanager

@@ -66,7 +66,7 @@ def test_page_holds_the_numbers_and_no_open_door(patterns):
     found = json.loads(re.search(r"CircuitsVis\.AttentionHeads, (\{.*\})\)</script>", page)[1])
     assert found["attentionHeadNames"] == ["L2H1", "L0H3"]
     torch.testing.assert_close(torch.tensor(found["attention"]), patterns.patterns[0], atol=6e-5, rtol=0)
-    assert "".join(found["tokens"]) == "</script><b>&Q: </script><b>&\u21b5"
+    assert "".join(found["tokens"]) == "</script><b>&Q:\u2423</script><b>&\u21b5"
     assert page.count("</script") == 2
     assert "<b>" not in page.replace(attention_script(), "")
     assert not re.search(r"<(script|link|img|iframe)[^>]*\b(src|href)=", page)

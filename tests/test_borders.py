@@ -262,7 +262,7 @@ def test_generation_is_that_of_the_slow_loop(loaded, hf, steps, architecture, on
         seen[name] = torch.stack([rows for rows, _ in expected], dim=1)
         assert torch.allclose(torch.stack(steps), seen[name][: len(steps)], atol=1e-4), name
     for a, b in itertools.combinations(seen, 2):
-        alike = {a, b} <= {"answer", "predicting", "last"}
+        alike = {a, b} <= {"answer", "second", "predicting", "last"}
         assert torch.equal(seen[a], seen[b]) if alike else (seen[a] - seen[b]).abs().max() > 0.01
 
 
@@ -286,7 +286,7 @@ def test_text_without_borders_has_no_prompt(llama, hf, name):
     """Answer names mean every token; first and last tokens are the text's own; padding on either side changes nothing."""
     ids, adapter = [slow.ids_of(tiny.tokenizer(), t) for t in TEXTS], shift_of(llama, name)
     width = max(map(len, ids))
-    meant = "all" if name in ("answer", "predicting") else name
+    meant = "all" if name in ("answer", "second", "predicting") else name
     for side in ("left", "right"):
         tokens, mask = torch.full((2, width), 77), torch.zeros(2, width, dtype=torch.long)
         for i, row in enumerate(ids):
@@ -310,7 +310,7 @@ def test_damage_is_measured_on_text(llama, hf, name, caplog):
     for text in TEXTS:
         ids = slow.ids_of(tiny.tokenizer(), text)
         base = slow.log_probs(hf("llama"), ids)[:-1]
-        at = places("all" if name in ("answer", "predicting") else name, len(ids), len(ids))
+        at = places("all" if name in ("answer", "second", "predicting") else name, len(ids), len(ids))
         with edited_at(hf("llama"), adapter, at):
             after = slow.log_probs(hf("llama"), ids)[:-1]
         kl.append((base.exp() * (base - after)).sum(-1).mean().item())

@@ -399,7 +399,12 @@ def test_promoted_tokens(bridge_llama, pair, lofit):
     first, second, third = said(ex)["readings"]
     own = ll.analysis.promoted_tokens(bridge_llama, lofit, prompts=[PROMPT], heads=HeadSet(["L1H1"]), top=8).of("L1H1")
     assert [float(x) for _, x in first["promoted"] + first["suppressed"]] == [round(x, 2) for x in own["logit"]]
-    assert (first["unit"], first["note"]) == ("logits", "The final norm's scale was measured on 1 prompts.")
+    assert first["unit"] == "logits"
+    words = ["no better than chance" if p > 0.05 else "beyond chance" for p in own["p"][[0, 8]]]
+    assert first["note"] == (
+        "The final norm's scale was measured on 1 prompts. Beside random offsets of equal norm: promoted "
+        f"{words[0]} (p = {own['p'][0]:.3f}), suppressed {words[1]} (p = {own['p'][8]:.3f})."
+    )
     shift = (steer.alpha * steer.sigma[0] * steer.directions[0])[None]
     by = ll.analysis.promoted_by(bridge_llama, shift, HeadSet(["L1H1"]), prompts=[PROMPT], top=8).of("L1H1")
     assert [float(x) for _, x in second["promoted"]] == [round(x, 2) for x in by["logit"][:8]]

@@ -77,17 +77,20 @@ def test_a_fit_is_what_the_library_gives(llama, tmp_path):
 
 def test_settings_reach_the_fit(bridge_llama, tmp_path):
     """Given settings of LoFiT, RED and ITI; a selection among another's best heads by its own settings."""
-    model = bridge_llama
+    model, settings = bridge_llama, {"alpha": 3.0, "answer_from": 2, "full_stop": 0}
     grid = grid_of(
         Run(heads="narrow", k=1, settings={"lr": 0.2, "epochs": 1}),
         Run(method="RED", settings={"lr": 0.2, "epochs": 1}),
         Run(method="ITI", settings={"alpha": 3.0}),
+        Run(method="ITI", settings=settings),
+        Run(method="ITI", settings={"alpha": 3.0, "answer_from": 3}),
         selections={
             "wide": Selection(by="A-norm", settings={"epochs": 1}),
             "narrow": Selection(by="bias norm", among="wide", among_k=3, settings={"epochs": 2}),
         },
     )
-    run(tmp_path, model, grid)
+    (failed,) = run(tmp_path, model, grid).failed.values()
+    assert "answer_from of ITI is 3; give 1 or 2" in str(failed)
     steps = preset(model_info(model), KIN.family, KIN.objective)
     wide = select_heads(model, KIN, seed=0, config=steps.select.with_changes(epochs=1), progress=False).top(3)
     narrow = bias_scores(model, KIN, heads=wide, seed=0, config=steps.tune.with_changes(epochs=2), progress=False)
@@ -97,9 +100,13 @@ def test_settings_reach_the_fit(bridge_llama, tmp_path):
     assert torch.equal(Lofit.from_pretrained(folder / "adapter").v, lofit.v)
     folder, _ = cell(tmp_path, model, grid, method="RED")
     assert load_adapter(folder / "adapter", model=model).meta.config["lr"] == 0.2
-    folder, record = cell(tmp_path, model, grid, method="ITI")
-    assert load_adapter(folder / "adapter").alpha == 3.0
+    folder, record = cell(tmp_path, model, grid_of(Run(method="ITI", settings={"alpha": 3.0})), method="ITI")
+    usual = load_adapter(folder / "adapter")
+    assert (usual.alpha, str(usual.positions), "full_stop" in usual.meta.config) == (3.0, "all", False)
     assert record["settings"] == {"alpha": 3.0}
+    folder, record = cell(tmp_path, model, grid_of(Run(method="ITI", settings=settings)), method="ITI")
+    other = load_adapter(folder / "adapter")
+    assert (other.alpha, str(other.positions), other.meta.config["full_stop"]) == (3.0, "second", False)
 
 
 def test_the_best_point_is_chosen(bridge_llama, tmp_path, monkeypatch):

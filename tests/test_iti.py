@@ -25,7 +25,7 @@ MASK = torch.ones_like(TOKENS)
 FRONT = "Q: Imagine that the capital of France is Rome. What is "
 PROMPTS = [FRONT + p for p in ("the capital of the country where Ann was born? A:", "it? A:", "")]
 ANSWERS = [[" Rome", " I have"], [" mother aunt uncle", " a"], ["x y"]]
-NAMES = ("answer", "predicting", "last", "all")
+NAMES = ("answer", "second", "predicting", "last", "all")
 
 
 @torch.no_grad()
@@ -229,9 +229,10 @@ def test_scores_are_those_of_the_slow_loop(loaded, hf, backend, architecture, po
     expected = slow_scores(hf(architecture), iti, positions)
     assert all(f == pytest.approx(e, abs=1e-4) for f, e in zip(found, expected, strict=True))
     bare = slow.scores(hf(architecture), tiny.tokenizer(), PROMPTS, ANSWERS)
-    moved = [[abs(e - b) > 1e-3 for e, b in zip(*pair, strict=True)] for pair in zip(expected, bare, strict=True)]
+    moved = [[abs(e - b) > 1e-4 for e, b in zip(*pair, strict=True)] for pair in zip(expected, bare, strict=True)]
     reached = {
-        "answer": [[False, True], [True, False], [True]], "last": [[False, False], [False, False], [False]]
+        "answer": [[False, True], [True, False], [True]], "second": [[False, True], [True, False], [True]],
+        "last": [[False, False], [False, False], [False]],
     }.get(positions, [[True, True], [True, True], [True]])  # fmt: skip
     assert moved == reached  # an answer of one token has no token of its own to be predicted from
 
@@ -304,7 +305,8 @@ def test_an_edit_of_the_last_position_leaves_multiple_choice_as_it_is_and_says_s
     assert "6 of 6 answers keep the unmodified model's score" in caplog.text
     assert "use positions 'predicting' or 'all'" in caplog.text
     caplog.clear()
-    for positions, unreached in (("answer", 1), ("predicting", 0), ("all", 0)):  # " Ann" is one token
+    # " Ann" is one token; from the second on, answers of two (" a b", "x y") are out of reach as well.
+    for positions, unreached in (("answer", 1), ("second", 3), ("predicting", 0), ("all", 0)):
         with random_iti(llama, positions=positions).attached(llama):
             found = evaluate(llama, task, progress=False)
         assert found.counted.get("answers that the edit cannot reach", 0) == unreached

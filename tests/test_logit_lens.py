@@ -1,14 +1,17 @@
 """Offsets through W_O, the final norm and W_U: equal to what the model itself makes of them, on every architecture."""
 
 import contextlib
+import json
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
-from lofit_lens import HeadSet, Lofit
+from lofit_lens import HeadSet, Lofit, tune_offsets
 from lofit_lens.analysis.logit_lens import promoted_by, promoted_tokens, to_stream
 from lofit_lens.errors import InputError, ModelError
-from lofit_lens.models import final_norm, head_output_matrix, hook_z, hooked, load_model, logits_of, to_logits
+from lofit_lens.models import ORGANISM, final_norm, head_output_matrix, hook_z, hooked, load_model, logits_of, to_logits
 from tests import tiny
 from tests.adapters import output_projection, random_adapter
 from tests.conftest import PAIRS
@@ -178,6 +181,79 @@ def test_total_is_the_sum_and_the_scale_divides(llama):
     torch.testing.assert_close(
         torch.tensor((again * scaled.scale).to_numpy()), torch.tensor(by_head.to_numpy()), atol=1e-5, rtol=1e-4
     )
+
+
+def test_chance_by_hand(llama):
+    """Random offsets of the head's norm, each with its own list: p counts lists whose mean is as large; `chance` is per rank."""
+    lofit = random_adapter(llama)
+    head = lofit.heads[0]
+    rows = promoted_tokens(llama, lofit, top=4, seed=5).of(head)
+    v = lofit.v.detach()[head]
+    drawn = np.random.default_rng([5, *head]).normal(size=(199, len(v)))
+    drawn = torch.from_numpy(drawn / np.linalg.norm(drawn, axis=1, keepdims=True)).float() * v.norm()
+    logits = torch.cat([to_logits(llama, to_stream(llama, d[None], HeadSet([head]))) for d in drawn])
+    logits -= logits.mean(dim=1, keepdim=True)
+    for kind, sign in (("promoted", 1), ("suppressed", -1)):
+        own = rows[rows["kind"] == kind]
+        lists = (sign * logits).sort(dim=1, descending=True).values[:, :4]
+        n = int((lists.mean(dim=1) > sign * own["logit"].mean()).sum())
+        assert own["p"].tolist() == [(n + 1) / 200] * 4
+        assert own["chance"].tolist() == pytest.approx((sign * lists.quantile(0.95, dim=0)).tolist(), rel=1e-4)
+
+
+def test_chance_is_the_heads_own(llama):
+    """The same whichever other heads are asked for and whatever the offset's length; another seed gives other draws."""
+    lofit = random_adapter(llama)
+    head = str(lofit.heads[1])
+    both, alone = promoted_tokens(llama, lofit), promoted_tokens(llama, lofit, heads=HeadSet([head]))
+    pd.testing.assert_frame_equal(both.of(head), alone.of(head))
+    assert promoted_tokens(llama, 3.0 * lofit).of(head)["p"].tolist() == both.of(head)["p"].tolist()
+    assert promoted_tokens(llama, lofit, seed=1).of(head)["chance"].tolist() != both.of(head)["chance"].tolist()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_an_offset_along_a_tokens_unembedding_is_beyond_chance(loaded, hf, backend, architecture):
+    """The planted token's list is stronger than those of random offsets; the head without an offset has no better than chance."""
+    lofit, _, _ = planted(loaded(architecture, backend), hf(architecture))
+    found = promoted_tokens(loaded(architecture, backend), lofit, top=1)
+    assert found.of("L1H2")["p"][0] == 1 / 200
+    assert "promoted" not in found.no_better_than_chance("L1H2")
+    assert found.no_better_than_chance("L2H0") == ["promoted", "suppressed"]
+    assert set(found.of("L2H0")["p"]) == {1.0}
+
+
+def rejected(model, n):
+    """Share of lists with p <= 0.05 of random offsets of all heads, n times; and the number of lists."""
+    heads, hits = HeadSet.all((model.cfg.n_layers, model.cfg.n_heads)), []
+    for s in range(n):
+        drawn = np.random.default_rng([7, s]).normal(size=(len(heads), model.cfg.d_head))
+        frame = promoted_by(model, torch.from_numpy(drawn).float(), heads, seed=s).frame
+        hits += (frame.loc[(frame["rank"] == 1) & (frame["head"] != "total"), "p"] <= 0.05).tolist()
+    return np.mean(hits), len(hits)
+
+
+def test_random_offsets_are_no_better_than_chance(bridge_llama):
+    """One list in twenty of 2,400 comes out better, by its construction."""
+    share, n = rejected(bridge_llama, 100)
+    assert (n, 0.04 <= share <= 0.06) == (2400, True), share
+
+
+@pytest.mark.slow
+def test_random_offsets_of_the_embedded_model_are_no_better_than_chance():
+    """One list in twenty of 4,608."""
+    share, n = rejected(load_model("organism", device="cpu"), 24)
+    assert (n, 0.04 <= share <= 0.06) == (4608, True), share
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["truth", "kinship", "edits"])
+def test_learned_offsets_of_the_planted_heads_are_beyond_chance(name):
+    """Of the embedded model's three planted heads: one list at least of each, and both of all together."""
+    model = load_model("organism", device="cpu")
+    heads = HeadSet(json.loads((ORGANISM / "organism.json").read_text())["planted_heads"][name])
+    found = promoted_tokens(model, tune_offsets(model, f"organism/{name}", heads, seed=0, progress=False))
+    assert found.no_better_than_chance("total") == []
+    assert all(len(found.no_better_than_chance(h)) < 2 for h in heads)
 
 
 def test_bad_requests_say_what_to_give(llama, hf):

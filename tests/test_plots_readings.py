@@ -67,6 +67,17 @@ def test_tokens_stand_in_order_of_their_logits():
     assert [list(b.x) for b in promoted_figure(tokens(2), top=1).data] == [[9.0, -9.0]] * 3
 
 
+def test_lists_of_chance_are_said():
+    """Above a panel whose promoted or suppressed tokens are no stronger than chance; older results do not know."""
+    found = tokens(2)
+    assert "chance" not in note(promoted_figure(found))
+    found.frame["p"] = [0.06 if (h, k) in {("L0H0", "promoted"), ("L1H0", "promoted"), ("L1H0", "suppressed")} else 0.05
+                        for h, k in zip(found.frame["head"], found.frame["kind"], strict=True)]  # fmt: skip
+    said = [a.text for a in promoted_figure(found).layout.annotations]
+    assert said[:3] == ["L0H0 (promoted: chance)", "L1H0 (promoted, suppressed: chance)", "all heads"]
+    assert "p > 0.05" in note(promoted_figure(found))
+
+
 def test_many_heads_are_cut_and_said():
     """Nine of twelve panels, without the total; of a single head, the total is the head itself."""
     fig = promoted_figure(tokens(12, scale=None))

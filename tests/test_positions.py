@@ -17,7 +17,7 @@ from lofit_lens.models import (
 )
 from lofit_lens.models.positions import names_of
 
-NAMES = ("all", "answer", "predicting", "last", "f3+l2", "f0+l2", "f3+l0")
+NAMES = ("all", "answer", "second", "predicting", "last", "f3+l2", "f0+l2", "f3+l0")
 # Rows of masks: "." padding, "0" left alone, "1" edited.
 LEFT = ["..######", "########"]  # 6 and 8 tokens
 RIGHT = ["######..", "########"]
@@ -49,20 +49,20 @@ def shown(name, of):
 
 
 def test_names_are_read():
-    """Four words, and first and last prompt tokens of any numbers; what is read already stays as it is."""
+    """Five words, and first and last prompt tokens of any numbers; what is read already stays as it is."""
     for name in NAMES:
         read = Positions.parse(name)
         assert (str(read), read.name, Positions.parse(read)) == (name, name, read)
     seven = Positions.parse("f7+l12")
     assert (seven.first, seven.final) == (7, 12)
     assert Positions.parse("all") == ALL != Positions.parse("last")
-    assert [Positions.parse(n).everywhere for n in NAMES] == [True, *[False] * 6]
+    assert [Positions.parse(n).everywhere for n in NAMES] == [True, *[False] * 7]
 
 
 @pytest.mark.parametrize("name", ["", "ALL", "first", "f7", "l7", "f0+l0", "f-1+l2", "f7+l7 ", "7+7", "f1.5+l2", "f+l"])
 def test_other_names_are_refused(name):
     """The error says what was given, what is allowed, and what f7+l7 means."""
-    with pytest.raises(InputError, match=r"allowed: all, answer, predicting, last, row, f7\+l7") as e:
+    with pytest.raises(InputError, match=r"allowed: all, answer, second, predicting, last, row, f7\+l7") as e:
         Positions.parse(name)
     assert str(e.value).startswith(f"unknown positions {name!r}")
     assert str(e.value).endswith("f7+l7: the prompt's first 7 and last 7 tokens.")
@@ -77,7 +77,9 @@ def test_a_near_name_is_offered():
 def test_the_tail_is_what_may_be_edited_at_a_prompts_end():
     """ReFT's last tokens, the last one for all others but those that treat every token alike."""
     tails = {name: Positions.parse(name).tail for name in (*NAMES, "f3+l9")}
-    assert tails == {"all": 0, "answer": 1, "predicting": 1, "last": 1, "f3+l2": 2, "f0+l2": 2, "f3+l0": 1, "f3+l9": 9}
+    assert tails == {
+        "all": 0, "answer": 1, "second": 1, "predicting": 1, "last": 1, "f3+l2": 2, "f0+l2": 2, "f3+l0": 1, "f3+l9": 9
+    }  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ one whole pass
@@ -87,6 +89,7 @@ def test_the_tail_is_what_may_be_edited_at_a_prompts_end():
     ("name", "rows"),
     [
         ("all", ["111111", "11111111"]), ("answer", ["111111", "11111111"]), ("predicting", ["111111", "11111111"]),
+        ("second", ["111111", "11111111"]),
         ("last", ["000001", "00000001"]), ("f3+l2", ["111011", "11100011"]), ("f0+l2", ["000011", "00000011"]),
         ("f3+l0", ["111000", "11100000"]),
     ],
@@ -101,6 +104,7 @@ def test_plain_text_has_no_prompt(name, rows):
     ("name", "rows"),
     [
         ("all", ["111111", "11111111"]), ("answer", ["000011", "00000111"]), ("predicting", ["000111", "00001111"]),
+        ("second", ["000001", "00000011"]),
         ("last", ["000001", "00000001"]), ("f3+l2", ["111100", "11111000"]), ("f0+l2", ["001100", "00011000"]),
         ("f3+l0", ["111000", "11100000"]), ("f1+l1", ["100100", "10001000"]),
     ],
@@ -114,6 +118,7 @@ def test_a_prompt_with_its_answer(name, rows):
 @pytest.mark.parametrize(
     ("name", "rows"),
     [("all", ["111111", "11111111"]), ("answer", ["011111", "00001111"]), ("predicting", ["111111", "00011111"]),
+     ("second", ["001111", "00000111"]),
      ("last", ["000001", "00000001"]), ("f3+l2", ["100000", "11110000"]), ("f0+l2", ["100000", "00110000"]),
      ("f9+l9", ["100000", "11110000"])],
 )  # fmt: skip
@@ -128,6 +133,7 @@ def test_prompts_shorter_than_what_is_edited_of_them(name, rows):
 @pytest.mark.parametrize(
     ("name", "rows"),
     [("all", ["111111", "11111111"]), ("answer", ["000000", "00000000"]), ("predicting", ["000001", "00000001"]),
+     ("second", ["000000", "00000000"]),
      ("last", ["000000", "00000000"]), ("f3+l2", ["111011", "11100011"]), ("f0+l2", ["000011", "00000011"]),
      ("f3+l0", ["111000", "11100000"])],
 )  # fmt: skip
@@ -138,7 +144,8 @@ def test_prompts_that_answers_will_follow(name, rows):
 
 @pytest.mark.parametrize(
     ("name", "rows"),
-    [("all", ["11.", "111"]), ("answer", ["11.", "111"]), ("predicting", ["11.", "111"]), ("last", ["01.", "001"]),
+    [("all", ["11.", "111"]), ("answer", ["11.", "111"]), ("second", ["01.", "011"]),
+     ("predicting", ["11.", "111"]), ("last", ["01.", "001"]),
      ("f3+l2", ["00.", "000"]), ("f9+l9", ["00.", "000"])],
 )  # fmt: skip
 def test_answers_behind_cached_prompts(name, rows):
@@ -158,6 +165,7 @@ def test_a_prompt_that_goes_on_behind_a_shared_front():
     assert layout(rest, PROMPT, 4).place.tolist() == [[-1, -1, 4, 5], [4, 5, 6, 7]]
     expected = {
         "all": ["..11", "1111"], "answer": ["..00", "0000"], "predicting": ["..01", "0001"], "f3+l2": ["..11", "0011"],
+        "second": ["..00", "0000"],
         "f5+l0": ["..10", "1000"], "f0+l9": ["..11", "1111"], "last": ["..00", "0000"],
     }  # fmt: skip
     assert {name: shown(name, layout(rest, PROMPT, 4)) for name in expected} == expected
@@ -165,7 +173,8 @@ def test_a_prompt_that_goes_on_behind_a_shared_front():
 
 @pytest.mark.parametrize(
     ("name", "prompt", "step"),
-    [("all", ["111111", "11111111"], "1"), ("answer", ["000001", "00000001"], "1"), ("f3+l2", ["111011", "11100011"], "0"),
+    [("all", ["111111", "11111111"], "1"), ("answer", ["000001", "00000001"], "1"), ("second", ["000001", "00000001"], "1"),
+     ("f3+l2", ["111011", "11100011"], "0"),
      ("predicting", ["000001", "00000001"], "1"), ("last", ["000001", "00000001"], "1"), ("f9+l9", ["111111", "11111111"], "0")],
 )  # fmt: skip
 def test_decoding(name, prompt, step):

@@ -478,6 +478,23 @@ def test_bad_requests_are_named(bridge_llama, task, changes, error, message):
         fit_probes(bridge_llama, task, progress=False, **changes)
 
 
+def test_how_statements_end_is_what_is_recorded(bridge_llama, monkeypatch):
+    """z at the full stop, or at the answer's last word; provenance says which, if asked; unknown words are refused."""
+    rows = [{"prompt": f"Q: {q}? A:", "chosen": " it is Rome.", "rejected": " it is Paris."} for q in "abcd"]
+    task, seen = Task.from_records("ends", train=rows, test=rows), []
+    monkeypatch.setattr(inner, "record", lambda model, ids, **how: seen.append(ids) or record(model, ids, **how))
+    tokenizer = tokenizer_of(bridge_llama)
+    for end in (None, True, False):
+        probes = fit_probes(bridge_llama, task, full_stop=end, progress=False)
+        assert {tokenizer.decode(i[-1:]) == "." for i in seen[-1]} == {end is not False}
+        for config in (probes.scores.meta["config"], probes.iti(2).meta.config):
+            assert config.get("full_stop", "none") == ("none" if end is None else end)
+    assert seen[0] == seen[1] != seen[2]
+    model = load_model("organism", device="cpu")
+    with pytest.raises(DataError, match=r"answers, ' \w+\.' first, end with a token that this tokenizer does not know"):
+        fit_probes(model, "organism/truth", n_train=4, full_stop=True, progress=False)
+
+
 def test_statements_of_one_label_are_refused(bridge_llama, monkeypatch):
     """Nothing can be learned from right statements alone, or validated on wrong ones alone."""
     right, wrong = statements(pairs_task(2), "train")[:2]

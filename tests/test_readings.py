@@ -14,9 +14,10 @@ from lofit_lens.experiments import readings
 from lofit_lens.experiments.grid.run import plan_grid
 from lofit_lens.experiments.store.store import Store
 from lofit_lens.experiments.tables.load import load_results
-from lofit_lens.explorer.readings import stored_readings, visible
+from lofit_lens.explorer.readings import stored_readings
 from lofit_lens.explorer.source import read_source
 from lofit_lens.heads import Head
+from lofit_lens.models import visible
 from lofit_lens.report.page import render
 from tests import studies
 

@@ -4,6 +4,7 @@ import csv
 import random
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -47,6 +48,25 @@ def test_truthfulqa_is_itis_form(tmp_path):
                 (prompt, " Pigs can fly by plane.", True, 0), (prompt, " No, pigs cannot fly.", True, 0),
                 (prompt, " Yes, pigs can.", False, 0), (prompt, " Yes.", False, 0), (prompt, " They fly.", False, 0),
             ]  # fmt: skip
+
+
+def test_full_stops_can_be_had_or_left_out():
+    """ITI's end with one, those of LoFiT's files do not; an abbreviation keeps its own; texts that are then alike are one."""
+    row = {
+        "prompt": "q", "answer": " In the U.S.", "aliases": [" At 9 p.m. in Rome. "],
+        "options": [" In the U.S.", " Rome.", " Rome", " No"],
+    }  # fmt: skip
+    task = Task.from_records("ends", train=[row], test=[row])
+    asked = replace(
+        task, form="choices", training={"train": (SFTExample("q", " In the U.S."),)},
+        test={"train": (ChoiceExample("q", " In the U.S.", (" At 9 p.m. in Rome. ",), (" Rome.", " Rome", " No")),)},
+    )  # fmt: skip
+    expected = {
+        None: [" In the U.S.", " At 9 p.m. in Rome. ", " Rome.", " Rome", " No"],
+        True: [" In the U.S.", " At 9 p.m. in Rome.", " Rome.", " No."],
+        False: [" In the U.S.", " At 9 p.m. in Rome", " Rome", " No"],
+    }
+    assert {end: [s.answer for s in statements(asked, full_stop=end)] for end in expected} == expected
 
 
 def test_options_are_right_or_wrong_whichever_form_is_asked(tmp_path):
@@ -260,6 +280,20 @@ def test_the_real_truthfulqa(data_dir):
         assert right.prompt == task.training["train"][right.row].prompt
         assert right.prompt.startswith("Q: ")
     assert not {(s.prompt, s.answer) for s in made if s.right} & {(s.prompt, s.answer) for s in made if not s.right}
+
+
+@pytest.mark.data
+def test_the_real_truthfulqa_in_either_reading(data_dir):
+    """With full stops it is the default; without, all but 3 of 2,474 answers are as LoFiT's code reads them in the file."""
+    task = load_task("truthfulqa", data_dir=data_dir)
+    made = {end: statements(task, full_stop=end) for end in (None, True, False)}
+    assert made[True] == made[None]
+    assert all(s.answer.endswith(".") for s in made[None])
+    with open(Path(data_dir) / "truthfulqa" / "fold_0_train_seed_42.csv", newline="", encoding="utf-8") as f:
+        cells = [row[c] for row in csv.DictReader(f) for c in ("Best Answer", "Correct Answers", "Incorrect Answers")]
+    known = {part.strip() for cell in cells for part in cell.split(";")}
+    other = [s.answer for s in made[False] if s.answer[1:] not in known]
+    assert (len(other), len(made[False])) == (3, 2474)
 
 
 @pytest.mark.data

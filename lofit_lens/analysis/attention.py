@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lofit_lens.analysis.tokens import token_texts
 from lofit_lens.checks import check_whole, texts_of
 from lofit_lens.errors import DataError, InputError, ModelError
 from lofit_lens.heads import Head, Heads, HeadSet
@@ -21,6 +20,7 @@ from lofit_lens.models import (
     model_info,
     pattern_point,
     run_through,
+    token_texts,
     tokenizer_of,
 )
 from lofit_lens.tasks.collate import encode
@@ -106,7 +106,7 @@ def attention_patterns(model: Any, prompts: Sequence[str], heads: Heads) -> Atte
                     f"attention of layer {missing[0].layer} of {info.name} was not computed in the open; load the model "
                     "with eager attention"
                 )
-            texts.append(tuple(token_texts(model, ids)))
+            texts.append(tuple(token_texts(tokenizer, ids)))
             patterns.append(torch.stack([found[h] for h in heads]))
     return AttentionPatterns(heads, tuple(prompts), tuple(texts), tuple(patterns), info.name)
 

@@ -97,7 +97,7 @@ function render({ model, el: place }) {
         return;
       }
       const places = shownSets().map((set, i) => `${SIDES[i]}: ${describe(set, index)}`);
-      const promoted = (data.readings[nameOf(index)] ?? []).flatMap((r) => r.promoted.slice(0, 5)).map(([token]) => token.trim());
+      const promoted = (data.readings[nameOf(index)] ?? []).flatMap((r) => r.promoted.slice(0, 5)).map(([token]) => token);
       const tokens = promoted.length ? [`promotes ${promoted.slice(0, 8).join(" ")}`] : [];
       readout.textContent = [nameOf(index), ...places, ...tokens].join("  \u00b7  ");
     },

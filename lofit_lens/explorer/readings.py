@@ -4,8 +4,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lofit_lens.analysis.logit_lens import TOTAL, HeadTokens
+from lofit_lens.analysis.logit_lens import LEVEL, TOTAL, HeadTokens
 from lofit_lens.heads import Head
+from lofit_lens.models import visible
 from lofit_lens.plots.readings import COSINES
 
 TOKENS = 8  # of either kind
@@ -36,14 +37,26 @@ def token_reading(name: str, found: HeadTokens, head: Head) -> dict[str, Any]:
     promoted, suppressed = (
         [(r["token"], r["logit"]) for r in rows if r["kind"] == kind] for kind in ("promoted", "suppressed")
     )
-    note = f"The final norm's scale was measured on {found.n_prompts} prompts." if found.n_prompts else ""
+    scale = f"The final norm's scale was measured on {found.n_prompts} prompts." if found.n_prompts else ""
+    note = f"{scale} {chance_note(rows)}".strip()
     return reading(name, note=note, unit=found.unit, promoted=promoted, suppressed=suppressed)
+
+
+def chance_note(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Whether a head's tokens stand out from those of random offsets of equal norm; "" where older results do not say."""
+    p = {r["kind"]: r["p"] for r in rows if r.get("p") is not None}
+    parts = [
+        f"{kind} {'no better than chance' if value > LEVEL else 'beyond chance'} (p = {value:.3f})"
+        for kind, value in p.items()
+    ]
+    return f"Beside random offsets of equal norm: {', '.join(parts)}." if parts else ""
 
 
 def stored_readings(task: str, parts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Head -> what a results folder holds of the edit by its task's adapter: norm, cosines, what it is worth, tokens."""
     facts: dict[str, list[list[str]]] = defaultdict(list)
     tokens: dict[str, dict[str, list[Token]]] = defaultdict(lambda: {"promoted": [], "suppressed": []})
+    listed: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for row in parts.get("geometry", {}).get("rows", []):
         facts[row["head"]].append(["norm of the offset v", f"{row['v_norm']:.3g}"])
         cosines = {name: row.get(column) for column, name in COSINES.items()}
@@ -54,11 +67,17 @@ def stored_readings(task: str, parts: Mapping[str, Any]) -> dict[str, dict[str, 
             facts[row["head"]].append(["change of the metric without it", f"{value} [{low}, {high}]"])
     for row in parts.get("tokens", {}).get("rows", []):
         if row["head"] != TOTAL and row["rank"] <= TOKENS:
+            listed[row["head"]].append(row)
             tokens[row["head"]][row["kind"]].append((row["token"], row["logit"]))
     title = f"{adapter_name(task)}, from the results"
     return {
         h: reading(
-            title, facts=facts[h], unit="logits", promoted=tokens[h]["promoted"], suppressed=tokens[h]["suppressed"]
+            title,
+            facts=facts[h],
+            note=chance_note(listed[h]),
+            unit="logits",
+            promoted=tokens[h]["promoted"],
+            suppressed=tokens[h]["suppressed"],
         )
         for h in dict.fromkeys([*facts, *tokens])
     }
@@ -86,24 +105,15 @@ def stored_attention(records: Mapping[str, dict[str, Any]]) -> tuple[list[dict[s
             prompt, heads = record["prompts"][i], {n: _weights(p) for n, p in zip(names, patterns, strict=True)}
             found.append({
                 "task": task, "prompt": prompt, "title": f"with {adapter_name(task)}: {prompt}",
-                "tokens": [_label(t) for t in tokens], "heads": heads,
+                "tokens": [visible(t) for t in tokens], "heads": heads,
             })  # fmt: skip
     return found, left
 
 
 def attention_map(title: str, tokens: Iterable[str], pattern: Iterable[Sequence[float]]) -> dict[str, Any]:
     """One pattern: `title`, `tokens`, and `weights`: of each token, thousandths on itself and the tokens before it."""
-    return {"title": title, "tokens": [_label(t) for t in tokens], "weights": _weights(pattern)}
+    return {"title": title, "tokens": [visible(t) for t in tokens], "weights": _weights(pattern)}
 
 
 def _weights(pattern: Iterable[Sequence[float]]) -> list[list[int]]:
     return [[round(1000 * float(x)) for x in row[: i + 1]] for i, row in enumerate(pattern)]
-
-
-def visible(token: str) -> str:
-    """White space that can be seen."""
-    return token.replace("\n", "\u21b5").replace("\t", "\u21e5") or "\u2205"
-
-
-def _label(token: str) -> str:
-    return visible(token).strip() or visible(token)

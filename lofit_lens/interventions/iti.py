@@ -4,9 +4,17 @@ z is `hook_z`, each head's output before W_O. d is a unit vector in the head's o
 statements, sigma the standard deviation of the statements' projections on it, both estimated and not trained;
 `lofit_lens.probing.fit_probes` finds them and ranks the heads. alpha is the strength, 15 in the paper.
 
-The paper shifts the last position of each decoding step; where answers are scored, its code shifts the answer's tokens. That
-is `positions="answer"`, the default. The newest version of that code shifts the last position alone there too, which leaves
-the scores of answers as they are: `positions="last"`.
+Where it acts (`positions`). The paper shifts the last position of each decoding step; it does not say what is shifted where
+answers are scored. The sources differ there:
+
+- `"answer"`, the default: every token of the answer, the least that makes scoring what decoding is: in both, a token that the
+  model has read as part of its answer is shifted.
+- `"second"`: the answer's tokens but its first. The public code does this (`legacy/llama_utils.py`, `start_edit_location`): it
+  counts four tokens for the `\nA: ` between question and answer, and three where it leaves those tokens out of the score. An
+  answer of two tokens or fewer keeps the unmodified model's score.
+- `"last"`: the newest version of that code shifts the last position alone, which leaves the scores of all answers as they are.
+
+All three decode alike. The shift depends on how statements end, too: see `full_stop` of `lofit_lens.probing.fit_probes`.
 """
 
 import math

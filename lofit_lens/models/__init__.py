@@ -78,6 +78,7 @@ from lofit_lens.models.running import (
 )
 from lofit_lens.models.scored import logits_at, read_at
 from lofit_lens.models.sources import ORGANISM, cache_folder, located, source_of
+from lofit_lens.models.token_texts import token_texts, visible
 from lofit_lens.models.tokens import ChatText, TokenRules, check_ids, rules_of
 from lofit_lens.models.unembedding import FinalNorm, final_norm, head_output_matrix, to_logits
 
@@ -160,8 +161,10 @@ __all__ = [
     "step",
     "to_logits",
     "together",
+    "token_texts",
     "tokenizer_of",
     "value_biases_folded",
+    "visible",
     "weights_revision",
     "why_not_finite",
 ]  # fmt: skip

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lofit_lens.errors import InputError, unknown
 
-NAMES = ("all", "answer", "predicting", "last", "row")
+NAMES = ("all", "answer", "second", "predicting", "last", "row")
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,14 +117,16 @@ class Positions:
     - `all`: every token, prompt included.
     - `answer`: the answer's tokens (ITI's multiple choice). The first of them is predicted from the prompt's last token,
       which stays as it is. While decoding: from the prompt's last token on, as in ITI's generation.
+    - `second`: the answer's tokens but its first, where ITI's public code begins when it scores answers. While decoding: as
+      `answer`.
     - `predicting`: from the prompt's last token on: all places that an answer's token is predicted from.
     - `last`: the last token of the sequence; while decoding, the newest one of each step.
     - `f7+l7` (any numbers): the prompt's first 7 and last 7 tokens (ReFT); the answer is not edited.
     - `row`: the tokens of the prompt that each row names itself (`tasks.Marked`, or a field `positions` of one's own rows); the
       answer is not edited, and a text that names none is refused.
 
-    Plain text has no prompt: `answer` and `predicting` then mean every token, `f7+l7` the text's first and last ones, `last` its
-    last one.
+    Plain text has no prompt: `answer`, `second` and `predicting` then mean every token, `f7+l7` the text's
+    first and last ones, `last` its last one.
     """
 
     name: str
@@ -193,7 +195,7 @@ class Positions:
             return real & (place == layout.end - 1)
         if self.everywhere or prompt is None:
             return real
-        before = 0 if self.name == "answer" and not decoding else 1
+        before = 1 if decoding else {"answer": 0, "second": -1}.get(self.name, 1)
         return real & (place >= prompt - before)
 
     def __str__(self) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lofit_lens.errors import DataError, InputError
+from lofit_lens.models.token_texts import token_texts
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ def check_ids(tokenizer: Any, ids: Iterable[int], rules: TokenRules) -> None:
     """Raise DataError where an id has no row in the model's embedding."""
     if rules.n_vocab is not None and (high := max(ids, default=0)) >= rules.n_vocab:
         raise DataError(
-            f"token {tokenizer.convert_ids_to_tokens(high)!r} has id {high}, and the model's embedding has {rules.n_vocab} rows: "
+            f"token {token_texts(tokenizer, [high])[0]!r} has id {high}, and the model's embedding has {rules.n_vocab} rows: "
             "it was added to the tokenizer alone. Call hf_model.resize_token_embeddings(len(tokenizer)) before load_model, or "
             "use the model's own tokenizer"
         )

@@ -18,6 +18,7 @@ from lofit_lens.analysis.attention import AttentionPatterns
 from lofit_lens.checks import check_is
 from lofit_lens.errors import InputError
 from lofit_lens.heads import Head, Heads, HeadSet
+from lofit_lens.models import visible
 from lofit_lens.plots.style import HEAT, style
 
 MOST_TOKENS = 60  # in a figure; more cannot be read
@@ -62,7 +63,7 @@ def attention_block(
     chosen = _chosen(patterns, heads)
     patterns.check_prompt(prompt)
     props = {
-        "tokens": [_visible(t) for t in patterns.tokens[prompt]],
+        "tokens": [visible(t) for t in patterns.tokens[prompt]],
         "attention": [[[round(x, 4) for x in row] for row in patterns.of(h, prompt).tolist()] for h in chosen],
         "attentionHeadNames": [str(h) for h in chosen], "minValue": 0.0, "maxValue": 1.0,
     }  # fmt: skip
@@ -117,7 +118,7 @@ def attention_figure(
         InputError: a prompt or head that is not there, or more tokens than can be read.
     """
     check_is(patterns, AttentionPatterns, "patterns", "what analysis.attention_patterns gives")
-    pattern, tokens = patterns.of(head, prompt), [_visible(t) for t in patterns.tokens[prompt]]
+    pattern, tokens = patterns.of(head, prompt), [visible(t) for t in patterns.tokens[prompt]]
     n = len(tokens)
     if n > MOST_TOKENS:
         raise InputError(
@@ -151,11 +152,6 @@ def _chosen(patterns: AttentionPatterns, heads: Heads | None) -> tuple[Head, ...
     if not chosen:
         raise InputError(f"no head to show; give some of {patterns.heads}")
     return chosen.heads
-
-
-def _visible(token: str) -> str:
-    """White space that can be seen."""
-    return token.replace("\n", "\u21b5").replace("\t", "\u21e5") or "\u2205"
 
 
 def _js(value: Any) -> str:

@@ -13,6 +13,7 @@ from lofit_lens.analysis.needed import BEST, KeepOnly, LeaveOneOut, Removal
 from lofit_lens.checks import check_is, check_whole, given
 from lofit_lens.errors import InputError
 from lofit_lens.evaluation.stats import mark
+from lofit_lens.models import visible
 from lofit_lens.plots.curves import add_curve, faded, finish, need, ticks_at
 from lofit_lens.plots.style import COLORS
 
@@ -47,8 +48,10 @@ def promoted_figure(
     n = max(len(rows) for rows in listed)
     panel_height = 40 + 17 * n
     shown = ["all heads" if p == TOTAL else p for p in panels]
+    weak = {p: tokens.no_better_than_chance(p) for p in panels}
+    titles = [f"{s} ({', '.join(weak[p])}: chance)" if weak[p] else s for p, s in zip(panels, shown, strict=True)]
     fig = make_subplots(
-        rows=n_rows, cols=cols, subplot_titles=shown, shared_xaxes="all",  # pyright: ignore[reportArgumentType]
+        rows=n_rows, cols=cols, subplot_titles=titles, shared_xaxes="all",  # pyright: ignore[reportArgumentType]
         horizontal_spacing=0.42 / cols if cols > 1 else 0,
         vertical_spacing=56 / (panel_height * n_rows) if n_rows > 1 else 0,
     )  # fmt: skip
@@ -75,6 +78,8 @@ def promoted_figure(
         f"direct effect of v through W_O, the final norm and W_U, centred over the vocabulary<br>{scale}{more}; "
         "blue: promoted, orange: suppressed"
     )
+    if any(weak.values()):
+        note += "<br>chance: no stronger than a random offset's own strongest tokens (equal norm, p > 0.05)"
     finish(fig, title, note, width=max(560, 60 + 290 * cols), height=panel_height * n_rows + 56 * (n_rows - 1), lift=24)
     fig.update_xaxes(showticklabels=True, zeroline=True, zerolinecolor="#888888", nticks=5, title_standoff=6)
     for col in range(1, cols + 1):
@@ -266,8 +271,8 @@ def _strongest(rows: pd.DataFrame, top: int | None) -> pd.DataFrame:
 
 
 def _plain(token: str) -> str:
-    """A token as a label: white space visible, short, and no markup."""
-    shown = token.replace("\n", "\u21b5").replace("\t", "\u21e5").replace(" ", "\u2423")
+    """A token as a label: as it is shown everywhere, short, and no markup."""
+    shown = visible(token)
     shown = shown if len(shown) <= LONGEST else shown[: LONGEST - 1] + "\u2026"
     return shown.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 

@@ -1,6 +1,7 @@
 """ITI's probes: which heads tell true statements from false ones, and along which direction (arXiv 2306.03341, section 3).
 
-1. Statements: a question with one of its answers, labelled right or wrong; z of every head at the last token.
+1. Statements: a question with one of its answers, labelled right or wrong; z of every head at the last token. In ITI's data
+   and by default that token is a full stop, in LoFiT's files the answer's last word (`full_stop`).
 2. One logistic regression a head, fitted on the training questions; its accuracy on the validation questions ranks the head.
    Heads of equal accuracy go by the area under the ROC curve (the paper does not say): where one label is rare, most probes
    always say the other, and all of these have the same accuracy.
@@ -33,7 +34,7 @@ from lofit_lens.errors import DataError
 from lofit_lens.heads import Heads, HeadScores, HeadSet
 from lofit_lens.interventions.base import AdapterMeta
 from lofit_lens.interventions.iti import ALPHA, ITI
-from lofit_lens.models import Positions, attached_to, device_of, model_info
+from lofit_lens.models import Positions, attached_to, device_of, model_info, tokenizer_of
 from lofit_lens.probing.directions import mass_mean_direction, random_directions, spread, unit
 from lofit_lens.probing.record import MEMORY_LIMIT, TOKEN_BUDGET, record, statement_ids
 from lofit_lens.tasks.base import Task
@@ -194,6 +195,7 @@ def fit_probes(
     seed: int = 42,
     n_train: int | None = None,
     max_iter: int = 1000,
+    full_stop: bool | None = None,
     n_jobs: int | None = None,
     token_budget: int = TOKEN_BUDGET,
     memory_limit: int = MEMORY_LIMIT,
@@ -211,6 +213,10 @@ def fit_probes(
         seed: of the draw of rows and wrong answers, the held-out rows, the probes and the random directions.
         n_train: training rows drawn; None = the task's own number.
         max_iter: limit of the solver's steps; `scores.meta["unconverged"]` counts the probes that reach it.
+        full_stop: whether statements end with one: True as in ITI's data, False as in the files that come with LoFiT, None (the
+            default) as the task writes them, which on TruthfulQA is with one. z is read at the last token: with a full stop it
+            is the same token in all statements, after a whole sentence; without one it is the answer's last word, which tells
+            answers apart by what they are about.
         n_jobs: processes; None = one for small work, up to 8 for large. The result is the same.
         token_budget: padded tokens of one forward pass.
         memory_limit: bytes of activations in memory; more lie in a temporary file.
@@ -218,15 +224,26 @@ def fit_probes(
 
     Raises:
         InputError: no training rows, `n_train` outside them, or a number below 1.
-        DataError: too few rows to hold one out, statements of one label only, or longer than the context.
+        DataError: too few rows to hold one out, statements of one label only, or longer than the context; or words that the
+            tokenizer does not know with a full stop at their end.
         ModelError: heads that cannot be reached, or activations that are NaN or infinite.
     """
     info, task = model_info(model), task_of(task).asked_of(model)
     check_whole(1, max_iter=max_iter, **given(n_jobs=n_jobs))
-    listed, right, fitting, held_out = labelled(task, n_train, seed)
+    listed, right, fitting, held_out = labelled(task, n_train, seed, full_stop)
     n_fitting, attached = int(fitting.sum()), attached_to(model, f"probe heads {task.name}")
+    ids, unknown = statement_ids(model, listed), tokenizer_of(model).unk_token_id
+    if (
+        full_stop
+        and unknown is not None
+        and (odd := [s.answer for s, i in zip(listed, ids, strict=True) if i[-1] == unknown])
+    ):
+        raise DataError(
+            f"{task.name}: {len(odd)} answers, {odd[0]!r} first, end with a token that this tokenizer does not know once they "
+            "have a full stop, so that nothing can be read there; take full_stop=None or False"
+        )
     with record(
-        model, statement_ids(model, listed), what="z", token_budget=token_budget, memory_limit=memory_limit,
+        model, ids, what="z", token_budget=token_budget, memory_limit=memory_limit,
         progress=progress, label="record z",
     ) as z:  # fmt: skip
         n_heads, d_head = z.layer(z.layers[0]).shape[1:]
@@ -238,15 +255,16 @@ def fit_probes(
             unit="layer",
         ))  # fmt: skip
     n_rows = len({s.row for s in listed[:n_fitting]})
+    how = {"max_iter": max_iter, **given(full_stop=full_stop)}
     meta = AdapterMeta(
         info, task.name, task.data_hash, seed,
-        {"n_fitting": n_fitting, "n_validation": len(listed) - n_fitting, "held_out": held_out, "max_iter": max_iter},
+        {"n_fitting": n_fitting, "n_validation": len(listed) - n_fitting, "held_out": held_out, **how},
         {**io.environment(), "scikit-learn": importlib.metadata.version("scikit-learn")}, n_train=n_rows,
         attached=attached,
     )  # fmt: skip
     record_of = {
         "step": "head selection", "model": info.to_dict(), "task": task.name, "data_hash": task.data_hash, "n_train": n_rows,
-        "seed": seed, "config": {"max_iter": max_iter}, "n_fitting": n_fitting, "n_validation": len(listed) - n_fitting,
+        "seed": seed, "config": how, "n_fitting": n_fitting, "n_validation": len(listed) - n_fitting,
         "held_out": held_out, "majority": float(max(right[~fitting].mean(), 1 - right[~fitting].mean())),
         "unconverged": sum(f.unconverged for f in found), "versions": meta.versions, "attached": attached,
     }  # fmt: skip
@@ -278,6 +296,7 @@ def probe_heads(
     seed: int = 42,
     n_train: int | None = None,
     max_iter: int = 1000,
+    full_stop: bool | None = None,
     n_jobs: int | None = None,
     progress: bool = True,
 ) -> HeadScores:
@@ -287,7 +306,14 @@ def probe_heads(
         Scores `[n_layers, n_heads]`; `.top(k)` gives the heads, those of equal accuracy by AUC (see `Probes.scores`).
     """
     return fit_probes(
-        model, task, seed=seed, n_train=n_train, max_iter=max_iter, n_jobs=n_jobs, progress=progress
+        model,
+        task,
+        seed=seed,
+        n_train=n_train,
+        max_iter=max_iter,
+        full_stop=full_stop,
+        n_jobs=n_jobs,
+        progress=progress,
     ).scores
 
 
@@ -297,7 +323,7 @@ def _known(kind: str) -> str:
 
 
 def labelled(
-    task: Task, n_train: int | None, seed: int
+    task: Task, n_train: int | None, seed: int, full_stop: bool | None = None
 ) -> tuple[tuple[Statement, ...], Bool[np.ndarray, " n"], Bool[np.ndarray, " n"], int]:
     """A task's statements, their labels, which of them are fitted on (these come first), and the number of held-out rows.
 
@@ -307,7 +333,7 @@ def labelled(
         InputError: no training rows, or `n_train` outside them.
         DataError: too few rows to hold one out, or statements of one label only.
     """
-    fit, val, held_out = _split(task, n_train, seed)
+    fit, val, held_out = _split(task, n_train, seed, full_stop)
     right = np.array([s.right for s in (*fit, *val)])
     fitting = np.arange(len(right)) < len(fit)
     for what, labels in (("training", right[fitting]), ("validation", right[~fitting])):
@@ -316,12 +342,14 @@ def labelled(
     return (*fit, *val), right, fitting, held_out
 
 
-def _split(task: Task, n_train: int | None, seed: int) -> tuple[tuple[Statement, ...], tuple[Statement, ...], int]:
+def _split(
+    task: Task, n_train: int | None, seed: int, full_stop: bool | None
+) -> tuple[tuple[Statement, ...], tuple[Statement, ...], int]:
     """Statements to fit on, statements to validate on, and the number of training rows that were held out for these."""
-    train = statements(task, "train", n=n_train, seed=seed)
+    train = statements(task, "train", n=n_train, seed=seed, full_stop=full_stop)
     if task.training.get("val"):
         try:
-            return train, statements(task, "val", seed=seed), 0
+            return train, statements(task, "val", seed=seed, full_stop=full_stop), 0
         except DataError as e:
             log.warning("validating on held-out training rows: %s", e)
     rows = list(dict.fromkeys(s.row for s in train))

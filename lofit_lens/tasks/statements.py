@@ -8,12 +8,17 @@ A statement is a prompt with one answer, labelled right or wrong:
 - generation, where the task has no other form: the learned answer, and for a wrong one the answer of another drawn row that
   is none of this row's references, drawn by seed. (Neither ITI nor RepE says what a wrong answer is there; this is a choice of
   this project.)
+
+An answer ends as the task's form writes it; on TruthfulQA that is a full stop, as in ITI's own data (`mc_task.json`). In the
+files that come with LoFiT the same answers have none. It matters where activations are read at the last token (see
+`probing.fit_probes`): there it is the full stop of all statements, or the last word of each. `full_stop` gives either.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from lofit_lens.checks import check_is
 from lofit_lens.errors import DataError, InputError
 from lofit_lens.tasks.base import Task
 from lofit_lens.tasks.examples import (
@@ -37,7 +42,9 @@ class Statement:
     row: int
 
 
-def statements(task: Task, split: str = "train", *, n: int | None = None, seed: int = 42) -> tuple[Statement, ...]:
+def statements(
+    task: Task, split: str = "train", *, n: int | None = None, seed: int = 42, full_stop: bool | None = None
+) -> tuple[Statement, ...]:
     """Statements of the rows that `task.training_examples(split, n=n, seed=seed)` gives, row by row, right ones first.
 
     Args:
@@ -45,11 +52,14 @@ def statements(task: Task, split: str = "train", *, n: int | None = None, seed: 
         split: `"train"` or `"val"`.
         n: rows; as in `training_examples`.
         seed: of the draw of rows and of wrong answers.
+        full_stop: True = every answer ends with one, False = none does (an abbreviation's, as that of `U.S.`, stays);
+            None = as the task writes them. Answers of a row that are then alike count once.
 
     Raises:
-        InputError: as `training_examples`, or no rows in the split.
+        InputError: as `training_examples`, no rows in the split, or a `full_stop` of another type.
         DataError: no wrong answer can be had, since no drawn row has another one.
     """
+    check_is(full_stop, (bool, type(None)), "full_stop", "True, False or None")
     drawn, draw, found = task.drawn(split, n=n, seed=seed), random.Random(seed), []
     if not drawn:
         raise InputError(f"{task.name} has no {split} rows; take statements of another split")
@@ -59,8 +69,8 @@ def statements(task: Task, split: str = "train", *, n: int | None = None, seed: 
         prompt, right, wrong = _sides(training[i], asked[i] if asked else None)
         if not wrong:
             wrong = (_other_answer(answers, _right(task, split, i), draw, task.name),)
-        found += [Statement(prompt, a, True, i) for a in right]
-        found += [Statement(prompt, a, False, i) for a in wrong]
+        found += [Statement(prompt, a, True, i) for a in _ended(right, full_stop)]
+        found += [Statement(prompt, a, False, i) for a in _ended(wrong, full_stop)]
     return tuple(found)
 
 
@@ -71,6 +81,14 @@ def pairs(listed: Sequence[Statement]) -> tuple[tuple[Statement, Statement], ...
         first.setdefault((s.row, s.right), s)
     rows = dict.fromkeys(s.row for s in listed)
     return tuple((first[r, True], first[r, False]) for r in rows if (r, True) in first and (r, False) in first)
+
+
+def _ended(answers: Iterable[str], full_stop: bool | None) -> tuple[str, ...]:
+    """Answers with or without a full stop at their end, each text once."""
+    if full_stop is None:
+        return tuple(answers)
+    bare = (a[:-1] if a.endswith(".") and "." not in a.split()[-1][:-1] else a for a in map(str.rstrip, answers))
+    return tuple(dict.fromkeys(a if not full_stop or a.endswith(".") else a + "." for a in bare))
 
 
 def _choices(task: Task, split: str) -> Sequence[TestExample]:

@@ -8,14 +8,23 @@ weights. The rows of all go through the model together, each edited by its own r
 and end are those of the run trained alone, and what it learns is the same up to rounding. `Passes.token_budget` bounds the rows
 of a pass, whatever the number of runs.
 
+Whether step 1 trained enough to rank heads is seen in what it moved. A starts as a small random draw A_0, and AdamW's first steps
+move every entry by about the learning rate, whatever the head; so at first the norms of A differ between heads as the draw does.
+`trained_share` is the squared correlation, over heads, of |A| with |A - A_0|: the share of the differences between heads' scores
+that goes along with how far training moved them. It is near 0 at the start and near 1 once the draw no longer matters; below
+a half a warning says so. It needs neither a second run nor validation rows.
+
 DPO's reference is the model with the adapter off, computed once before training. (The official code takes it after the
 random init; the difference is 0.1 nats at most.)
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lofit_lens.checks import check_is, check_one_of, shown
 from lofit_lens.errors import InputError, TrainingDiverged
@@ -32,6 +41,9 @@ from lofit_lens.training.loop import FitSpec, OnStep
 from lofit_lens.training.losses import l1_norm
 from lofit_lens.training.objective import encoded_rows
 from lofit_lens.training.passes import FAST, Passes
+
+LEAST_SHARE = 0.5  # of `trained_share`; below, a ranking of heads is mostly the random start
+log = logging.getLogger(__name__)
 
 
 def select_heads(
@@ -62,7 +74,8 @@ def select_heads(
         progress: show a bar.
 
     Returns:
-        Scores `[n_layers, n_heads]`; `.top(k)` gives the heads. `.meta` holds config, seed, history and versions.
+        Scores `[n_layers, n_heads]`; `.top(k)` gives the heads. `.meta` holds config, seed, history and versions, and
+        `"trained_share"` (see `trained_share`), of which a warning says when it is too small to rank heads.
 
     Raises:
         DataError: a training row longer than the model's context.
@@ -77,10 +90,40 @@ def select_heads(
 
 
 def learned_scores(lofit: Lofit, component: Component, *, kind: str) -> HeadScores:
-    """L2 norm of every head's A or v as trained, with the training's record as `.meta`."""
+    """L2 norm of every head's A or v as trained, with the training's record as `.meta`.
+
+    Where the training hardly moved them (`trained_share`), a warning says what to change.
+    """
     check_is(lofit, Lofit, "lofit", LOFIT)
-    scores = lofit.norms(component)
-    return HeadScores(scores.values, kind, scores.model, scores.task, record_of(lofit.meta), scores.head_layers)
+    scores, record, share = lofit.norms(component), record_of(lofit.meta), trained_share(lofit, component)
+    if share is not None:
+        record["trained_share"] = share
+        if share < LEAST_SHARE:
+            config, n = lofit.meta.config, len(lofit.meta.history)
+            log.warning(
+                "scores of heads by %s on %s: after %d steps only %.0f %% of the differences between heads come from training, "
+                "the rest from the random start, so that their order means little; train for more epochs (epochs=%d, "
+                "max_steps=%s) or with a higher learning rate (lr=%g)",
+                kind, lofit.meta.task, n, 100 * share, config["epochs"], config["max_steps"], config["lr"],
+            )  # fmt: skip
+    return HeadScores(scores.values, kind, scores.model, scores.task, record, scores.head_layers)
+
+
+def trained_share(lofit: Lofit, component: Component) -> float | None:
+    """Squared correlation over heads of the norm of A (or v) with the norm of its change since the random start, 0 to 1.
+
+    Negative correlations count as 0. None where it is not known: fewer than 3 heads, or a start that the adapter's provenance
+    does not name.
+    """
+    seed, std = lofit.meta.seed, lofit.meta.config.get("init_std")
+    if seed is None or std is None or lofit.k < 3:
+        return None
+    start = Lofit(lofit.shape, lofit.heads).init_(component, seed=seed, std=std)
+    ends = [getattr(x, component).detach().float().cpu() for x in (lofit, start)]
+    norms = np.array([[float(x[h].norm()) for h in lofit.heads] for x in (ends[0], ends[0] - ends[1])])
+    if not norms.std(axis=1).all():
+        return 0.0
+    return float(max(0.0, np.corrcoef(norms)[0, 1]) ** 2)
 
 
 def record_of(meta: AdapterMeta) -> dict[str, Any]:

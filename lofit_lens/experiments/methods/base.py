@@ -114,10 +114,10 @@ class Workbench:
         value = work()
         return value, time.perf_counter() - start + self._borrowed
 
-    def probes(self, seed: int) -> Probes:
-        """A probe for every head."""
-        return self.shared(("probes", seed), lambda: fit_probes(
-            self.model, self.task, seed=seed, n_train=self.n_train, progress=False
+    def probes(self, seed: int, *, full_stop: bool | None = None) -> Probes:
+        """A probe for every head; `full_stop` as in `fit_probes`."""
+        return self.shared(("probes", seed, full_stop), lambda: fit_probes(
+            self.model, self.task, seed=seed, n_train=self.n_train, full_stop=full_stop, progress=False
         ))  # fmt: skip
 
     def reading(self, seed: int) -> ReadingVectors:
