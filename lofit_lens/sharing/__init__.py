@@ -12,6 +12,7 @@ from lofit_lens.sharing.svec import export_svec, import_svec, svec_use
 from lofit_lens.sharing.verify import RECORD, Verified
 
 __all__ = [
-    "RECORD", "Checkpoint", "FoldedExport", "Outputs", "Verified", "affine", "export_circuit", "export_folded", "export_peft", "export_svec",
-    "import_folded", "import_lofit", "import_svec", "open_checkpoint", "outputs_of", "svec_use",
+    "RECORD", "Checkpoint", "FoldedExport", "Outputs", "Verified", "affine", "export_circuit", "export_folded",
+    "export_peft", "export_svec", "import_folded", "import_lofit", "import_svec", "open_checkpoint", "outputs_of",
+    "svec_use",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Head scores for the circuit track of MIB (arXiv 2504.13151; github.com/hannamw/MIB-circuit-track), in the JSON of EAP-IG's `Graph`.
+"""Head scores for MIB's circuit track (arXiv 2504.13151; github.com/hannamw/MIB-circuit-track), as EAP-IG's `Graph` reads them.
 
 A head is the node `a{layer}.h{head}`. `input` and the MLPs `m{layer}` carry no score: the benchmark keeps them in every circuit,
 and counts the sizes of circuits (0.1 % to 100 %) in scored nodes, which are the heads.
