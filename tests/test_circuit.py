@@ -26,7 +26,7 @@ def test_heads_carry_their_scores_and_the_other_nodes_none(llama, tmp_path):
 
 
 def test_attention_beside_the_mlp_is_said(loaded, backend, tmp_path):
-    model = loaded("gpt_neox", backend)
+    model = loaded("pythia", backend)
     shape = ll.model_info(model).grid
     file = ll.export_circuit(ll.HeadScores(torch.zeros(tuple(shape))), tmp_path / "circuit.json", model)
     assert json.loads(file.read_text())["cfg"]["parallel_attn_mlp"] is True
