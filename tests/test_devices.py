@@ -79,8 +79,8 @@ PARTS = ("", ".analysis", ".evaluation", ".interventions", ".models", ".probing"
 # They make no tensor, are run by every case, or run nothing but other functions that have a case.
 NEED_NONE = {
     "backend_of", "before_each_pass", "declared", "device_of", "explore", "export_circuit", "frozen", "head_layers",
-    "is_processed", "is_watched", "laid_out", "layout_of", "load_results", "not_finite", "paper_grid", "positions_of", "tokenizer_of",
-    "value_biases_folded", "why_not_finite",
+    "is_processed", "is_watched", "laid_out", "layout_of", "load_results", "not_finite", "paper_grid",
+    "positions_of", "tokenizer_of", "value_biases_folded", "why_not_finite",
 }  # fmt: skip
 
 
