@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lofit_lens import cli
-from lofit_lens.heads import HeadSet
+from lofit_lens.heads import HeadScores, HeadSet
 from lofit_lens.interventions import Lofit
 from tests import tiny
 from tests.task_rows import words_task
@@ -39,8 +39,12 @@ def run(capsys, monkeypatch, *args) -> tuple[int, str, str]:
 def test_select_tune_eval_generate(capsys, monkeypatch, llama, own_task, tmp_path):
     """The four verbs hand on to each other, and what they write is what they say."""
     common = ("--model", llama, "--task", own_task, "--device", "cpu")
-    code, out, err = run(capsys, monkeypatch, "select", *common, "--out", tmp_path / "h", "--k", 3, "--max-steps", 2)
+    code, out, err = run(
+        capsys, monkeypatch, "select", *common, "--out", tmp_path / "h", "--k", 3, "--max-steps", 2, "--circuit"
+    )
     assert code == 0, err
+    scores = HeadScores.load(tmp_path / "h" / "scores.json")
+    assert json.loads((tmp_path / "h" / "circuit.json").read_text())["nodes"]["a1.h2"]["score"] == scores["L1H2"]
     heads = HeadSet.load(tmp_path / "h" / "heads.json")
     assert len(heads) == 3
     assert str(heads) in out

@@ -34,6 +34,9 @@ def select(
     token_budget: c.TokenBudget = None,
     checkpointing: c.Checkpointing = False,
     track: c.Track = None,
+    circuit: Annotated[
+        bool, typer.Option("--circuit", help="Write circuit.json too: the scores as MIB's circuit track reads them.")
+    ] = False,
     overwrite: c.Overwrite = False,
     quiet: c.Quiet = False,
 ) -> None:
@@ -81,6 +84,10 @@ def select(
     else:
         scores = SELECTORS[by](loaded, data, seed=seed, n_train=n_train, progress=not quiet)
     heads = c.write_heads(out, scores, wanted, overwrite=overwrite)
+    if circuit:
+        from lofit_lens.sharing import export_circuit
+
+        export_circuit(scores, out / "circuit.json", loaded, overwrite=overwrite)
     state.unlink(missing_ok=True)
     c.console.print(f"[bold]heads[/bold]  top {len(heads)} by {scores.kind}: {heads}")
     c.console.print(

@@ -3,6 +3,7 @@
 from lofit_lens.sharing.affine import affine
 from lofit_lens.sharing.carrier import export_peft
 from lofit_lens.sharing.checkpoints import Checkpoint, open_checkpoint
+from lofit_lens.sharing.circuit import export_circuit
 from lofit_lens.sharing.folded import FoldedExport, export_folded
 from lofit_lens.sharing.outputs import Outputs, outputs_of
 from lofit_lens.sharing.recover import import_folded
@@ -11,6 +12,7 @@ from lofit_lens.sharing.svec import export_svec, import_svec, svec_use
 from lofit_lens.sharing.verify import RECORD, Verified
 
 __all__ = [
-    "RECORD", "Checkpoint", "FoldedExport", "Outputs", "Verified", "affine", "export_folded", "export_peft", "export_svec",
-    "import_folded", "import_lofit", "import_svec", "open_checkpoint", "outputs_of", "svec_use",
+    "RECORD", "Checkpoint", "FoldedExport", "Outputs", "Verified", "affine", "export_circuit", "export_folded",
+    "export_peft", "export_svec", "import_folded", "import_lofit", "import_svec", "open_checkpoint", "outputs_of",
+    "svec_use",
 ]  # fmt: skip
