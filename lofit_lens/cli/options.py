@@ -21,7 +21,10 @@ Column = Annotated[
     ))
 ]  # fmt: skip
 Source = Annotated[
-    str | None, typer.Option("--source", help="files (instruction files) or hub: siqa, arc_challenge, boolq, svamp.")
+    str | None,
+    typer.Option(
+        "--source", help="files or hub: siqa, arc_challenge, boolq, svamp; files, unflagged or flagged-apart: mquake."
+    ),
 ]
 Form = Annotated[
     str | None, typer.Option("--form", help="How questions are asked where there are several ways: choices, options, generation.")
