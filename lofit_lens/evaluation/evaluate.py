@@ -56,8 +56,8 @@ def evaluate(
         too_long: what to do with an item that exceeds the model's context: `"error"`, or `"wrong"`, which counts it as failed
             (0 in every metric) without running it and says how many there were.
         judges: name -> judge of the generated answers (generation tasks); each becomes a metric. An answer can be true by saying
-            nothing: beside a judge called `"true"` the result has `"true and info"` where there is a judge `"info"`, else
-            `"true and answered"` where the task's grader counts non-answers (TruthfulQA): the share with both, a verdict of 0.5
+            nothing: beside a judge called `"truth"` the result has `"truth and info"` where there is a judge `"info"`, else
+            `"truth and answered"` where the task's grader counts non-answers (TruthfulQA): the share with both, a verdict of 0.5
             or more counting as yes.
         label: stored in the result, e.g. `"LoFiT K=32"`.
         progress: show a bar.
@@ -227,5 +227,5 @@ def _judge(rows: Sequence[Row], examples: Sequence[TestExample], judges: Mapping
             found[name] = verdict
     other = "info" if "info" in judges else "answered"
     for *_, found in heard:
-        if "true" in judges and other in found:
-            found[f"true and {other}"] = float(found["true"] >= YES and found[other] >= YES)
+        if "truth" in judges and other in found:
+            found[f"truth and {other}"] = float(found["truth"] >= YES and found[other] >= YES)

@@ -4,8 +4,8 @@ SFT on `prompt + new_answer`; greedy generation of 16 tokens; exact match of the
 the new answer or an alias. The official scorer does not strip white space, which counts " sweden" as wrong:
 `em` strips, `em_official` does not.
 
-MQuAKE-Remastered (Zhong et al. 2025) audits MQuAKE and corrects it. A row is *flagged* here if the audit changed it: if its questions,
-its answers before or after the edit, or its edits are others in the Remastered file, or if that has no such case.
+MQuAKE-Remastered (Zhong et al. 2025) audits MQuAKE and corrects it. A row is *flagged* here if it was changed: if its
+questions, its answers before or after the edit, or its edits are others in the Remastered file, or if that has no such case.
 """
 
 from collections.abc import Mapping

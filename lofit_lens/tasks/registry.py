@@ -111,9 +111,9 @@ def load_task(
             as a task is one as a `Path`, or as `"./mquake"`.
         fold: 0 or 1, TruthfulQA only (also written `"truthfulqa:1"`).
         data_dir: folder with the files; None fetches the pinned public files.
-        source: `"files"` (instruction files, the default) or `"hub"` (the original data set): SIQA, ARC-Challenge, BoolQ, SVAMP. For MQuAKE
-            `"files"` (all rows), `"unflagged"` (without those that MQuAKE-Remastered changed) or `"flagged-apart"` (these as a
-            group of their own); both need MQuAKE-Remastered's file in `data_dir`.
+        source: `"files"` (instruction files, the default) or `"hub"` (the original data set): SIQA, ARC-Challenge, BoolQ, SVAMP.
+            MQuAKE takes `"files"` (all rows), `"unflagged"` (without those that MQuAKE-Remastered changed) or `"flagged-apart"`
+            (these as a group of their own); both need `MQuAKE-Remastered-CF-3k.json` in `data_dir`.
         form: how questions are asked, where there are several ways: `"choices"`, `"generation"` or `"binary"` (TruthfulQA),
             `"generation"` or `"options"` (SIQA, ARC-Challenge, BoolQ). None = the first.
         columns: of one file: field -> its column, e.g. `{"prompt": "question", "answer": "label"}`; or text with columns in
