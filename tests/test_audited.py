@@ -126,7 +126,9 @@ def test_flagged_rows_are_left_out(mquake):
     assert [e.prompt for e in task.examples("test")] == [whole.examples("test")[i].prompt for i in (0, 3)]
     assert len(task.training["train"]) == 1
     assert task.counted == {"test: rows that MQuAKE-Remastered changed, left out": 2}
-    assert task.name == "mquake:unflagged" and task.data_hash != whole.data_hash and not whole.counted
+    assert task.name == "mquake:unflagged"
+    assert task.data_hash != whole.data_hash
+    assert not whole.counted
 
 
 def test_flagged_rows_are_a_group_of_their_own(mquake, bridge_llama):
