@@ -27,7 +27,7 @@ Source = Annotated[
     ),
 ]
 Form = Annotated[
-    str | None, typer.Option("--form", help="How questions are asked where there are several ways: choices, options, generation, binary.")
+    str | None, typer.Option("--form", help="How questions are asked: choices, binary, options, generation.")
 ]  # fmt: skip
 AdapterName = Annotated[
     str | None, typer.Option("--adapter", "-a", help="Of any method: a folder, or user/name or user/name@revision on the hub.")
