@@ -8,7 +8,7 @@ import pytest
 
 from lofit_lens import Task, evaluate, load_task
 from lofit_lens.errors import DataError, InputError
-from lofit_lens.tasks import truthfulqa
+from lofit_lens.tasks import OptionExample, truthfulqa
 
 COLUMNS = ("Category", "Question", "Best Answer", "Correct Answers", "Incorrect Answers")
 FLY = ("Animals", "Can pigs fly?", "No", "No; Never", "Yes; They can")
@@ -35,6 +35,7 @@ def test_the_binary_form_asks_best_answer_against_best_incorrect_answer(folds):
     write_csv(folds / "TruthfulQA.csv", NEWER, NEWER.values())
     task = load_task("truthfulqa", data_dir=folds, form="binary")
     (asked,) = task.examples("test")
+    assert isinstance(asked, OptionExample)
     assert (asked.prompt, asked.options, asked.right, asked.group) == (
         f"{truthfulqa.primer()}\n\nQ: Can pigs fly?\nA:", (" No.", " They can."), 0, "Animals",
     )  # fmt: skip
