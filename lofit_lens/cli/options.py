@@ -21,10 +21,13 @@ Column = Annotated[
     ))
 ]  # fmt: skip
 Source = Annotated[
-    str | None, typer.Option("--source", help="files (instruction files) or hub: siqa, arc_challenge, boolq, svamp.")
+    str | None,
+    typer.Option(
+        "--source", help="files or hub: siqa, arc_challenge, boolq, svamp; files, unflagged or flagged-apart: mquake."
+    ),
 ]
 Form = Annotated[
-    str | None, typer.Option("--form", help="How questions are asked where there are several ways: choices, options, generation.")
+    str | None, typer.Option("--form", help="How questions are asked: choices, binary, options, generation.")
 ]  # fmt: skip
 AdapterName = Annotated[
     str | None, typer.Option("--adapter", "-a", help="Of any method: a folder, or user/name or user/name@revision on the hub.")

@@ -47,6 +47,11 @@ def _truthfulqa(fold: int | None, data_dir: str | Path | None, source: str | Non
     return truthfulqa.load(fold, data_dir)
 
 
+def _mquake(fold: int | None, data_dir: str | Path | None, source: str | None) -> Task:
+    _none_given("mquake", fold, None)
+    return mquake.load(data_dir, source or "files")
+
+
 def _none_given(name: str, fold: int | None, source: str | None) -> None:
     """Refuse a fold or a source where a task has none to choose from."""
     if fold is not None:
@@ -67,7 +72,7 @@ def _embedded(name: str) -> Loader:
 
 TASKS: dict[str, Loader] = {
     "truthfulqa": _truthfulqa,
-    "mquake": _plain("mquake", mquake.load),
+    "mquake": _mquake,
     "clutrr": _plain("clutrr", clutrr.load),
     **{name: _instruction(name) for name in instruction.SPECS},
     "triviaqa": _plain("triviaqa", knowledge.load_triviaqa),
@@ -107,7 +112,9 @@ def load_task(
         fold: 0 or 1, TruthfulQA only (also written `"truthfulqa:1"`).
         data_dir: folder with the files; None fetches the pinned public files.
         source: `"files"` (instruction files, the default) or `"hub"` (the original data set): SIQA, ARC-Challenge, BoolQ, SVAMP.
-        form: how questions are asked, where there are several ways: `"choices"` or `"generation"` (TruthfulQA),
+            MQuAKE takes `"files"` (all rows), `"unflagged"` (without those that MQuAKE-Remastered changed) or `"flagged-apart"`
+            (these as a group of their own); both need `MQuAKE-Remastered-CF-3k.json` in `data_dir`.
+        form: how questions are asked, where there are several ways: `"choices"`, `"generation"` or `"binary"` (TruthfulQA),
             `"generation"` or `"options"` (SIQA, ARC-Challenge, BoolQ). None = the first.
         columns: of one file: field -> its column, e.g. `{"prompt": "question", "answer": "label"}`; or text with columns in
             braces, `"Q: {question}"`; or, for `aliases`, `options`, `chosen` and `rejected`, a list of these. A field that is
@@ -147,6 +154,8 @@ def load_task(
                 "(--data-dir) if it holds the built-in task's files", text, text, text,
             )  # fmt: skip
         task = TASKS[text](fold, data_dir, source)
+    if form == truthfulqa.BINARY and task.family == "truthfulqa" and text in TASKS:
+        task = truthfulqa.with_binary(task, data_dir)
     return task if form is None else task.in_form(form)
 
 

@@ -4,18 +4,24 @@ Training form: one pair a question, Best Answer against the first incorrect answ
 with no space between. Test form "choices": the public evaluation's 'qa' preset behind an instruction; MC1, MC2, MC3 over
 summed log-probs of the answer tokens. Test form "generation": the same prompt, answered freely; whether an answer is true
 or informative is for a judge to say (`evaluate(..., judges=...)`), without one it is only known whether there is an answer.
+
+Test form "binary", which the authors recommend over MC1 and MC2 since January 2025: Best Answer against the one Best Incorrect
+Answer of their newer file (790 questions). Where both answers are shown at once, the authors draw their order at random. Here, as
+in MC1, each is scored alone as a continuation of the same prompt, so that there is no order that could count.
 """
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lofit_lens import io
 from lofit_lens.errors import DataError, unknown
 from lofit_lens.tasks.base import Form, Task
-from lofit_lens.tasks.examples import SPLITS, ChoiceExample, GenerationExample, PairExample
+from lofit_lens.tasks.examples import SPLITS, ChoiceExample, GenerationExample, OptionExample, PairExample
 from lofit_lens.tasks.fields import Row, fields, file_hashes
-from lofit_lens.tasks.sources import Source, locate, read_rows
+from lofit_lens.tasks.sources import Source, fetch, locate, read_rows
 
 SOURCE = Source("truthfulqa", {
     "fold_0_train_seed_42.csv": "e80aebee6876ceec76ac030bcfd31c070b9c23809077500a3b183640386fb136",
@@ -25,6 +31,11 @@ SOURCE = Source("truthfulqa", {
     "fold_1_val_seed_42.csv": "375030fc5bfe7315825f0272b95f6d2b0b0f6332f7121ba57537ec5c1fc1969e",
     "fold_1_test_seed_42.csv": "e9019df6fca8a1e25eed3e2256196d30a2675528e76eae0b812b5092fa114455",
 })  # fmt: skip
+# The authors' file of 2025, with the column "Best Incorrect Answer".
+NEWER = Source("d71c110897f5d31c5d7f309e7bc316c152f6f031", {
+    "TruthfulQA.csv": "b8d8ef1e12f98b4f2a9f47abc9765da0640b182b6c5d9b92f0c1a1f2f1e02e5c",
+}, base="https://raw.githubusercontent.com/sylinrl/TruthfulQA", also=("truthfulqa", "TruthfulQA"))  # fmt: skip
+BINARY = "binary"
 FOLDS = (0, 1)
 MAX_NEW_TOKENS = 50  # the public evaluation's
 NO_COMMENT = "i have no comment"
@@ -76,6 +87,49 @@ def load(fold: int | None, data_dir: str | Path | None) -> Task:
         form="choices", forms={"generation": Form(open_ended, "answered", grade, MAX_NEW_TOKENS)},
         counted=_oddities(rows), metric="mc1", hashes=file_hashes(paths), source=str(data_dir or SOURCE.base),
     )  # fmt: skip
+
+
+def with_binary(task: Task, data_dir: str | Path | None) -> Task:
+    """A fold with the form "binary" beside the others: its questions that the authors' newer file has, joined by their text.
+
+    The others have no Best Incorrect Answer, and none is guessed: they are left out of this form, and `counted` says how many.
+
+    Args:
+        task: what `load` gives.
+        data_dir: a folder with the authors' `TruthfulQA.csv`, or with a folder truthfulqa that holds it; None = fetch it.
+
+    Raises:
+        DataError: no such file, one without the column "Best Incorrect Answer", or one that asks a question twice.
+    """
+    name = "TruthfulQA.csv"
+    path = fetch(NEWER.url(name), NEWER.files[name]) if data_dir is None else _beside(name, Path(data_dir))
+    pairs: dict[str, tuple[str, str]] = {}
+    for where, row in read_rows(path):
+        asked, best, wrong = fields(where, row, "Question", "Best Answer", "Best Incorrect Answer")
+        if asked in pairs:
+            raise DataError(f"{where}: question {asked!r} is asked twice; leave one")
+        pairs[asked] = (" " + closed(best), " " + closed(wrong))
+    questions = task.in_form("generation").test
+    test: dict[str, tuple[OptionExample, ...]] = {}
+    counted = dict(task.counted)
+    for split, rows in questions.items():
+        asked_of = [e for e in rows if isinstance(e, GenerationExample)]
+        test[split] = tuple(
+            OptionExample(e.prompt, pairs[e.question], 0, e.group) for e in asked_of if e.question in pairs
+        )
+        if missing := len(asked_of) - len(test[split]):
+            counted[f"{split}: questions without a binary form, left out of it"] = missing
+    hashes = {split: io.digest([found, io.file_digest(path)]) for split, found in task.hashes.items()}
+    return replace(task, forms={**task.forms, BINARY: Form(test, "accuracy")}, counted=counted, hashes=hashes)
+
+
+def _beside(name: str, root: Path) -> Path:
+    for place in (root, *(root / folder for folder in NEWER.also)):
+        if (place / name).is_file():
+            return place / name
+    raise DataError(
+        f"no file {name} in {root} or {root / NEWER.also[0]}, which the form {BINARY!r} needs; {NEWER.url(name)} is its source"
+    )
 
 
 def pair(where: str, row: Any) -> PairExample:
