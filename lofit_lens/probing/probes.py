@@ -176,7 +176,7 @@ class Probes:
         rows = [h.layer for h in chosen], [h.head for h in chosen]
         meta = replace(self.meta, config={**self.meta.config, "direction": direction})
         return ITI(
-            (*self.scores.shape, unit_vectors.shape[2]), chosen, directions=unit_vectors[rows], sigma=sigma[rows],
+            (self.scores.shape[0], self.scores.shape[1], unit_vectors.shape[2]), chosen, directions=unit_vectors[rows], sigma=sigma[rows],
             alpha=alpha, positions=positions, meta=meta,
         )  # fmt: skip
 

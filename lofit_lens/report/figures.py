@@ -239,7 +239,7 @@ def _data_efficiency(results: Results) -> Iterator[Drawn]:
         found: dict[str, dict[float, Any]] = {ZERO: {0.0: results.values(results.zero_shot(task))}}
         for method in results.methods():
             rows = results.rows(task=task, method=method)
-            if rows["heads_from"].any():
+            if bool(rows["heads_from"].any()):
                 rows = results.rows(task=task, method=method, heads_from=OWN, source=task, k=results.k(task))
             few = rows.loc[rows["n_train"].notna()]
             if not len(few):

@@ -227,7 +227,7 @@ class Run(Spec):
     seeds: Seeds | None = None
     tested: bool = False
     damage: bool = False
-    readings: Annotated[bool | tuple[str, ...], BeforeValidator(lambda v: v if isinstance(v, bool) else listed(v))] = (
+    readings: Annotated[bool | tuple[str, ...], BeforeValidator(lambda v: v if v in (True, False) else listed(v))] = (
         False
     )
 
