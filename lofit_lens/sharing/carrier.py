@@ -1,23 +1,26 @@
-"""Offsets inside a LoRA adapter that stock PEFT loads: a few kilobytes, and the base model stays as it is.
+"""Offsets inside an adapter that stock PEFT loads: a few kilobytes, and the base model stays as it is.
 
-An offset v of z is the same vector W_O v at attention's output, whatever the input, and PEFT's LoRA can carry one: with
-`lora_bias=True` its B has a bias. So the carrier has rank 1, A and B of zeros, and
+An offset v of z is the same vector at attention's output, whatever the input: the bias W_O v. PEFT's BEFT (arXiv 2509.15974)
+is an adapter that adds a bias to a linear layer's output,
 
-    lora_B.bias = W_O v        (float32, one module an edited layer)
+    beft_bias = W_O v        (float32, one module per edited layer)
 
-A LoRA of alpha = r scales by 1. Modules are named in full, since `c_proj` alone would be GPT-2's MLP too. Where the base's output
-projection has no bias (Llama), PEFT adds the carrier but cannot merge it.
+BEFT takes `torch.nn.Linear` only, and PEFT has it from 0.20 on. GPT-2's projections are of another class (Conv1D); there, and
+where an older PEFT writes the file, a LoRA of rank 1 carries the bias: with `lora_bias=True` its B has one, and A and B are
+zeros. Modules are named in full, since `c_proj` alone would be GPT-2's MLP too. Where the base's output projection has no
+bias (Llama), PEFT adds the carrier but cannot merge it.
 """
 
 import logging
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from lofit_lens import io
 from lofit_lens.errors import AdapterError, ModelError
@@ -32,10 +35,17 @@ from lofit_lens.sharing.verify import check, compared, hooked_reference, plain_m
 logger = logging.getLogger(__name__)
 
 
-def carrier_tensors(
+def beft_tensors(
     module: str, weight: Float[Tensor, "d_model z"], shift: Float[Tensor, " z"]
 ) -> dict[str, Float[Tensor, "..."]]:
-    """What PEFT's file holds for one module: A `[1, z]` and B `[d_model, 1]` of zeros, and B's bias `W_O v` `[d_model]`."""
+    """Return the entry of PEFT's file for one module under BEFT: the bias `W_O v`, `[1, d_model]`."""
+    return {f"base_model.model.{module}.beft_bias": (weight @ shift.to(weight)).float()[None]}
+
+
+def lora_tensors(
+    module: str, weight: Float[Tensor, "d_model z"], shift: Float[Tensor, " z"]
+) -> dict[str, Float[Tensor, "..."]]:
+    """Return the same for LoRA: A `[1, z]` and B `[d_model, 1]` of zeros, and B's bias `W_O v` `[d_model]`."""
     d_model, z = weight.shape
     front = f"base_model.model.{module}"
     return {
@@ -56,10 +66,10 @@ def export_peft(
     strict: bool = True,
     overwrite: bool = False,
 ) -> Path:
-    """Write a LoRA adapter for PEFT that does what an adapter of offsets does, and compare both on the base model.
+    """Write an adapter for PEFT that does what an adapter of offsets does, and compare both on the base model.
 
-    It is read by `peft.PeftModel.from_pretrained(model, folder)`. `lofit_lens_export.json` lies beside it: what it was made of,
-    and the comparison.
+    It is read by `peft.PeftModel.from_pretrained(model, folder)`, a BEFT by PEFT 0.20 or later. `lofit_lens_export.json` lies
+    beside it: what it was made of, and the comparison.
 
     Args:
         adapter: LoFiT without scalings, or ITI at all positions.
@@ -82,7 +92,7 @@ def export_peft(
     scale, shift = affine(adapter)
     if bool((scale != 1).any()):
         raise AdapterError(
-            f"this {adapter.title} adapter scales heads' outputs, and a LoRA's bias only adds; fold it into the weights instead "
+            f"this {adapter.title} adapter scales heads' outputs, and a bias only adds; fold it into the weights instead "
             "(export_folded), or train offsets alone"
         )
     checkpoint = base_of(adapter, base, revision, strict=strict)
@@ -95,13 +105,13 @@ def export_peft(
         plain = plain_model(checkpoint.folder, dtype, device)
         modules = _modules(outputs, plain)
         edited = [layer for layer in range(len(modules)) if bool(shift[layer].any())]
+        as_beft = _takes_beft(plain, [modules[layer] for layer in edited])
         tensors: dict[str, Tensor] = {}
         for layer in edited:
-            tensors |= carrier_tensors(
-                modules[layer], outputs.weight(layer), rearrange(shift[layer], "head d -> (head d)")
-            )
+            made_for = beft_tensors if as_beft else lora_tensors
+            tensors |= made_for(modules[layer], outputs.weight(layer), rearrange(shift[layer], "head d -> (head d)"))
         io.save_tensors(made / WEIGHTS_FILE, tensors, {"format": "pt"})
-        _write_config(made, [modules[layer] for layer in edited], outputs, commit)
+        _write_config(made, [modules[layer] for layer in edited], outputs, commit, as_beft)
         verified = check(compared(reference, _carried(plain, made)), f"the carrier for {folder}")
         write_record(made, "PEFT carrier", adapter, checkpoint, verified, {})
     logger.info("%s: in PEFT it differs from the hooked model by %.2g in a logit", folder, verified.error)
@@ -123,14 +133,31 @@ def _modules(outputs: Outputs, plain: Any) -> list[str]:
     return found
 
 
-def _write_config(folder: Path, modules: list[str], outputs: Outputs, commit: str | None) -> None:
-    from peft import LoraConfig
+def _takes_beft(plain: Any, modules: Sequence[str]) -> bool:
+    """Whether this PEFT has BEFT, and every module is of the class that it takes."""
+    import peft
 
-    config = LoraConfig(
-        r=1, lora_alpha=1, lora_dropout=0.0, target_modules=modules, lora_bias=True, bias="none",
-        fan_in_fan_out=outputs.transposed, task_type="CAUSAL_LM", inference_mode=True,
-        base_model_name_or_path=outputs.checkpoint.name if commit else str(outputs.checkpoint.folder), revision=commit,
-    )  # fmt: skip
+    return hasattr(peft, "BeftConfig") and all(isinstance(plain.get_submodule(name), nn.Linear) for name in modules)
+
+
+def _write_config(folder: Path, modules: list[str], outputs: Outputs, commit: str | None, as_beft: bool) -> None:
+    import peft
+
+    name = outputs.checkpoint.name if commit else str(outputs.checkpoint.folder)
+    common: dict[str, Any] = {"base_model_name_or_path": name, "revision": commit, "task_type": "CAUSAL_LM"}
+    common |= {"target_modules": modules, "inference_mode": True}
+    if as_beft:
+        config = peft.BeftConfig(**common)
+    else:
+        config = peft.LoraConfig(
+            r=1,
+            lora_alpha=1,
+            lora_dropout=0.0,
+            lora_bias=True,
+            bias="none",
+            fan_in_fan_out=outputs.transposed,
+            **common,
+        )
     config.target_modules = sorted(modules)  # a set's order is another one in every process
     config.save_pretrained(str(folder))
 
@@ -140,7 +167,7 @@ def _carried(plain: Any, folder: Path) -> Any:
     from peft import PeftModel
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*merging LoRA weights won't be possible")
+        warnings.filterwarnings("ignore", message=".*(merging LoRA weights won't be possible|has no bias term)")
         try:
             return PeftModel.from_pretrained(plain, str(folder))
         except Exception as e:
