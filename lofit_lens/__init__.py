@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         import_folded,
         import_lofit,
         import_svec,
+        to_vllm,
     )
     from lofit_lens.tasks import Task, load_task
     from lofit_lens.training import (
@@ -82,7 +83,7 @@ _HOMES = {
     ),
     "models": "Positions load_model model_info",
     "probing": "fit_probes probe_heads reading_vectors",
-    "sharing": "export_folded export_peft export_svec import_folded import_lofit import_svec",
+    "sharing": "export_folded export_peft export_svec import_folded import_lofit import_svec to_vllm",
     "tasks": "Task load_task",
     "training": (
         "PLAIN LofitRun Passes Preset TrainConfig fit learned_scores preset select_heads tune_many tune_offsets tune_scalings"
@@ -115,5 +116,5 @@ __all__ = [
     "export_svec", "fit", "fit_probes", "generate", "import_folded", "import_lofit", "import_svec", "learned_scores",
     "load_adapter", "load_lora", "load_model", "load_results", "load_task", "localisation", "model_info", "over_seeds",
     "paper_grid", "parameter_counts", "preset", "probe_heads", "read_grid", "reading_vectors", "run_grid", "select_heads",
-    "tune_many", "tune_method", "tune_offsets", "tune_scalings",
+    "to_vllm", "tune_many", "tune_method", "tune_offsets", "tune_scalings",
 ]  # fmt: skip

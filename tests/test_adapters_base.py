@@ -1,11 +1,8 @@
 """What every method has from the base of adapters: attaching, places in the model, files; on an adapter that adds a vector."""
 
-import copy
-import gc
 import json
 import logging
 import shutil
-import weakref
 from dataclasses import replace
 
 import pandas as pd
@@ -18,7 +15,7 @@ from lofit_lens.errors import AdapterError, InputError, ModelError
 from lofit_lens.evaluation.result import EvalResult, Metric
 from lofit_lens.interventions.base import Intervention
 from lofit_lens.interventions.files import CONFIG_FILE, WEIGHTS_FILE, check_tensors, read_config
-from lofit_lens.models import Borders, check_residual, hooks, logits_of, positions_of, residual_point
+from lofit_lens.models import Borders, check_residual, hooks, logits_of, residual_point
 from tests import every_method
 from tests.conftest import PAIRS
 from tests.shift import MLPShift, Shift, shift_of
@@ -77,95 +74,6 @@ def test_attaching_twice_is_refused(llama):
     assert torch.equal(run(llama), before)
     with adapter.attached(llama):
         assert torch.equal(run(llama), inside)
-
-
-def test_attach_and_detach(llama):
-    """The edit stays until `detach`, which leaves the model bit-equal; the pair can be repeated, and a block be had after it."""
-    adapter, before = shift_of(llama), run(llama)
-    inside = run(llama, adapter)
-    for _ in range(2):
-        assert adapter.attach(llama) is adapter
-        llama.reset_hooks()  # of the user's own work
-        assert torch.equal(run(llama), inside)
-        adapter.detach()
-        assert torch.equal(run(llama), before)
-    assert torch.equal(run(llama, adapter), inside)
-    assert not positions_of(llama)
-
-
-def test_two_adapters_go_in_any_order(llama):
-    """They act in the order of attaching; whichever goes first leaves the other one's edit alone."""
-    one, other, before = shift_of(llama), shift_of(llama, kind=MLPShift, scale=0.5), run(llama)
-    with ll.attached(llama, one, other):
-        both = run(llama)
-    for first, last in ((one, other), (other, one)):
-        one.attach(llama)
-        other.attach(llama)
-        assert torch.equal(run(llama), both)
-        first.detach()
-        assert torch.equal(run(llama), (last.detach(), run(llama, last))[1])
-        assert torch.equal(run(llama), before)
-
-
-def test_wrong_attaching_is_refused(llama):
-    """Twice, by both ways; detaching what is not attached, or by a block; another shape. Each leaves things as they were."""
-    adapter, before = shift_of(llama), run(llama)
-    with pytest.raises(AdapterError, match=r"not attached; attach\(model\)"):
-        adapter.detach()
-    with adapter.attached(llama):
-        inside = run(llama)
-        with pytest.raises(AdapterError, match="by a `with` block"):
-            adapter.detach()
-        with pytest.raises(AdapterError, match="already attached"):
-            adapter.attach(llama)
-        assert torch.equal(run(llama), inside)
-    adapter.attach(llama)
-    with pytest.raises(AdapterError, match=r"already attached; detach\(\) it"):
-        adapter.attach(llama)
-    with pytest.raises(AdapterError, match="already attached"), adapter.attached(llama):
-        pass
-    assert torch.equal(run(llama), inside)
-    adapter.detach()
-    wrong = Shift(torch.zeros(1, 31), [0], 3)
-    with pytest.raises(AdapterError, match="width 31"):
-        wrong.attach(llama)
-    with pytest.raises(AdapterError, match="not attached"):
-        wrong.detach()
-    assert torch.equal(run(llama), before)
-    assert not any(p.fwd_hooks or p._forward_hooks for p in llama.hook_dict.values())
-
-
-def test_a_copy_of_what_is_attached_is_not_attached(llama):
-    """It can be attached beside it, and detaches alone; files are the same."""
-    adapter = shift_of(llama).attach(llama)
-    try:
-        once, twin = run(llama), copy.deepcopy(adapter)
-        with pytest.raises(AdapterError, match="not attached"):
-            twin.detach()
-        twin.attach(llama)
-        assert not torch.equal(run(llama), once)
-        twin.detach()
-        assert torch.equal(run(llama), once)
-    finally:
-        adapter.detach()
-
-
-def test_what_is_attached_goes_with_its_model(checkpoint, backend):
-    """Nothing keeps a model or an adapter alive, or leaves an adapter counted as attached, once nobody holds them."""
-    model = ll.load_model(checkpoint("llama"), backend=backend, device="cpu")
-    gone = [weakref.ref(model), weakref.ref(shift_of(model).attach(model))]
-    del model
-    gc.collect()
-    assert [one() for one in gone] == [None, None]
-
-
-def test_hooks_that_were_reset_are_no_error(llama):
-    """`reset_hooks(including_permanent=True)` takes the edit away; detaching is quiet all the same."""
-    before, adapter = run(llama), shift_of(llama).attach(llama)
-    llama.reset_hooks(including_permanent=True)
-    assert torch.equal(run(llama), before)
-    adapter.detach()
-    assert torch.equal(run(llama, adapter), run(llama, copy.deepcopy(adapter)))
 
 
 def test_an_adapter_of_another_shape_is_refused(llama):

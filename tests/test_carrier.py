@@ -83,12 +83,10 @@ def greedy(model, adapter, prompt, n=6, eos=2):
 
 
 def test_the_tensors_by_hand():
-    """W = [[1, 2], [3, 4], [5, 6]], c = (10, 1): the bias is (12, 34, 56); LoRA's A and B are zeros of their shapes."""
-    W, c = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), torch.tensor([10.0, 1.0])
-    front = "base_model.model.h.0.attn."
-    beft = beft_tensors("h.0.attn", W, c)
+    """For a bias (12, 34, 56) behind a W_O of width 2; LoRA's A and B are zeros of their shapes."""
+    bias, front = torch.tensor([12.0, 34.0, 56.0]), "base_model.model.h.0.attn."
+    beft, lora = beft_tensors("h.0.attn", bias), lora_tensors("h.0.attn", bias, 2)
     assert {name: t.tolist() for name, t in beft.items()} == {f"{front}beft_bias": [[12.0, 34.0, 56.0]]}
-    lora = lora_tensors("h.0.attn", W, c)
     assert {name: t.tolist() for name, t in lora.items()} == {
         f"{front}lora_A.weight": [[0.0, 0.0]], f"{front}lora_B.weight": [[0.0]] * 3, f"{front}lora_B.bias": [12.0, 34.0, 56.0],
     }  # fmt: skip
@@ -258,12 +256,12 @@ def test_a_carrier_that_differs_is_deleted(bridge_llama, tmp_path, monkeypatch, 
     """The comparison runs on what PEFT makes of the files: a wrong bias, a missing one, one that PEFT does not place."""
     good = beft_tensors
 
-    def bad(module, weight, shift):
+    def bad(module, bias):
         if wrong == "another vector":
-            return good(module, weight, shift * 1.01)
+            return good(module, bias * 1.01)
         if wrong == "a layer less":
-            return good(module, weight, shift * (0 if "layers.2" in module else 1))
-        return good(module.replace("layers.2", "layers.1"), weight, shift)
+            return good(module, bias * (0 if "layers.2" in module else 1))
+        return good(module.replace("layers.2", "layers.1"), bias)
 
     monkeypatch.setattr(carrier, "beft_tensors", bad)
     with pytest.raises(ModelError, match=r"carrier for .*x differs from the hooked model by .*deleted"):

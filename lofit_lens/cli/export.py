@@ -25,7 +25,7 @@ def export(
         bool, typer.Option("--folded", help="A plain Hugging Face checkpoint with the edit in its weights.")
     ] = False,
     peft: Annotated[bool, typer.Option("--peft", help="An adapter folder that stock PEFT loads (offsets only).")] = False,
-    svec: Annotated[bool, typer.Option("--svec", help="AISteer360's file of head directions.")] = False,
+    svec: Annotated[bool, typer.Option("--svec", help="Steerability's (AISteer360's) file of head directions.")] = False,
     hub: Annotated[
         str | None, typer.Option("--hub", help="Push to this repository, user/name, with a model card.", metavar="USER/NAME")
     ] = None,
@@ -95,7 +95,7 @@ def export(
             None if model is None else str(sharing.open_checkpoint(model, revision=revision).config.get("model_type"))
         )
         sharing.export_svec(made, out, model_type=kind, overwrite=overwrite)
-        c.console.print(f"in AISteer360: {sharing.svec_use(made)}", markup=False, soft_wrap=True)
+        c.console.print(f"in Steerability: {sharing.svec_use(made)}", markup=False, soft_wrap=True)
     if folded or peft:
         verified = sharing.Verified(**io.read_json(out / sharing.RECORD)["verified"])
         c.console.print(

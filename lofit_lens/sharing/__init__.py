@@ -1,6 +1,7 @@
 """Take what was learned elsewhere, and bring in what others learned: plain checkpoints and other tools' formats."""
 
 from lofit_lens.sharing.affine import affine
+from lofit_lens.sharing.biases import to_vllm
 from lofit_lens.sharing.carrier import export_peft
 from lofit_lens.sharing.checkpoints import Checkpoint, open_checkpoint
 from lofit_lens.sharing.folded import FoldedExport, export_folded
@@ -12,5 +13,5 @@ from lofit_lens.sharing.verify import RECORD, Verified
 
 __all__ = [
     "RECORD", "Checkpoint", "FoldedExport", "Outputs", "Verified", "affine", "export_folded", "export_peft", "export_svec",
-    "import_folded", "import_lofit", "import_svec", "open_checkpoint", "outputs_of", "svec_use",
+    "import_folded", "import_lofit", "import_svec", "open_checkpoint", "outputs_of", "svec_use", "to_vllm",
 ]  # fmt: skip
