@@ -1,4 +1,4 @@
-"""Steerability's (AISteer360's) steering vectors: what its own rules make of a file that is written here, a file of its own, and refusals."""
+"""Steerability's (AISteer360's) steering vectors: what its rules make of a file that is written here, its own file, refusals."""
 
 import json
 import logging

@@ -22,7 +22,7 @@ def bring_in(
         str | None,
         typer.Option("--format", help=(
             "lofit (official checkpoint with attn_A, attn_v), folded (plain checkpoint with o_proj.bias), svec "
-            "(AISteer360); left out: told from the source."
+            "(Steerability, AISteer360); left out: told from the source."
         )),
     ] = None,
     heads: Annotated[

@@ -311,7 +311,7 @@ class Adapter(nn.Module):
         self,
         repo_id: str,
         *,
-        licence: str | None = None,
+        license: str | None = None,
         private: bool = False,
         revision: str | None = None,
         message: str | None = None,
@@ -321,7 +321,7 @@ class Adapter(nn.Module):
 
         Args:
             repo_id: `"user/name"`; made if it is not there.
-            licence: of the adapter, as the hub spells it (`"mit"`, `"llama2"`); the base model's may ask for its own.
+            license: of the adapter, as the hub spells it (`"mit"`, `"llama2"`); the base model's may ask for its own.
             private: whether a new repository is.
             revision: branch; None = main.
             message: of the commit.
@@ -336,7 +336,7 @@ class Adapter(nn.Module):
         with tempfile.TemporaryDirectory(prefix="adapter-") as made:
             write_files(Path(made), public(self._record()), self._tensors())
             shown = type(self).from_pretrained(Path(made))  # the card describes what goes out
-            io.write_text(Path(made) / "README.md", model_card(shown, repo_id=repo_id, licence=licence))
+            io.write_text(Path(made) / "README.md", model_card(shown, repo_id=repo_id, license=license))
             said = message or f"{self.title} adapter"
             return pushed(made, repo_id, private=private, revision=revision, message=said, token=token)
 
