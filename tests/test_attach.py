@@ -6,12 +6,14 @@ import weakref
 
 import pytest
 import torch
+from transformer_lens import patching
 
 import lofit_lens as ll
 from lofit_lens.errors import AdapterError
 from lofit_lens.models import positions_of
+from tests.adapters import random_adapter
 from tests.shift import MLPShift, Shift, shift_of
-from tests.test_adapters_base import run
+from tests.test_adapters_base import TOKENS, run
 
 
 def test_attach_and_detach(llama):
@@ -92,6 +94,25 @@ def test_what_is_attached_goes_with_its_model(checkpoint, backend):
     del model
     gc.collect()
     assert [one() for one in gone] == [None, None]
+
+
+def test_transformer_lens_own_tools_see_the_edit(llama):
+    """`run_with_cache` gives the edited logits and z; patching puts one head's edited z into the model without the adapter."""
+    lofit = random_adapter(llama, ll.HeadSet(["L0H3"]), v=2.0).attach(llama)
+    try:
+        edited, cache = llama.run_with_cache(TOKENS)
+        assert torch.equal(edited, llama(TOKENS))
+    finally:
+        lofit.detach()
+    bare = llama(TOKENS)
+    assert not torch.equal(bare, edited)
+    found = patching.get_act_patch_attn_head_out_all_pos(
+        llama, TOKENS, cache, lambda logits: (logits - bare).abs().max()
+    )
+    assert found.shape == (3, 4)
+    assert found[0, 3] == pytest.approx((edited - bare).abs().max().item(), rel=1e-5)  # all that was edited
+    assert found[0, :3].max() < 1e-6
+    assert torch.equal(llama(TOKENS), bare)
 
 
 def test_hooks_that_were_reset_are_no_error(llama):
