@@ -60,7 +60,7 @@ def test_their_rules_give_the_same_logits(loaded, hf, tmp_path, caplog, architec
     adapter = (
         random_adapter(model, A=0.0)
         if method == "lofit"
-        else random_iti(model, alpha=5.3 if method == "iti" else -1 / 3)
+        else random_iti(model, alpha=5.3 if method == "iti" else -4 / 3)
     )
     with caplog.at_level(logging.INFO, "lofit_lens"):
         file = export_svec(adapter, tmp_path / "x.svec")
