@@ -2,7 +2,8 @@
 
 `directions[layer][head]` is what its `ITI` control adds to that head's output before W_O, times a strength above 0 that the
 file does not say: ITI's `sigma * d`, for which the strength is ITI's alpha (of a negative alpha, `-sigma * d` and `-alpha`); or
-LoFiT's v, for which it is 1 (`svec_use`). The file is the same in 0.3.0 and in 0.5.5 (github.com/generative-computing/steerability).
+LoFiT's v, for which it is 1 (`svec_use`). The file is the same in versions 0.3.0 and 0.5.5, which were read
+(github.com/generative-computing/steerability).
 """
 
 import logging
