@@ -75,11 +75,11 @@ test-browser: $(READY)
 	$(BIN)/python $(PYTEST) -m browser
 
 # Files, statistics, tables and pages are the same on every TransformerLens.
-TL4_TESTS := $(patsubst %,tests/test_%.py,ablation adapters_base architectures attached attention borders carrier \
+TL4_TESTS := $(patsubst %,tests/test_%.py,ablation adapters_base architectures attach attached attention borders carrier \
   checkpointing contrast decoding device_counts evaluation experiments folded folded_slots fused fused_proof gguf \
   heads_where_they_are hook_access iti jola lofit logit_lens lora loreft many models not_finite odd_checkpoints passes \
   patching planned probing red repe scored scoring selectors sharded smollm2 steps tokens trained_methods training \
-  wrong_uses)
+  vllm wrong_uses)
 
 test-tl4: $(TL4_READY)
 	$(TL4)/bin/python $(PYTEST) -m "not slow and not browser" $(TL4_TESTS)

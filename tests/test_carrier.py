@@ -1,4 +1,4 @@
-"""Offsets as a LoRA of PEFT: stock PEFT gives the hooked model's logits and texts, edits nothing else; the rest is refused."""
+"""Offsets as BEFT or LoRA: stock PEFT gives the hooked model's logits and texts, edits nothing else; the rest is refused."""
 
 import json
 import warnings
@@ -14,7 +14,7 @@ from lofit_lens.errors import AdapterError, ModelError
 from lofit_lens.interventions import HeadAblation, LoReft
 from lofit_lens.models import load_model, logits_of
 from lofit_lens.sharing import carrier
-from lofit_lens.sharing.carrier import carrier_tensors, export_peft
+from lofit_lens.sharing.carrier import beft_tensors, export_peft, lora_tensors
 from tests import tiny
 from tests.adapters import CHOSEN, edited, output_projection, random_adapter
 from tests.test_iti import as_offsets, random_iti
@@ -23,6 +23,7 @@ TOKENS = torch.randint(3, 400, (2, 10), generator=torch.Generator().manual_seed(
 ROW = TOKENS[:1]
 slow = pytest.mark.slow
 FAST = ("llama-gqa", "gpt2")
+CONV1D = ("gpt2",)  # whose projections are no torch.nn.Linear
 # Every one of tests/tiny.py but Mamba, which has no heads.
 EVERY = [pytest.param(a, marks=() if a in FAST else slow) for a in tiny.configs() if a != "mamba"]
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "lofit_lens_export.json"
@@ -51,14 +52,15 @@ def stock(base, folder):
     plain = tf.AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", category=UserWarning)  # PEFT warns of keys that it lacks or cannot place
-        warnings.filterwarnings("ignore", message=".*merging LoRA weights won't be possible")
+        warnings.filterwarnings("ignore", message=".*(merging LoRA weights won't be possible|has no bias term)")
         return peft.PeftModel.from_pretrained(plain, str(folder)).eval()
 
 
 def adapted(model):
     """Names of the modules that PEFT put itself around."""
     front = "base_model.model."
-    return {n.removeprefix(front) for n, m in model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
+    layers = (peft.tuners.lora.LoraLayer, peft.tuners.beft.BeftLayer)
+    return {n.removeprefix(front) for n, m in model.named_modules() if isinstance(m, layers)}
 
 
 @torch.no_grad()
@@ -81,10 +83,11 @@ def greedy(model, adapter, prompt, n=6, eos=2):
 
 
 def test_the_tensors_by_hand():
-    """W = [[1, 2], [3, 4], [5, 6]], c = (10, 1): the bias is (12, 34, 56); A and B are zeros of their shapes."""
-    found = carrier_tensors("h.0.attn", torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), torch.tensor([10.0, 1.0]))
-    front = "base_model.model.h.0.attn."
-    assert {name: t.tolist() for name, t in found.items()} == {
+    """For a bias (12, 34, 56) behind a W_O of width 2; LoRA's A and B are zeros of their shapes."""
+    bias, front = torch.tensor([12.0, 34.0, 56.0]), "base_model.model.h.0.attn."
+    beft, lora = beft_tensors("h.0.attn", bias), lora_tensors("h.0.attn", bias, 2)
+    assert {name: t.tolist() for name, t in beft.items()} == {f"{front}beft_bias": [[12.0, 34.0, 56.0]]}
+    assert {name: t.tolist() for name, t in lora.items()} == {
         f"{front}lora_A.weight": [[0.0, 0.0]], f"{front}lora_B.weight": [[0.0]] * 3, f"{front}lora_B.bias": [12.0, 34.0, 56.0],
     }  # fmt: skip
 
@@ -105,6 +108,7 @@ def test_stock_peft_says_what_the_hooked_model_says(loaded, hf, checkpoint, expo
     assert torch.equal(said, greedy(model, lofit, ROW))
     inner = found.base_model.model
     names = {m: n for n, m in inner.named_modules()}
+    assert found.peft_config["default"].peft_type == ("LORA" if architecture in CONV1D else "BEFT")
     assert adapted(found) == {names[output_projection(inner, layer)] for layer in (0, 2)}
     assert (folder / WEIGHTS).stat().st_size < 4000
 
@@ -118,6 +122,22 @@ def test_peft_merges_it_where_the_base_has_the_bias(loaded, checkpoint, exported
     lofit, folder = exported(architecture)
     merged = stock(checkpoint(architecture), folder).merge_and_unload()
     assert (merged(TOKENS).logits - hooked(loaded(architecture, "bridge"), lofit)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("architecture", ["llama-gqa", pytest.param("pythia", marks=slow)])
+@torch.no_grad()
+def test_an_older_peft_writes_a_lora(loaded, checkpoint, tmp_path, monkeypatch, architecture):
+    """PEFT before 0.20 has no BEFT; what it writes is read by any PEFT, and says the same."""
+    model = loaded(architecture, "bridge")
+    lofit = offsets(model)
+    with monkeypatch.context() as older:
+        older.delattr(peft, "BeftConfig")
+        folder = export_peft(lofit, tmp_path / "x")
+    config = json.loads((folder / CONFIG).read_text())
+    wanted = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "lora_bias": True, "bias": "none", "use_rslora": False}
+    assert {key: config[key] for key in wanted} == wanted
+    got = stock(checkpoint(architecture), folder)(input_ids=TOKENS).logits
+    assert (got - hooked(model, lofit)).abs().max() < 1e-5
 
 
 @torch.no_grad()
@@ -173,8 +193,8 @@ def test_the_files(checkpoint, exported, tmp_path):
     assert sorted(p.name for p in folder.iterdir()) == [CONFIG, WEIGHTS, RECORD]
     config = json.loads((folder / CONFIG).read_text())
     wanted = {
-        "peft_type": "LORA", "r": 1, "lora_alpha": 1, "lora_bias": True, "bias": "none", "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(checkpoint("llama")), "revision": None, "fan_in_fan_out": False, "use_rslora": False,
+        "peft_type": "BEFT", "task_type": "CAUSAL_LM", "inference_mode": True,
+        "base_model_name_or_path": str(checkpoint("llama")), "revision": None,
         "target_modules": ["model.layers.0.self_attn.o_proj", "model.layers.2.self_attn.o_proj"],
     }  # fmt: skip
     assert {key: config[key] for key in wanted} == wanted
@@ -234,16 +254,16 @@ def test_a_base_can_be_named(bridge_llama, tmp_path):
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys")  # as PEFT says of the last
 def test_a_carrier_that_differs_is_deleted(bridge_llama, tmp_path, monkeypatch, wrong):
     """The comparison runs on what PEFT makes of the files: a wrong bias, a missing one, one that PEFT does not place."""
-    good = carrier_tensors
+    good = beft_tensors
 
-    def bad(module, weight, shift):
+    def bad(module, bias):
         if wrong == "another vector":
-            return good(module, weight, shift * 1.01)
+            return good(module, bias * 1.01)
         if wrong == "a layer less":
-            return good(module, weight, shift * (0 if "layers.2" in module else 1))
-        return good(module.replace("layers.2", "layers.1"), weight, shift)
+            return good(module, bias * (0 if "layers.2" in module else 1))
+        return good(module.replace("layers.2", "layers.1"), bias)
 
-    monkeypatch.setattr(carrier, "carrier_tensors", bad)
+    monkeypatch.setattr(carrier, "beft_tensors", bad)
     with pytest.raises(ModelError, match=r"carrier for .*x differs from the hooked model by .*deleted"):
         export_peft(offsets(bridge_llama), tmp_path / "x")
     assert not list(tmp_path.iterdir())

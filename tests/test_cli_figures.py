@@ -1,12 +1,14 @@
-"""The verbs figures, transfer and report: what they write from a study's folder, and exit code 2 for bad input."""
+"""The verbs figures, transfer, report and explore: what they write from a study's folder, and exit code 2 for bad input."""
 
 import json
 import shutil
 
+import numpy as np
 import pytest
 
 from lofit_lens.cli import common
 from lofit_lens.experiments.store.store import Store
+from lofit_lens.heads import HeadScores, HeadSet
 from tests import studies
 from tests.test_cli import run as run_cli
 
@@ -71,6 +73,59 @@ def test_report_is_written_once(shell, study_folder, tmp_path):
     assert code == 2
     assert "--overwrite" in error
     assert shell("report", study_folder, "-o", page, "--overwrite")[0] == 0
+
+
+@pytest.fixture
+def browser(monkeypatch):
+    """Addresses that a browser has opened."""
+    opened = []
+    monkeypatch.setattr("webbrowser.open", lambda address: not opened.append(address))
+    return opened
+
+
+def head_files(folder):
+    """Scores as `select` writes them, a head set of the same model, and an official file."""
+    scores = HeadScores(np.arange(12.0).reshape(3, 4), "A-norm", "tiny", "kin")
+    common.write_heads(folder / "heads", scores, 2, overwrite=False)
+    HeadSet(["L0H1", "L2H3"], shape=(3, 4)).save(folder / "mine.json")
+    np.save(folder / "theirs.npy", np.array([[2, 3], [1, 0]]))
+    return [folder / name for name in ("heads", "mine.json", "theirs.npy")]
+
+
+def test_explore_opens_a_page(shell, study_folder, tmp_path, browser, monkeypatch):
+    """Of a folder of results, or of head files under the names given; the browser opens it, unless told not to."""
+    page = tmp_path / "a b.html"
+    assert shell("explore", study_folder, "-o", page)[0] == 0
+    assert browser == [page.resolve().as_uri()]
+    assert "kin, A-norm, seed 1" in page.read_text()
+    files = head_files(tmp_path)
+    code, said, _ = shell("explore", *files, "-o", tmp_path / "files.html", "--no-open")
+    assert (code, len(browser)) == (0, 1)
+    assert "no browser" not in said
+    assert all(str(file) in (tmp_path / "files.html").read_text() for file in files)
+    code, _, error = shell("explore", *files, "-o", page)
+    assert (code, "--overwrite" in error) == (2, True)
+    monkeypatch.setattr("webbrowser.open", lambda address: False)
+    code, said, _ = shell("explore", *files, "-o", page, "--overwrite")
+    assert (code, "no browser was found" in said) == (0, True)
+
+
+def test_what_cannot_be_explored(shell, study_folder, tmp_path, browser):
+    """Nothing there, a folder of something else, a mixture, a file without heads, a grid of head files: one line each."""
+    files = head_files(tmp_path)
+    (tmp_path / "x.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    for args, message in (
+        (["nowhere"], "nowhere does not exist"), ([tmp_path / "empty"], "holds no"), ([tmp_path / "x.json"], "is not a"),
+        ([study_folder, files[0]], "is no head file; give one folder of results alone"),
+        ([*files, "--grid", "small"], "--grid names a grid of a folder of results"),
+    ):  # fmt: skip
+        code, _, error = shell("explore", *args, "-o", tmp_path / "page.html")
+        assert code == 2, error
+        assert message in error
+        assert error.count("\n") == 1
+    assert not browser
+    assert not (tmp_path / "page.html").exists()
 
 
 def test_transfer_prints_the_matrix(shell, study_folder, checkpoint, tmp_path, monkeypatch):

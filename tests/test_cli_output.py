@@ -128,9 +128,10 @@ def test_saved_before_it_is_shown(shell, monkeypatch, tmp_path, args):
 EVERY = {
     "select": ("select", "-t", "TASK", "-m", "MODEL"), "tune": ("tune", "-t", "TASK", "-m", "MODEL", "--heads", "all"),
     "probe": ("probe", "-t", "TASK", "-m", "MODEL"), "eval": EVAL, "damage": DAMAGE, "compare": COMPARE,
-    "import": ("import", "MODEL"), "report": ("report", "nowhere"),
+    "import": ("import", "MODEL"), "report": ("report", "nowhere"), "explore": ("explore", "nowhere"),
     **{f: ("export", "ADAPTER", f) for f in ("--folded", "--peft", "--svec")},
 }  # fmt: skip
+FILES = ("damage", "compare", "report", "explore", "--svec")  # verbs that write a file
 
 
 @pytest.mark.parametrize("verb", EVERY)
@@ -170,7 +171,7 @@ def test_two_processes_share_no_state_file(shell, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------------------- checks
 
 
-@pytest.mark.parametrize("verb", [v for v in EVERY if v not in ("damage", "compare", "report", "--svec")])
+@pytest.mark.parametrize("verb", [v for v in EVERY if v not in FILES])
 def test_a_folder_that_is_not_ours_is_refused_before_the_work(shell, tmp_path, verb):
     """--overwrite replaces what this package wrote, nothing else, and says so at once."""
     (tmp_path / "o").mkdir()
@@ -181,7 +182,7 @@ def test_a_folder_that_is_not_ours_is_refused_before_the_work(shell, tmp_path, v
     assert (tmp_path / "o" / "mine").read_text() == "precious"
 
 
-@pytest.mark.parametrize("verb", ["damage", "compare", "report", "--svec"])
+@pytest.mark.parametrize("verb", FILES)
 def test_a_folder_in_the_place_of_a_file_is_refused_before_the_work(shell, tmp_path, verb):
     """One file cannot replace a folder."""
     (tmp_path / "o").mkdir()

@@ -56,13 +56,13 @@ def test_there_and_back(capsys, monkeypatch, adapter, bridge_llama, tmp_path):
 
 
 def test_every_other_form(capsys, monkeypatch, adapter, checkpoint, tmp_path):
-    """PEFT's folder; AISteer360's file, with the call that uses it, and back, where the model gives the shape."""
+    """PEFT's folder; Steerability's file, with the call that uses it, and back, where the model gives the shape."""
     for form, name in (("--peft", "peft"), ("--svec", "a.svec")):
         code, out, err = run(capsys, monkeypatch, "export", adapter, form, "--out", tmp_path / name)
         assert code == 0, err
         assert f"wrote {tmp_path / name}" in out.replace("\n", "")
-        assert ("alpha=1, token_scope='all')" in out) == (form == "--svec")
-    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+        assert ("alpha=1.0, token_scope='all')" in out) == (form == "--svec")
+    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["peft_type"] == "BEFT"
     args = (
         "import",
         tmp_path / "a.svec",
@@ -85,7 +85,7 @@ def test_the_hub(capsys, monkeypatch, remote, adapter, own_task, checkpoint, tmp
     common = ("--task", own_task, "--model", checkpoint("llama"), "--device", "cpu")
     code, _, err = run(capsys, monkeypatch, "eval", *common, "--adapter", adapter, "--out", tmp_path / "e")
     assert code == 0, err
-    push = ("export", adapter, "--hub", "ann/caps", "--result", tmp_path / "e", "--licence", "mit")
+    push = ("export", adapter, "--hub", "ann/caps", "--result", tmp_path / "e", "--license", "mit")
     code, out, err = run(capsys, monkeypatch, *push)
     assert code == 0, err
     commit = remote.repos["ann/caps"].branches["main"]
@@ -118,7 +118,7 @@ def test_bad_requests(capsys, monkeypatch, adapter, tmp_path):
         (("export", adapter, "--folded"), "--folded needs --out"),
         (("export", adapter, "--hub", "a/b", "--out", out), "--hub takes no --out; it takes --result"),
         (("export", tmp_path, "--folded", "--out", out), "is not an adapter folder"),
-        (("export", adapter, "--svec", "--licence", "mit", "--out", out), "--svec takes no --licence; it takes --out"),
+        (("export", adapter, "--svec", "--license", "mit", "--out", out), "--svec takes no --license; it takes --out"),
         (
             ("export", adapter, "--folded", "--out", adapter, "--overwrite"),
             "is the adapter itself, which would be lost",

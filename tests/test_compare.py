@@ -159,7 +159,7 @@ def test_nothing_to_compare_is_refused():
 def test_no_mean_stands_alone():
     """Beside a, b and their difference stand their intervals and n, in numbers, in text and in the notebook's table."""
     found = compare(result(A, label="<a>"), result(B, label="b"))
-    row = found.table().iloc[0]
+    row = found.to_frame().iloc[0]
     for name in ("a", "b"):
         assert (row[name], (row[f"{name}_low"], row[f"{name}_high"])) == (
             getattr(found, name)["em"].mean,
@@ -190,7 +190,7 @@ def test_a_single_item_is_no_evidence():
     found = compare(result([1.0]), result([0.0]))
     assert (found["em"].p, found["em"].interval, found.detectable["em"]) == (1.0, None, None)
     assert found.rows()[0][1:4] == ("1.000", "0.000", "+1.000")
-    assert found.table().iloc[0]["difference"] == 1.0
+    assert found.to_frame().iloc[0]["difference"] == 1.0
     json.dumps(found.to_dict(), allow_nan=False)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData, metadata_load
 
 import lofit_lens as ll
 from lofit_lens import HeadSet, hub, load_adapter, load_model
@@ -253,10 +253,10 @@ def test_the_hub_may_refuse_a_card(remote, bridge_llama):
     """Its reason is passed on, and nothing is uploaded."""
     remote.bad_card = '"license" must be one of [mit, ...]'
     with pytest.raises(InputError, match=r'the hub refuses what was given: .*"license" must be one of'):
-        random_adapter(bridge_llama).push_to_hub(MINE, licence="my-own")
+        random_adapter(bridge_llama).push_to_hub(MINE, license="my-own")
     assert remote.repos[MINE].messages == ["initial commit"]
-    with pytest.raises(InputError, match="licence 'My own' is not as the hub abbreviates licences"):
-        random_adapter(bridge_llama).push_to_hub(MINE, licence="My own")
+    with pytest.raises(InputError, match="license 'My own' is not as the hub abbreviates licenses"):
+        random_adapter(bridge_llama).push_to_hub(MINE, license="My own")
 
 
 def test_switched_off_says_so(remote, bridge_llama, monkeypatch):
@@ -312,9 +312,9 @@ def card_of(adapter, **options):
 
 @pytest.mark.parametrize("method", every_method.METHODS)
 def test_the_card_of_every_method(bridge_llama, method):
-    """The record parses and holds library, method, licence and metrics; the text has the paper, the places and the interval."""
+    """The record parses and holds library, method, license and metrics; the text has the paper, the places and the interval."""
     adapter = every_method.made(method, bridge_llama)
-    text, record = card_of(adapter, repo_id=MINE, licence="mit")
+    text, record = card_of(adapter, repo_id=MINE, license="mit")
     assert (record["library_name"], record["license"]) == ("lofit_lens", "mit")
     assert {"lofit_lens", method} <= set(record["tags"])
     (index,) = record["model-index"]
@@ -326,7 +326,7 @@ def test_the_card_of_every_method(bridge_llama, method):
     assert "arXiv" in text or method == "ablation"
     assert "| organism/facts | test | - | accuracy | 0.75 | 0.5 to 0.875 | 40 | 1 | abababababab |" in text
     for told in ("cdcdcdcd", "| training examples | 120 |", "| seed | 0 |", '"lr": 0.01', "without TransformerLens' weight",
-                 str(adapter.positions), "Licence of the adapter: mit.", f"| torch | {torch.__version__} |"):  # fmt: skip
+                 str(adapter.positions), "License of the adapter: mit.", f"| torch | {torch.__version__} |"):  # fmt: skip
         assert told in text
     assert "None" not in text
 
@@ -346,11 +346,11 @@ def test_heads_stand_best_first_with_scores(bridge_llama):
 
 
 def test_a_card_says_what_is_not_known():
-    """No base model, revision, task, seed, metrics or licence: each is said; nothing is made up."""
+    """No base model, revision, task, seed, metrics or license: each is said; nothing is made up."""
     text, record = card_of(ll.Lofit((3, 4, 8), ll.HeadSet(["L0H1"])))
     assert set(record) == {"library_name", "tags", "pipeline_tag"}
     for told in ("Made for: not recorded", "None were recorded", "| task | not recorded |", "| seed | not recorded |",
-                 "Settings: not recorded", "No licence was given", "revision was not recorded",
+                 "Settings: not recorded", "No license was given", "revision was not recorded",
                  'll.load_model("...")  # the base model, which was not recorded'):  # fmt: skip
         assert told in text
 
@@ -423,11 +423,32 @@ def test_the_code_of_a_card_runs(remote, tmp_path, monkeypatch):
     assert names["text"] != ll.generate(model, "Q: Who wrote Hamlet? A:")
 
 
-def test_a_card_beside_its_files_runs_there(bridge_llama, tmp_path, monkeypatch):
-    """Without an id the code reads the folder that it lies in."""
-    adapter = random_adapter(bridge_llama)
-    adapter.save_pretrained(tmp_path / "adapter")
-    monkeypatch.chdir(tmp_path / "adapter")
-    text, _ = card_of(adapter)
-    line = re.search(r"adapter = (ll.load_adapter\(.*), model=model\)", text)[1]
-    assert same(eval(line + ")", {"ll": ll}), adapter)
+def test_a_card_beside_its_files_runs_there(tmp_path, monkeypatch):
+    """Without an id the code reads the folder that it lies in, and is five lines; the hub's own tools read its record."""
+    base = tiny.save(tmp_path / "adapter" / "base")
+    adapter = random_adapter(load_model(base, device="cpu"), v=3.0)
+    adapter.save_pretrained(tmp_path / "saved")
+    for file in (tmp_path / "saved").iterdir():
+        file.rename(base.parent / file.name)
+    monkeypatch.chdir(base.parent)
+    text, record = card_of(adapter, license="apache-2.0")
+    Path("README.md").write_text(text)
+    assert metadata_load("README.md") == record
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    assert len([line for line in code.splitlines() if line]) == 5
+    names = {}
+    exec(code, names)
+    assert same(names["adapter"], adapter)
+    assert names["text"] != ll.generate(names["model"], "Q: Who wrote Hamlet? A:")
+
+
+def test_the_record_has_the_hubs_names(bridge_llama):
+    """What its search and pages read; nothing that shows a widget. Written again by its tools it is the same."""
+    adapter = changed(bridge_llama, name="meta/llama", revision="0123456789" * 4)
+    _, record = card_of(adapter, license="apache-2.0")
+    wanted = {
+        "license": "apache-2.0", "library_name": "lofit_lens", "base_model": "meta/llama", "base_model_relation": "adapter",
+        "pipeline_tag": "text-generation", "tags": ["lofit_lens", "lofit", "activation-steering", "transformer-lens"],
+    }  # fmt: skip
+    assert record == wanted
+    assert ModelCardData(**wanted).to_dict() == record

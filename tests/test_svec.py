@@ -1,4 +1,4 @@
-"""AISteer360's steering vectors: what its own rules make of a file that is written here, a file of its own, and refusals."""
+"""Steerability's (AISteer360's) steering vectors: what its rules make of a file that is written here, its own file, refusals."""
 
 import json
 import logging
@@ -52,16 +52,20 @@ def steered(plain, file, *, alpha, heads):
 
 
 @pytest.mark.parametrize("architecture", ["llama-gqa", "gpt2"])
-@pytest.mark.parametrize("method", ["iti", "lofit"])
+@pytest.mark.parametrize("method", ["iti", "away", "lofit"])
 @torch.no_grad()
 def test_their_rules_give_the_same_logits(loaded, hf, tmp_path, caplog, architecture, method):
     """With the heads and the strength of the call that is logged, which says the scope of our positions; and read back."""
     model, plain = loaded(architecture, "bridge"), hf(architecture)
-    adapter = random_iti(model) if method == "iti" else random_adapter(model, A=0.0)
+    adapter = (
+        random_adapter(model, A=0.0)
+        if method == "lofit"
+        else random_iti(model, alpha=5.3 if method == "iti" else -4 / 3)
+    )
     with caplog.at_level(logging.INFO, "lofit_lens"):
         file = export_svec(adapter, tmp_path / "x.svec")
-    alpha = adapter.alpha if method == "iti" else 1.0
-    use = f"selected_heads=[(2, 1), (0, 3), (2, 0)], alpha={alpha:g}, token_scope='all')"
+    alpha = 1.0 if method == "lofit" else abs(adapter.alpha)  # theirs must be above 0
+    use = f"selected_heads=[(2, 1), (0, 3), (2, 0)], alpha={alpha!r}, token_scope='all')"
     assert use in caplog.text
     expected = steered(plain, file, alpha=alpha, heads=[(2, 1), (0, 3), (2, 0)])
     assert (plain(TOKENS).logits - expected).abs().max() > 0.05
@@ -148,6 +152,8 @@ def test_what_cannot_be_written_is_refused(bridge_llama, tmp_path):
     ):
         with pytest.raises(AdapterError, match=r"LoFiT without scalings, at positions all or answer.*export_folded"):
             export_svec(adapter, tmp_path / "x.svec")
+    with pytest.raises(AdapterError, match=r"alpha is 0.*with_strength"):
+        export_svec(small(alpha=0.0), tmp_path / "x.svec", model_type="llama")
     with pytest.raises(InputError, match=r"does not say its base model.*give model_type"):
         export_svec(small(), tmp_path / "x.svec")
     with pytest.raises(InputError, match=r"name it .*x\.json\.svec"):

@@ -15,6 +15,7 @@ from lofit_lens.cli import (
     demo,
     doctor,
     evaluate,
+    explore,
     export,
     figures,
     generate,
@@ -37,7 +38,7 @@ app = typer.Typer(
 for _name, _verb in (
     ("demo", demo.demo), ("select", select.select), ("probe", probe.probe), ("tune", tune.tune), ("eval", evaluate.evaluate),
     ("compare", compare.compare), ("transfer", transfer.transfer), ("localise", localise.localise),
-    ("figures", figures.figures), ("report", report.report),
+    ("figures", figures.figures), ("report", report.report), ("explore", explore.explore),
     ("grid", grids.grid),
     ("export", export.export), ("import", bring_in.bring_in),
     ("damage", damage.damage), ("generate", generate.generate), ("doctor", doctor.doctor),

@@ -22,7 +22,7 @@ def bring_in(
         str | None,
         typer.Option("--format", help=(
             "lofit (official checkpoint with attn_A, attn_v), folded (plain checkpoint with o_proj.bias), svec "
-            "(AISteer360); left out: told from the source."
+            "(Steerability, AISteer360); left out: told from the source."
         )),
     ] = None,
     heads: Annotated[
@@ -73,7 +73,7 @@ def bring_in(
         if model is None or alpha is None or positions is None or some is None:
             raise InputError(
                 "a .svec file says neither model, strength, positions nor heads; give --model, --alpha, --positions (all, or "
-                "answer for AISteer360's after_prompt), and --k 48 (the best by its accuracies, as there) or --heads"
+                "answer for Steerability's after_prompt), and --k 48 (the best by its accuracies, as there) or --heads"
             )
         shape = sharing.outputs_of(sharing.open_checkpoint(model, revision=revision)).shape
         made = sharing.import_svec(source, some, shape, alpha=alpha, positions=positions)

@@ -178,7 +178,7 @@ def open_with(adapter: str | None, how: ModelOptions, *, other_model: bool = Fal
     """Load a model and the adapter of a folder or of the hub (None: no adapter); for LoRA `auto` means the bridge."""
     if adapter is None:
         return open_model(how), None
-    from lofit_lens.interventions.base import located_adapter
+    from lofit_lens.interventions.files import located_adapter
     from lofit_lens.interventions.folders import load_adapter, method_in
 
     folder, _ = located_adapter(*_at_revision(adapter))

@@ -15,7 +15,7 @@ FORMATS = ("--folded", "--peft", "--svec", "--hub")
 _BASE = ("--out", "--model", "--revision", "--dtype", "--device", "--other-model", "--overwrite")
 TAKES = {
     "--folded": _BASE, "--peft": _BASE, "--svec": ("--out", "--model", "--revision", "--overwrite"),
-    "--hub": ("--result", "--licence", "--private", "--branch"),
+    "--hub": ("--result", "--license", "--private", "--branch"),
 }  # fmt: skip
 
 
@@ -25,7 +25,7 @@ def export(
         bool, typer.Option("--folded", help="A plain Hugging Face checkpoint with the edit in its weights.")
     ] = False,
     peft: Annotated[bool, typer.Option("--peft", help="An adapter folder that stock PEFT loads (offsets only).")] = False,
-    svec: Annotated[bool, typer.Option("--svec", help="AISteer360's file of head directions.")] = False,
+    svec: Annotated[bool, typer.Option("--svec", help="Steerability's (AISteer360's) file of head directions.")] = False,
     hub: Annotated[
         str | None, typer.Option("--hub", help="Push to this repository, user/name, with a model card.", metavar="USER/NAME")
     ] = None,
@@ -43,8 +43,8 @@ def export(
     result: Annotated[
         list[Path] | None, typer.Option("--result", help="--hub: folder of eval --out, for the card's metrics; repeatable.")
     ] = None,
-    licence: Annotated[
-        str | None, typer.Option("--licence", help="--hub: of the adapter, as the hub spells it: mit, llama2.")
+    license: Annotated[
+        str | None, typer.Option("--license", help="--hub: of the adapter, as the hub spells it: mit, llama2.")
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="--hub: a new repository is private.")] = False,
     branch: Annotated[str | None, typer.Option("--branch", help="--hub: branch; left out: main.")] = None,
@@ -62,12 +62,12 @@ def export(
     form = asked[0]
     given = {
         "--model": model, "--revision": revision, "--dtype": dtype, "--device": device, "--other-model": other_model,
-        "--result": result, "--licence": licence, "--private": private, "--branch": branch, "--out": out,
+        "--result": result, "--license": license, "--private": private, "--branch": branch, "--out": out,
         "--overwrite": overwrite,
     }  # fmt: skip
     c.check_options(form, given, TAKES[form])
     if hub is not None:
-        _push(adapter, hub, result or [], licence=licence, private=private, branch=branch)
+        _push(adapter, hub, result or [], license=license, private=private, branch=branch)
         return
     if out is None:
         raise InputError(f"{form} needs --out")
@@ -95,7 +95,7 @@ def export(
             None if model is None else str(sharing.open_checkpoint(model, revision=revision).config.get("model_type"))
         )
         sharing.export_svec(made, out, model_type=kind, overwrite=overwrite)
-        c.console.print(f"in AISteer360: {sharing.svec_use(made)}", markup=False, soft_wrap=True)
+        c.console.print(f"in Steerability: {sharing.svec_use(made)}", markup=False, soft_wrap=True)
     if folded or peft:
         verified = sharing.Verified(**io.read_json(out / sharing.RECORD)["verified"])
         c.console.print(
@@ -108,7 +108,7 @@ def export(
 
 
 def _push(
-    adapter: str, hub: str, results: list[Path], *, licence: str | None, private: bool, branch: str | None
+    adapter: str, hub: str, results: list[Path], *, license: str | None, private: bool, branch: str | None
 ) -> None:
     """With what evaluations found on its card."""
     c.quiet_libraries()
@@ -120,5 +120,5 @@ def _push(
         if result.label == "bare model":
             raise InputError(f"{folder} is an evaluation of the bare model; give one of eval --adapter {adapter}")
         made.add_metrics(result)
-    address = made.push_to_hub(hub, licence=licence, private=private, revision=branch)
+    address = made.push_to_hub(hub, license=license, private=private, revision=branch)
     c.console.print(f"pushed {hub}: {address}", soft_wrap=True)

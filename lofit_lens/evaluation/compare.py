@@ -70,7 +70,7 @@ class Comparison:
             raise InputError(f"no metric {metric!r} in this comparison; it has {', '.join(self.tests)}")
         return self.tests[metric]
 
-    def table(self) -> pd.DataFrame:
+    def to_frame(self) -> pd.DataFrame:
         """One row a metric, numbers."""
         return pd.DataFrame([
             {

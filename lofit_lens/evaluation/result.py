@@ -85,6 +85,16 @@ class EvalResult:
         """Mean of the task's own metric."""
         return next(iter(self.metrics.values())).mean
 
+    def to_frame(self) -> pd.DataFrame:
+        """One row a metric: `task`, `split`, `form`, `label`, `metric`, `mean`, `low` and `high` (95 %), `n` items, `seeds`."""
+        of = {"task": self.task, "split": self.split, "form": self.form, "label": self.label}
+        rows = []
+        for name, metric in self.metrics.items():
+            low, high = metric.interval or (None, None)
+            rows.append(of | {"metric": name, "mean": metric.mean, "low": low, "high": high})
+            rows[-1] |= {"n": metric.n, "seeds": metric.seeds}
+        return pd.DataFrame(rows)
+
     def by_group(self) -> pd.DataFrame:
         """One row a group (number of hops, subject, category): items, and each metric's mean and 95 % interval."""
         rows = []

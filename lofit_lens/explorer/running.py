@@ -88,7 +88,7 @@ def run_prompt(
         raise InputError("the prompt is empty; type a text for the model to go on from")
     if positions_of(model):
         raise InputError(
-            "something is attached to this model already; leave its `with` block, so that it can be run unmodified"
+            "something is attached to this model already; leave its `with` block or detach() it, so that it can run unmodified"
         )
     n_tokens = len(encode(tokenizer_of(model), prompt))
     heads = HeadSet.all(shape) if shape.n_total * n_tokens**2 <= MOST_WEIGHTS else HeadSet([head] if head else [])

@@ -10,7 +10,7 @@
 HeadSet(2 of 2x2 heads: L0H1 L1H1)
 """
 
-from lofit_lens.heads.grid import Grid, check_shape, joint_grid
+from lofit_lens.heads.grid import Grid, check_shape, joint_grid, layers_of
 from lofit_lens.heads.named import (
     Ranking,
     Rankings,
@@ -21,7 +21,7 @@ from lofit_lens.heads.named import (
     named_sets,
 )
 from lofit_lens.heads.scores import HeadScores
-from lofit_lens.heads.sets import Head, Heads, HeadSet, check_k, layers_of
+from lofit_lens.heads.sets import Head, Heads, HeadSet, check_k
 
 __all__ = [
     "Grid", "Head", "HeadScores", "HeadSet", "Heads", "Ranking", "Rankings", "Scores", "Sets", "check_k", "check_shape",

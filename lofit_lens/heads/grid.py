@@ -4,7 +4,7 @@ In some models only a few layers attend by softmax (Qwen3-Next, LFM2, Jamba, ...
 what would happen by chance has to count only these.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lofit_lens.checks import check_whole, shown
@@ -74,3 +74,17 @@ def joint_grid(shapes: Iterable[tuple[int, int]]) -> Grid:
     """One of several equal shapes: the one that says most of its layers."""
     grids = [check_shape(shape) for shape in shapes]
     return next((grid for grid in grids if grid.head_layers is not None), grids[0])
+
+
+def layers_of(layers: Any) -> list[int]:
+    """Layers as a list of integers.
+
+    Raises:
+        InputError: anything but whole numbers from 0.
+    """
+    if not isinstance(layers, Iterable) or isinstance(layers, str | bytes | Mapping):
+        raise InputError(f"layers is {shown(layers)}; give a list of layers, e.g. [0, 1]")
+    listed = list(layers)
+    for layer in listed:
+        check_whole(0, layer=layer)
+    return listed

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from lofit_lens.errors import InputError
 from lofit_lens.heads.grid import Grid
 from lofit_lens.heads.sets import SCHEMA, Head, HeadSet, check_k
 from lofit_lens.html import first_of, grid_html
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,10 +109,10 @@ class HeadScores:
         return self.values[found].item()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """The scores as numpy (and pandas) take them, `[n_layers, n_heads]`; `.values` is the tensor."""
-        return np.array(
-            self.values.numpy(), dtype=dtype, copy=copy is not False
-        )  # the scores themselves stay as they are
+        """The scores as numpy takes them, `[n_layers, n_heads]`: a copy, or a read-only view where none may be made."""
+        found = np.array(self.values.numpy(), dtype=dtype, copy=copy is not False)
+        found.flags.writeable = copy is not False  # the scores themselves stay as they are
+        return found
 
     def __dlpack__(self, **how: Any) -> Any:
         """The scores as torch takes them."""
@@ -125,6 +128,10 @@ class HeadScores:
     def __iter__(self) -> Iterator[Float[np.ndarray, " n_heads"]]:
         """The layers' scores, as of an array; `.ranking()` gives the heads, best first."""
         return iter(np.asarray(self))
+
+    def to_frame(self) -> "pd.DataFrame":
+        """One row a head, best first; see `HeadSet.to_frame`."""
+        return self.ranking().to_frame()
 
     def save(self, path: str | Path) -> Path:
         """Write as JSON, every score exact."""

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Union, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, Union, overload
 
 import numpy as np
 import torch
@@ -20,8 +20,11 @@ from torch import Tensor
 from lofit_lens import io
 from lofit_lens.checks import check_number, check_seed, check_whole, shown
 from lofit_lens.errors import DataError, InputError
-from lofit_lens.heads.grid import Grid, check_shape, joint_grid
+from lofit_lens.heads.grid import Grid, check_shape, joint_grid, layers_of
 from lofit_lens.html import first_of, grid_html
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SCHEMA = 1
 
@@ -282,6 +285,14 @@ class HeadSet:
             raise DataError(f"{path}: expected integers of shape [k, 2] = (layer, head)")
         return cls(pairs.tolist(), shape=shape, label=label or Path(path).stem)
 
+    def to_frame(self) -> "pd.DataFrame":
+        """One row a head, best first: `head` (its name), `layer` and `index` in it, `rank` from 1, `score` (NaN: none given)."""
+        import pandas as pd
+
+        scores = self.scores or [np.nan] * len(self)
+        rows = [(str(h), h.layer, h.head, i + 1, score) for i, (h, score) in enumerate(zip(self, scores, strict=True))]
+        return pd.DataFrame(rows, columns=["head", "layer", "index", "rank", "score"])
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able form; `from_dict` reads it back."""
         return {
@@ -355,20 +366,6 @@ def check_k(k: int, available: int, of: str) -> None:
         raise InputError(f"K must be a whole number of heads, got {k!r}")
     if k < 1 or k > available:
         raise InputError(f"K = {k} heads asked for; {of} has {available}, so give K from 1 to {available}")
-
-
-def layers_of(layers: Any) -> list[int]:
-    """Layers as a list of integers.
-
-    Raises:
-        InputError: anything but whole numbers from 0.
-    """
-    if not isinstance(layers, Iterable) or isinstance(layers, str | bytes | Mapping):
-        raise InputError(f"layers is {shown(layers)}; give a list of layers, e.g. [0, 1]")
-    listed = list(layers)
-    for layer in listed:
-        check_whole(0, layer=layer)
-    return listed
 
 
 def _read(heads: Any) -> tuple[tuple[Head, ...], tuple[int, int] | None]:

@@ -1,8 +1,6 @@
 """What every method has in common: it can be attached, counted and saved."""
 
 import contextlib
-import logging
-import re
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,19 +13,19 @@ from torch import Tensor, nn
 from lofit_lens import io
 from lofit_lens.checks import shown
 from lofit_lens.errors import AdapterError, InputError
-from lofit_lens.hub import fetched, pushed
+from lofit_lens.hub import pushed
 from lofit_lens.interventions.cards import model_card
 from lofit_lens.interventions.files import (
     CONFIG_FILE,
-    WEIGHTS_FILE,
     check_provenance,
     check_unchanged,
+    located_adapter,
     public,
     read_config,
     read_tensors,
     write_files,
 )
-from lofit_lens.interventions.provenance import KEPT, AdapterMeta, described, meta_of, with_metrics
+from lofit_lens.interventions.provenance import KEPT, AdapterMeta, check_weights, meta_of, warn_of_other, with_metrics
 from lofit_lens.models import (
     ALL,
     Layout,
@@ -38,12 +36,8 @@ from lofit_lens.models import (
     hooked,
     layout_of,
     model_info,
-    same_weights,
 )
 
-logger = logging.getLogger(__name__)
-
-_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 Some = TypeVar("Some", bound="Adapter")
 Edit = Callable[[Tensor], Tensor]  # values at a HookPoint -> the same shape
 
@@ -129,6 +123,7 @@ class Adapter(nn.Module):
     backend: ClassVar[str | None] = None  # the only class of TransformerLens that it can be attached to
     meta: AdapterMeta
     positions: Positions
+    _held: contextlib.ExitStack | None = None  # of `attach`
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -201,6 +196,39 @@ class Adapter(nn.Module):
         with self.reserved(model), self._in_place(model):
             yield self
 
+    def attach(self: Some, model: Any) -> Some:
+        """Edit this model's activations until `detach()`: `attached` where a block is in the way, as in a notebook.
+
+        Several adapters act in the order in which they were attached, and may be detached in any order.
+
+        Raises:
+            AdapterError: made for another shape, or already attached.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.attached(model))
+            self._held = stack.pop_all()
+        return self
+
+    def detach(self) -> None:
+        """Take back what `attach` did; other adapters and hooks stay.
+
+        Raises:
+            AdapterError: it is not attached, or by a `with` block.
+        """
+        if self._held is None:
+            how = (
+                "attached by a `with` block, which detaches it"
+                if self in _attached
+                else "not attached; attach(model) does it"
+            )
+            raise AdapterError(f"this adapter is {how}")
+        held, self._held = self._held, None
+        held.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy takes over: it is not attached."""
+        return {name: value for name, value in vars(self).items() if name != "_held"}
+
     @contextlib.contextmanager
     def reserved(self, model: Any) -> Iterator[None]:
         """Count as attached for the length of the block, without an edit in place.
@@ -229,21 +257,12 @@ class Adapter(nn.Module):
         """Raise unless this adapter fits this model; warns of other weights, and of BOS put in front otherwise."""
         info = model_info(model)
         if self in _attached:
-            raise AdapterError("this adapter is already attached; leave its `with` block first, or attach a copy")
-        self._check_shape(model)
-        made_for = self.meta.model
-        if made_for and not same_weights(made_for, info):
-            logger.warning("this adapter was made for %s; it is now attached to %s", made_for.name, info.name)
-        if (
-            made_for
-            and None not in (made_for.prepend_bos, info.prepend_bos)
-            and made_for.prepend_bos != info.prepend_bos
-        ):
-            logger.warning(
-                "this adapter was made %s BOS in front of every text, and %s runs %s it; load the model with prepend_bos=%s",
-                *(("with", info.name, "without") if made_for.prepend_bos else ("without", info.name, "with")),
-                made_for.prepend_bos,
+            raise AdapterError(
+                "this adapter is already attached; detach() it, or leave its `with` block, or attach a copy"
             )
+        self._check_shape(model)
+        if self.meta.model:
+            warn_of_other(self.meta.model, info)
 
     @property
     def _made_for(self) -> str:
@@ -292,7 +311,7 @@ class Adapter(nn.Module):
         self,
         repo_id: str,
         *,
-        licence: str | None = None,
+        license: str | None = None,
         private: bool = False,
         revision: str | None = None,
         message: str | None = None,
@@ -302,7 +321,7 @@ class Adapter(nn.Module):
 
         Args:
             repo_id: `"user/name"`; made if it is not there.
-            licence: of the adapter, as the hub spells it (`"mit"`, `"llama2"`); the base model's may ask for its own.
+            license: of the adapter, as the hub spells it (`"mit"`, `"llama2"`); the base model's may ask for its own.
             private: whether a new repository is.
             revision: branch; None = main.
             message: of the commit.
@@ -317,7 +336,7 @@ class Adapter(nn.Module):
         with tempfile.TemporaryDirectory(prefix="adapter-") as made:
             write_files(Path(made), public(self._record()), self._tensors())
             shown = type(self).from_pretrained(Path(made))  # the card describes what goes out
-            io.write_text(Path(made) / "README.md", model_card(shown, repo_id=repo_id, licence=licence))
+            io.write_text(Path(made) / "README.md", model_card(shown, repo_id=repo_id, license=license))
             said = message or f"{self.title} adapter"
             return pushed(made, repo_id, private=private, revision=revision, message=said, token=token)
 
@@ -370,30 +389,11 @@ class Adapter(nn.Module):
         check_unchanged(folder, record)
         if model is not None:
             made._check_shape(model)
-            made._check_weights(model, strict)
+            if strict and made.meta.model:
+                check_weights(made.meta.model, model_info(model))
             made.attach_check(model)
             made.to(device_of(model))
         return made
-
-    def _check_weights(self, model: Any, strict: bool) -> None:
-        made_for, info = self.meta.model, model_info(model)
-        if strict and made_for and not same_weights(made_for, info):
-            raise AdapterError(
-                f"this adapter was made for {described(made_for)}, and the model is {described(info)}: other weights. Load the "
-                "model it was made for, or use it there on purpose: strict=False (--other-model)"
-            )
-
-
-def located_adapter(name: str | Path, revision: str | None = None) -> tuple[Path, str]:
-    """The folder of an adapter, fetched if it is one of the hub's, and its place there.
-
-    Raises:
-        InputError: neither a folder nor a repository that can be reached.
-    """
-    local = isinstance(name, Path) or not _HUB_ID.fullmatch(name) or Path(name).exists()
-    if local and revision is None:
-        return Path(name), ""
-    return fetched(name, files=(CONFIG_FILE, WEIGHTS_FILE), revision=revision)
 
 
 # Adapters that are attached now. Kept outside the module: an attribute would make the model its sub-module.

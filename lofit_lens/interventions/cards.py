@@ -18,36 +18,36 @@ from lofit_lens.models import ModelInfo
 Adapter = Any  # `base.Adapter`, which builds on this module
 
 
-def model_card(adapter: Adapter, *, repo_id: str | None = None, licence: str | None = None) -> str:
+def model_card(adapter: Adapter, *, repo_id: str | None = None, license: str | None = None) -> str:
     """The text of an adapter's card: a YAML record for the hub's search and tables, and what a reader needs, in Markdown.
 
     Args:
         adapter: what it describes.
         repo_id: where it will lie, `"user/repo"`; None = beside the adapter's files.
-        licence: as the hub abbreviates it (`"mit"`, `"apache-2.0"`, `"cc-by-4.0"`); None = the card says that none was given.
+        license: as the hub abbreviates it (`"mit"`, `"apache-2.0"`, `"cc-by-4.0"`); None = the card says that none was given.
 
     Returns:
         Markdown; `huggingface_hub.ModelCard` reads it.
 
     Raises:
-        InputError: a licence of other characters than the hub's abbreviations have.
+        InputError: a license of other characters than the hub's abbreviations have.
     """
-    if licence is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.\-]*", licence):
+    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.\-]*", license):
         raise InputError(
-            f"licence {licence!r} is not as the hub abbreviates licences: small letters, digits, dots and dashes (mit, "
+            f"license {license!r} is not as the hub abbreviates licenses: small letters, digits, dots and dashes (mit, "
             "apache-2.0, cc-by-4.0; other for any other one)"
         )
     base, (heading, places) = adapter.meta.model, adapter.places()
     return "\n\n".join([
-        f"---\n{_record(adapter, repo_id, licence)}\n---",
+        f"---\n{_record(adapter, repo_id, license)}\n---",
         f"# {adapter.title} adapter for {_code(_short(base.name)) if base else 'an unnamed base model'}",
         _about(adapter), f"## {heading}", places, "## How to load", _loading(adapter, repo_id),
         "## Metrics", _metrics(adapter.meta.metrics), "## Training", _training(adapter),
-        "## Limits", _limits(adapter, licence),
+        "## Limits", _limits(adapter, license),
     ]) + "\n"  # fmt: skip
 
 
-def _record(adapter: Adapter, repo_id: str | None, licence: str | None) -> str:
+def _record(adapter: Adapter, repo_id: str | None, license: str | None) -> str:
     """The YAML record, without the lines around it."""
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -62,7 +62,7 @@ def _record(adapter: Adapter, repo_id: str | None, licence: str | None) -> str:
     base = adapter.meta.model
     on_hub = base is not None and _on_hub(base)
     return ModelCardData(
-        license=licence,
+        license=license,
         library_name="lofit_lens",
         base_model=base.name if base and on_hub else None,
         base_model_relation="adapter" if on_hub else None,
@@ -163,15 +163,15 @@ def _training(adapter: Adapter) -> str:
     return f"{text}\n\n```json\n{settings}\n```"
 
 
-def _limits(adapter: Adapter, licence: str | None) -> str:
+def _limits(adapter: Adapter, license: str | None) -> str:
     where = "at every position, prompt included" if adapter.positions.everywhere else f"at `{adapter.positions}` alone"
-    may = f"Licence of the adapter: {licence}." if licence else "No licence was given for the adapter; ask its author."
+    may = f"License of the adapter: {license}." if license else "No license was given for the adapter; ask its author."
     points = [
         "The numbers fit the base model named above, at that revision; other weights of the same shape are another model.",
         *_base_limits(adapter.meta.model),
         f"It was made to act {where}. The same numbers at other positions are another method.",
         "Metrics hold for their task, split and form. Nothing is said about other tasks, about harms or about bias.",
-        "The base model is not part of these files; its own licence and terms of use apply to it.",
+        "The base model is not part of these files; its own license and terms of use apply to it.",
         may,
     ]
     return "\n".join(f"- {point}" for point in points)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lofit_lens import io
 from lofit_lens.errors import AdapterError, DataError
-from lofit_lens.hub import commit_of, leads_out
+from lofit_lens.hub import commit_of, fetched, leads_out
 from lofit_lens.models import ModelInfo
 
 SCHEMA = 2
@@ -35,6 +35,19 @@ _METRIC = {
 }  # fmt: skip
 _PATH = re.compile(r"(?<!\S)(?:~|\.{1,2})?/\S*")  # in a text, behind a space or at its start
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+
+
+def located_adapter(name: str | Path, revision: str | None = None) -> tuple[Path, str]:
+    """The folder of an adapter, fetched if it is one of the hub's, and its place there.
+
+    Raises:
+        InputError: neither a folder nor a repository that can be reached.
+    """
+    local = isinstance(name, Path) or not _HUB_ID.fullmatch(name) or Path(name).exists()
+    if local and revision is None:
+        return Path(name), ""
+    return fetched(name, files=(CONFIG_FILE, WEIGHTS_FILE), revision=revision)
 
 
 def write_files(folder: Path, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

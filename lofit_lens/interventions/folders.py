@@ -14,8 +14,8 @@ from lofit_lens.interventions import (  # noqa: F401 (each makes its class known
     red,
     repe,
 )
-from lofit_lens.interventions.base import KNOWN, Adapter, located_adapter
-from lofit_lens.interventions.files import CONFIG_FILE, read_config
+from lofit_lens.interventions.base import KNOWN, Adapter
+from lofit_lens.interventions.files import CONFIG_FILE, located_adapter, read_config
 
 
 def method_in(folder: str | Path) -> str:

@@ -276,4 +276,4 @@ def _check_free(model: Any, n_layers: int, names: Iterable[str]) -> None:
             "instead: load it with load_model(..., backend='bridge'), or together with its adapter with load_lora(...)"
         )
     if any(hasattr(projection(model, (layer, n)), "lora_A") for layer in range(n_layers) for n in names):
-        raise AdapterError(f"{name} holds a LoRA adapter already; leave its `with` block first")
+        raise AdapterError(f"{name} holds a LoRA adapter already; detach() it, or leave its `with` block")

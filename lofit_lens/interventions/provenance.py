@@ -1,12 +1,15 @@
 """Where an adapter comes from, and what was measured with it."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lofit_lens.errors import InputError
+from lofit_lens.errors import AdapterError, InputError
 from lofit_lens.interventions.files import read_base_model
 from lofit_lens.models import ModelInfo, same_weights
+
+logger = logging.getLogger(__name__)
 
 KEPT = (
     "task",
@@ -73,3 +76,24 @@ def with_metrics(meta: AdapterMeta, result: Any) -> list[dict[str, Any]]:
 def described(model: ModelInfo) -> str:
     """A model's name and, where it is known, its revision."""
     return f"{model.name} ({model.revision})" if model.revision else model.name
+
+
+def check_weights(made_for: ModelInfo, info: ModelInfo) -> None:
+    """Raise AdapterError where a model has other weights than those that an adapter was made for."""
+    if not same_weights(made_for, info):
+        raise AdapterError(
+            f"this adapter was made for {described(made_for)}, and the model is {described(info)}: other weights. Load the "
+            "model it was made for, or use it there on purpose: strict=False (--other-model)"
+        )
+
+
+def warn_of_other(made_for: ModelInfo, info: ModelInfo) -> None:
+    """Warn where an adapter meets other weights than those it was made for, or texts with another start (BOS)."""
+    if not same_weights(made_for, info):
+        logger.warning("this adapter was made for %s; it is now attached to %s", made_for.name, info.name)
+    if None not in (made_for.prepend_bos, info.prepend_bos) and made_for.prepend_bos != info.prepend_bos:
+        with_bos, without = ("with", info.name, "without"), ("without", info.name, "with")
+        logger.warning(
+            "this adapter was made %s BOS in front of every text, and %s runs %s it; load the model with prepend_bos=%s",
+            *(with_bos if made_for.prepend_bos else without), made_for.prepend_bos,
+        )  # fmt: skip

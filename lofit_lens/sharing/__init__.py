@@ -1,6 +1,7 @@
 """Take what was learned elsewhere, and bring in what others learned: plain checkpoints and other tools' formats."""
 
 from lofit_lens.sharing.affine import affine
+from lofit_lens.sharing.biases import to_vllm
 from lofit_lens.sharing.carrier import export_peft
 from lofit_lens.sharing.checkpoints import Checkpoint, open_checkpoint
 from lofit_lens.sharing.circuit import export_circuit
@@ -12,7 +13,6 @@ from lofit_lens.sharing.svec import export_svec, import_svec, svec_use
 from lofit_lens.sharing.verify import RECORD, Verified
 
 __all__ = [
-    "RECORD", "Checkpoint", "FoldedExport", "Outputs", "Verified", "affine", "export_circuit", "export_folded",
-    "export_peft", "export_svec", "import_folded", "import_lofit", "import_svec", "open_checkpoint", "outputs_of",
-    "svec_use",
+    "RECORD", "Checkpoint", "FoldedExport", "Outputs", "Verified", "affine", "export_circuit", "export_folded", "export_peft",
+    "export_svec", "import_folded", "import_lofit", "import_svec", "open_checkpoint", "outputs_of", "svec_use", "to_vllm",
 ]  # fmt: skip

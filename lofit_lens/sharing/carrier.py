@@ -1,47 +1,51 @@
-"""Offsets inside a LoRA adapter that stock PEFT loads: a few kilobytes, and the base model stays as it is.
+"""Offsets inside an adapter that stock PEFT loads: a few kilobytes, and the base model stays as it is.
 
-An offset v of z is the same vector W_O v at attention's output, whatever the input, and PEFT's LoRA can carry one: with
-`lora_bias=True` its B has a bias. So the carrier has rank 1, A and B of zeros, and
+An adapter of offsets is a bias W_O v per edited layer (`biases.py`), and PEFT's BEFT (arXiv 2509.15974) is an adapter that adds
+a bias to a linear layer's output:
 
-    lora_B.bias = W_O v        (float32, one module an edited layer)
+    beft_bias = W_O v        (float32)
 
-A LoRA of alpha = r scales by 1. Modules are named in full, since `c_proj` alone would be GPT-2's MLP too. Where the base's output
-projection has no bias (Llama), PEFT adds the carrier but cannot merge it.
+BEFT takes `torch.nn.Linear` only, and PEFT has it from 0.20 on. GPT-2's projections are of another class (Conv1D); there, and
+where an older PEFT writes the file, a LoRA of rank 1 carries the bias: with `lora_bias=True` its B has one, and A and B are
+zeros. Modules are named in full, since `c_proj` alone would be GPT-2's MLP too. Where the base's output projection has no
+bias (Llama), PEFT adds the carrier but cannot merge it.
 """
 
 import logging
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from lofit_lens import io
-from lofit_lens.errors import AdapterError, ModelError
+from lofit_lens.errors import ModelError
 from lofit_lens.hub import commit_of
 from lofit_lens.interventions import Adapter
 from lofit_lens.interventions.files import WEIGHTS_FILE
-from lofit_lens.sharing.affine import affine
-from lofit_lens.sharing.folded import base_of, check_apart, check_fits
-from lofit_lens.sharing.outputs import Outputs, outputs_of
+from lofit_lens.sharing.biases import biases_of
+from lofit_lens.sharing.folded import check_apart
+from lofit_lens.sharing.outputs import Outputs
 from lofit_lens.sharing.verify import check, compared, hooked_reference, plain_model, write_record
 
 logger = logging.getLogger(__name__)
 
 
-def carrier_tensors(
-    module: str, weight: Float[Tensor, "d_model z"], shift: Float[Tensor, " z"]
-) -> dict[str, Float[Tensor, "..."]]:
-    """What PEFT's file holds for one module: A `[1, z]` and B `[d_model, 1]` of zeros, and B's bias `W_O v` `[d_model]`."""
-    d_model, z = weight.shape
+def beft_tensors(module: str, bias: Float[Tensor, " d_model"]) -> dict[str, Float[Tensor, "1 d_model"]]:
+    """Return the entry of PEFT's file for one module under BEFT."""
+    return {f"base_model.model.{module}.beft_bias": bias[None]}
+
+
+def lora_tensors(module: str, bias: Float[Tensor, " d_model"], width: int) -> dict[str, Float[Tensor, "..."]]:
+    """Return the same for LoRA: A `[1, width]` and B `[d_model, 1]` of zeros, and B's bias."""
     front = f"base_model.model.{module}"
     return {
-        f"{front}.lora_A.weight": torch.zeros(1, z),
-        f"{front}.lora_B.weight": torch.zeros(d_model, 1),
-        f"{front}.lora_B.bias": (weight @ shift.to(weight)).float(),
+        f"{front}.lora_A.weight": torch.zeros(1, width),
+        f"{front}.lora_B.weight": torch.zeros(len(bias), 1),
+        f"{front}.lora_B.bias": bias,
     }
 
 
@@ -56,10 +60,10 @@ def export_peft(
     strict: bool = True,
     overwrite: bool = False,
 ) -> Path:
-    """Write a LoRA adapter for PEFT that does what an adapter of offsets does, and compare both on the base model.
+    """Write an adapter for PEFT that does what an adapter of offsets does, and compare both on the base model.
 
-    It is read by `peft.PeftModel.from_pretrained(model, folder)`. `lofit_lens_export.json` lies beside it: what it was made of,
-    and the comparison.
+    It is read by `peft.PeftModel.from_pretrained(model, folder)`, a BEFT by PEFT 0.20 or later. `lofit_lens_export.json` lies
+    beside it: what it was made of, and the comparison.
 
     Args:
         adapter: LoFiT without scalings, or ITI at all positions.
@@ -79,29 +83,22 @@ def export_peft(
             model in PEFT (and was deleted).
         InputError: a folder that exists or cannot be written, or no such base.
     """
-    scale, shift = affine(adapter)
-    if bool((scale != 1).any()):
-        raise AdapterError(
-            f"this {adapter.title} adapter scales heads' outputs, and a LoRA's bias only adds; fold it into the weights instead "
-            "(export_folded), or train offsets alone"
-        )
-    checkpoint = base_of(adapter, base, revision, strict=strict)
+    outputs, biases = biases_of(adapter, base, revision, strict=strict)
+    checkpoint = outputs.checkpoint
     check_apart(folder, checkpoint)
-    outputs = outputs_of(checkpoint)
-    check_fits(adapter, outputs, scale)
     commit = commit_of(checkpoint.revision)
     with io.new_folder(folder, overwrite=overwrite) as made:
         reference = hooked_reference(adapter, checkpoint.source, revision=commit, dtype=dtype, device=device)
         plain = plain_model(checkpoint.folder, dtype, device)
         modules = _modules(outputs, plain)
-        edited = [layer for layer in range(len(modules)) if bool(shift[layer].any())]
+        edited = {modules[layer]: bias for layer, bias in biases.items()}
+        as_beft = _takes_beft(plain, edited)
+        width = outputs.shape[1] * outputs.shape[2]
         tensors: dict[str, Tensor] = {}
-        for layer in edited:
-            tensors |= carrier_tensors(
-                modules[layer], outputs.weight(layer), rearrange(shift[layer], "head d -> (head d)")
-            )
+        for module, bias in edited.items():
+            tensors |= beft_tensors(module, bias) if as_beft else lora_tensors(module, bias, width)
         io.save_tensors(made / WEIGHTS_FILE, tensors, {"format": "pt"})
-        _write_config(made, [modules[layer] for layer in edited], outputs, commit)
+        _write_config(made, list(edited), outputs, commit, as_beft)
         verified = check(compared(reference, _carried(plain, made)), f"the carrier for {folder}")
         write_record(made, "PEFT carrier", adapter, checkpoint, verified, {})
     logger.info("%s: in PEFT it differs from the hooked model by %.2g in a logit", folder, verified.error)
@@ -123,14 +120,31 @@ def _modules(outputs: Outputs, plain: Any) -> list[str]:
     return found
 
 
-def _write_config(folder: Path, modules: list[str], outputs: Outputs, commit: str | None) -> None:
-    from peft import LoraConfig
+def _takes_beft(plain: Any, modules: Iterable[str]) -> bool:
+    """Whether this PEFT has BEFT, and every module is of the class that it takes."""
+    import peft
 
-    config = LoraConfig(
-        r=1, lora_alpha=1, lora_dropout=0.0, target_modules=modules, lora_bias=True, bias="none",
-        fan_in_fan_out=outputs.transposed, task_type="CAUSAL_LM", inference_mode=True,
-        base_model_name_or_path=outputs.checkpoint.name if commit else str(outputs.checkpoint.folder), revision=commit,
-    )  # fmt: skip
+    return hasattr(peft, "BeftConfig") and all(isinstance(plain.get_submodule(name), nn.Linear) for name in modules)
+
+
+def _write_config(folder: Path, modules: list[str], outputs: Outputs, commit: str | None, as_beft: bool) -> None:
+    import peft
+
+    name = outputs.checkpoint.name if commit else str(outputs.checkpoint.folder)
+    common: dict[str, Any] = {"base_model_name_or_path": name, "revision": commit, "task_type": "CAUSAL_LM"}
+    common |= {"target_modules": modules, "inference_mode": True}
+    if as_beft:
+        config = peft.BeftConfig(**common)
+    else:
+        config = peft.LoraConfig(
+            r=1,
+            lora_alpha=1,
+            lora_dropout=0.0,
+            lora_bias=True,
+            bias="none",
+            fan_in_fan_out=outputs.transposed,
+            **common,
+        )
     config.target_modules = sorted(modules)  # a set's order is another one in every process
     config.save_pretrained(str(folder))
 
@@ -140,7 +154,7 @@ def _carried(plain: Any, folder: Path) -> Any:
     from peft import PeftModel
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*merging LoRA weights won't be possible")
+        warnings.filterwarnings("ignore", message=".*(merging LoRA weights won't be possible|has no bias term)")
         try:
             return PeftModel.from_pretrained(plain, str(folder))
         except Exception as e:

@@ -1,7 +1,9 @@
-"""Head directions for AISteer360, now called Steerability (github.com/IBM/AISteer360): a JSON file with a row per head.
+"""Head directions for Steerability, before version 0.4 called AISteer360: a JSON file with a row per head.
 
-`directions[layer][head]` is what its `ITI` control adds to that head's output before W_O, times a strength that the file does
-not say: ITI's `sigma * d`, for which the strength is ITI's alpha; or LoFiT's v, for which it is 1 (`svec_use`).
+`directions[layer][head]` is what its `ITI` control adds to that head's output before W_O, times a strength above 0 that the
+file does not say: ITI's `sigma * d`, for which the strength is ITI's alpha (of a negative alpha, `-sigma * d` and `-alpha`); or
+LoFiT's v, for which it is 1 (`svec_use`). The file is the same in versions 0.3.0 and 0.5.5, which were read
+(github.com/generative-computing/steerability).
 """
 
 import logging
@@ -52,7 +54,9 @@ def export_svec(adapter: Adapter, file: str | Path, *, model_type: str | None = 
         model_type = str(read_config(source, commit_of(base.revision)).model_type)
     rows = torch.zeros(adapter.shape)
     for i, head in enumerate(adapter.heads):
-        rows[head] = adapter.v[head] if isinstance(adapter, Lofit) else adapter.sigma[i] * adapter.directions[i]
+        away = isinstance(adapter, ITI) and adapter.alpha < 0
+        row = adapter.v[head] if isinstance(adapter, Lofit) else adapter.sigma[i] * adapter.directions[i]
+        rows[head] = -row if away else row
     directions = {str(layer): rows[layer].tolist() for layer in adapter.heads.layers}
     record = {"model_type": model_type, "directions": directions}
     written = io.write_json(path, record | {"num_heads": adapter.shape[1], "head_dim": adapter.d_head})
@@ -61,7 +65,7 @@ def export_svec(adapter: Adapter, file: str | Path, *, model_type: str | None = 
 
 
 def svec_use(adapter: Adapter) -> str:
-    """The call of AISteer360 that steers with the exported file as the adapter does here.
+    """The call of Steerability that steers with the exported file as the adapter does here.
 
     Raises:
         AdapterError: see `export_svec`.
@@ -74,9 +78,11 @@ def svec_use(adapter: Adapter) -> str:
             "change it (with_positions, train offsets), or fold it (export_folded)"
         )
     heads, scope = [tuple(head) for head in adapter.heads], SCOPES[str(adapter.positions)]
-    alpha = 1.0 if isinstance(adapter, Lofit) else adapter.alpha
+    alpha = 1.0 if isinstance(adapter, Lofit) else abs(adapter.alpha)
+    if alpha == 0:
+        raise AdapterError("this ITI adapter changes nothing, since its alpha is 0; give it another (with_strength)")
     return (
-        f"ITI(steering_vector=SteeringVector.load(...), selected_heads={heads}, alpha={alpha:g}, token_scope={scope!r})"
+        f"ITI(steering_vector=SteeringVector.load(...), selected_heads={heads}, alpha={alpha!r}, token_scope={scope!r})"
     )
 
 
@@ -94,7 +100,7 @@ def import_svec(
 
     Args:
         file: made by `SteeringVector.save` or `export_svec`.
-        heads: the heads to edit, or how many of the best by the file's probe accuracies (AISteer360 takes 48).
+        heads: the heads to edit, or how many of the best by the file's probe accuracies (Steerability takes 48).
         shape: `(n_layers, n_heads, d_head)` of the model it was made for.
         alpha: strength (15 in ITI's paper and by the tool's default; 1 for offsets of LoFiT).
         positions: where it acts; `"answer"` is the tool's default (`"after_prompt"`), `"all"` where offsets of LoFiT do.

@@ -208,7 +208,7 @@ class MethodTable:
         )
         return tuple(notes)
 
-    def frame(self) -> pd.DataFrame:
+    def to_frame(self) -> pd.DataFrame:
         """One row a method, numbers."""
         found = []
         for r in self.rows:
@@ -295,7 +295,7 @@ class MethodTable:
         """
         front = Path(folder) / (stem or self.task.replace("/", "-").replace(":", "-"))
         files = {
-            ".md": self.to_markdown(), ".tex": self.to_latex(), ".csv": self.frame().to_csv(index=False),
+            ".md": self.to_markdown(), ".tex": self.to_latex(), ".csv": self.to_frame().to_csv(index=False),
             "-runs.csv": self.runs().to_csv(index=False), "-trials.csv": self.trials().to_csv(index=False),
         }  # fmt: skip
         written = [io.write_text(f"{front}{end}", text) for end, text in files.items()]
