@@ -174,9 +174,10 @@ class Probes:
         chosen.check(self.scores.shape)
         unit_vectors, sigma = self.direction(direction), self.sigma(direction)
         rows = [h.layer for h in chosen], [h.head for h in chosen]
+        n_layers, n_heads = self.scores.shape
         meta = replace(self.meta, config={**self.meta.config, "direction": direction})
         return ITI(
-            (self.scores.shape[0], self.scores.shape[1], unit_vectors.shape[2]), chosen, directions=unit_vectors[rows], sigma=sigma[rows],
+            (n_layers, n_heads, unit_vectors.shape[2]), chosen, directions=unit_vectors[rows], sigma=sigma[rows],
             alpha=alpha, positions=positions, meta=meta,
         )  # fmt: skip
 
