@@ -40,3 +40,18 @@ def affine(adapter: Adapter) -> tuple[Grid, Grid]:
     if bool((scale == 1).all() and (shift == 0).all()):
         raise AdapterError("this adapter changes nothing: all its scalings and offsets are zero; train it first")
     return scale, shift
+
+
+def offsets(adapter: Adapter, why: str) -> Grid:
+    """The shift of an adapter that only adds; see `affine`.
+
+    Raises:
+        AdapterError: scalings (`why` says why they do not fit), or as `affine`.
+    """
+    scale, shift = affine(adapter)
+    if bool((scale != 1).any()):
+        raise AdapterError(
+            f"this {adapter.title} adapter scales heads' outputs, and {why}; fold it into the weights instead "
+            "(export_folded), or train offsets alone"
+        )
+    return shift

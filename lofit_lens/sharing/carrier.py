@@ -20,11 +20,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lofit_lens import io
-from lofit_lens.errors import AdapterError, ModelError
+from lofit_lens.errors import ModelError
 from lofit_lens.hub import commit_of
 from lofit_lens.interventions import Adapter
 from lofit_lens.interventions.files import WEIGHTS_FILE
-from lofit_lens.sharing.affine import affine
+from lofit_lens.sharing.affine import offsets
 from lofit_lens.sharing.folded import base_of, check_apart, check_fits
 from lofit_lens.sharing.outputs import Outputs, outputs_of
 from lofit_lens.sharing.verify import check, compared, hooked_reference, plain_model, write_record
@@ -79,21 +79,16 @@ def export_peft(
             model in PEFT (and was deleted).
         InputError: a folder that exists or cannot be written, or no such base.
     """
-    scale, shift = affine(adapter)
-    if bool((scale != 1).any()):
-        raise AdapterError(
-            f"this {adapter.title} adapter scales heads' outputs, and a LoRA's bias only adds; fold it into the weights instead "
-            "(export_folded), or train offsets alone"
-        )
+    shift = offsets(adapter, "a LoRA's bias only adds")
     checkpoint = base_of(adapter, base, revision, strict=strict)
     check_apart(folder, checkpoint)
     outputs = outputs_of(checkpoint)
-    check_fits(adapter, outputs, scale)
+    check_fits(adapter, outputs, torch.ones_like(shift))
     commit = commit_of(checkpoint.revision)
     with io.new_folder(folder, overwrite=overwrite) as made:
         reference = hooked_reference(adapter, checkpoint.source, revision=commit, dtype=dtype, device=device)
         plain = plain_model(checkpoint.folder, dtype, device)
-        modules = _modules(outputs, plain)
+        modules = modules_in(plain, outputs)
         edited = [layer for layer in range(len(modules)) if bool(shift[layer].any())]
         tensors: dict[str, Tensor] = {}
         for layer in edited:
@@ -108,8 +103,12 @@ def export_peft(
     return Path(folder)
 
 
-def _modules(outputs: Outputs, plain: Any) -> list[str]:
-    """The output projections' names in the model, which may have a part in front that the checkpoint's have not."""
+def modules_in(plain: Any, outputs: Outputs) -> list[str]:
+    """The output projections' names in a model, which may have a part in front that the checkpoint's have not.
+
+    Raises:
+        ModelError: one is no module of the model, or several.
+    """
     names = [name for name, _ in plain.named_modules()]
     found = []
     for short in outputs.names:
@@ -117,7 +116,7 @@ def _modules(outputs: Outputs, plain: Any) -> list[str]:
         if len(hits) != 1:
             raise ModelError(
                 f"{outputs.checkpoint.name}: {short} is {len(hits)} modules of the model that transformers builds of it, so that "
-                "PEFT cannot be told which to adapt; save the model again with save_pretrained"
+                "no tool can be told which to edit; save the model again with save_pretrained"
             )
         found += hits
     return found
