@@ -21,7 +21,7 @@ from tests.test_iti import random_iti
 
 TOKENS = torch.randint(3, 400, (2, 10), generator=torch.Generator().manual_seed(3))
 MASK = torch.ones_like(TOKENS)
-STEERED = ("llama-gqa", "gpt2", "neox")
+STEERED = ("llama-gqa", "gpt2", "pythia")
 
 
 def harness(name="lm_eval"):
@@ -140,7 +140,7 @@ def test_what_the_harness_cannot_run_is_refused(loaded, bridge_llama):
     with random_iti(bridge_llama).with_positions("answer").attached(bridge_llama), pytest.raises(InputError):
         lm._model_call(TOKENS)
     if "hooked" in BACKENDS:
-        with pytest.raises(ModelError, match="holds no Hugging Face model.*backend='bridge'"):
+        with pytest.raises(ModelError, match=r"holds no Hugging Face model.*backend='bridge'"):
             ll.lm_eval_model(loaded("llama", "hooked"))
 
 
