@@ -30,10 +30,9 @@ def harness(name="lm_eval"):
 
 @pytest.fixture(scope="module")
 def organism():
-    """The embedded model on the bridge, and offsets with scalings that change what it says of families."""
+    """The embedded model on the bridge, and scalings and offsets that change what it says of families."""
     model = ll.load_model("organism", backend="bridge", device="cpu")
-    lofit = ll.tune_offsets(model, "organism/kinship", ["L2H3", "L1H6", "L1H13"], seed=0, n_train=40, progress=False)
-    return model, lofit
+    return model, random_adapter(model, ["L2H3", "L1H6", "L1H13"], A=3.0, v=20.0)
 
 
 def evaluated(lm, task, limit, **metadata):
@@ -53,13 +52,14 @@ def test_the_harness_sees_the_edited_logits_and_the_model_stays_bare(bridge_llam
     """Of each pass; between passes nothing is attached."""
     harness()
     lofit = random_adapter(bridge_llama)
-    bare = logits_of(bridge_llama, TOKENS, MASK)
+    bare = bridge_llama(TOKENS)
     with lofit.attached(bridge_llama):
-        edited = logits_of(bridge_llama, TOKENS, MASK)
+        edited, masked = bridge_llama(TOKENS), logits_of(bridge_llama, TOKENS, MASK)
     assert (edited - bare).abs().max() > 0.05
+    assert (edited - masked).abs().max() < 1e-5
     lm = ll.lm_eval_model(bridge_llama, lofit)
     assert torch.equal(lm._model_call(TOKENS), edited)
-    assert torch.equal(logits_of(bridge_llama, TOKENS, MASK), bare)
+    assert torch.equal(bridge_llama(TOKENS), bare)
     assert torch.equal(ll.lm_eval_model(bridge_llama)._model_call(TOKENS), bare)
     with lofit.attached(bridge_llama):
         assert torch.equal(ll.lm_eval_model(bridge_llama)._model_call(TOKENS), edited)
@@ -90,7 +90,7 @@ def test_generated_answers_and_grades_are_those_of_evaluate(organism):
     ours = ll.evaluate(model, "organism/kinship", limit=40, progress=False).items
     with lofit.attached(model):
         tuned = ll.evaluate(model, "organism/kinship", limit=40, progress=False).items
-    assert tuned["em"].mean() > ours["em"].mean() + 0.3
+    assert (tuned["generated"] != ours["generated"]).mean() > 0.2
     for adapter, expected in ((None, ours), (lofit, tuned)):
         samples, results = evaluated(ll.lm_eval_model(model, adapter, batch_size=7), "lofit_kinship", 40)
         assert [s["filtered_resps"][0].strip() for s in samples] == [t.strip() for t in expected["generated"]]
@@ -127,7 +127,7 @@ def test_truthfulqa_scores_are_those_of_evaluate(organism, data_dir):
         assert [s[metric] for s in samples] == pytest.approx(ours[metric].tolist(), abs=1e-6), metric
 
 
-def test_what_the_harness_cannot_run_is_refused(loaded, bridge_llama):
+def test_what_the_harness_cannot_run_is_refused(loaded, bridge_llama, unchecked):
     """Positions that it does not state, HookedTransformer, an adapter of another model, and what is no adapter."""
     harness()
     with pytest.raises(InputError, match="acts at positions answer, and lm_eval does not say"):
@@ -135,7 +135,7 @@ def test_what_the_harness_cannot_run_is_refused(loaded, bridge_llama):
     with pytest.raises(InputError, match="is not an adapter"):
         ll.lm_eval_model(bridge_llama, "out/adapter")
     with pytest.raises(AdapterError):
-        ll.lm_eval_model(bridge_llama, random_adapter(loaded("gpt2", "bridge")))
+        ll.lm_eval_model(bridge_llama, random_adapter(loaded("llama-gqa", "bridge")))
     lm = ll.lm_eval_model(bridge_llama)
     with random_iti(bridge_llama).with_positions("answer").attached(bridge_llama), pytest.raises(InputError):
         lm._model_call(TOKENS)
@@ -154,7 +154,7 @@ def test_the_shell_runs_the_harness(capsys, monkeypatch, organism, tmp_path):
     )
     assert code == 0, err
     record, kept = json.loads(out), json.loads((tmp_path / "r.json").read_text())
-    assert record["results"]["lofit_kinship"]["em,none"] == kept["results"]["lofit_kinship"]["em,none"] > 0.5
+    assert record["results"]["lofit_kinship"]["em,none"] == kept["results"]["lofit_kinship"]["em,none"]
     assert len(kept["samples"]["lofit_kinship"]) == record["n-samples"]["lofit_kinship"]["effective"] == 5
     for more, said in (
         (("--tasks", "lofit_mquak"), "lofit_mquake"),
@@ -238,7 +238,7 @@ def test_an_inspect_task_from_end_to_end(organism, tmp_path):
         dataset=[dataset.Sample(input=e.prompt, target=e.references[0]) for e in rows],
         scorer=scorer.match(location="exact"), config=inspect("inspect_ai.model").GenerateConfig(max_tokens=4),
     )  # fmt: skip
-    right = []
+    answers = []
     for adapter in (None, lofit):
         with ll.attached(model, *([] if adapter is None else [adapter])):
             ours = ll.evaluate(model, "organism/kinship", limit=10, progress=False).items
@@ -246,9 +246,9 @@ def test_an_inspect_task_from_end_to_end(organism, tmp_path):
         assert log.status == "success"
         said = {s.input: s.output.completion for s in log.samples}
         assert said == dict(zip(ours["prompt"], ours["generated"], strict=True))
-        right.append(log.results.scores[0].metrics["accuracy"].value)
-        assert right[-1] == ours["em"].mean()
-    assert right[1] > right[0]
+        assert log.results.scores[0].metrics["accuracy"].value == ours["em"].mean()
+        answers.append(said)
+    assert answers[0] != answers[1]
 
 
 def test_inspect_finds_the_provider_by_name(organism, tmp_path):

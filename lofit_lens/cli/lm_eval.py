@@ -48,11 +48,12 @@ def lm_eval(
     if include is not None and not include.is_dir():
         raise InputError(f"no folder {include}; give --include a folder with task files (.yaml)")
     harness = optional("lm_eval", "lm_eval", "lm-eval")
+    names = [name.strip() for name in tasks.split(",")]
     manager = optional("lm_eval.tasks", "lm_eval", "lm-eval").TaskManager(
         include_path=[str(folder) for folder in (LM_EVAL_TASKS, include) if folder is not None],
+        include_defaults=not all(name.startswith("lofit_") for name in names),  # thousands of files, which take a while
         metadata={k: v for k, v in {"data_dir": data_dir and str(data_dir), "fold": fold}.items() if v is not None},
     )
-    names = [name.strip() for name in tasks.split(",")]
     for name in names:
         if not manager.match_tasks([name]):
             near = [n for n in manager.all_tasks if n.startswith(("lofit_", name[:4]))]

@@ -37,17 +37,19 @@ def inspect_model(
         InputError: inspect_ai is not installed, or what is given is no adapter.
         AdapterError: an adapter that does not fit.
     """
-    name = model_info(model).name
-    made = provider()(model_name=name, model=model, adapter=adapter, chat=chat)
     inspect = optional("inspect_ai.model", "inspect_ai", "inspect")
-    return inspect.Model(made, inspect.GenerateConfig())
+    held = model, () if adapter is None else adapters_of(adapter)
+    made = inspect.modelapi(name=f"{PROVIDER}-in-memory")(
+        lambda: provider(held)
+    )  # its arguments go into logs: texts only
+    return inspect.Model(made(model_name=model_info(model).name, chat=chat), inspect.GenerateConfig())
 
 
-def provider() -> Any:
+def provider(held: tuple[Any, tuple[Intervention, ...]] | None = None) -> Any:
     """Inspect's class of models for `get_model("lofit-lens/NAME", adapter=FOLDER, ...)`.
 
-    Its arguments beside the model's name: `adapter`, a folder, a name on the hub, or an adapter; `chat` as in `inspect_model`;
-    `model`, one in memory; and those of `load_model`.
+    Its arguments beside the model's name: `adapter`, a folder or a name on the hub; `chat` as in `inspect_model`; and those of
+    `load_model`. `held` are a model and adapters in memory, which are then used in place of these.
 
     Raises:
         InputError: inspect_ai is not installed.
@@ -61,16 +63,14 @@ def provider() -> Any:
             base_url: str | None = None,
             api_key: str | None = None,
             config: Any = None,
-            model: Any = None,
-            adapter: Any = None,
+            adapter: str | Path | None = None,
             chat: bool | None = None,
             **loading: Any,
         ) -> None:
             super().__init__(model_name, base_url, api_key, [], config or inspect.GenerateConfig())
-            self.model = load_model(model_name, **loading) if model is None else model
-            if isinstance(adapter, str | Path):
-                adapter = load_adapter(adapter, model=self.model)
-            self.adapters = () if adapter is None else adapters_of(adapter)
+            self.model, self.adapters = held or (load_model(model_name, **loading), ())
+            if adapter is not None:
+                self.adapters = (load_adapter(adapter, model=self.model),)
             self.chat = has_template(tokenizer_of(self.model)) if chat is None else chat
             with attached(self.model, *self.adapters):  # an adapter that does not fit is refused now
                 pass
