@@ -10,7 +10,7 @@ import torch
 import lofit_lens as ll
 from lofit_lens.errors import AdapterError, InputError, ModelError
 from lofit_lens.models import context_length, logits_of
-from lofit_lens.sharing import LM_EVAL_TASKS, export_steered
+from lofit_lens.sharing import LM_EVAL_TASKS, export_steered, steered
 from lofit_lens.sharing.for_inspect import prompt_of
 from lofit_lens.tasks.collate import encode
 from tests.adapters import CHOSEN, output_projection, random_adapter
@@ -174,11 +174,11 @@ def test_the_shell_runs_the_harness(capsys, monkeypatch, organism, tmp_path):
 @torch.no_grad()
 def test_the_harness_steers_as_the_adapter_does(loaded, checkpoint, tmp_path, architecture, method):
     """Its own class reads the file, and its logits are the hooked model's."""
-    steered = harness("lm_eval.models.hf_steered").SteeredModel
+    theirs = harness("lm_eval.models.hf_steered").SteeredModel
     model = loaded(architecture, "bridge")
     adapter = random_iti(model) if method == "iti" else random_adapter(model, A=0.0)
     export_steered(adapter, tmp_path / "v.pt")
-    lm = steered(
+    lm = theirs(
         pretrained=str(checkpoint(architecture)), steer_path=str(tmp_path / "v.pt"), device="cpu", dtype="float32",
         attn_implementation="eager",
     )  # fmt: skip
@@ -203,6 +203,15 @@ def test_the_vectors_by_hand(loaded, hf, tmp_path):
         torch.testing.assert_close(entry.pop("steering_vector"), expected)
         assert entry == {"steering_coefficient": 1.0, "action": "add", "bias": None, "head_index": None}
     assert verified.passed
+
+
+def test_vectors_that_differ_are_not_written(loaded, tmp_path, monkeypatch):
+    """By one percent."""
+    good = steered.rearrange
+    monkeypatch.setattr(steered, "rearrange", lambda x, how: good(x, how) * 1.01)
+    with pytest.raises(ModelError, match=r"vectors for .*v.pt do differs from the hooked model by .*not kept"):
+        export_steered(random_adapter(loaded("llama", "bridge"), A=0.0), tmp_path / "v.pt")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_no_vector_can_say_is_refused(loaded, tmp_path):
