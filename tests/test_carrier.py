@@ -264,6 +264,6 @@ def test_a_carrier_that_differs_is_deleted(bridge_llama, tmp_path, monkeypatch, 
         return good(module.replace("layers.2", "layers.1"), bias)
 
     monkeypatch.setattr(carrier, "beft_tensors", bad)
-    with pytest.raises(ModelError, match=r"carrier for .*x differs from the hooked model by .*deleted"):
+    with pytest.raises(ModelError, match=r"carrier for .*x differs from the hooked model by .*not kept"):
         export_peft(offsets(bridge_llama), tmp_path / "x")
     assert not list(tmp_path.iterdir())

@@ -39,6 +39,7 @@ TOLERANCE = 0.03
 NUMBER = re.compile(r"(?<![\w.])[+-]?\d*\.\d+|(?<![\w.])[+-]?\d+")
 PARTS = ("analysis", "plots", "probing", "report", "sharing")
 CONTENTS = {"python", "text", "sh", "yaml"}
+NEEDS = {"evaluate-elsewhere.md": ("lm_eval", "inspect_ai")}  # packages of extras that [dev] leaves out
 
 
 def name_of(page):
@@ -59,6 +60,8 @@ def same(said, expected):
 @pytest.mark.parametrize("page", PYTHON, ids=name_of)
 def test_python_blocks_run_and_print_what_the_page_says(page, tmp_path, monkeypatch):
     """In order, one namespace a page."""
+    for package in NEEDS.get(page.name, ()):
+        pytest.importorskip(package, reason=f"{page.name} needs {package}, of an extra that is not installed")
     monkeypatch.chdir(tmp_path)
     namespace, listed = {"__name__": "page"}, blocks(page)
     for block, after in zip(listed, [*listed[1:], None], strict=True):

@@ -20,6 +20,7 @@ from lofit_lens.cli import (
     figures,
     generate,
     grids,
+    lm_eval,
     localise,
     probe,
     report,
@@ -37,6 +38,7 @@ app = typer.Typer(
 )  # fmt: skip
 for _name, _verb in (
     ("demo", demo.demo), ("select", select.select), ("probe", probe.probe), ("tune", tune.tune), ("eval", evaluate.evaluate),
+    ("lm-eval", lm_eval.lm_eval),
     ("compare", compare.compare), ("transfer", transfer.transfer), ("localise", localise.localise),
     ("figures", figures.figures), ("report", report.report), ("explore", explore.explore),
     ("grid", grids.grid),

@@ -11,10 +11,10 @@ from lofit_lens.errors import InputError
 Adapter = Annotated[
     str, typer.Argument(help="Adapter folder, or user/name or user/name@revision on the hub.", metavar="ADAPTER")
 ]
-FORMATS = ("--folded", "--peft", "--svec", "--hub")
+FORMATS = ("--folded", "--peft", "--svec", "--steered", "--hub")
 _BASE = ("--out", "--model", "--revision", "--dtype", "--device", "--other-model", "--overwrite")
 TAKES = {
-    "--folded": _BASE, "--peft": _BASE, "--svec": ("--out", "--model", "--revision", "--overwrite"),
+    "--folded": _BASE, "--peft": _BASE, "--svec": ("--out", "--model", "--revision", "--overwrite"), "--steered": _BASE,
     "--hub": ("--result", "--license", "--private", "--branch"),
 }  # fmt: skip
 
@@ -26,18 +26,21 @@ def export(
     ] = False,
     peft: Annotated[bool, typer.Option("--peft", help="An adapter folder that stock PEFT loads (offsets only).")] = False,
     svec: Annotated[bool, typer.Option("--svec", help="Steerability's (AISteer360's) file of head directions.")] = False,
+    steered: Annotated[
+        bool, typer.Option("--steered", help="lm_eval's file of steering vectors, .pt (offsets only).")
+    ] = False,
     hub: Annotated[
         str | None, typer.Option("--hub", help="Push to this repository, user/name, with a model card.", metavar="USER/NAME")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="New folder (--folded, --peft) or file (--svec).")
+        Path | None, typer.Option("--out", "-o", help="New folder (--folded, --peft) or file (--svec, --steered).")
     ] = None,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Base model's folder or hub id; left out: the one on record.")
     ] = None,
     revision: c.Revision = None,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="--folded: of the written weights; --peft: of the comparison.")
+        str | None, typer.Option("--dtype", help="--folded: of the written weights; --peft, --steered: of the comparison.")
     ] = None,
     device: c.Device = None,
     result: Annotated[
@@ -56,7 +59,7 @@ def export(
 
     Example: lofit-lens export out/adapter --folded --out out/served
     """
-    asked = [name for name, given in zip(FORMATS, (folded, peft, svec, hub), strict=True) if given]
+    asked = [name for name, given in zip(FORMATS, (folded, peft, svec, steered, hub), strict=True) if given]
     if len(asked) != 1:
         raise InputError(f"{' and '.join(asked) or 'no form'} asked for; give one of {', '.join(FORMATS)}")
     form = asked[0]
@@ -77,7 +80,7 @@ def export(
     c.quiet_libraries()
     from lofit_lens import io, sharing
 
-    made = c.open_adapter(adapter)
+    made, verified = c.open_adapter(adapter), None
     if folded:
         found = sharing.export_folded(
             made, out, base=model, revision=revision, dtype=dtype, device=device, strict=not other_model, overwrite=overwrite,
@@ -90,6 +93,11 @@ def export(
             made, out, base=model, revision=revision, dtype=dtype or "float32", device=device, strict=not other_model,
             overwrite=overwrite,
         )  # fmt: skip
+    elif steered:
+        verified = sharing.export_steered(
+            made, out, base=model, revision=revision, dtype=dtype or "float32", device=device, strict=not other_model,
+            overwrite=overwrite,
+        )  # fmt: skip
     else:
         kind = (
             None if model is None else str(sharing.open_checkpoint(model, revision=revision).config.get("model_type"))
@@ -98,10 +106,11 @@ def export(
         c.console.print(f"in Steerability: {sharing.svec_use(made)}", markup=False, soft_wrap=True)
     if folded or peft:
         verified = sharing.Verified(**io.read_json(out / sharing.RECORD)["verified"])
+    if verified is not None:
         c.console.print(
-            f"loaded again and compared on {verified.tokens} tokens ({verified.dtype}): logits within {verified.error:.2g} of "
-            f"the hooked model's (the adapter changes them by up to {verified.effect:.2g}); greedy answers "
-            f"{'the same' if verified.same_greedy else 'not all the same'}",
+            f"{'run' if steered else 'loaded again'} and compared on {verified.tokens} tokens ({verified.dtype}): logits within "
+            f"{verified.error:.2g} of the hooked model's (the adapter changes them by up to {verified.effect:.2g}); "
+            f"greedy answers {'the same' if verified.same_greedy else 'not all the same'}",
             soft_wrap=True,
         )
     c.console.print(f"wrote {out}")

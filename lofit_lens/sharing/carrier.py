@@ -90,7 +90,7 @@ def export_peft(
     with io.new_folder(folder, overwrite=overwrite) as made:
         reference = hooked_reference(adapter, checkpoint.source, revision=commit, dtype=dtype, device=device)
         plain = plain_model(checkpoint.folder, dtype, device)
-        modules = _modules(outputs, plain)
+        modules = modules_in(plain, outputs)
         edited = {modules[layer]: bias for layer, bias in biases.items()}
         as_beft = _takes_beft(plain, edited)
         width = outputs.shape[1] * outputs.shape[2]
@@ -105,8 +105,12 @@ def export_peft(
     return Path(folder)
 
 
-def _modules(outputs: Outputs, plain: Any) -> list[str]:
-    """The output projections' names in the model, which may have a part in front that the checkpoint's have not."""
+def modules_in(plain: Any, outputs: Outputs) -> list[str]:
+    """The output projections' names in a model, which may have a part in front that the checkpoint's have not.
+
+    Raises:
+        ModelError: one is no module of the model, or several.
+    """
     names = [name for name, _ in plain.named_modules()]
     found = []
     for short in outputs.names:
@@ -114,7 +118,7 @@ def _modules(outputs: Outputs, plain: Any) -> list[str]:
         if len(hits) != 1:
             raise ModelError(
                 f"{outputs.checkpoint.name}: {short} is {len(hits)} modules of the model that transformers builds of it, so that "
-                "PEFT cannot be told which to adapt; save the model again with save_pretrained"
+                "no tool can be told which to edit; save the model again with save_pretrained"
             )
         found += hits
     return found

@@ -173,7 +173,7 @@ def check(found: Verified, what: str) -> Verified:
         return found
     measured = (
         f"{what} differs from the hooked model by {found.error:.3g} in a logit ({found.dtype}; logits up to {found.scale:.3g}, "
-        f"the adapter changes them by up to {found.effect:.3g}); allowed: {found.bound:.2g}. It was deleted. "
+        f"the adapter changes them by up to {found.effect:.3g}); allowed: {found.bound:.2g}. It was not kept. "
     )
     if not math.isfinite(found.error):
         raise ModelError(measured + f"This model overflows in {found.dtype}: use dtype='float32' or 'bfloat16'")

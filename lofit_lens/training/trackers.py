@@ -5,7 +5,6 @@ that fails (no network, a full disk) is dropped with one warning, and training g
 """
 
 import contextlib
-import importlib
 import json
 import logging
 import re
@@ -13,7 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from lofit_lens.errors import InputError, unknown
+from lofit_lens.checks import optional
+from lofit_lens.errors import unknown
 from lofit_lens.training.loop import Record
 
 logger = logging.getLogger(__name__)
@@ -49,12 +49,8 @@ def tracker(kind: str, folder: str | Path, *, project: str = "lofit-lens") -> Tr
     """
     if kind not in TRACKERS:
         raise unknown("tracker", kind, TRACKERS)
-    try:
-        if kind == "wandb":
-            return _Wandb(importlib.import_module("wandb"), Path(folder), project)
-        return _TensorBoard(importlib.import_module("torch.utils.tensorboard"), Path(folder))
-    except ImportError as e:
-        raise InputError(f'{kind} is not installed ({e}): pip install "lofit-lens[{kind}]"') from e
+    package = optional("wandb" if kind == "wandb" else "torch.utils.tensorboard", kind, kind)
+    return _Wandb(package, Path(folder), project) if kind == "wandb" else _TensorBoard(package, Path(folder))
 
 
 class Tracked:

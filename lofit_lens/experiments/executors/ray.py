@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lofit_lens import io
+from lofit_lens.checks import optional
 from lofit_lens.errors import InputError
 from lofit_lens.experiments.executors.attempt import Outcome, Outcomes, Work, attempt
 from lofit_lens.experiments.executors.process import prepare_process
@@ -139,10 +140,7 @@ class RayExecutor:
 def _ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # no advice about a coming default
-    try:
-        return importlib.import_module("ray")
-    except ImportError as e:
-        raise InputError(f'Ray is not installed ({e}): pip install "lofit-lens[ray]"') from e
+    return optional("ray", "Ray", "ray")
 
 
 def _connect(ray: Any, address: str | None) -> None:

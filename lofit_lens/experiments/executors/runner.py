@@ -40,7 +40,8 @@ class Executor(Protocol):
         slots: groups at a time; may change from call to call of `wait`.
     """
 
-    slots: int
+    @property
+    def slots(self) -> int: ...
 
     def submit(self, group: Group) -> None:
         """Begin a group and return at once."""

@@ -1,0 +1,12 @@
+"""What Inspect reads where it is installed (an entry point): the provider `lofit-lens`, as in `--model lofit-lens/organism`."""
+
+from typing import Any
+
+from lofit_lens.checks import optional
+from lofit_lens.sharing.for_inspect import PROVIDER, provider
+
+
+@optional("inspect_ai.model", "inspect_ai", "inspect").modelapi(name=PROVIDER)
+def lofit_lens() -> Any:
+    """The class, made when it is first asked for."""
+    return provider()
