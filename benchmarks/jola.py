@@ -34,8 +34,8 @@ def found(results: Results, task: str) -> dict[str, Any]:
         own = results.adapter(task, seed=seed).heads
         gates = results.scores[task, GATES, seed].top(len(own))
         row = overlap({"LoFiT": own, "JoLA": gates}, shape=results.model.grid).iloc[0]
-        names = ("shared", "expected_shared", "p_hypergeometric", "p_layer_matched")
-        heads[str(seed)] = {"LoFiT": str(own), "JoLA": str(gates), **{n: row[n] for n in names if n in row}}
+        names = ("shared", "expected", "p_hypergeometric", "expected_layer", "p_layer")
+        heads[str(seed)] = {"LoFiT": str(own), "JoLA": str(gates), **{n: float(row[n]) for n in names}}
     edited = {m.method: [len(r.heads.split()) for r in m.runs] for m in table.methods}
     return {"table": table.to_frame().to_dict("records"), "edited heads": edited, "heads": heads}
 
@@ -51,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--k", default="K", help="heads of LoFiT")
     parser.add_argument("--out-store", type=Path, default=Path("build/jola"))
     args = measure.parsed(parser, argv)
+    if args.quick:
+        args.tasks, args.seeds, args.test = args.tasks[:1], 1, 4
     results: dict[str, Any] = {}
     for task in args.tasks:
         k = int(args.k) if args.k.isdecimal() else args.k
