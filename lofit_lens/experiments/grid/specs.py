@@ -95,6 +95,10 @@ def _preset_or_numbers(value: Any) -> Any:
 
 
 Settings = Annotated[dict[str, int | float], BeforeValidator(_numbers)]
+Points = Annotated[
+    str | dict[str, int | float] | tuple[dict[str, int | float], ...], BeforeValidator(_preset_or_numbers)
+]
+Parts = Annotated[bool | tuple[str, ...], BeforeValidator(lambda v: v if isinstance(v, bool) else listed(v))]
 
 
 class Spec(pydantic.BaseModel):
@@ -219,17 +223,13 @@ class Run(Spec):
     of: Texts = (ITSELF,)
     k: Annotated[tuple[int | str, ...], BeforeValidator(listed)] = ("K",)
     n_train: Annotated[tuple[Annotated[int, Field(ge=1)] | None, ...], BeforeValidator(listed)] = (None,)
-    settings: Annotated[
-        str | dict[str, int | float] | tuple[dict[str, int | float], ...], BeforeValidator(_preset_or_numbers)
-    ] = PRESET
+    settings: Points = PRESET
     trials_on: Literal["own", "heads"] = "own"
     draws: Annotated[int, Field(ge=1)] = 5
     seeds: Seeds | None = None
     tested: bool = False
     damage: bool = False
-    readings: Annotated[bool | tuple[str, ...], BeforeValidator(lambda v: v if v in (True, False) else listed(v))] = (
-        False
-    )
+    readings: Parts = False
 
     @model_validator(mode="after")
     def _known_names(self) -> "Run":
@@ -293,10 +293,8 @@ class Grid(Spec):
         model: one or several.
         tasks: trained on and tested.
         other_tasks: tested only, by runs with `tested`.
-        texts: ordinary text for `damage`: a name or file for `load_texts`.
-        n_texts: how many of them.
-        seeds: of selection and fits.
-        tuning_seeds: of the choice of settings.
+        texts, n_texts: ordinary text for `damage`, by a name or file for `load_texts`, and how many of them.
+        seeds, tuning_seeds: of selection and fits; of the choice of settings.
         tuning_limit: only the first validation rows in that choice.
         split: that the runs are tested on.
         limit: only its first rows.
