@@ -34,9 +34,9 @@ def found(results: Results, task: str) -> dict[str, Any]:
     for seed in results.seeds:
         own = results.adapter(task, seed=seed).heads
         gates = results.scores[task, GATES, seed].top(len(own))
-        row = overlap({"LoFiT": own, "JoLA": gates}, shape=results.model.grid).iloc[0]
+        row = records(overlap({"LoFiT": own, "JoLA": gates}, shape=results.model.grid))[0]
         names = ("shared", "expected", "p_hypergeometric", "expected_layer", "p_layer")
-        heads[str(seed)] = {"LoFiT": str(own), "JoLA": str(gates), **{n: float(row[n]) for n in names}}
+        heads[str(seed)] = {"LoFiT": str(own), "JoLA": str(gates), **{n: row[n] for n in names}}
     edited = {m.method: [len(r.heads.split()) for r in m.runs] for m in table.methods}
     return {"table": records(table.to_frame()), "edited heads": edited, "heads": heads}
 
