@@ -211,13 +211,13 @@ def test_a_head_everywhere(four):
         ({"a": ONE, "b": HeadSet(["L0H0"], shape=(4, 4))}, {}, "a: 3x4, b: 4x4"),
         ({"a": ONE, ("t", "b"): HeadSet(["L0H0"])}, {}, r"or \(task, method\) for all"),
         ({"a": HeadScores([[1.0]], model="m1"), "b": HeadScores([[1.0]], model="m2")}, {}, r"several models \(m1, m2\)"),
-        ({("a, b", "c"): ONE, ("a", "b, c"): ONE}, {}, "read alike"),
+        ({("a, b", "c"): ONE, ("a", "b, c"): ONE}, {}, "equal as text"),
         ({"a": ONE}, {"k": 2}, "K = 2 heads asked for; a has 1"), ({"a": ONE}, {"tasks": ["x"]}, "leave it out"),
         ({("t", "a"): ONE}, {"tasks": ["x"]}, "unknown task 'x'; allowed: t"),
         ({("t", "a"): ONE}, {"tasks": []}, "tasks is empty"),
         ({"a": ONE}, {"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"a": ONE}, {"adapters": {"x": "LoFiT"}}, "adapter 'x' is 'LoFiT'; give what"),
-        ({"a": ONE}, {"prompts": [1]}, "prompts holds 1 at place 0; give a list of texts"),
+        ({"a": ONE}, {"prompts": [1]}, "prompts holds 1 at index 0; give a list of texts"),
     ],
 )  # fmt: skip
 def test_bad_input(source, options, message, unchecked):
