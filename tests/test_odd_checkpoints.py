@@ -84,7 +84,7 @@ def test_a_folder_without_a_tokenizer_is_refused(checkpoint, tmp_path, architect
 def test_pointers_of_git_lfs_are_named(folder, name):
     """A clone without `git lfs pull` holds small text files in the place of the large ones."""
     (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    with pytest.raises(ModelError, match=rf"{name} is a pointer of Git LFS.*git lfs pull"):
+    with pytest.raises(ModelError, match=rf"{name} is a Git LFS pointer.*git lfs pull"):
         load_model(folder, device="cpu")
 
 
@@ -106,7 +106,7 @@ def test_an_adapter_beside_the_weights_is_refused(folder):
 def test_an_adapter_folder_is_no_model(tmp_path):
     """The error says what the folder is."""
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ModelError, match="adapter and no model"):
+    with pytest.raises(ModelError, match="adapter but no model"):
         load_model(tmp_path, device="cpu")
 
 
@@ -345,7 +345,7 @@ def test_tokenizers_by_name_and_wrong_ones(checkpoint, folder):
     assert named.tokenizer("Hello").input_ids == tiny.tokenizer()("Hello").input_ids
     with pytest.raises(ModelError, match=r"cannot read the tokenizer of no/such"):
         load_model(folder, tokenizer="no/such", device="cpu")
-    with pytest.raises(ModelError, match="int is no tokenizer"):
+    with pytest.raises(ModelError, match="int is not a tokenizer"):
         load_model(folder, tokenizer=3, device="cpu")
 
 
