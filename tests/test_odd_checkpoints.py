@@ -99,7 +99,7 @@ def test_a_file_of_the_index_that_is_not_there(folder):
 def test_an_adapter_beside_the_weights_is_refused(folder):
     """transformers would load it along, and the model would be another one."""
     (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(ModelError, match=r"adapter_config\.json.*load along"):
+    with pytest.raises(ModelError, match=r"adapter_config\.json.*load with it"):
         load_model(folder, device="cpu")
 
 
@@ -317,7 +317,11 @@ def test_adapters_of_peft_in_memory_are_refused():
 
 @pytest.mark.parametrize(
     ("given", "said"),
-    [(None, "no Hugging Face model"), (3, "no Hugging Face model"), (torch.nn.Linear(2, 2), "no Hugging Face model")],
+    [
+        (None, "not a Hugging Face model"),
+        (3, "not a Hugging Face model"),
+        (torch.nn.Linear(2, 2), "not a Hugging Face model"),
+    ],
 )
 def test_other_things_are_no_models(given, said):
     """What is no model is named, with what is allowed."""
