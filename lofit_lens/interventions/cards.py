@@ -164,7 +164,7 @@ def _training(adapter: Adapter) -> str:
 
 
 def _limits(adapter: Adapter, license: str | None) -> str:
-    where = "at every position, prompt included" if adapter.positions.everywhere else f"at `{adapter.positions}` alone"
+    where = "at every position, prompt included" if adapter.positions.everywhere else f"only at `{adapter.positions}`"
     may = f"License of the adapter: {license}." if license else "No license was given for the adapter; ask its author."
     points = [
         "The numbers fit the base model named above, at that revision; other weights of the same shape are another model.",

@@ -205,7 +205,7 @@ def train_together(
         checkpoint: a file with the state of all runs at an epoch's end (of the first unfinished run) and at
             Ctrl-C. Training resumes from an existing one, with the same numbers as if never stopped. It stays at the end.
         progress: show a bar with loss, L1 and steps per second.
-        label: text in front of the bar.
+        label: text before the bar.
 
     Raises:
         InputError: `checkpoint` belongs to other runs.
