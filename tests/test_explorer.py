@@ -211,7 +211,7 @@ def test_a_head_everywhere(four):
         ({"a": ONE, "b": HeadSet(["L0H0"], shape=(4, 4))}, {}, "a: 3x4, b: 4x4"),
         ({"a": ONE, ("t", "b"): HeadSet(["L0H0"])}, {}, r"or \(task, method\) for all"),
         ({"a": HeadScores([[1.0]], model="m1"), "b": HeadScores([[1.0]], model="m2")}, {}, r"several models \(m1, m2\)"),
-        ({("a, b", "c"): ONE, ("a", "b, c"): ONE}, {}, "equal as text"),
+        ({("a, b", "c"): ONE, ("a", "b, c"): ONE}, {}, "read alike"),
         ({"a": ONE}, {"k": 2}, "K = 2 heads asked for; a has 1"), ({"a": ONE}, {"tasks": ["x"]}, "leave it out"),
         ({("t", "a"): ONE}, {"tasks": ["x"]}, "unknown task 'x'; allowed: t"),
         ({("t", "a"): ONE}, {"tasks": []}, "tasks is empty"),
