@@ -221,7 +221,7 @@ def test_of_two_folders_with_the_same_weights_the_one_by_its_name(checkpoint, tm
     found = fold(adapter, tmp_path / "out").folder
     assert config(found)["rope_parameters"] == config(one)["rope_parameters"]
     adapter.meta.model = replace(adapter.meta.model, name="never read")
-    with pytest.raises(ModelError, match=r"local model 'never read' .* records hold no paths; give its folder"):
+    with pytest.raises(ModelError, match=r"local model 'never read' .* records do not hold paths; give its folder"):
         fold(adapter, tmp_path / "none")
 
 

@@ -1,4 +1,4 @@
-"""Interventions on a frozen model: each is attached for the length of a `with` block."""
+"""Interventions on a frozen model: each is attached within a `with` block."""
 
 from lofit_lens.interventions.ablation import HeadAblation, mean_z
 from lofit_lens.interventions.at_heads import HeadAdapter
