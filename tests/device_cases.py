@@ -125,17 +125,13 @@ def many(model, folder):
 
 
 @case(
-    "fit",
-    "LoReft.for_model",
-    "Red.for_model",
-    "PostBlock.for_model",
-    "Red.attached",
-    "LoReft.attached",
-    "PostBlock.attached",
-)
+    "fit", "LoReft.for_model", "PostBlock.for_model", "Red.for_model", "Red.attached", "LoReft.attached", "PostBlock.attached"
+)  # fmt: skip
 def residual_methods(model, folder):
-    made = [Red.for_model(model, layers=[0, 2]), LoReft.for_model(model, rank=2, layers=[1, 2], seed=0)]
-    made.append(PostBlock.for_model(model, rank=2, layers=[0, 1], seed=0))
+    made = [
+        Red.for_model(model, layers=[0, 2]), LoReft.for_model(model, rank=2, layers=[1, 2], seed=0),
+        PostBlock.for_model(model, rank=2, layers=[0, 1], seed=0),
+    ]  # fmt: skip
     for adapter in made:
         fit(adapter, model, SFT, config=CONFIG, seed=0, **QUIET)
     return made
