@@ -95,9 +95,7 @@ def test_a_new_one_is_bit_equal(checkpoint, backend, method, dtype):
     with adapter.attached(model):
         logits_of(model, TOKENS, torch.ones_like(TOKENS)).float().logsumexp(-1).sum().backward()
     assert {p.dtype for p in adapter.parameters()} == {p.grad.dtype for p in adapter.parameters()} == {torch.float32}
-    learns = {"red": adapter.parameters, "post-block": lambda: [adapter.U], "lora": lambda: adapter.B.values()}[
-        method
-    ]()
+    learns = [p for name, p in adapter.named_parameters() if name[0] not in "AD"]  # these are behind a zero
     assert all(p.grad.abs().max() > 0 for p in learns)
 
 
