@@ -54,7 +54,7 @@ def compare(
     quiet: c.Quiet = False,
     as_json: c.AsJson = False,
 ) -> None:  # fmt: skip
-    """Test whether two evaluations of the same rows differ; or, with --task, LoFiT against ITI, RepE, LoRA, RED and LoReFT.
+    """Test whether two evaluations of the same rows differ; or, with --task, LoFiT against the other methods.
 
     Examples: lofit-lens compare out/lofit out/bare
     and: lofit-lens compare --task organism/all --seeds 2

@@ -72,7 +72,7 @@ def compare_methods(
     out: str | Path | None = None,
     progress: bool = True,
 ) -> MethodTable:
-    """Compare LoFiT with zero-shot, ITI, RepE, JoLA, random heads, LoRA, RED and LoReFT on one task.
+    """Compare LoFiT with zero-shot, random heads and the other methods (`experiments/methods/`) on one task.
 
     Args:
         model: any HookedTransformer or TransformerBridge; or a name, a folder or a `ModelSpec`, needed for several workers.

@@ -11,6 +11,7 @@ from lofit_lens.interventions import (  # noqa: F401 (each registers its class)
     lofit,
     lora,
     loreft,
+    post_block,
     red,
     repe,
 )

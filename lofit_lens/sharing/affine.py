@@ -25,7 +25,8 @@ def affine(adapter: Adapter) -> tuple[Grid, Grid]:
     if not isinstance(adapter, HeadAdapter):
         raise AdapterError(
             f"{adapter.title} does not edit single heads' outputs by a constant scale and shift, which is what fits into "
-            "attention's output projection; LoFiT, ITI at all positions and ablations do"
+            "attention's output projection; LoFiT, ITI at all positions and ablations do. Save this one as an adapter, and "
+            "attach it"
         )
     if not adapter.positions.everywhere:
         raise AdapterError(
