@@ -141,8 +141,9 @@ SHARE_OF_HEADS = 0.03
 
 # Starting points for the baselines; their learning rate must be chosen on the validation split. LoReFT's is from its common-sense
 # recipe (arXiv 2404.03592, appendix), LoRA's from its authors' largest models (arXiv 2106.09685, appendix), post-block steering's
-# is the default of its authors' code, and RED's is half of LoFiT's for offsets, which are similar in kind and size. LoFiT's authors
-# do not state theirs. Epochs and batch size are LoFiT's, so that all methods see the data equally often; weight decay is 0.
+# is the default of its authors' code, and RED's is half of LoFiT's for offsets, which are similar in kind and size. LoFiT's
+# authors do not state theirs. Epochs and batch size are LoFiT's, so that all methods see the data equally often; weight
+# decay is 0.
 LOREFT, LORA, RED, POST_BLOCK = TrainConfig(lr=9e-4), TrainConfig(lr=2e-4), TrainConfig(lr=5e-3), TrainConfig(lr=9e-4)
 # On the validation rows of the embedded model's three tasks the best of 1e-3, 3e-3, ..., 4e-1 are 1e-3 to 1e-2 (LoReFT, LoRA),
 # 1e-3 to 3e-3 (post-block steering) and 5e-2 to 1e-1 (RED).
@@ -150,7 +151,7 @@ ON_ORGANISM = {"loreft": 3e-3, "lora": 3e-3, "post-block": 3e-3, "red": 1e-1}
 
 
 def method_config(method: str, info: ModelInfo) -> TrainConfig:
-    """Return the starting point for `"red"`, `"loreft"`, `"lora"` or `"post-block"` on a model, to be tuned on the validation split.
+    """Return the starting point for `"red"`, `"loreft"`, `"lora"` or `"post-block"`, to be tuned on the validation split.
 
     Raises:
         InputError: another method.
