@@ -305,7 +305,7 @@ def test_control_takes_its_layers_vectors(bridge_llama):
     assert torch.allclose(found.repe((7,), coefficient=2.0).shift(7), 2 * found.directions[3])
     repe.meta.config["reading"] = "other"
     assert found.meta.config == {}
-    with pytest.raises(InputError, match="no vector of layer 3; there are those of 1, 2, 4, 7"):
+    with pytest.raises(InputError, match="no vector for layer 3; the layers are 1, 2, 4, 7"):
         found.repe((3,), coefficient=1.0)
 
 
@@ -391,7 +391,7 @@ def test_what_reading_refuses(bridge_llama):
     pairs = texts(3)
     for source, options, message in (
         (pairs, {"n_train": 2}, "n_train draws rows of a task"), (pairs[:1], {}, "the list gives 1 pairs"),
-        ([("Ann", "Ann")] * 3, {}, "layer 0: right and wrong statements differ nowhere"), (pairs, {"layers": [3]}, "layers"),
+        ([("Ann", "Ann")] * 3, {}, "layer 0: right and wrong statements do not differ"), (pairs, {"layers": [3]}, "layers"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=message):
             reading_vectors(bridge_llama, source, progress=False, **options)

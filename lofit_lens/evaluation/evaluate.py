@@ -52,7 +52,7 @@ def evaluate(
         task: a task or its name. Multiple choice gives mc1, mc2, mc3; options give accuracy and probability; generation gives
             em, accuracy or the scores of the task's own grader. `task.in_form(...)` asks in another form.
         split: `"train"`, `"val"` or `"test"`.
-        limit: only the first rows.
+        limit: use only the first rows.
         batch_size: maximum number of prompts generated together (generation tasks); None = as many as the budget allows.
         token_budget: padded tokens of one forward pass, including cached ones; lower it if memory runs out.
         too_long: treatment of items that exceed the model's context: `"error"`, or `"wrong"`, which counts them as failed

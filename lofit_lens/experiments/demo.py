@@ -110,7 +110,7 @@ def questions(results: Results, n: int) -> list[dict[str, Any]]:
 
 
 def run_table(results: Results) -> pd.DataFrame:
-    """One row a run, with its own mean and 95 % interval over items; nothing in it depends on the machine's speed."""
+    """One row per run, with its own mean and 95 % interval over items; nothing in it depends on the machine's speed."""
     frame = results.runs.drop(columns=["fit_seconds", "eval_seconds"])
     bounds = [next(iter(e.metrics.values())).interval or (None, None) for e in results.evaluations]
     return frame.assign(low=[b[0] for b in bounds], high=[b[1] for b in bounds])

@@ -71,18 +71,18 @@ class Localisation:
     """What `localisation` found. Prints as a paragraph.
 
     Attributes:
-        task: name.
+        task: name of the task.
         model: name.
         split: that the sets were tested on.
         metric: the task's own; scores are shares from 0 to 1.
         k: heads in each set.
         tried: settings that each set chose from.
-        table: one row a head set, the chosen first: `set` (`"chosen"`, `"random 0"`, ...), `value` (mean over seeds and items),
+        table: one row per head set, the chosen first: `set` (`"chosen"`, `"random 0"`, ...), `value` (mean over seeds and items),
             `low`, `high` (95 % over seeds and items), `settings` and `heads` (of each seed, where they differ).
         test: chosen against random.
         unmodified: mean of the model without edits.
         gain: the chosen set against it, a paired test over items.
-        controls: one row a control, as far as it could be had: `control`, `chosen`, `random` (means), `difference`, `low`, `high`
+        controls: one row per control, as far as it could be had: `control`, `chosen`, `random` (means), `difference`, `low`, `high`
             (95 %), `p`, `p_equivalence`, `n_sets`, `n_items`; of the first seed, but for other wordings.
         again: heads chosen again: `over` (seeds, halves of the training rows), `jaccard` and `shared` (means over pairs of runs),
             `expected` and `expected_shared` by chance, `n_runs`.

@@ -53,7 +53,7 @@ def read_adapter(
         model: any HookedTransformer or TransformerBridge.
         task: that the adapter learned.
         lofit: on the task's own heads.
-        seed: of the probes and reading vectors that it is set beside.
+        seed: seed of the probes and reading vectors that it is set beside.
         limit: only the first test rows.
         draws: of random heads.
         wide: the task's adapter on three times as many heads, from which edits are dropped.
@@ -106,7 +106,7 @@ def read_together(
     Args:
         model: any HookedTransformer or TransformerBridge.
         pairs: name -> task and its adapter.
-        seed: of the tuning in turn.
+        seed: seed of the tuning in turn.
         limit: only the first test rows.
 
     Returns:

@@ -171,7 +171,7 @@ def task_of(task: Any) -> Task:
 
     Raises:
         InputError: neither a task nor the name of a task.
-        DataError: as `load_task`.
+        DataError: as in `load_task`.
     """
     if isinstance(task, Task):
         return task

@@ -56,7 +56,7 @@ def statements(
             None = as the task writes them. Answers of a row that become equal count once.
 
     Raises:
-        InputError: as `training_examples`, no rows in the split, or a `full_stop` of another type.
+        InputError: as in `training_examples`, no rows in the split, or a `full_stop` of another type.
         DataError: no drawn row has a different answer that could serve as a wrong one.
     """
     check_is(full_stop, (bool, type(None)), "full_stop", "True, False or None")

@@ -57,7 +57,7 @@ class Fit:
     """One fit that is asked of a method.
 
     Attributes:
-        seed: of the draw of rows, the initialisation and the order of rows.
+        seed: seed of the draw of rows, the initialisation and the order of rows.
         settings: given, or chosen on the validation rows.
         config: how it is trained, settings included; None for a method that is not trained.
         heads: the heads to edit, for a method whose runs name them.

@@ -18,11 +18,11 @@ class Tuned:
 
     Attributes:
         method: name.
-        task: name.
+        task: name of the task.
         metric: the task's own, by which the choice was made.
         settings: the chosen point of the grid.
         tried: points of the grid.
-        trials: one row a point and seed: settings, seed, `value` (mean of the metric over the validation rows; None where
+        trials: one row per point and seed: settings, seed, `value` (mean of the metric over the validation rows; None where
             training diverged), `low` and `high` (95 % over items), `seconds` (fit), `note`, `chosen`.
     """
 

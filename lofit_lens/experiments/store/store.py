@@ -7,7 +7,7 @@ ROOT/locks/NAME.lock       who computes it now
 ROOT/states/, logs/        checkpoints of training inside a run, and its log (NAME+DIGEST.*: of runs that are computed together)
 ROOT/failed/               why a run could not be computed
 ROOT/inputs/, grids/       what specs refer to by hash, and which runs a grid names
-ROOT/index.parquet         one row a run, as of the last time that somebody asked
+ROOT/index.parquet         one row per run, as of the last time that somebody asked
 
 A kill at any moment leaves nothing or a finished run. Two that write the same run leave one: the later one's draft is dropped.
 """
@@ -246,7 +246,7 @@ class Store(Records):
     # ------------------------------------------------------------------------------------------------------ index
 
     def index(self) -> pd.DataFrame:
-        """One row a run, sorted by name, also kept as ROOT/index.parquet.
+        """One row per run, sorted by name, also kept as ROOT/index.parquet.
 
         Columns: `name`, `label`; what the cells' `row` says (task, method, k, seed, ...); `seconds`; `n_items`; each metric as
         `M`, `M_low`, `M_high` (mean and 95 % interval). Whole numbers are Int64, other numbers float64, all else string; a

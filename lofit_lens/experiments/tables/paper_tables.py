@@ -32,7 +32,7 @@ class PaperTable:
         columns: heads of `cells`.
         cells: rows of text.
         notes: how to read it.
-        frame: the same as numbers, one row a method and task.
+        frame: the same as numbers, one row per method and task.
     """
 
     name: str

@@ -43,7 +43,7 @@ class Results:
         record: what was asked for: `seeds`, `draws`, `limit`, `tasks`, `other_tasks`, `versions`.
         model: the model.
         tasks: names of the tasks, in the grids' order.
-        runs: one row a run, see `COLUMNS`: `task` was learned, `tested` was asked; `k` and `n_train` are NaN where they do not
+        runs: one row per run, see `COLUMNS`: `task` was learned, `tested` was asked; `k` and `n_train` are NaN where they do not
             apply (all of the task's own training examples).
         evaluations: one a row of `runs`.
         folders: where each lies.
@@ -226,7 +226,7 @@ class Results:
         """The paper's Tables 1 and 3 on one task: LoFiT and the methods it is compared with; None where none ran.
 
         Args:
-            task: name.
+            task: name of the task.
             reference: the row that the others are tested against; None = LoFiT on the task's own heads.
         """
         if reference is None:

@@ -12,7 +12,7 @@ class FitResult:
     """One fit and its evaluation.
 
     Attributes:
-        seed: of the fit (draw of rows, init, row order; random heads: of the draw of heads too).
+        seed: seed of the fit (draw of rows, init, row order; random heads: of the draw of heads too).
         settings: given, or chosen for the method.
         result: on the evaluated split.
         n_parameters: numbers learned or estimated that the method adds to the model.

@@ -1,4 +1,4 @@
-"""The table of a comparison: one row a method, every number with its interval; as text, Markdown, LaTeX, CSV and JSON."""
+"""The table of a comparison: one row per method, every number with its interval; as text, Markdown, LaTeX, CSV and JSON."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -81,7 +81,7 @@ class MethodTable:
     """Methods on one task, side by side.
 
     Attributes:
-        task: name.
+        task: name of the task.
         split: that was evaluated.
         metric: the task's own.
         reference: the method that the others are tested against.
@@ -147,7 +147,7 @@ class MethodTable:
         )  # fmt: skip
 
     def cells(self) -> list[tuple[str, ...]]:
-        """One row a method, as text."""
+        """One row per method, as text."""
         measured = any(r.kl for r in self.rows)
         return [
             (
@@ -209,7 +209,7 @@ class MethodTable:
         return tuple(notes)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a method, numbers."""
+        """One row per method, numbers."""
         found = []
         for r in self.rows:
             row: dict[str, Any] = {"task": self.task, "method": r.method, "n_parameters": r.n_parameters}
@@ -230,7 +230,7 @@ class MethodTable:
         return pd.DataFrame(found)
 
     def runs(self) -> pd.DataFrame:
-        """One row a run."""
+        """One row per run."""
         return pd.DataFrame([
             {
                 "task": self.task, "method": m.method, "seed": r.seed, **{k: v.mean for k, v in r.result.metrics.items()},
@@ -241,7 +241,7 @@ class MethodTable:
         ])  # fmt: skip
 
     def trials(self) -> pd.DataFrame:
-        """One row a point of a method's grid and seed: what was tried on the validation split."""
+        """One row per point of a method's grid and seed: what was tried on the validation split."""
         tables = [m.tuned.trials.assign(method=m.method, task=self.task) for m in self.methods if m.tuned is not None]
         if not tables:
             return pd.DataFrame()
