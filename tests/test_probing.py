@@ -491,7 +491,9 @@ def test_how_statements_end_is_what_is_recorded(bridge_llama, monkeypatch):
             assert config.get("full_stop", "none") == ("none" if end is None else end)
     assert seen[0] == seen[1] != seen[2]
     model = load_model("organism", device="cpu")
-    with pytest.raises(DataError, match=r"answers, e\.g\. ' \w+\.', end with a token that this tokenizer does not know"):
+    with pytest.raises(
+        DataError, match=r"answers, e\.g\. ' \w+\.', end with a token that this tokenizer does not know"
+    ):
         fit_probes(model, "organism/truth", n_train=4, full_stop=True, progress=False)
 
 
