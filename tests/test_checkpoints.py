@@ -218,7 +218,7 @@ def test_the_form_of_a_source_is_told(checkpoint, tmp_path):
     with pytest.raises(DataError, match="leave pickles where they are"):
         format_of(tmp_path / "a.pt")
     assert format_of(checkpoint("gpt2")) == "folded"
-    with pytest.raises(ModelError, match=r"nothing to read without the base .*--format folded --model BASE"):
+    with pytest.raises(ModelError, match=r"nothing can be read without the base .*--format folded --model BASE"):
         format_of(checkpoint("llama"))
     folder = shutil.copytree(checkpoint("llama"), tmp_path / "official")
     save_file(load_file(folder / WEIGHTS) | {"model.layers.0.self_attn.attn_A.0": torch.zeros(8)}, folder / WEIGHTS)

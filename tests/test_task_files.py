@@ -260,7 +260,7 @@ def test_on_the_shell(capsys, monkeypatch, tmp_path):
     assert "divided 80/10/10 by prompt with seed 0: 12" in out
     assert "--column prompt=q --column 'chosen= {right}' --column 'rejected= {wrong}'" in out
     for words, said in (
-        (("--column", "prompt"), "--column 'prompt' names no field and column"), ((), "has no column 'prompt'"),
+        (("--column", "prompt"), "--column 'prompt' is not FIELD=COLUMN"), ((), "has no column 'prompt'"),
         (("--column", "prompt=q", "--column", "promt=q"), "unknown field 'promt'"),
     ):  # fmt: skip
         code, _, err = run(capsys, monkeypatch, *asked, *words, "--out", "b")
@@ -279,7 +279,7 @@ def test_columns_are_for_the_files_among_several_tasks(capsys, monkeypatch, tmp_
     assert (code, "2 cells" in out) == (0, True), err
     for verb in (("grid", "g.yaml", "--dry-run"), ("compare", "--out", "c")):
         code, _, err = run(capsys, monkeypatch, *verb, "--task", "organism/truth", *OPTIONS)
-        assert (code, "--column is for tasks of one file, and organism/truth are none" in err) == (2, True), err
+        assert (code, "--column is for tasks in one file, but none of organism/truth is a file" in err) == (2, True), err
 
 
 def test_in_a_grid(tmp_path, monkeypatch):
