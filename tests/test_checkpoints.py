@@ -115,14 +115,14 @@ def test_damaged_and_foreign_checkpoints_are_refused(broken, checkpoint, tmp_pat
     for changes, message in (
         ({"quantization_config": {"bits": 4}}, "quantized weights.*in full precision"),
         ({"architectures": None, "model_type": "nothing"}, "names the architectures None"),
-        ({"architectures": ["MambaForCausalLM"]}, r"cannot be exported into a MambaForCausalLM.*\(it is for LlamaForCausalLM"),
-        ({"num_hidden_layers": 4}, r"of the layers \[0, 1, 2\], and its configuration says 4"),
+        ({"architectures": ["MambaForCausalLM"]}, r"into a MambaForCausalLM is not supported.*\(supported: LlamaForCausalLM"),
+        ({"num_hidden_layers": 4}, r"of the layers \[0, 1, 2\], but its configuration says 4"),
     ):  # fmt: skip
         (folder / CONFIG).write_text(json.dumps(config | changes))
         with pytest.raises(ModelError, match=message):
             outputs_of(open_checkpoint(folder))
     (folder / CONFIG).write_text(json.dumps(config | {"num_attention_heads": 5}))
-    with pytest.raises(ModelError, match="5 heads, and their outputs are 32 wide"):
+    with pytest.raises(ModelError, match="5 heads, but their concatenated outputs have width 32"):
         outputs_of(open_checkpoint(folder)).shape  # noqa: B018
     (folder / CONFIG).write_text("[]")
     with pytest.raises(ModelError, match="JSON object"):
@@ -160,7 +160,7 @@ def test_folders_of_something_else_are_refused(sharded, tmp_path):
     (folder / "adapter_config.json").unlink()
     open_checkpoint(folder)
     save_file({"lm_head.weight": torch.zeros(400, 32)}, folder / WEIGHTS)
-    with pytest.raises(ModelError, match=r"beside model\.safetensors\.index\.json.*delete the one that is stale"):
+    with pytest.raises(ModelError, match=r"beside model\.safetensors\.index\.json.*delete the stale one"):
         open_checkpoint(folder)
 
 

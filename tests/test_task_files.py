@@ -279,7 +279,9 @@ def test_columns_are_for_the_files_among_several_tasks(capsys, monkeypatch, tmp_
     assert (code, "2 cells" in out) == (0, True), err
     for verb in (("grid", "g.yaml", "--dry-run"), ("compare", "--out", "c")):
         code, _, err = run(capsys, monkeypatch, *verb, "--task", "organism/truth", *OPTIONS)
-        assert (code, "--column is for tasks in one file, but none of organism/truth is a file" in err) == (2, True), err
+        assert (code, "--column is for tasks in one file, but none of organism/truth is a file" in err) == (2, True), (
+            err
+        )
 
 
 def test_in_a_grid(tmp_path, monkeypatch):
