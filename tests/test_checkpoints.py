@@ -152,7 +152,7 @@ def test_folders_of_something_else_are_refused(sharded, tmp_path):
     with pytest.raises(ModelError, match=r"has no config\.json; give a folder written by"):
         open_checkpoint(folder)
     (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(ModelError, match=r"is an adapter's folder .* nothing to import; load_adapter"):
+    with pytest.raises(ModelError, match=r"is an adapter's folder, .* nothing to import; load_adapter"):
         open_checkpoint(folder)
     shutil.copytree(sharded, folder, dirs_exist_ok=True)
     with pytest.raises(ModelError, match=r"holds an adapter too .*; move it out"):

@@ -117,7 +117,7 @@ def test_an_effect_that_cannot_be_seen_is_told(checkpoint, tmp_path):
     with torch.no_grad():
         adapter.A.zero_()
         adapter.v.mul_(1e-12)
-    with pytest.raises(ModelError, match="drowns in rounding"):
+    with pytest.raises(ModelError, match="is lost in rounding"):
         fold(adapter, tmp_path / "out")
 
 
@@ -281,5 +281,5 @@ def test_the_bound():
     for dtype, said in (("float16", "overflows in float16"), ("float32", "Report it")):
         with pytest.raises(ModelError, match=said):
             check(of(float("nan") if dtype == "float16" else 1.0, 5.0, dtype), "x")
-    with pytest.raises(ModelError, match="drowns in rounding"):
+    with pytest.raises(ModelError, match="is lost in rounding"):
         check(of(0.9e-4, 1e-4, "float32"), "x")

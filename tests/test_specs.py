@@ -90,7 +90,7 @@ def test_yaml_and_python_give_the_same_grid(read):
         ("runs: [{}]\nlimit: 0", "limit is 0"),
         ("runs: [{}]\nlimit: '3'", "limit is '3'"),
         ("runs: [{}]\nscores: wide", "unknown selection 'wide'"),
-        ("", "asks for nothing"),
+        ("", "has no runs and no scores"),
         ("runs: [{}]\nselections: {a: {by: A-norm, among: b}, b: {by: A-norm, among: a}}",
          "selections form a cycle: a among b among a"),
         ("runs: [{}]\nselections: {a: {by: bias norm, among: a}}", "form a cycle: a among a"),

@@ -800,7 +800,7 @@ def test_inputs_and_grids_are_kept(store):
         store.write_grid("paper-fig2", {"cells": []})
     with pytest.raises(InputError, match="lacks 'cells'"):
         store.write_grid("x", {})
-    with pytest.raises(InputError, match="no name"):
+    with pytest.raises(InputError, match="not a valid name"):
         store.write_grid("../x", {"cells": []})
 
 
