@@ -48,9 +48,7 @@ def layer_shares(sets: Sets, n_layers: int | None = None, *, level: float = 0.95
             chance = stats.hypergeom(len(layers) * heads.shape[1], heads.shape[1], len(heads))
             low, high = (float(chance.ppf(q)) / len(heads) for q in ((1 - level) / 2, (1 + level) / 2))
         for layer, count in enumerate(heads.layer_counts(n).tolist()):
-            drawn = (
-                (1 / len(layers), low, high) if layer in layers else (0.0, 0.0, 0.0)
-            )  # a layer without heads gets none
+            drawn = (1 / len(layers), low, high) if layer in layers else (0.0, 0.0, 0.0)  # a layer without heads
             rows.append({"set": name, "layer": layer, "count": count, "share": count / len(heads)})
             rows[-1] |= dict(zip(("expected", "low", "high"), drawn, strict=True))
     return pd.DataFrame(rows)

@@ -1,7 +1,7 @@
 """The direct effect of a head's offset on the logits: the tokens that it makes more and less likely.
 
     u_h = v_h W_O[h]                                    what the offset adds to the residual stream, at every position
-    logits_h = (w * centred(u_h)) W_U * mean(1 / s)     its direct share of the logits, minus their mean over the vocabulary
+    logits_h = (w * centered(u_h)) W_U * mean(1 / s)    its direct share of the logits, minus their mean over the vocabulary
 
 s is the divisor of the final norm at the predicting position (the last one of each prompt), measured on prompts with only the
 caller's interventions attached. With s fixed, the path is linear, so heads' shares add up; the mean of the shares over prompts

@@ -1,6 +1,6 @@
 """Does it matter which heads are edited? Chosen heads are tested against random sets of as many heads in each layer.
 
-Edits that are optimised at random heads may do nearly as well as at chosen ones (Wang & Veitch, arXiv 2502.11447), so that a
+Edits that are optimized at random heads may do nearly as well as at chosen ones (Wang & Veitch, arXiv 2502.11447), so that a
 gain by itself does not show that a task is localised where the edit is. Here every head set, chosen or random, is trained with
 the same seeds at its own learning rate, chosen by the same trials on the validation rows; `analysis.controls` has the tests.
 

@@ -1,6 +1,6 @@
 """ITI's probes: which heads tell true statements from false ones, and along which direction (arXiv 2306.03341, section 3).
 
-1. Statements: a question with one of its answers, labelled right or wrong; z of every head at the last token. In ITI's data
+1. Statements: a question with one of its answers, labeled right or wrong; z of every head at the last token. In ITI's data
    and by default that token is a full stop, in LoFiT's files the answer's last word (`full_stop`).
 2. One logistic regression per head, fitted on the training questions; its accuracy on the validation questions ranks the head.
    Heads of equal accuracy are ranked by the area under the ROC curve (the paper does not say): if one label is rare, most probes

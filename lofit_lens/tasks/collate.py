@@ -177,8 +177,6 @@ def pad_id(tokenizer: Any) -> int:
     rows = rules_of(tokenizer).n_vocab
     for name in ("pad_token_id", "eos_token_id"):
         found = getattr(tokenizer, name, None)
-        if found is not None and (
-            rows is None or found < rows
-        ):  # the embedding may lack a token that TransformerLens adds
+        if found is not None and (rows is None or found < rows):  # TransformerLens may add one beyond the embedding
             return int(found)
     return 0

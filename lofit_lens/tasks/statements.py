@@ -1,6 +1,6 @@
 """A task's questions as true or false statements, on which probes and reading vectors are fitted.
 
-A statement is a prompt with one answer, labelled right or wrong:
+A statement is a prompt with one answer, labeled right or wrong:
 
 - multiple choice: the prompt of the training form with every true and every false answer (on TruthfulQA ITI's form,
   `Q: {question} A: {answer}`, without the six-shot primer),

@@ -41,7 +41,7 @@ ASKED = (
     "n_train",
     "seed",
     "draw",
-)  # columns that distinguish runs
+)  # distinguish runs
 
 
 @dataclass(frozen=True, eq=False)
