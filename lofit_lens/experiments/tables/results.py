@@ -31,17 +31,7 @@ COLUMNS = (
     "n_parameters", "heads", "fit_seconds", "eval_seconds", "trained",
 )  # fmt: skip
 LOFIT, ZERO = lofit.METHOD.name, zero_shot.METHOD.name
-ASKED = (
-    "task",
-    "tested",
-    "method",
-    "heads_from",
-    "source",
-    "k",
-    "n_train",
-    "seed",
-    "draw",
-)  # distinguish runs
+ASKED = ("task", "tested", "method", "heads_from", "source", "k", "n_train", "seed", "draw")  # distinguish runs
 
 
 @dataclass(frozen=True, eq=False)
