@@ -206,7 +206,7 @@ def test_other_edits_are_not_affine(bridge_llama):
     with pytest.raises(AdapterError, match="RED does not edit single heads' outputs"):
         affine(Red.for_model(bridge_llama))
     iti = ll.ITI((3, 4, 8), CHOSEN, directions=UNIT, sigma=torch.ones(3))
-    with pytest.raises(AdapterError, match=r"positions 'answer' alone.*with_positions\(\"all\"\)"):
+    with pytest.raises(AdapterError, match=r"only at the positions 'answer', .*with_positions\(\"all\"\)"):
         affine(iti)
     affine(iti.with_positions("all"))
 
