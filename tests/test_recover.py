@@ -235,7 +235,7 @@ def test_nothing_folded_or_another_shape(checkpoint, by_hand):
         import_folded(checkpoint("llama"), base=checkpoint("llama"))
     with pytest.raises(AdapterError, match="nothing is folded into"):
         import_folded(by_hand(lambda t: None))
-    with pytest.raises(ModelError, match=r"3 layers of 4 heads of size 8, and .* 3 of 4 of size 12"):
+    with pytest.raises(ModelError, match=r"3 layers of 4 heads of size 8, but .* 3 of 4 of size 12"):
         import_folded(checkpoint("llama"), base=checkpoint("llama-gqa"))
 
 
