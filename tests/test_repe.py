@@ -390,7 +390,7 @@ def test_what_reading_refuses(bridge_llama):
     """Unknown methods, n_train with texts, one pair, texts that do not differ, a layer outside."""
     pairs = texts(3)
     for source, options, message in (
-        (pairs, {"n_train": 2}, "n_train draws rows of a task"), (pairs[:1], {}, "the list gives 1 pairs"),
+        (pairs, {"n_train": 2}, "n_train draws rows of a task"), (pairs[:1], {}, "the list has 1 pairs"),
         ([("Ann", "Ann")] * 3, {}, "layer 0: right and wrong statements do not differ"), (pairs, {"layers": [3]}, "layers"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=message):
