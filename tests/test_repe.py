@@ -205,7 +205,7 @@ def test_half_of_the_pairs_are_turned_by_seed():
 @pytest.mark.parametrize(
     ("values", "method", "message"),
     [(np.zeros((4, 3)), "pca", "do not differ"), (np.zeros((4, 3)), "mean_difference", "do not differ"),
-     (np.array([[1.0, 2.0], [-1.0, -2.0]]), "pca", "cancel out"), (np.ones((1, 3)), "pca", "1 pairs; pca needs two"),
+     (np.array([[1.0, 2.0], [-1.0, -2.0]]), "pca", "cancel out"), (np.ones((1, 3)), "pca", "1 pairs; pca needs at least two"),
      (np.array([[1.0, 2.0], [-1.0, -2.0]]), "mean_difference", "cancel out"), (np.ones((0, 3)), "mean_difference", "0 pairs")],
 )  # fmt: skip
 def test_differences_without_a_direction_are_refused(values, method, message):
