@@ -228,7 +228,7 @@ def test_what_a_bias_cannot_carry_is_refused(bridge_llama, tmp_path):
         "scales heads.*export_folded": [
             random_adapter(bridge_llama), HeadAblation((3, 4, 8), CHOSEN, values=torch.zeros(3, 8))
         ],
-        "positions 'answer' alone": [random_iti(bridge_llama, positions="answer")],
+        "only at the positions 'answer'": [random_iti(bridge_llama, positions="answer")],
         "changes nothing": [Lofit.for_model(bridge_llama, CHOSEN), random_iti(bridge_llama, alpha=0.0)],
         "NaN": [broken],
         "LoReFT": [LoReft.for_model(bridge_llama, seed=0)],
