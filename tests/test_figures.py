@@ -15,9 +15,9 @@ from lofit_lens.experiments.grid.paper import PARTS, SCORES_ALONE, paper_grid
 from lofit_lens.experiments.grid.run import run_grid
 from lofit_lens.experiments.tables.load import load_results
 from lofit_lens.plots import methods as method_plots
-from lofit_lens.plots import style
+from lofit_lens.plots import saving
 from lofit_lens.plots.methods import method_bars
-from lofit_lens.plots.style import save_figure
+from lofit_lens.plots.saving import save_figure
 from lofit_lens.report.figures import draw_all, figures, transfer
 from lofit_lens.report.official import official_figures, official_sets
 from lofit_lens.report.page import render
@@ -224,8 +224,8 @@ def test_without_chrome_the_page_is_written_and_the_rest_is_said(tmp_path, monke
     def nothing(*args, **options):
         raise RuntimeError("Kaleido requires Google Chrome")
 
-    monkeypatch.setattr(style.go.Figure, "to_image", nothing)
-    fig = style.go.Figure(style.go.Scatter(x=[1, 2], y=[3, 4]))
+    monkeypatch.setattr(saving.go.Figure, "to_image", nothing)
+    fig = saving.go.Figure(saving.go.Scatter(x=[1, 2], y=[3, 4]))
     files = save_figure(fig, tmp_path / "fig")
     assert [f.name for f in files] == ["fig.html", "fig.json"]
     assert json.loads(files[1].read_text())[0]["y"] == [3, 4]
@@ -236,8 +236,8 @@ def test_without_chrome_the_page_is_written_and_the_rest_is_said(tmp_path, monke
 
 def test_formats_and_data_beside_a_figure(tmp_path, monkeypatch):
     """Only the formats asked for, the table as CSV; unknown ones are refused before anything is written."""
-    monkeypatch.setattr(style.go.Figure, "to_image", lambda self, format, scale: f"{format} {scale}".encode())
-    fig, data = style.go.Figure(style.go.Scatter(x=[1], y=[2])), pd.DataFrame({"x": [1], "y": [2.5]})
+    monkeypatch.setattr(saving.go.Figure, "to_image", lambda self, format, scale: f"{format} {scale}".encode())
+    fig, data = saving.go.Figure(saving.go.Scatter(x=[1], y=[2])), pd.DataFrame({"x": [1], "y": [2.5]})
     files = save_figure(fig, tmp_path / "fig", data=data, formats=["svg", "png"])
     assert [f.name for f in files] == ["fig.png", "fig.svg", "fig.csv"]
     assert files[0].read_bytes() == b"png 2"

@@ -57,7 +57,7 @@ def figures(
         )
     start = time.perf_counter()
     c.quiet_libraries()
-    from lofit_lens.plots.style import check_formats
+    from lofit_lens.plots.saving import check_formats
     from lofit_lens.report.figures import draw_all, save_all
     from lofit_lens.report.official import official_figures, official_sets
 

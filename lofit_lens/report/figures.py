@@ -37,8 +37,8 @@ from lofit_lens.plots.heads import head_grid
 from lofit_lens.plots.layers import layer_distribution
 from lofit_lens.plots.methods import method_bars
 from lofit_lens.plots.overlap import agreement_curves, overlap_heatmap
+from lofit_lens.plots.saving import FORMATS, check_formats, many_figures, save_figure
 from lofit_lens.plots.stability import stability_curves
-from lofit_lens.plots.style import FORMATS, check_formats, many_figures, save_figure
 from lofit_lens.plots.sweeps import data_efficiency, k_sweep
 from lofit_lens.plots.transfer import transfer_heatmap
 from lofit_lens.report.drawn import Drawn, short_names
