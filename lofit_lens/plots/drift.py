@@ -43,7 +43,7 @@ def drift_layers(drift: Drift, *, title: str = "How far the adapter moves activa
     note = f"{_what(drift)}; n={drift.n_texts} texts, {drift.n_tokens} tokens; bands: 95% over texts; {LETTERS}"
     n_layers = max(drift.layers["layer"].tolist()) + 1
     fig.update_xaxes(title_text="layer", zeroline=False, range=[-0.5, n_layers - 0.5])
-    finish(fig, title, note, panel=(235, 240), cols=len(MEASURES), narrow=140, whole="x")
+    finish(fig, title, note, panel=(235, 240), cols=len(MEASURES), narrow=110, whole="x")
     return fig
 
 

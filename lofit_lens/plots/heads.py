@@ -84,7 +84,7 @@ def head_grid(
     note = f"dots: the K={' or '.join(map(str, counts))} chosen heads" if counts else ""
     wide = max(170, min(18 * n_heads, 620))
     finish(
-        fig, title, note, panel=(wide, 100), cols=len(scores), share="xy", narrow=max(100, 4 * n_heads),
+        fig, title, note, panel=(wide, 100), cols=len(scores), share="xy", narrow=max(100, 5 * n_heads),
         cells=(n_heads, n_layers), whole="xy", legend=1,
     )  # fmt: skip
     return fig

@@ -122,8 +122,13 @@ class _Layout:
         self.y_labels = [[narrowed(t, most, sizes.tick) for t in self._labels("y", i)] for i in range(n)]
         rooms = [self._y_room(i) for i in range(n)]
         self.left, self.right = EDGE + max(rooms), EDGE + (self._bar_room() if self.bars else 14)
-        self.gap = (14 if "y" in plan["share"] else 14 + max(rooms)) + (self._bar_room() if len(self.bars) > 1 else 0)
+        self.gap = (14 if "y" in plan["share"] else 14 + max(rooms)) + (
+            self._bar_room(inner=True) if len(self.bars) > 1 else 0
+        )
         self.cols = min(n, plan["cols"])
+        if width is not None and self.bars and self._numbers_need(width):
+            self.right, self.bars = EDGE + 14, []  # the numbers say what the colors say
+            fig.update_traces(showscale=False, selector={"type": "heatmap"})
         if width is None:
             self.wide = float(plan["panel"][0])
             width = self.left + self.right + self.cols * self.wide + (self.cols - 1) * self.gap
@@ -145,10 +150,12 @@ class _Layout:
         if cells is None:
             return float(self.plan["panel"][1])
         across, down = cells
-        least, most = 6.0, 26.0 if down <= 8 else 20.0 if down <= 16 else 14.0
+        least, most = max(6.0, 80 / down), 26.0 if down <= 8 else 20.0 if down <= 16 else 14.0
         if self.y_labels[0]:  # a name beside each row
             least = max(lines_of(t) for t in self.y_labels[0]) * LINE * self.sizes.tick
             most = max(least, self.plan["panel"][1] / down)
+        elif self.rows > 1:  # all panels on one page
+            most = max(least, min(most, 600 / (down * self.rows)))
         return down * max(least, min(self.widths[0] / across, most))
 
     def _y_room(self, i: int) -> float:
@@ -165,10 +172,20 @@ class _Layout:
         """Room along a title that stands upright, before the height is known."""
         return max(90.0, 0.9 * float(self.plan["panel"][1]))
 
-    def _bar_room(self) -> float:
-        """Pixels of a colour bar with its numbers and title."""
+    def _bar_room(self, *, inner: bool = False) -> float:
+        """Pixels of a color bar with its numbers and title; bars that say the same have one title, at the last."""
         titles = [wrapped(t.colorbar.title.text or "", self._least_height(), self.sizes.axis) for t in self.bars]
-        return 36 + text_width(NUMBER, self.sizes.tick) + LINE * self.sizes.axis * max(map(lines_of, titles))
+        lines = 0 if inner and self._one_title() else max(map(lines_of, titles))
+        return (28 if inner else 36) + text_width(NUMBER, self.sizes.tick) + LINE * self.sizes.axis * lines
+
+    def _one_title(self) -> bool:
+        return len({t.colorbar.title.text for t in self.bars} - {None}) == 1
+
+    def _numbers_need(self, width: float) -> bool:
+        """Whether the numbers in a map's cells have no room beside its color bar."""
+        texts = [str(s) for t in self.bars if t.texttemplate for row in t.text for s in row]
+        wide = self._panel_width(width) / self.plan["cells"][0] if texts else 0
+        return any(text_width(s, self.sizes.note) + 4 > wide for s in texts)
 
     def apply(self) -> None:
         layout, sizes, plan = self.layout, self.sizes, self.plan
@@ -200,8 +217,11 @@ class _Layout:
             orientation="h", xref="container", x=EDGE / self.width, xanchor="left", yref="container", y=4 / height,
             yanchor="bottom", entrywidthmode="pixels", entrywidth=entry - 40, tracegroupgap=0, font={"size": sizes.tick},
         )  # fmt: skip
+        at = (
+            8 + max(0, lines_of(layout.title.text or "") - 1) * LINE * sizes.title
+        )  # plotly anchors a title at its last line
         layout.title.update(
-            x=EDGE / self.width, xref="container", xanchor="left", y=1 - 8 / height, yref="container", yanchor="top"
+            x=EDGE / self.width, xref="container", xanchor="left", y=1 - at / height, yref="container", yanchor="top"
         )
         for a in layout.annotations or ():
             if a.name == "note":
@@ -268,7 +288,7 @@ class _Layout:
         labels, places = self._labels("x", i), self._places("x", i)
         if not labels:
             if "x" in self.plan["whole"]:
-                _step(x, wide, text_width(str(round(max(map(abs, x.range)))), sizes.tick) + 6)
+                _step(x, wide, max(text_width(str(round(end)), sizes.tick) for end in x.range) + 8)
             else:
                 x.nticks = max(3, int(wide // 46))
             return LINE * sizes.tick + title
@@ -281,10 +301,9 @@ class _Layout:
             whole, labels = labels, [narrowed(t, slot - 8, sizes.tick) for t in labels]
             angle = 0
             if max(text_width(t, sizes.tick) for t in labels) > slot - 4 or max(map(lines_of, labels)) > 4:
-                angle, labels = (
-                    -90,
-                    [t if lines_of(t) * LINE * sizes.tick < slot else t.replace("<br>", " ") for t in whole],
-                )
+                upright = max(map(lines_of, whole)) * LINE * sizes.tick < slot
+                labels = [t if upright else t.replace("<br>", " ") for t in whole]
+                angle = -90
                 every = math.ceil(LINE * sizes.tick / slot - 0.05)
                 labels, places = labels[::every], places[::every]
         x.update(tickmode="array", tickvals=places, ticktext=labels, tickangle=angle)
@@ -303,12 +322,11 @@ class _Layout:
             length = min(1.0, 320 / inner, y[1] - y[0])
             bar.update(
                 x=x0, xanchor="left", y=y[1], yanchor="top", len=length, lenmode="fraction", thickness=12, ypad=0,
-                tickfont={"size": self.sizes.tick},
+                tickfont={"size": self.sizes.tick}, nticks=max(3, int(length * inner // 30)),
             )  # fmt: skip
-            bar.title.update(
-                text=wrapped(bar.title.text or "", max(90.0, length * inner), self.sizes.axis), side="right",
-                font={"size": self.sizes.axis},
-            )  # fmt: skip
+            hidden = self._one_title() and t is not self.bars[-1]
+            title = None if hidden else wrapped(bar.title.text or "", self._least_height(), self.sizes.axis) or None
+            bar.title.update(text=title, side="right", font={"size": self.sizes.axis})
 
     def _fit_cells(self) -> None:
         """Marks and numbers no larger than the cells that they stand in; numbers too small to be read leave their mark."""
@@ -318,10 +336,10 @@ class _Layout:
         across, down = self.widths[0] / cells[0], self.tall / cells[1]
         for t in self.fig.data:
             if t.type == "scatter" and isinstance(t.meta, dict) and "cell" in t.meta:
-                t.marker.size = max(3.0, min(t.meta["most"], t.meta["cell"] * min(across, down)))
+                t.marker.size = max(5.0, min(t.meta["most"], t.meta["cell"] * min(across, down)))
                 t.marker.line.width = max(0.8, min(t.meta["line"], 0.12 * min(across, down)))
             elif t.type == "heatmap":
-                t.xgap = t.ygap = min(t.meta or 1, 0.12 * min(across, down))
+                t.xgap = t.ygap = min(t.meta or 1, 0.12 * min(across, down)) if min(across, down) > 8 else 0
                 if t.texttemplate:
                     longest = max((text_width(str(s), 1) for row in t.text for s in row), default=1)
                     size = min(self.sizes.axis, (across - 4) / longest, down / LINE)
@@ -335,7 +353,7 @@ def _step(axis: Any, pixels: float, room: float) -> None:
     """Ticks at whole numbers, as many as there is room for."""
     span = abs(axis.range[1] - axis.range[0])
     step = next((s for s in STEPS if pixels * s / span >= room), STEPS[-1])
-    axis.update(tickmode="linear", tick0=0, dtick=step)
+    axis.update(tickmode="linear", tick0=0, dtick=step, tickangle=0)
 
 
 def _pixels(axis: Any, places: Sequence[Any], wide: float) -> list[float]:

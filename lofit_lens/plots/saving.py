@@ -1,11 +1,14 @@
 """Figures as files: pages that open offline, pictures, and vector graphics at their true size."""
 
+import asyncio
+import base64
 import contextlib
 import json
 import logging
 import re
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from lofit_lens import io
 from lofit_lens.checks import check_is, check_one_of, texts_of
 from lofit_lens.errors import InputError
 from lofit_lens.plots.layout import plan_of
-from lofit_lens.plots.paper import for_paper
+from lofit_lens.plots.paper import PIXELS, for_paper
 
 log = logging.getLogger(__name__)
 
@@ -112,16 +115,19 @@ class NoChrome(InputError):
 
 
 def _image(fig: go.Figure, path: Path) -> bytes:
+    ending = path.suffix[1:]
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The kopts argument is ignored")
-            image = fig.to_image(format=path.suffix[1:], scale=_scale(fig) if path.suffix == ".png" else 1)
+            if ending == "png":
+                return fig.to_image(format="png", scale=_scale(fig))
+            svg = _in_points(fig.to_image(format="svg").decode())
+            return _printed(svg) if ending == "pdf" else svg.encode()
     except Exception as e:
         raise NoChrome(
             f"cannot draw {path} ({str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__}): static figures need "
             "kaleido (pip install 'lofit-lens[figures]') and Chrome or Chromium; .html needs neither"
         ) from e
-    return _in_points(image) if path.suffix == ".svg" else image
 
 
 def _scale(fig: go.Figure) -> float:
@@ -130,15 +136,39 @@ def _scale(fig: go.Figure) -> float:
     return 4 if plan and plan["scale"] != 1 else 2
 
 
-def _in_points(svg: bytes) -> bytes:
+def _in_points(svg: str) -> str:
     """The same drawing with its size in points, which LaTeX, Inkscape and browsers understand alike."""
-    head, tail = svg[:2000].decode("utf-8", "ignore"), svg
     for name in ("width", "height"):
-        found = re.search(rf'<svg[^>]*? {name}="([0-9.]+)"', head)
-        assert found is not None, "an SVG without a size"
-        old = f' {name}="{found[1]}"'.encode()
-        tail = tail.replace(old, f' {name}="{float(found[1]) * 0.75:g}pt"'.encode(), 1)
-    return tail
+        svg = re.sub(
+            rf'(<svg[^>]*? {name}=")([0-9.]+)"', lambda m: f'{m[1]}{float(m[2]) / PIXELS:.10g}pt"', svg, count=1
+        )
+    return svg
+
+
+def _printed(svg: str) -> bytes:
+    """A drawing as a PDF of its size. Kaleido's own PDF shrinks it by a margin of 0.1 inch, and fonts with it."""
+    import choreographer  # what kaleido drives Chrome with
+
+    width, height = re.findall(r' (?:width|height)="([0-9.]+)pt"', svg)[:2]
+    page = (
+        f"<!DOCTYPE html><style>@page {{ size: {width}pt {height}pt; margin: 0 }} body {{ margin: 0 }} svg {{ display: block }}"
+        f"</style>{svg}"
+    )
+    options = {"printBackground": True, "preferCSSPageSize": True, "pageRanges": "1"}
+    options |= dict.fromkeys(("marginTop", "marginBottom", "marginLeft", "marginRight"), 0)
+
+    async def ask() -> bytes:
+        async with choreographer.Browser(headless=True) as browser:
+            tab = await browser.create_tab("about:blank")
+            tree = await tab.send_command("Page.getFrameTree")
+            frame = tree["result"]["frameTree"]["frame"]["id"]
+            await tab.send_command("Page.setDocumentContent", params={"frameId": frame, "html": page})
+            answer = await tab.send_command("Page.printToPDF", params=options)
+            return base64.b64decode(answer["result"]["data"])
+
+    # In a thread of its own: Jupyter runs a loop in this one.
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(lambda: asyncio.run(ask())).result()
 
 
 def check_static() -> None:

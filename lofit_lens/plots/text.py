@@ -31,6 +31,8 @@ def lines_of(text: str) -> int:
 def wrapped(text: str, width: float, size: float, *, keep: bool = False) -> str:
     """The text broken at spaces so that no line is wider, as far as its words allow; `keep` leaves its own breaks alone.
 
+    What stands in brackets stays on one line where it fits into one.
+
     >>> wrapped("one two<br>three", 1000, 10)
     'one two three'
     >>> wrapped("one two", 20, 10)
@@ -39,7 +41,8 @@ def wrapped(text: str, width: float, size: float, *, keep: bool = False) -> str:
     if keep:
         return "<br>".join(wrapped(line, width, size) for line in text.split("<br>"))
     lines: list[str] = []
-    for word in text.replace("<br>", " ").split(" "):
+    words = re.findall(r"\([^()]*\)\S*|\S+", text.replace("<br>", " "))
+    for word in (part for w in words for part in ([w] if text_width(w, size) <= width else w.split(" "))):
         if lines and text_width(f"{lines[-1]} {word}", size) <= width:
             lines[-1] = f"{lines[-1]} {word}"
         else:
