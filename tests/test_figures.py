@@ -205,8 +205,9 @@ def test_method_bars_draw_means_and_intervals():
     assert list(first.error_x.array) == pytest.approx([20.0, 25.0])
     assert list(first.error_x.arrayminus) == pytest.approx([10.0, 0.0])
     assert list(fig.layout.yaxis.categoryarray) == ["ITI", "LoFiT 3 %"]
-    assert [a.text for a in fig.layout.annotations] == ["a<br>EM, n=9", "b<br>EM, n=9"]
-    assert "95 %" in fig.layout.xaxis.title.text
+    assert [a.text for a in fig.layout.annotations][:2] == ["a (EM, n=9)", "b (EM, n=9)"]
+    assert "95% interval" in fig.layout.annotations[-1].text
+    assert "2 runs per method" in fig.layout.annotations[-1].text
     assert first.marker.color[0] != first.marker.color[1], "LoFiT stands out"
     with pytest.raises(InputError, match="1 methods to draw"):
         method_bars(frame[frame["method"] == "ITI"])
@@ -236,7 +237,12 @@ def test_without_chrome_the_page_is_written_and_the_rest_is_said(tmp_path, monke
 
 def test_formats_and_data_beside_a_figure(tmp_path, monkeypatch):
     """Only the formats asked for, the table as CSV; unknown ones are refused before anything is written."""
-    monkeypatch.setattr(saving.go.Figure, "to_image", lambda self, format, scale: f"{format} {scale}".encode())
+
+    def drawn(self, format, scale=1):
+        return b'<svg width="96" height="48">' if format == "svg" else f"{format} {scale}".encode()
+
+    monkeypatch.setattr(saving.go.Figure, "to_image", drawn)
+    monkeypatch.setattr(saving, "_printed", lambda svg: b"%PDF")
     fig, data = saving.go.Figure(saving.go.Scatter(x=[1], y=[2])), pd.DataFrame({"x": [1], "y": [2.5]})
     files = save_figure(fig, tmp_path / "fig", data=data, formats=["svg", "png"])
     assert [f.name for f in files] == ["fig.png", "fig.svg", "fig.csv"]

@@ -170,7 +170,7 @@ class _Layout:
 
     def _least_height(self) -> float:
         """Room along a title that stands upright, before the height is known."""
-        return max(90.0, 0.9 * float(self.plan["panel"][1]))
+        return max(120.0, 0.9 * float(self.plan["panel"][1]))
 
     def _bar_room(self, *, inner: bool = False) -> float:
         """Pixels of a color bar with its numbers and title; bars that say the same have one title, at the last."""
