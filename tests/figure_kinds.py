@@ -125,8 +125,8 @@ def _readings(draw: np.random.Generator) -> dict[str, go.Figure]:
     made, heads = {}, [f"L{i}H{(7 * i) % 16}" for i in range(16)]
     made["tokens"] = plots.promoted_figure(tokens(9, top=5))
     made["cosines"] = plots.cosine_figure(pd.DataFrame({
-        "head": heads, "cos_mass_mean": draw.uniform(-1, 1, 16), "cos_probe": draw.uniform(-1, 1, 16), "chance_sd_head": [0.25] * 16,
-        "cos_reading": draw.uniform(-1, 1, 16), "chance_sd_model": [0.125] * 16,
+        "head": heads, "cos_mass_mean": draw.uniform(-1, 1, 16), "cos_probe": draw.uniform(-1, 1, 16),
+        "chance_sd_head": [0.25] * 16, "cos_reading": draw.uniform(-1, 1, 16), "chance_sd_model": [0.125] * 16,
     }))  # fmt: skip
     loss = pd.DataFrame({"head": heads, "full": 0.9, "without": 0.5, "loss": draw.uniform(0, 0.5, 16), "n": 20})
     loss["low"], loss["high"], loss["p_holm"] = (
@@ -185,8 +185,8 @@ def _readings(draw: np.random.Generator) -> dict[str, go.Figure]:
         {"task": TASKS, "first": ["all together"] * 3, "second": ["own adapter"] * 3, "p_holm": [0.01, 0.06, 0.5]}
     )
     made["interference"] = plots.interference_figure(Interference(pd.DataFrame(rows), (), tests, TASKS, "test"))
-    long = [{"length": n, "tokens": 0.9 * n, "adapter": on, "value": 0.4 + 0.4 * on, "low": 0.3 + 0.4 * on, "high": 0.5 + 0.4 * on,
-             "n": 9} for n in (0, 64, 256, 1024) for on in (False, True)]  # fmt: skip
+    long = [{"length": n, "tokens": 0.9 * n, "adapter": on, "value": 0.4 + 0.4 * on, "low": 0.3 + 0.4 * on,
+             "high": 0.5 + 0.4 * on, "n": 9} for n in (0, 64, 256, 1024) for on in (False, True)]  # fmt: skip
     made["long_context"] = plots.long_context_figure(
         LongContext(pd.DataFrame(long), (), pd.DataFrame(), "kin", "em", "test", 0)
     )

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 import pytest
 
 from lofit_lens.errors import InputError
-from lofit_lens.plots import for_paper, save_figure, saving
+from lofit_lens.plots import for_paper, save_figure, saving, to_matplotlib
 from lofit_lens.plots.paper import PAPERS
 from tests.browser import Browser, find_chrome
 from tests.figure_kinds import grid, kinds
@@ -171,6 +171,35 @@ def test_wrong_papers_are_refused(figures, options, message):
         for_paper(figures["layers"], **options)
     with pytest.raises(InputError, match="not made by lofit_lens"):
         for_paper(go.Figure(go.Scatter(x=[1], y=[2])), "icml")
+
+
+# --------------------------------------------------------------------------------------------------- matplotlib
+
+
+def test_matplotlib_draws_the_same_numbers(figures):
+    """Size, values, names in their order, percent and legend of the main figures; every kind can be drawn."""
+    pytest.importorskip("matplotlib")
+    layers, methods, k, transfer = (
+        to_matplotlib(for_paper(figures[n], "icml")) for n in ("layers", "methods", "k_sweep", "transfer")
+    )
+    assert layers.get_size_inches()[0] * 72 == pytest.approx(234)
+    heights = [b.get_height() for b in layers.axes[0].patches]
+    assert heights == pytest.approx(list(figures["layers"].data[0].y))
+    names = [t.get_text() for t in methods.axes[0].get_yticklabels()]
+    dots = {names[round(y)]: x for x, y in methods.axes[0].collections[-1].get_offsets().tolist()}
+    source = figures["methods"].data[0]
+    assert dots == pytest.approx(dict(zip(source.y, source.x, strict=True))), "each dot stands at its method"
+    assert [t.get_text() for t in k.legends[0].get_texts()] == [
+        t.name for t in figures["k_sweep"].data if t.showlegend is not False
+    ]
+    assert k.axes[0].get_xscale() == "log"
+    cells = {t.get_text() for t in transfer.axes[0].texts}
+    assert {str(text) for row in figures["transfer"].data[0].text for text in row} <= cells
+    sets = to_matplotlib(figures["localisation"]).axes[0].collections
+    places = sorted(round(x) for c in sets if len(c.get_offsets()) for x, _ in c.get_offsets().tolist())
+    assert places == list(range(11)), "chosen first, then each random set at its own name"
+    for name, fig in figures.items():
+        assert to_matplotlib(fig).axes, name
 
 
 # --------------------------------------------------------------------------------------------------- with Chrome

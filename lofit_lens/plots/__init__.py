@@ -3,6 +3,7 @@
 from lofit_lens.plots.attention import attention_figure, attention_html
 from lofit_lens.plots.drift import drift_layers, drift_positions
 from lofit_lens.plots.heads import head_grid
+from lofit_lens.plots.in_matplotlib import to_matplotlib
 from lofit_lens.plots.interference import interference_figure, long_context_figure
 from lofit_lens.plots.layers import layer_distribution
 from lofit_lens.plots.localisation import localisation_figure
@@ -26,5 +27,6 @@ __all__ = [
     "agreement_curves", "attention_figure", "attention_html", "cosine_figure", "data_efficiency", "drift_layers",
     "drift_positions", "for_paper", "head_grid", "interference_figure", "k_sweep", "keep_figure", "layer_distribution",
     "leave_one_out_figure", "localisation_figure", "long_context_figure", "many_figures", "method_bars", "overlap_heatmap",
-    "promoted_figure", "removal_bars", "removal_figure", "save_figure", "score_scatter", "stability_curves", "transfer_heatmap",
+    "promoted_figure", "removal_bars", "removal_figure", "save_figure", "score_scatter", "stability_curves", "to_matplotlib",
+    "transfer_heatmap",
 ]  # fmt: skip

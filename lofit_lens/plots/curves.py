@@ -91,6 +91,16 @@ def add_curve(
     ))  # fmt: skip
 
 
+def rgba(color: str) -> tuple[float, ...]:
+    """What `faded` gives as four numbers from 0 to 1.
+
+    >>> rgba(faded("#0000FF", 0.5))
+    (0.0, 0.0, 1.0, 0.5)
+    """
+    red, green, blue, alpha = map(float, re.findall(r"[0-9.]+", color))
+    return red / 255, green / 255, blue / 255, alpha
+
+
 def faded(color: str, alpha: float = 0.16) -> str:
     """`#RRGGBB` as a see-through colour."""
     return f"rgba({int(color[1:3], 16)},{int(color[3:5], 16)},{int(color[5:7], 16)},{alpha})"

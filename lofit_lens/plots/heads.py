@@ -69,7 +69,8 @@ def head_grid(
         fig.add_trace(
             go.Heatmap(
                 z=z, zmin=low, zmax=high, colorscale=HEAT, showscale=own_bars or i == len(scores), colorbar=bar, name=name,
-                customdata=values, text=ranked, hovertemplate="L%{y}H%{x}: %{customdata:.4g}" + hover + "<extra>" + name + "</extra>",
+                customdata=values, text=ranked,
+                hovertemplate="L%{y}H%{x}: %{customdata:.4g}" + hover + "<extra>" + name + "</extra>",
             ), row=1, col=i,
         )  # fmt: skip
         _mark(fig, i, chosen.get(name), "chosen", {"symbol": "circle", "color": "#D55E00", "line": {"color": "white"}},

@@ -61,9 +61,7 @@ def for_paper(
         234.0
     """
     check_is(fig, go.Figure, "fig", "a figure of plotly, e.g. plots.head_grid(scores)")
-    points = _points(paper, width)
-    if font_size is not None and not (isinstance(font_size, int | float) and LEAST <= font_size <= 24):
-        raise InputError(f"font_size is {font_size!r}; give points from {LEAST:g} to 24")
+    points = check_paper(paper, width, font_size)
     plan = plan_of(fig)
     if plan is None:
         raise InputError(
@@ -88,7 +86,10 @@ def for_paper(
     return go.Figure(spec)
 
 
-def _points(paper: str | None, width: float | str | None) -> float | None:
+def check_paper(paper: str | None, width: float | str | None = None, font_size: float | None = None) -> float | None:
+    """Return the width in points, None for a figure's own; raise InputError for an unknown paper, width or font."""
+    if font_size is not None and not (isinstance(font_size, int | float) and LEAST <= font_size <= 24):
+        raise InputError(f"font_size is {font_size!r}; give points from {LEAST:g} to 24")
     if paper is not None:
         check_one_of("paper", paper, PAPERS)
     if isinstance(width, str):

@@ -3,7 +3,7 @@
 import html
 import re
 
-TAG = re.compile(r"<(?!br>)[^>]*>")
+TAG = re.compile(r"</?(?:b|i|sub|sup)>")
 # Widths in Arial as shares of the font size, a little rounded up; what is not listed takes the last one.
 CLASSES = (("ijl'|", 0.25), (' .,:;!/ft[]I()-r"', 0.32), ("mMW%@", 0.93), ("ABCDEFGHKLNOPQRSTUVXYZ&w+=<>~*", 0.7))
 OTHER, WIDE = 0.57, 1.05
@@ -11,12 +11,21 @@ LINE = 1.3  # height of a line as a share of the font size, as plotly sets it
 
 
 def text_width(text: str, size: float) -> float:
-    """Width of the longest line of a label in the unit of `size`; `<br>` parts lines, other tags count nothing.
+    """Width of the longest line of a label in the unit of `size`; `<br>` parts lines, markup counts nothing.
 
     >>> text_width("ii<br>mm", 10) > text_width("ii", 10)
     True
     """
     return max(sum(map(_width, html.unescape(TAG.sub("", line)))) * size for line in text.split("<br>"))
+
+
+def plain(text: str) -> str:
+    """A label without markup.
+
+    >>> plain("<b>a</b><br>1 &lt; 2")
+    'a\\n1 < 2'
+    """
+    return html.unescape(TAG.sub("", text).replace("<br>", "\n"))
 
 
 def lines_of(text: str) -> int:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 
 from lofit_lens import io
 from lofit_lens.analysis.layers import layer_shares
@@ -51,10 +52,12 @@ log = logging.getLogger(__name__)
 Draw = Callable[[Results], Iterator[Drawn]]
 """A study's results -> figures with their tables; InputError where the study lacks the runs for it."""
 
+Restyle = Callable[[go.Figure], go.Figure]
+
 
 def draw_all(
     results: Results, out: str | Path, *, formats: Sequence[str] = FORMATS, heads: str | Path | None = None,
-    more: Sequence[Draw] = (),
+    more: Sequence[Draw] = (), restyle: Restyle | None = None,
 ) -> list[Path]:  # fmt: skip
     """Write every figure and table for which the study has runs.
 
@@ -64,6 +67,7 @@ def draw_all(
         formats: of the figures; see `save_figure`.
         heads: folder with the official code's head files, for Figure 3 and the overlaps from real heads.
         more: figures of one's own.
+        restyle: what is done to each figure before it is written, e.g. `partial(for_paper, paper="icml")`.
 
     Returns:
         The files.
@@ -80,15 +84,18 @@ def draw_all(
         log.warning("%s is left out: the study has no runs for it", name)
     for table in tables:
         files += table.save(out)
-    return files + save_all((*figures(results, more), *official), out, formats=formats)
+    return files + save_all((*figures(results, more), *official), out, formats=formats, restyle=restyle)
 
 
-def save_all(drawn: Iterable[Drawn], out: str | Path, *, formats: Sequence[str] = FORMATS) -> list[Path]:
+def save_all(
+    drawn: Iterable[Drawn], out: str | Path, *, formats: Sequence[str] = FORMATS, restyle: Restyle | None = None
+) -> list[Path]:
     """Write figures with their tables beside them; see `save_figure`."""
     files: list[Path] = []
     with many_figures(formats):
         for d in drawn:
-            files += save_figure(d.figure, Path(out) / d.name, data=d.data, formats=formats)
+            figure = restyle(d.figure) if restyle else d.figure
+            files += save_figure(figure, Path(out) / d.name, data=d.data, formats=formats)
     return files
 
 
@@ -143,7 +150,7 @@ def head_grids(results: Results, known: Mapping[str, HeadSet] | None = None) -> 
     tasks = {t for t, _ in keys.values()}
     title = "Which heads each task uses: A-norm after step 1" if len(tasks) == len(keys) else f"Heads for {tasks.pop()}"
     title = f"{title} (seed {results.seeds[0]})"
-    yield Drawn("head_grid", head_grid(scores, chosen, marked=marked, title=title), frame)
+    yield Drawn("head_grid", head_grid(scores, chosen, marked=marked, scale="panel", title=title), frame)
 
 
 def layers(results: Results) -> Iterator[Drawn]:
