@@ -25,7 +25,7 @@ MARKERS = {
 def to_matplotlib(fig: go.Figure) -> Any:
     """Return a figure as one of matplotlib, of the same size: lines, bands, bars, dots and maps, axes, legend, color bars.
 
-    `pyplot` does not know the figure: save it with `made.savefig("grid.pdf")`, without `bbox_inches`, which would change its size.
+    `pyplot` does not know the figure: save it with `made.savefig("grid.pdf")`, without `bbox_inches`, which changes its size.
     Set `rcParams` before the call: `pdf.fonttype = 42` for TrueType fonts, or the font family of your paper.
 
     Args:
