@@ -139,12 +139,13 @@ def attention_figure(
     names = {"tickmode": "array", "tickvals": list(range(n)), "ticktext": texts, "showgrid": False, "zeroline": False}
     fig.update_xaxes(**names, title_text="token looked at", range=[-0.5, n - 0.5])
     fig.update_yaxes(**names, title_text="token that looks", range=[n - 0.5, -0.5])
+    side = max(220, 22 * n)
     note = f"share of attention over n={n} tokens"
     finish(
         fig,
         title or f"Attention of {Head.parse(head)} in {patterns.model}",
         note,
-        panel=(max(220, 22 * n),) * 2,
+        panel=(side, side),
         cells=(n, n),
     )
     return fig

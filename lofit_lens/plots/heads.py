@@ -1,6 +1,7 @@
 """Layer x head grids."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -55,7 +56,8 @@ def head_grid(
     for i, (name, s) in enumerate(scores.items(), start=1):
         bar: dict[str, object] = {"title": {"text": s.kind}}
         z = values = s.values.tolist()
-        ranked, hover = None, ""
+        ranked: list[list[Any]] | None = None
+        hover = ""
         if scale == "rank":  # as negative numbers: the first is the brightest, and on top of the bar
             ranks = {head: rank for rank, head in enumerate(s.ranking(), start=1)}
             ticks = [1, *(round(part * len(ranks)) for part in (0.25, 0.5, 0.75, 1) if round(part * len(ranks)) > 1)]

@@ -3,13 +3,16 @@
 A figure of this library already knows where everything stands (`layout.py`), so one function draws each trace once more.
 """
 
+import importlib
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 
 from lofit_lens.checks import check_is
 from lofit_lens.errors import InputError
-from lofit_lens.plots.layout import plan_of
+from lofit_lens.plots.curves import rgba
+from lofit_lens.plots.layout import plan_of, traces
 from lofit_lens.plots.style import HEAT
 from lofit_lens.plots.text import plain
 
@@ -40,23 +43,19 @@ def to_matplotlib(fig: go.Figure) -> Any:
     check_is(fig, go.Figure, "fig", "a figure of plotly, e.g. plots.head_grid(scores)")
     if plan_of(fig) is None:
         raise InputError("this figure was not made by lofit_lens.plots; draw your own figures with matplotlib itself")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise InputError("to_matplotlib needs matplotlib: pip install 'lofit-lens[matplotlib]'") from e
     layout: Any = fig.layout
-    made = Figure(figsize=(layout.width / INCH, layout.height / INCH))
+    made = _part("figure").Figure(figsize=(layout.width / INCH, layout.height / INCH))
     margin = layout.margin
     wide, tall = layout.width - margin.l - margin.r, layout.height - margin.t - margin.b
     panels: dict[str, Any] = {}
-    for number in sorted({str(t.xaxis or "x")[1:] for t in fig.data}, key=lambda i: int(i or 1)):
+    for number in sorted({str(t.xaxis or "x")[1:] for t in traces(fig)}, key=lambda i: int(i or 1)):
         x, y = layout[f"xaxis{number}"], layout[f"yaxis{number}"]
         (x0, x1), (y0, y1) = x.domain, y.domain
         panels[number] = made.add_axes((
             (margin.l + x0 * wide) / layout.width, (margin.b + y0 * tall) / layout.height,
             (x1 - x0) * wide / layout.width, (y1 - y0) * tall / layout.height,
         ))  # fmt: skip
-    for place, t in enumerate(fig.data):
+    for place, t in enumerate(traces(fig)):
         ax = panels[str(t.xaxis or "x")[1:]]
         {"heatmap": _heatmap, "bar": _bar, "scatter": _scatter}[t.type](made, ax, t, fig, place)
     for number, ax in panels.items():
@@ -68,17 +67,22 @@ def to_matplotlib(fig: go.Figure) -> Any:
     return made
 
 
+def _part(name: str) -> Any:
+    """A module of matplotlib, which only this file needs."""
+    try:
+        return importlib.import_module(f"matplotlib.{name}")
+    except ImportError as e:
+        raise InputError("to_matplotlib needs matplotlib: pip install 'lofit-lens[matplotlib]'") from e
+
+
 def _family(made: Any) -> None:
     """The layout reckons with letters as wide as Arial's; matplotlib's own font is wider. A font that the user chose stays."""
-    import matplotlib
-    from matplotlib import font_manager
-    from matplotlib.text import Text
-
-    if any(matplotlib.rcParams[k] != matplotlib.rcParamsDefault[k] for k in ("font.family", "font.sans-serif")):
+    known = importlib.import_module("matplotlib")
+    if any(known.rcParams[k] != known.rcParamsDefault[k] for k in ("font.family", "font.sans-serif")):
         return
-    there = {f.name for f in font_manager.fontManager.ttflist}
+    there = {f.name for f in _part("font_manager").fontManager.ttflist}
     family = [name for name in ("Arial", "Helvetica", "Liberation Sans", "DejaVu Sans") if name in there]
-    for text in made.findobj(Text):
+    for text in made.findobj(_part("text").Text):
         text.set_fontfamily(family)
 
 
@@ -88,7 +92,7 @@ def _names(fig: go.Figure, letter: str, number: str) -> list[str]:
     given = layout[f"{letter}axis{number}"].categoryarray
     if given is not None:
         return list(given)
-    own = [t for t in fig.data if str(t[f"{letter}axis"] or letter)[1:] == number and t[letter] is not None]
+    own = [t for t in traces(fig) if str(t[f"{letter}axis"] or letter)[1:] == number and t[letter] is not None]
     return list(dict.fromkeys(v for t in own for v in t[letter] if isinstance(v, str)))
 
 
@@ -99,8 +103,6 @@ def _at(fig: go.Figure, t: Any, letter: str) -> list[Any]:
 
 
 def _heatmap(made: Any, ax: Any, t: Any, fig: go.Figure, _: int) -> None:
-    import numpy as np
-
     z = np.array([[np.nan if v is None else float(v) for v in row] for row in t.z])
     down, across = z.shape
 
@@ -142,7 +144,7 @@ def _bar(_: Any, ax: Any, t: Any, fig: go.Figure, place: int) -> None:
     lying = t.orientation == "h"
     at, values = (_at(fig, t, "y"), t.x) if lying else (_at(fig, t, "x"), t.y)
     groups = (
-        list(dict.fromkeys(b.offsetgroup or b.name for b in fig.data if b.type == "bar"))
+        list(dict.fromkeys(b.offsetgroup or b.name for b in traces(fig) if b.type == "bar"))
         if layout.barmode == "group"
         else []
     )
@@ -162,14 +164,12 @@ def _bar(_: Any, ax: Any, t: Any, fig: go.Figure, place: int) -> None:
 
 
 def _scatter(_: Any, ax: Any, t: Any, fig: go.Figure, place: int) -> None:
-    from lofit_lens.plots.curves import rgba
-
     x, y = _at(fig, t, "x"), _at(fig, t, "y")
     if t.fill == "toself":
         ax.fill(x, y, color=rgba(t.fillcolor), linewidth=0)
         return
     if t.fill in ("tonexty", "tonextx"):  # between this line and the one before it
-        before = fig.data[place - 1]
+        before = traces(fig)[place - 1]
         ax.fill([*before.x, *x[::-1]], [*before.y, *y[::-1]], color=rgba(t.fillcolor), linewidth=0)
         return
     if t.line.width == 0:
@@ -205,7 +205,7 @@ def _axis(ax: Any, letter: str, axis: Any, names: list[str]) -> None:
     getattr(ax, f"set_{letter}label")(plain(axis.title.text or ""), fontsize=axis.title.font.size * POINT)
     if axis.type == "log":
         getattr(ax, f"set_{letter}scale")("log")
-        its.set_minor_locator(_nothing())
+        its.set_minor_locator(_part("ticker").NullLocator())
     if axis.ticktext is not None:
         at = [names.index(v) if isinstance(v, str) else v for v in axis.tickvals]
         turn = {"rotation": 90} if axis.tickangle else {}
@@ -227,16 +227,8 @@ def _axis(ax: Any, letter: str, axis: Any, names: list[str]) -> None:
         ax.tick_params(axis=letter, **{"labelbottom" if letter == "x" else "labelleft": False})
 
 
-def _nothing() -> Any:
-    from matplotlib.ticker import NullLocator
-
-    return NullLocator()
-
-
 def _percent(whole: float) -> Any:
-    from matplotlib.ticker import FuncFormatter
-
-    return FuncFormatter(lambda value, _: f"{100 * value / whole:g}%")
+    return _part("ticker").FuncFormatter(lambda value, _: f"{100 * value / whole:g}%")
 
 
 def _texts(made: Any, panels: dict[str, Any], fig: go.Figure) -> None:

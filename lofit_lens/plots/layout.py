@@ -94,9 +94,14 @@ def lay_out(fig: go.Figure, width: float | None = None, *, least: float = 0) -> 
     _Layout(fig, width, Sizes().at_least(least)).apply()
 
 
+def traces(fig: go.Figure) -> list[Any]:
+    """Return the traces; plotly's own types do not tell them from a figure's other parts."""
+    return list(fig.data)
+
+
 def _axes(fig: go.Figure) -> list[tuple[str, str]]:
     """Names of each panel's two axes, in order of their numbers."""
-    numbers = {str(t.xaxis or "x").removeprefix("x") for t in fig.data}
+    numbers = {str(t.xaxis or "x").removeprefix("x") for t in traces(fig)}
     return [(f"xaxis{i}", f"yaxis{i}") for i in sorted(numbers, key=lambda i: int(i or 1))]
 
 
@@ -111,8 +116,8 @@ class _Layout:
         self.names = _axes(fig)
         self.axes = [(self.layout[x], self.layout[y]) for x, y in self.names]
         n = len(self.axes)
-        self.bars: list[Any] = [t for t in fig.data if t.type == "heatmap" and t.showscale is not False]
-        shown = [t for t in fig.data if t.name and t.type != "heatmap" and t.showlegend is not False]
+        self.bars: list[Any] = [t for t in traces(fig) if t.type == "heatmap" and t.showscale is not False]
+        shown = [t for t in traces(fig) if t.name and t.type != "heatmap" and t.showlegend is not False]
         entries = list(dict.fromkeys(str(t.name) for t in shown))
         self.entries = entries if len(entries) >= plan["legend"] else []
         for names, axes in zip(self.names, self.axes, strict=True):
@@ -252,7 +257,7 @@ class _Layout:
         if axis.ticktext is not None:
             return list(axis.tickvals)
         own, found = self.names[i]["xy".index(letter)].replace("axis", ""), {}
-        for t in self.fig.data:
+        for t in traces(self.fig):
             if (t[f"{letter}axis"] or letter) == own and t[letter] is not None:
                 found |= dict.fromkeys(v for v in t[letter] if isinstance(v, str))
         return list(found)
@@ -334,7 +339,7 @@ class _Layout:
         if cells is None:
             return
         across, down = self.widths[0] / cells[0], self.tall / cells[1]
-        for t in self.fig.data:
+        for t in traces(self.fig):
             if t.type == "scatter" and isinstance(t.meta, dict) and "cell" in t.meta:
                 t.marker.size = max(5.0, min(t.meta["most"], t.meta["cell"] * min(across, down)))
                 t.marker.line.width = max(0.8, min(t.meta["line"], 0.12 * min(across, down)))

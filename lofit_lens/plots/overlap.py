@@ -67,9 +67,10 @@ def overlap_heatmap(frame: pd.DataFrame, value: str = "jaccard", *, title: str =
     note = "* p < 0.05, + p < 0.1: more shared heads than sets of the same heads per layer"
     if any(_mark(row) == "°" for row in frame.to_dict("records")):
         note += "; ° p < 0.05 only by the plain hypergeometric test"
+    n, wide = len(names), side * len(names)
     fig.update_yaxes(autorange="reversed", showgrid=False)
     fig.update_xaxes(showgrid=False)
-    finish(fig, title, f"{note} (Holm over pairs)", panel=(side * len(names),) * 2, cells=(len(names),) * 2)
+    finish(fig, title, f"{note} (Holm over pairs)", panel=(wide, wide), cells=(n, n))
     return fig
 
 

@@ -47,15 +47,12 @@ def transfer_heatmap(transfer: Transfer, *, title: str = "Accuracy with another 
     first = transfer.frame.drop_duplicates("task").set_index("task")
     names = [f"{t}<br>({metric_name(str(first.loc[t, 'metric']))}, n={first.loc[t, 'n_items']})" for t in tasks]
     wide_cell = max(84, 8 * max(len(part) for n in names for part in n.split("<br>")))
-    chance = transfer.frame["source"] == RANDOM
-    seeds, draws = (
-        (counted(transfer.frame.loc[rows, "n_seeds"].tolist(), "run") for rows in (~chance, chance))
-        if chance.any()
-        else (counted(transfer.frame["n_seeds"].tolist(), "run"), "")
-    )
-    note = f"* p < 0.05, + p < 0.1: differs from own heads (paired test over items); {seeds} per cell" + (
-        f", {draws} with random heads" if draws else ""
-    )
+    runs = {
+        chance: counted(part["n_seeds"].tolist(), "run")
+        for chance, part in transfer.frame.groupby(transfer.frame["source"].eq(RANDOM))
+    }
+    note = f"* p < 0.05, + p < 0.1: differs from own heads (paired test over items); {runs[False]} per cell"
+    note += f", {runs[True]} with random heads" if True in runs else ""
     fig.update_yaxes(
         title_text="heads chosen for", tickvals=y, ticktext=["random heads" if s == RANDOM else s for s in sources],
         range=[y[-1] + 0.5, -0.5], showgrid=False, zeroline=False,
