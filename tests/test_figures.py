@@ -55,6 +55,11 @@ def test_every_part_has_its_figure(drawn):
         "fig2_transfer", "fig5_heads", "fig4_data_kin", "fig4_data_place", "methods", "interference", "learned_in_turn",
         *(f"{name}_{t}" for t in (KIN, PLACE) for name in READ),
     } <= set(drawn)  # fmt: skip
+    small = {n: " ".join(a.text for a in drawn[n].figure.layout.annotations).replace("<br>", " ") for n in drawn}
+    for name in ("head_grid", "fig3_layers", "overlap_tasks", "agreement_probe_accuracy"):
+        assert "seed 0" in small[name], name
+    for name in ("head_grid", "fig3_layers", "fig2_transfer", "fig4_data_kin"):
+        assert "K=" in small[name], name
     for d in drawn.values():
         assert len(d.data), d.name
         assert d.figure.layout.title.text, d.name

@@ -1,6 +1,7 @@
 """Figures at a paper's width: true size, fonts that can be read and are embedded, labels that leave each other alone."""
 
 import re
+import sys
 import zlib
 
 import numpy as np
@@ -31,6 +32,16 @@ def figures():
     return kinds()
 
 
+@pytest.fixture(scope="module")
+def made(figures):
+    """(name, look) -> the figure at a paper's width: one that is narrow, and one that is mirrored."""
+    return {
+        (n, look): for_paper(fig, **LOOKS[look])
+        for n, fig in figures.items()
+        for look in ("neurips column", "acl across")
+    }
+
+
 def points(fig):
     return fig.layout.width * 0.75, fig.layout.height * 0.75
 
@@ -38,12 +49,9 @@ def points(fig):
 # ------------------------------------------------------------------------------------------------ without Chrome
 
 
-def test_width_is_the_papers(figures):
+def test_width_is_the_papers(figures, made):
     """Every kind of figure has the width that was asked for, to a hundredth of a point."""
-    wrong = [
-        (name, look) for name, fig in figures.items() for look, options in LOOKS.items()
-        if abs(points(for_paper(fig, **options))[0] - _wanted(options)) > 0.01
-    ]  # fmt: skip
+    wrong = [at for at, fig in made.items() if abs(points(fig)[0] - _wanted(LOOKS[at[1]])) > 0.01]
     assert wrong == []
     assert points(for_paper(figures["layers"], width=300))[0] == pytest.approx(300)
 
@@ -72,16 +80,16 @@ def fonts(fig):
     return found
 
 
-def test_no_font_below_six_points_and_a_title_no_smaller_than_an_axis_title(figures):
-    for name, fig in figures.items():
-        for look, options in LOOKS.items():
-            sizes = fonts(for_paper(fig, **options))
-            assert min(sizes.values()) >= 5.999, (name, look, sizes)
-        for made in (fig, for_paper(fig, "icml"), for_paper(fig, "icml", font_size=6)):
-            sizes = fonts(made)
-            axes = [s for path, s in sizes.items() if re.search(r"axis\d*\.title", path)]
-            assert sizes[".layout.title.font"] >= max(axes), name
-            assert made.layout.title.text, name
+def test_no_font_below_six_points_and_a_title_no_smaller_than_an_axis_title(figures, made):
+    """On paper and on the screen; also where the smallest font is asked for."""
+    smallest = for_paper(figures["k_sweep"], "icml", font_size=6)
+    small = {at: sizes for at, fig in made.items() if min((sizes := fonts(fig)).values()) < 5.999}
+    assert small == {}
+    assert min(fonts(smallest).values()) >= 5.999
+    for fig in (*figures.values(), *made.values(), smallest):
+        sizes = fonts(fig)
+        axes = [s for path, s in sizes.items() if re.search(r"axis\d*\.title", path)]
+        assert sizes[".layout.title.font"] >= max(axes)
 
 
 def test_font_size_is_that_of_axis_titles(figures):
@@ -174,6 +182,13 @@ def test_wrong_papers_are_refused(figures, options, message):
 
 
 # --------------------------------------------------------------------------------------------------- matplotlib
+
+
+def test_without_matplotlib_it_is_said_what_to_install(figures, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(InputError, match=r"pip install 'lofit-lens\[matplotlib\]'"):
+        to_matplotlib(figures["layers"])
 
 
 def test_matplotlib_draws_the_same_numbers(figures):

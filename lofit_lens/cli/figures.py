@@ -68,11 +68,10 @@ def figures(
     from lofit_lens.report.figures import draw_all, save_all
     from lofit_lens.report.official import official_figures, official_sets
 
-    on_paper = paper is not None or width is not None
-    formats = formats or ("pdf" if on_paper else "html,png")
     points = width if width is None or width in ("column", "text") else _points(width)
     restyle = partial(for_paper, paper=paper, width=points, font_size=font_size, title=title, transpose=transpose)
-    check_paper(paper, points, font_size)
+    on_paper = check_paper(paper, points, font_size) is not None
+    formats = formats or ("pdf" if on_paper else "html,png")
     wanted = tuple(f.strip() for f in formats.split(",") if f.strip())
     check_formats(wanted)
     if heads is not None:

@@ -77,6 +77,15 @@ def panel_title(fig: go.Figure, text: str, number: int, *, color: str = "#222222
     )  # fmt: skip
 
 
+def say(fig: go.Figure, text: str) -> go.Figure:
+    """Add what only the caller knows, such as the seed, to the small line, and return the figure."""
+    for a in fig.layout.annotations:  # pyright: ignore[reportAttributeAccessIssue]
+        if a.name == "note":
+            a.text = f"{a.text}; {text}"
+    lay_out(fig)
+    return fig
+
+
 def plan_of(fig: go.Figure) -> dict[str, Any] | None:
     """Return what `finish` kept in the figure, None for a figure of others."""
     meta: Any = fig.layout.meta  # pyright: ignore[reportAttributeAccessIssue]
