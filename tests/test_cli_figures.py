@@ -9,6 +9,8 @@ import pytest
 from lofit_lens.cli import common
 from lofit_lens.experiments.store.store import Store
 from lofit_lens.heads import HeadScores, HeadSet
+from lofit_lens.plots import layer_distribution
+from lofit_lens.report import figures as report_figures
 from tests import studies
 from tests.test_cli import run as run_cli
 
@@ -29,6 +31,21 @@ def test_figures_of_a_study(shell, study_folder, tmp_path):
     assert f"{len(list((tmp_path / 'figures').glob('*.html')))} html" in said
 
 
+def test_figures_of_a_paper(shell, study_folder, tmp_path, monkeypatch):
+    """The options of `for_paper` reach each figure; PDF is what is written where nothing else is asked for."""
+    asked = {}
+    monkeypatch.setattr(report_figures, "draw_all", lambda results, out, **options: asked.update(options) or [])
+    options = ("--paper", "icml", "--font-size", "7", "--no-title", "--transpose")
+    code, _, _ = shell("figures", study_folder, "--out", tmp_path / "figures", *options)
+    assert code == 0
+    assert asked["formats"] == ("pdf",)
+    made = asked["restyle"](layer_distribution({"x": HeadSet(["L0H0", "L1H1"], shape=(3, 4))}))
+    assert made.layout.width * 0.75 == 234
+    assert made.layout.xaxis.title.font.size * 0.75 == pytest.approx(7, abs=0.01)
+    assert made.layout.title.text == ""
+    assert made.data[0].orientation == "h"
+
+
 @pytest.mark.data
 def test_figures_of_official_heads_alone(shell, data_dir, tmp_path):
     """No study is needed for the official code's head files."""
@@ -45,6 +62,9 @@ def test_bad_input(shell, study_folder, tmp_path):
         (("figures", tmp_path), "holds no study"),
         (("figures", study_folder, "--formats", "gif"), "unknown format 'gif'"),
         (("figures", "--heads", tmp_path), "holds no official head files"),
+        (("figures", study_folder, "--paper", "nips"), "unknown paper 'nips'"),
+        (("figures", study_folder, "--width", "wide"), "give column, text, or a number of points"),
+        (("figures", study_folder, "--width", "text"), "which only a paper has"),
         (("figures", tmp_path / "s", "--run", "--part", "heads"), "unknown part 'heads'"),
         (("report", tmp_path), "holds no study"),
         (("figures", tmp_path / "s", "--run", "--formats", "gif"), "unknown format 'gif'"),

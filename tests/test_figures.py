@@ -15,9 +15,9 @@ from lofit_lens.experiments.grid.paper import PARTS, SCORES_ALONE, paper_grid
 from lofit_lens.experiments.grid.run import run_grid
 from lofit_lens.experiments.tables.load import load_results
 from lofit_lens.plots import methods as method_plots
-from lofit_lens.plots import style
+from lofit_lens.plots import saving
 from lofit_lens.plots.methods import method_bars
-from lofit_lens.plots.style import save_figure
+from lofit_lens.plots.saving import save_figure
 from lofit_lens.report.figures import draw_all, figures, transfer
 from lofit_lens.report.official import official_figures, official_sets
 from lofit_lens.report.page import render
@@ -55,6 +55,11 @@ def test_every_part_has_its_figure(drawn):
         "fig2_transfer", "fig5_heads", "fig4_data_kin", "fig4_data_place", "methods", "interference", "learned_in_turn",
         *(f"{name}_{t}" for t in (KIN, PLACE) for name in READ),
     } <= set(drawn)  # fmt: skip
+    small = {n: " ".join(a.text for a in drawn[n].figure.layout.annotations).replace("<br>", " ") for n in drawn}
+    for name in ("head_grid", "fig3_layers", "overlap_tasks", "agreement_probe_accuracy"):
+        assert "seed 0" in small[name], name
+    for name in ("head_grid", "fig3_layers", "fig2_transfer", "fig4_data_kin"):
+        assert "K=" in small[name], name
     for d in drawn.values():
         assert len(d.data), d.name
         assert d.figure.layout.title.text, d.name
@@ -205,8 +210,9 @@ def test_method_bars_draw_means_and_intervals():
     assert list(first.error_x.array) == pytest.approx([20.0, 25.0])
     assert list(first.error_x.arrayminus) == pytest.approx([10.0, 0.0])
     assert list(fig.layout.yaxis.categoryarray) == ["ITI", "LoFiT 3 %"]
-    assert [a.text for a in fig.layout.annotations] == ["a<br>EM, n=9", "b<br>EM, n=9"]
-    assert "95 %" in fig.layout.xaxis.title.text
+    assert [a.text for a in fig.layout.annotations][:2] == ["a (EM, n=9)", "b (EM, n=9)"]
+    assert "95% interval" in fig.layout.annotations[-1].text
+    assert "2 runs per method" in fig.layout.annotations[-1].text
     assert first.marker.color[0] != first.marker.color[1], "LoFiT stands out"
     with pytest.raises(InputError, match="1 methods to draw"):
         method_bars(frame[frame["method"] == "ITI"])
@@ -224,8 +230,8 @@ def test_without_chrome_the_page_is_written_and_the_rest_is_said(tmp_path, monke
     def nothing(*args, **options):
         raise RuntimeError("Kaleido requires Google Chrome")
 
-    monkeypatch.setattr(style.go.Figure, "to_image", nothing)
-    fig = style.go.Figure(style.go.Scatter(x=[1, 2], y=[3, 4]))
+    monkeypatch.setattr(saving.go.Figure, "to_image", nothing)
+    fig = saving.go.Figure(saving.go.Scatter(x=[1, 2], y=[3, 4]))
     files = save_figure(fig, tmp_path / "fig")
     assert [f.name for f in files] == ["fig.html", "fig.json"]
     assert json.loads(files[1].read_text())[0]["y"] == [3, 4]
@@ -236,8 +242,13 @@ def test_without_chrome_the_page_is_written_and_the_rest_is_said(tmp_path, monke
 
 def test_formats_and_data_beside_a_figure(tmp_path, monkeypatch):
     """Only the formats asked for, the table as CSV; unknown ones are refused before anything is written."""
-    monkeypatch.setattr(style.go.Figure, "to_image", lambda self, format, scale: f"{format} {scale}".encode())
-    fig, data = style.go.Figure(style.go.Scatter(x=[1], y=[2])), pd.DataFrame({"x": [1], "y": [2.5]})
+
+    def drawn(self, format, scale=1):
+        return b'<svg width="96" height="48">' if format == "svg" else f"{format} {scale}".encode()
+
+    monkeypatch.setattr(saving.go.Figure, "to_image", drawn)
+    monkeypatch.setattr(saving, "_printed", lambda svg: b"%PDF")
+    fig, data = saving.go.Figure(saving.go.Scatter(x=[1], y=[2])), pd.DataFrame({"x": [1], "y": [2.5]})
     files = save_figure(fig, tmp_path / "fig", data=data, formats=["svg", "png"])
     assert [f.name for f in files] == ["fig.png", "fig.svg", "fig.csv"]
     assert files[0].read_bytes() == b"png 2"

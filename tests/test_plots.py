@@ -52,8 +52,8 @@ def test_layer_shares(scores):
     assert list(fig.data[0].y) == [50.0, 25.0, 25.0]
     assert list(fig.data[1].y) == [100.0, 0.0, 0.0]
     assert fig.data[0].name == "x (K=4)"
-    assert fig.layout.xaxis.title.text == "layer"
-    assert "%" in fig.layout.yaxis.title.text
+    assert fig.layout.xaxis2.title.text == "layer"
+    assert fig.layout.yaxis.ticksuffix == "%"
 
 
 def test_nothing_to_draw_is_an_error(scores):

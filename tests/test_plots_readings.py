@@ -31,7 +31,7 @@ def bounds(trace):
 
 
 def note(fig):
-    return " ".join(a.text for a in fig.layout.annotations)
+    return " ".join(a.text for a in fig.layout.annotations).replace("<br>", " ")
 
 
 def band(fig, name):
@@ -74,6 +74,7 @@ def test_lists_of_chance_are_said():
     found.frame["p"] = [0.06 if (h, k) in {("L0H0", "promoted"), ("L1H0", "promoted"), ("L1H0", "suppressed")} else 0.05
                         for h, k in zip(found.frame["head"], found.frame["kind"], strict=True)]  # fmt: skip
     said = [a.text for a in promoted_figure(found).layout.annotations]
+    said = [text.replace("<br>", " ") for text in said]
     assert said[:3] == ["L0H0 (promoted: chance)", "L1H0 (promoted, suppressed: chance)", "all heads"]
     assert "p > 0.05" in note(promoted_figure(found))
 
@@ -133,7 +134,7 @@ def test_losses_with_intervals_and_marks():
     assert [(a.x, a.y) for a in stars] == [(0, 0.6)]
     assert "n=20 items" in note(fig)
     assert "Holm" in note(fig)
-    assert fig.layout.yaxis.title.text == "loss of em"
+    assert fig.layout.yaxis.title.text == "loss of EM"
 
 
 def test_keeping_few_heads():
@@ -153,7 +154,7 @@ def test_keeping_few_heads():
     assert band(fig, "best first") == ([0.0, 0.7, 0.9], [0.1, 0.9, 1.0])
     assert band(fig, "random order (mean of 4)") == ([0.0, 0.2, 0.9], [0.1, 0.6, 1.0])
     assert fig.layout.xaxis.title.text == "k (heads whose edits are kept)"
-    assert fig.layout.yaxis.title.text == "em"
+    assert fig.layout.yaxis.title.text == "EM"
 
 
 def removed(ks=(1, 3)):
@@ -176,7 +177,7 @@ def test_removal_curves():
     assert band(fig, "chosen heads") == ([0.4, 0.05], [0.6, 0.2])
     assert band(fig, "random heads (mean of 5 draws)") == ([0.85, 0.85], [0.94, 0.94])
     assert fig.layout.shapes[0].y0 == 0.95
-    assert "k = 3: chosen - random -0.80 [-0.90, -0.70]" in note(fig)
+    assert "k = 3: chosen - random -80 [-90, -70] points" in note(fig)
     assert fig.layout.xaxis.title.text == "k (heads removed)"
 
 
@@ -184,8 +185,8 @@ def test_a_difference_that_was_not_tested_stands_without_an_interval():
     """Few draws: no bounds in the note."""
     found = removed()
     found.curve[["low", "high"]] = float("nan")
-    assert "chosen - random -0.80 (z at its mean)" in note(removal_figure(found))
-    assert "-0.80" in note(removal_bars(found))
+    assert "chosen - random -80 points (z at its mean)" in note(removal_figure(found))
+    assert "-80" in note(removal_bars(found))
     assert "[" not in note(removal_bars(found))
 
 
@@ -198,8 +199,8 @@ def test_removal_bars():
     assert bounds(by_name["chosen heads"]) == [(0.05, 0.2)] * 2
     assert bounds(by_name["random heads"]) == [(0.85, 0.94)] * 2
     assert bounds(by_name["nothing removed"]) == [(0.9, 1.0)] * 2
-    assert list(fig.data[0].x) == ["a<br>(em, n=20, k=3)", "b<br>(em, n=20, k=2)"]
-    assert note(fig).count("-0.80 [-0.90, -0.70]") == 2
+    assert list(fig.data[0].x) == ["a<br>(EM, n=20, k=3)", "b<br>(EM, n=20, k=2)"]
+    assert note(fig).count("-80 [-90, -70]") == 2
     with pytest.raises(InputError, match="no removals"):
         removal_bars({})
 
@@ -242,7 +243,7 @@ def test_drift_by_position(drift):
     assert [[list(r) for r in t.z] for t in fig.data] == [[[0, 1], [10, 11]], [[-2, -1], [8, 9]]]
     assert {(t.zmin, t.zmax) for t in fig.data} == {(-2, 11)}
     assert fig.layout.xaxis2.title.text == "position from the end"
-    assert fig.data[1].colorbar.title.text == "relative change |e - b| / |b|"
+    assert fig.data[1].colorbar.title.text.replace("<br>", " ") == "relative change |e - b| / |b|"
     with pytest.raises(InputError, match="unknown place 'q'"):
         drift_positions(drift, where="q")
     with pytest.raises(InputError, match="unknown measure 'q'"):
@@ -268,7 +269,7 @@ def test_interference_bars():
     assert bounds(fig.data[2]) == [(0.4, 0.55)] * 2
     assert (list(fig.data[3].text), list(fig.data[3].base)) == (["*", ""], [0.55, 0.55])
     assert fig.data[3].offsetgroup == fig.data[2].offsetgroup
-    assert list(fig.data[0].x) == ["a<br>(em, n=9)", "b<br>(em, n=9)"]
+    assert list(fig.data[0].x) == ["a<br>(EM, n=9)", "b<br>(EM, n=9)"]
     assert "order a, b" in note(fig)
     assert fig.layout.title.text == "Adapters of several tasks together"
 

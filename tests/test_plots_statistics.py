@@ -38,7 +38,7 @@ def bands(fig):
 
 
 def notes(fig):
-    return " ".join(a.text for a in fig.layout.annotations)
+    return " ".join(a.text for a in fig.layout.annotations).replace("<br>", " ")
 
 
 # Overlap
@@ -64,7 +64,8 @@ def test_overlap_heatmap_shows_each_pair_twice(value, form, label):
     for row in frame.to_dict("records"):
         i, j = list(SETS).index(row["a"]), list(SETS).index(row["b"])
         assert z[i, j] == z[j, i] == row[value]
-        mark = "*" if row["p_holm"] < 0.05 else "+" if row["p_holm"] < 0.1 else ""
+        p = row["p_layer_holm"]
+        mark = "*" if p < 0.05 else "+" if p < 0.1 else "°" if row["p_holm"] < 0.05 else ""
         assert heat.text[i][j] == heat.text[j][i] == form.format(row[value]) + mark
         for said in (
             f"{row['expected']:.2f} shared",
@@ -76,7 +77,16 @@ def test_overlap_heatmap_shows_each_pair_twice(value, form, label):
     assert (heat.zmin, heat.zmax) == (0, frame[value].max())
     assert heat.colorbar.title.text == label
     assert fig.layout.yaxis.autorange == "reversed", "first set on top"
-    assert "hypergeometric" in notes(fig)
+    assert "same heads per layer" in notes(fig)
+
+
+def test_overlap_marks_tell_layers_from_heads():
+    """Two sets that fill one layer: many shared heads for a whole model, none too many for that layer; the note names it."""
+    a, b = (HeadSet([f"L2H{h}" for h in range(i, i + 7)], shape=(30, 8)) for i in (0, 1))
+    fig = overlap_heatmap(overlap({"a": a, "b": b}), "shared")
+    assert fig.data[0].text[0][1] == "6°"
+    assert "° p < 0.05 only by the plain hypergeometric test" in notes(fig)
+    assert fig.data[0].colorbar.dtick == 2, "shared heads are counted in whole steps"
 
 
 def test_agreement_curves_lie_over_the_chance_band():
@@ -115,7 +125,7 @@ def test_score_scatter_colours_the_top_of_each():
     assert (alone.x, alone.y) == ((5,), (1,))
     assert (fig.layout.xaxis.title.text, fig.layout.yaxis.title.text) == ("t A-norm", "probe accuracy")
     rank = 1 - 6 * (9 + 9) / (6 * 35)  # L0H0 is 5th and 2nd, L0H1 2nd and 5th
-    assert f"rho {rank:.2f}, n = 6 heads" in notes(fig)
+    assert f"rho {rank:.2f}, n=6 heads" in notes(fig)
     plain = score_scatter(a, b, labels=("LoFiT", "ITI"))
     assert [len(t.x) for t in plain.data] == [6]
     assert plain.layout.xaxis.title.text == "LoFiT"
@@ -178,7 +188,7 @@ def test_transfer_heatmap(runs):
     assert list(fig.layout.yaxis.ticktext) == ["a", "b", "random heads"]
     assert fig.layout.yaxis.range[0] > fig.layout.yaxis.range[1], "first row on top"
     assert list(fig.layout.xaxis.ticktext) == ["a<br>(MC1, n=60)", "b<br>(EM, n=60)"]
-    assert "2 to 3 seeds" in notes(fig)
+    assert "2 runs per cell, 3 runs with random heads" in notes(fig)
     assert fig.layout.xaxis.title.text == "tuned and tested on"
     assert fig.layout.yaxis.title.text == "heads chosen for"
 
@@ -220,11 +230,12 @@ def test_k_sweep():
     edges = {t.name: t.y[0] for t in fig.data if t.name in ("zero-shot low", "zero-shot high")}
     assert edges == {"zero-shot low": untuned.low, "zero-shot high": untuned.high}
     assert fig.layout.xaxis.type == "log"
-    assert list(fig.layout.xaxis.ticktext) == ["1<br>3.1 %", "4<br>12.5 %", "16<br>50.0 %"]
+    assert list(fig.layout.xaxis.ticktext) == ["1<br>3.1%", "4<br>12.5%", "16<br>50.0%"]
     assert fig.layout.yaxis.title.text == "MC1"
     assert "K (tuned heads)" in fig.layout.xaxis.title.text
     assert "1 to 2" not in notes(fig), "the untuned model is no point of the curves"
-    assert "2 seeds, 60 items" in notes(fig)
+    assert "2 seeds, n=60 items" in notes(fig)
+    assert fig.layout.yaxis.tickformat == "~%"
     with pytest.raises(InputError, match="K = 16"):
         k_sweep(frame, n_heads_total=15)
 

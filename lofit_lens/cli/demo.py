@@ -55,7 +55,7 @@ def demo(
     c.quiet_libraries()
     from lofit_lens.experiments.demo import REAL_MODEL, embedded_grid, real_grid
     from lofit_lens.experiments.tables.load import load_results
-    from lofit_lens.plots.style import check_formats, check_static
+    from lofit_lens.plots.saving import check_formats, check_static
 
     formats = ("html", "png") if png else ("html",)
     check_formats(formats)

@@ -58,7 +58,7 @@ def localise(
     from lofit_lens.errors import InputError
     from lofit_lens.experiments.localisation import CONTROL_COLUMNS, localisation
     from lofit_lens.plots.localisation import localisation_figure
-    from lofit_lens.plots.style import save_figure
+    from lofit_lens.plots.saving import save_figure
 
     for pair in reword or ():
         if "=" not in pair:

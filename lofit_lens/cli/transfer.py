@@ -43,7 +43,7 @@ def transfer(
     )  # fmt: skip
     s.run(study, "transfer")
     from lofit_lens.experiments.tables.load import load_results
-    from lofit_lens.plots.style import save_figure
+    from lofit_lens.plots.saving import save_figure
     from lofit_lens.plots.transfer import transfer_heatmap
     from lofit_lens.report.figures import transfer as matrix
 

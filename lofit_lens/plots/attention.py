@@ -19,7 +19,8 @@ from lofit_lens.checks import check_is
 from lofit_lens.errors import InputError
 from lofit_lens.heads import Head, Heads, HeadSet
 from lofit_lens.models import visible
-from lofit_lens.plots.style import HEAT, style
+from lofit_lens.plots.layout import finish
+from lofit_lens.plots.style import HEAT
 
 MOST_TOKENS = 60  # in a figure; more cannot be read
 # Nothing may be fetched from anywhere: the browser itself refuses.
@@ -128,22 +129,25 @@ def attention_figure(
     z = [[pattern[i, j].item() if j <= i else None for j in range(n)] for i in range(n)]
     fig = go.Figure(
         go.Heatmap(
-            z=z, zmin=0, zmax=1, colorscale=HEAT, xgap=1, ygap=1, hoverongaps=False, name=str(Head.parse(head)),
-            colorbar={"title": {"text": "attention (share)", "side": "right"}, "thickness": 12, "len": 0.9},
+            z=z, zmin=0, zmax=1, colorscale=HEAT, hoverongaps=False, name=str(Head.parse(head)),
+            colorbar={"title": {"text": "attention"}, "tickformat": "~%"},
             customdata=[[[tokens[i], tokens[j]] for j in range(n)] for i in range(n)],
             hovertemplate="%{customdata[0]} looks at %{customdata[1]}: %{z:.3f}<extra></extra>",
         )
     )  # fmt: skip
-    side, room = max(220, 22 * n), 24 + 7 * max(map(len, tokens))
-    style(
-        fig, title=title or f"Attention of {Head.parse(head)} in {patterns.model}", width=side + room + 130,
-        height=side + room + 110,
-    )  # fmt: skip
     texts = [html.escape(t) for t in tokens]
-    places = {"tickmode": "array", "tickvals": list(range(n)), "ticktext": texts, "showgrid": False, "zeroline": False}
-    fig.update_xaxes(**places, tickangle=-90, title_text="token looked at", constrain="domain")
-    fig.update_yaxes(**places, autorange="reversed", title_text="token that looks", scaleanchor="x", constrain="domain")
-    fig.update_layout(margin={"l": room + 36, "b": room + 36, "r": 40, "t": 64})
+    names = {"tickmode": "array", "tickvals": list(range(n)), "ticktext": texts, "showgrid": False, "zeroline": False}
+    fig.update_xaxes(**names, title_text="token looked at", range=[-0.5, n - 0.5])
+    fig.update_yaxes(**names, title_text="token that looks", range=[n - 0.5, -0.5])
+    side = max(220, 22 * n)
+    note = f"share of attention over n={n} tokens"
+    finish(
+        fig,
+        title or f"Attention of {Head.parse(head)} in {patterns.model}",
+        note,
+        panel=(side, side),
+        cells=(n, n),
+    )
     return fig
 
 

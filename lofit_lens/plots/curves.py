@@ -1,13 +1,15 @@
 """Curves with a band, shared by the figures of something against K, n or depth."""
 
+import re
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 
 from lofit_lens.checks import check_is
 from lofit_lens.errors import InputError
-from lofit_lens.plots.style import COLORS, style
+from lofit_lens.plots.style import COLORS
 
 GREY = "#777777"
 MANY_TICKS = 12
@@ -23,6 +25,21 @@ def need(frame: pd.DataFrame, columns: Sequence[str], made_by: str) -> None:
         raise InputError(f"this table has no column {', '.join(missing)}; give what {made_by} returns")
     if frame.empty:
         raise InputError(f"this table has no rows, so there is nothing to draw; give what {made_by} returns")
+
+
+def metric_name(metric: str) -> str:
+    """A metric as figures name it: short codes in capitals (`EM`, `MC1`), words as they are.
+
+    >>> metric_name("mc1"), metric_name("accuracy")
+    ('MC1', 'accuracy')
+    """
+    return metric.upper() if re.fullmatch(r"[a-z]{1,2}\d?", metric) else metric
+
+
+def percent(fig: go.Figure, letter: str = "y", **where: int) -> None:
+    """Number an axis of shares in per cent."""
+    update: Any = fig.update_yaxes if letter == "y" else fig.update_xaxes
+    update(tickformat="~%", **where)
 
 
 def counted(numbers: Sequence[int], what: str) -> str:
@@ -74,43 +91,19 @@ def add_curve(
     ))  # fmt: skip
 
 
+def rgba(color: str) -> tuple[float, ...]:
+    """What `faded` gives as four numbers from 0 to 1.
+
+    >>> rgba(faded("#0000FF", 0.5))
+    (0.0, 0.0, 1.0, 0.5)
+    """
+    red, green, blue, alpha = map(float, re.findall(r"[0-9.]+", color))
+    return red / 255, green / 255, blue / 255, alpha
+
+
 def faded(color: str, alpha: float = 0.16) -> str:
     """`#RRGGBB` as a see-through colour."""
     return f"rgba({int(color[1:3], 16)},{int(color[3:5], 16)},{int(color[5:7], 16)},{alpha})"
-
-
-def finish(
-    fig: go.Figure, title: str, note: str, *, width: int, height: int, entries: Sequence[str] = (), tick_lines: int = 1,
-    lift: int = 0,
-) -> None:  # fmt: skip
-    """The theme, a small line of explanation under the title and the legend under the axis title.
-
-    Args:
-        fig: drawn.
-        title: of the figure.
-        note: lines parted by `<br>`.
-        width: of the figure in pixels.
-        height: of the plot itself in pixels; title, note and legend come on top.
-        entries: texts of the legend, if there is one; their rows are counted with about 7 pixels a letter.
-        tick_lines: lines of the x axis's tick labels.
-        lift: pixels between the plot and the note that something else needs.
-    """
-    wide = max((len(e) for e in entries), default=0) * 7 + 52
-    rows = -(-len(entries) // max(1, (width - 84) // wide)) if len(entries) > 1 else 0
-    above = 15 * (note.count("<br>") + 1) + lift
-    bottom = 44 + 17 * tick_lines + (20 * rows + 12 if rows else 0)
-    height += 58 + above + bottom
-    style(fig, title=title, width=width, height=height)
-    fig.update_layout(
-        margin={"t": 58 + above, "b": bottom}, showlegend=rows > 0,
-        title={"y": 1 - 20 / height, "yref": "container", "yanchor": "top"},
-        legend={"orientation": "h", "x": 0, "xanchor": "left", "y": 6 / height, "yref": "container", "yanchor": "bottom",
-                "entrywidth": wide - 36, "entrywidthmode": "pixels", "tracegroupgap": 0},
-    )  # fmt: skip
-    fig.add_annotation(
-        text=note, x=0, xref="paper", xanchor="left", y=1, yref="paper", yanchor="bottom", yshift=8 + lift,
-        showarrow=False, align="left", font={"size": 11, "color": "#555555"},
-    )  # fmt: skip
 
 
 def ticks_at(fig: go.Figure, x: Sequence[float], *, text: dict[float, str] | None = None) -> None:
@@ -119,16 +112,6 @@ def ticks_at(fig: go.Figure, x: Sequence[float], *, text: dict[float, str] | Non
     ticks = values if len(values) <= MANY_TICKS else [values[round(i * (len(values) - 1) / 8)] for i in range(9)]
     if len(values) > 1 and values[0] > 0 and values[-1] >= 6 * values[0]:
         fig.update_xaxes(type="log")
-        ticks = _apart(ticks, 0.09 if text else 0.06)
     fig.update_xaxes(
         tickmode="array", tickangle=0, tickvals=ticks, ticktext=[(text or {}).get(t, f"{t:g}") for t in ticks]
     )
-
-
-def _apart(ticks: list[float], gap: float) -> list[float]:
-    """Leave out ticks that would run into their neighbour on a log axis; the gap is a share of the axis."""
-    kept = [ticks[-1]]
-    for tick in reversed(ticks[:-1]):
-        if kept[-1] / tick >= (ticks[-1] / ticks[0]) ** gap:
-            kept.append(tick)
-    return kept[::-1]

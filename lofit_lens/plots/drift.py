@@ -5,7 +5,8 @@ from plotly.subplots import make_subplots
 
 from lofit_lens.analysis.drift import MEASURES, WHERE, Drift
 from lofit_lens.checks import check_is, check_one_of
-from lofit_lens.plots.curves import SYMBOLS, faded, finish, rows_where
+from lofit_lens.plots.curves import SYMBOLS, faded, rows_where
+from lofit_lens.plots.layout import finish
 from lofit_lens.plots.style import COLORS, HEAT
 
 LABELS = {"cosine": "cosine of e and b", "change": "relative change |e - b| / |b|", "ratio": "relative norm |e| / |b|"}
@@ -21,7 +22,7 @@ def drift_layers(drift: Drift, *, title: str = "How far the adapter moves activa
         title: of the figure.
     """
     check_is(drift, Drift, "drift", "what analysis.drift gives")
-    fig = make_subplots(rows=1, cols=len(MEASURES), horizontal_spacing=0.09)
+    fig = make_subplots(rows=1, cols=len(MEASURES))
     for col, measure in enumerate(MEASURES, start=1):
         for i, where in enumerate(WHERE):
             rows = rows_where(drift.layers, "where", where, by="layer")
@@ -38,11 +39,11 @@ def drift_layers(drift: Drift, *, title: str = "How far the adapter moves activa
                 marker={"color": color, "size": 6, "symbol": SYMBOLS[i]},
                 hovertemplate="layer %{x}: %{y:.4f}<extra>" + NAMES[where] + "</extra>",
             ), row=1, col=col)  # fmt: skip
-        fig.update_yaxes(title_text=LABELS[measure], title_standoff=6, row=1, col=col)
-    note = f"{_what(drift)}; n={drift.n_texts} texts, {drift.n_tokens} tokens; bands: 95 % over texts<br>{LETTERS}"
-    finish(fig, title, note, width=960, height=240, entries=list(NAMES.values()))
-    fig.update_xaxes(title_text="layer", zeroline=False, dtick=max(1, len(drift.layers) // 2 // 8))
-    fig.update_layout(margin={"l": 74})
+        fig.update_yaxes(title_text=LABELS[measure], row=1, col=col)
+    note = f"{_what(drift)}; n={drift.n_texts} texts, {drift.n_tokens} tokens; bands: 95% over texts; {LETTERS}"
+    n_layers = max(drift.layers["layer"].tolist()) + 1
+    fig.update_xaxes(title_text="layer", zeroline=False, range=[-0.5, n_layers - 0.5])
+    finish(fig, title, note, panel=(235, 240), cols=len(MEASURES), narrow=110, whole="x")
     return fig
 
 
@@ -67,7 +68,7 @@ def drift_positions(
     cells = rows.pivot(index="layer", columns="position", values=measure)
     starts = sorted(p for p in cells.columns if p >= 0)
     ends = sorted(p for p in cells.columns if p < 0)
-    fig = make_subplots(cols=2, shared_yaxes=True, column_widths=[len(starts), len(ends)], horizontal_spacing=0.05)
+    fig = make_subplots(cols=2, shared_yaxes=True)
     low, high = min(rows[measure].tolist()), max(rows[measure].tolist())
     counts = rows.pivot(index="layer", columns="position", values="n")
     for col, (places, text) in enumerate(
@@ -75,20 +76,27 @@ def drift_positions(
     ):
         fig.add_trace(go.Heatmap(
             z=cells[places].to_numpy().tolist(), x=places, y=cells.index.tolist(), zmin=low, zmax=high, colorscale=HEAT,
-            showscale=col == 2, xgap=1, ygap=1, customdata=counts[places].to_numpy().tolist(), name=text,
-            colorbar={"title": {"text": LABELS[measure], "side": "right"}, "thickness": 12},
+            showscale=col == 2, customdata=counts[places].to_numpy().tolist(), name=text,
+            colorbar={"title": {"text": LABELS[measure]}},
             hovertemplate="layer %{y}, position %{x}: %{z:.4f} (%{customdata} texts)<extra></extra>",
         ), row=1, col=col)  # fmt: skip
         fig.update_xaxes(
-            title_text=text, showgrid=False, zeroline=False, dtick=max(1, len(places) // 8), row=1, col=col
+            title_text=text,
+            showgrid=False,
+            zeroline=False,
+            range=[min(places) - 0.5, max(places) + 0.5],
+            row=1,
+            col=col,
         )
-    note = f"{NAMES[where]}; {_what(drift)}; {LETTERS}<br>mean over up to n={drift.n_texts} texts; position 0 is the first token"
+    note = f"{NAMES[where]}; {_what(drift)}; {LETTERS}; mean over up to n={drift.n_texts} texts; position 0 is the first token"
     n_layers = len(cells.index)
-    width = 220 + max(360, min(34 * (len(starts) + len(ends)), 900))
-    finish(fig, title, note, width=width, height=max(150, min(26 * n_layers, 620)))
-    fig.update_yaxes(showgrid=False, zeroline=False, dtick=max(1, n_layers // 8))
-    fig.update_yaxes(title_text="layer", col=1)
-    fig.update_layout(margin={"r": 90})
+    fig.update_yaxes(showgrid=False, zeroline=False, title_text="layer", range=[-0.5, n_layers - 0.5])
+    widths = [len(starts), len(ends)]
+    panel = max(360, min(34 * sum(widths), 900)) / 2, max(150, min(26 * n_layers, 620))
+    finish(
+        fig, title, note, panel=panel, cols=2, share="y", narrow=110, whole="xy", weights=widths,
+        cells=(max(widths), n_layers),
+    )  # fmt: skip
     return fig
 
 

@@ -6,7 +6,8 @@ import plotly.graph_objects as go
 from lofit_lens.analysis.interference import SUM, TOGETHER, Interference, LongContext
 from lofit_lens.checks import check_is
 from lofit_lens.evaluation.stats import mark
-from lofit_lens.plots.curves import add_curve, finish
+from lofit_lens.plots.curves import add_curve, metric_name, percent
+from lofit_lens.plots.layout import finish
 from lofit_lens.plots.style import COLORS
 
 
@@ -25,7 +26,7 @@ def interference_figure(found: Interference, *, title: str = "") -> go.Figure:
         (t, f): p for t, f, p in zip(found.tests["task"], found.tests["first"], found.tests["p_holm"], strict=True)
     }
     first = frame.drop_duplicates("task").set_index("task")
-    names = {t: f"{t}<br>({first.loc[t, 'metric']}, n={first.loc[t, 'n']})" for t in tasks}
+    names = {t: f"{t}<br>({metric_name(str(first.loc[t, 'metric']))}, n={first.loc[t, 'n']})" for t in tasks}
     fig = go.Figure()
     for i, condition in enumerate(conditions):
         rows = pd.DataFrame(frame[frame["condition"] == condition])
@@ -37,27 +38,30 @@ def interference_figure(found: Interference, *, title: str = "") -> go.Figure:
                 "arrayminus": (rows["value"] - rows["low"]).tolist(), "width": 3, "color": "#222222",
             },
             offsetgroup=condition,
-            hovertemplate="%{y:.3f}<extra>" + condition + "</extra>",
+            hovertemplate="%{y:.1%}<extra>" + condition + "</extra>",
         ))  # fmt: skip
         marks = [mark(tested[t, condition]) if (t, condition) in tested else "" for t in rows["task"]]
         if any(marks):  # above the error bars
             fig.add_trace(go.Bar(
                 x=[names[t] for t in rows["task"]], y=[0.0] * len(rows), base=rows["high"].tolist(), text=marks,
-                textposition="outside", textfont={"size": 16}, offsetgroup=condition, showlegend=False, hoverinfo="skip",
+                textposition="outside", textfont={"size": 14}, offsetgroup=condition, showlegend=False, hoverinfo="skip",
                 marker={"color": "rgba(0,0,0,0)"}, name=f"marks of {condition}",
             ))  # fmt: skip
     seconds = " or ".join(dict.fromkeys(found.tests["second"]))
     note = (
-        f"attached in the order {', '.join(found.order)}; bars: 95 % over items<br>"
+        f"attached in the order {', '.join(found.order)}; bars: 95% over items; "
         f"* p < 0.05, + p < 0.1: differs from {seconds}, paired, Holm"
     )
     after = any(c.startswith("after ") for c in conditions)
     default = "Adapters learned in turn" if after else "Adapters of several tasks together"
-    width = max(560, 110 + 34 * len(conditions) * len(tasks))
-    finish(fig, title or default, note, width=width, height=280, entries=conditions, tick_lines=2)
-    fig.update_yaxes(title_text="metric (share of items)", range=[0, 1.1], tickvals=[0, 0.2, 0.4, 0.6, 0.8, 1])
-    fig.update_xaxes(showgrid=False, tickangle=0)
+    # Room for error bars that reach 100 % or 0 %, and for the marks above them.
+    fig.update_yaxes(
+        title_text="metric", range=[-0.02, 1.12], tick0=0, dtick=0.25, zeroline=True, zerolinecolor="#888888"
+    )
+    percent(fig)
+    fig.update_xaxes(showgrid=False)
     fig.update_layout(barmode="group", bargap=0.2, bargroupgap=0.05)
+    finish(fig, title or default, note, panel=(max(480, 34 * len(conditions) * len(tasks)), 280))
     return fig
 
 
@@ -74,14 +78,15 @@ def long_context_figure(found: LongContext, *, title: str = "Behind other docume
         points = pd.DataFrame(found.frame[found.frame["adapter"] == on]).sort_values("length")
         add_curve(
             fig, points, "tokens", "value", ("low", "high"), name=name, place=i, more=("length",),
-            hover="%{x:.0f} tokens (at most %{customdata[0]}): %{y:.3f}",
+            hover="%{x:.0f} tokens (at most %{customdata[0]}): %{y:.1%}",
         )  # fmt: skip
-    note = f"{found.task} {found.split}, n={int(found.frame['n'].iloc[0])} items; bands: 95 % over items"
-    finish(fig, title, note, width=520, height=260, entries=names)
+    note = f"{found.task} {found.split}, n={int(found.frame['n'].iloc[0])} items; bands: 95% over items"
     fig.update_xaxes(
         title_text="tokens of other documents in front (mean over items)",
         zeroline=False,
         range=[-0.04 * most, 1.04 * most],
     )
-    fig.update_yaxes(title_text=found.metric, range=[-0.03, 1.03])
+    fig.update_yaxes(title_text=metric_name(found.metric), range=[-0.03, 1.03])
+    percent(fig)
+    finish(fig, title, note, panel=(450, 260))
     return fig

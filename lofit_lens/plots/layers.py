@@ -6,7 +6,8 @@ from plotly.subplots import make_subplots
 from lofit_lens.checks import check_whole, given
 from lofit_lens.errors import InputError
 from lofit_lens.heads import Sets, named_sets
-from lofit_lens.plots.curves import GREY, finish
+from lofit_lens.plots.curves import GREY
+from lofit_lens.plots.layout import finish, panel_title
 from lofit_lens.plots.style import COLORS
 
 
@@ -42,13 +43,10 @@ def layer_distribution(sets: Sets, *, n_layers: int | None = None, title: str = 
     if n_layers is None and len(known) != 1:
         raise InputError("give n_layers: these head sets do not name one model")
     n = n_layers if n_layers is not None else known.pop()
-    panels, panel, gap = len(sets), 92 if len(sets) > 1 else 210, 26
-    inner = panels * panel + (panels - 1) * gap
-    fig = make_subplots(rows=panels, shared_xaxes=True, start_cell="bottom-left", vertical_spacing=gap / inner)
+    fig = make_subplots(rows=len(sets), shared_xaxes=True)
     top = max(100 * heads.layer_counts(n).max() / len(heads) for heads in sets.values())
-    for i, (name, heads) in enumerate(sets.items()):
-        row, counts = panels - i, heads.layer_counts(n)
-        color = COLORS[i % len(COLORS)]
+    for row, (name, heads) in enumerate(sets.items(), start=1):
+        counts, color = heads.layer_counts(n), COLORS[(row - 1) % len(COLORS)]
         fig.add_trace(
             go.Bar(
                 x=list(range(n)), y=(100 * counts / len(heads)).tolist(), name=f"{name} (K={len(heads)})",
@@ -56,19 +54,16 @@ def layer_distribution(sets: Sets, *, n_layers: int | None = None, title: str = 
                 hovertemplate="layer %{x}: %{customdata} heads, %{y:.1f} %<extra>" + name + "</extra>",
             ), row=row, col=1,
         )  # fmt: skip
-        fig.add_annotation(
-            text=f"<b>{name}</b> (K={len(heads)}, mean layer {heads.mean_layer:.1f})", x=0, xref="x domain", xanchor="left",
-            y=1, yref="y domain", yanchor="bottom", showarrow=False, font={"size": 12, "color": color}, row=row, col=1,
-        )  # fmt: skip
+        panel_title(fig, f"<b>{name}</b> (K={len(heads)}, mean layer {heads.mean_layer:.1f})", row, color=color)
         fig.add_hline(y=100 / n, line={"color": GREY, "dash": "dot", "width": 1}, row=row, col=1)  # pyright: ignore[reportArgumentType]
         fig.add_annotation(
             text="▼", x=heads.mean_layer, y=1, yref="y domain", yanchor="bottom", yshift=-9, showarrow=False,
             font={"size": 11, "color": color}, hovertext=f"mean layer {heads.mean_layer:.2f}", row=row, col=1,
         )  # fmt: skip
+    fig.update_xaxes(range=[-0.6, n - 0.4], title_text="layer")
+    fig.update_yaxes(title_text="heads", ticksuffix="%", range=[0, 1.12 * top])
+    fig.update_layout(bargap=0.2)
     note = "dotted: even spread over layers; ▼ mean layer"
-    finish(fig, title, note, width=max(460, min(820, 200 + 18 * n)), height=inner, lift=18)
-    fig.update_layout(bargap=0.2, showlegend=False)
-    fig.update_xaxes(dtick=max(1, n // 16), range=[-0.6, n - 0.4])
-    fig.update_xaxes(title_text="layer", row=1, col=1)
-    fig.update_yaxes(title_text="heads (%)", range=[0, 1.08 * top])
+    wide, tall = max(320, min(680, 60 + 18 * n)), 92 if len(sets) > 1 else 210
+    finish(fig, title, note, panel=(wide, tall), share="x", whole="x", legend=len(sets) + 1)
     return fig

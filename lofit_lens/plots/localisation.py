@@ -9,7 +9,8 @@ from plotly.subplots import make_subplots
 from lofit_lens.checks import check_is
 from lofit_lens.evaluation.stats import p_in_words
 from lofit_lens.experiments.localisation import CHOSEN_SET, Localisation
-from lofit_lens.plots.curves import GREY, faded, finish
+from lofit_lens.plots.curves import GREY, faded, metric_name
+from lofit_lens.plots.layout import finish, panel_title
 from lofit_lens.plots.style import COLORS
 
 FIRST: dict[str, Any] = {"row": 1, "col": 1}
@@ -32,10 +33,7 @@ def localisation_figure(found: Localisation, *, title: str = "Chosen heads and r
     """
     check_is(found, Localisation, "found", "what localisation returns")
     listed = found.controls
-    fig = make_subplots(
-        rows=1, cols=1 + (len(listed) > 0), column_widths=[0.62, 0.38] if len(listed) else None, horizontal_spacing=0.2,
-        subplot_titles=("tuned on each set", "controls") if len(listed) else None,
-    )  # fmt: skip
+    fig = make_subplots(rows=1, cols=1 + (len(listed) > 0))
     test, table = found.test, found.table.sort_values("value", ascending=False, kind="stable")
     chosen = table["set"] == CHOSEN_SET
     middle, margin = 100 * test.random, 100 * test.margin
@@ -59,26 +57,25 @@ def localisation_figure(found: Localisation, *, title: str = "Chosen heads and r
     fig.add_hline(y=100 * found.unmodified, line={"color": GREY, "dash": "dot", "width": 1.5}, layer="below", **FIRST)
     fig.add_hline(y=middle, line={"color": GREY, "dash": "dash", "width": 1.5}, layer="below", **FIRST)
     if len(listed):
-        _controls(fig, listed)
+        _controls(fig, listed, metric_name(found.metric))
     note = (
-        f"{found.title()}: {found.verdict}<br>dashed and band: mean of the random sets, margin of {margin:g} points<br>"
-        "dotted: unmodified model; bars: 95 % interval over seeds and items<br>orange: chosen heads; blue: random sets"
+        f"{found.title()}: {found.verdict}; dashed and band: mean of the random sets, margin of {margin:g} points; "
+        "dotted: unmodified model; bars: 95% interval over seeds and items; orange: chosen heads; blue: random sets"
     )
+    fig.update_yaxes(title_text=metric_name(found.metric), ticksuffix="%", **FIRST)
+    if len(listed):
+        panel_title(fig, "tuned on each set", 1)
+        panel_title(fig, "controls", 2)
+    wide = max(480, 42 * len(table))
+    weights = [0.62, 0.38] if len(listed) else []
     finish(
-        fig,
-        title,
-        note,
-        width=max(620, 160 + 42 * len(table)) + (420 if len(listed) else 0),
-        height=280,
-        lift=22 if len(listed) else 0,
-    )
-    fig.update_xaxes(tickangle=-40, **FIRST)
-    fig.update_yaxes(title_text=f"{found.metric.upper()}, %", **FIRST)
-    fig.update_layout(showlegend=False)
+        fig, title, note, panel=(wide if not len(listed) else (wide + 300) / 2, 280), cols=1 + (len(listed) > 0), narrow=280,
+        weights=weights, legend=99,
+    )  # fmt: skip
     return fig
 
 
-def _controls(fig: go.Figure, controls: pd.DataFrame) -> None:
+def _controls(fig: go.Figure, controls: pd.DataFrame, metric: str) -> None:
     """Chosen and random heads of every control, joined by a line; what is tested and p stand at the pointer."""
     names = controls["control"].tolist()
     for row in controls.to_dict("records"):
@@ -97,4 +94,4 @@ def _controls(fig: go.Figure, controls: pd.DataFrame) -> None:
             "%{customdata[2]} random sets, %{customdata[3]} rows<extra></extra>",
         ), **SECOND)  # fmt: skip
     fig.update_yaxes(autorange="reversed", **SECOND)
-    fig.update_xaxes(title_text="%", **SECOND)
+    fig.update_xaxes(title_text=metric, ticksuffix="%", **SECOND)

@@ -6,7 +6,9 @@ from plotly.subplots import make_subplots
 
 from lofit_lens.checks import check_is
 from lofit_lens.errors import InputError
-from lofit_lens.plots.style import COLORS, style
+from lofit_lens.plots.curves import counted, metric_name
+from lofit_lens.plots.layout import finish, panel_title
+from lofit_lens.plots.style import COLORS
 
 NEEDED = ("task", "metric", "method", "mean", "low", "high", "n_items", "seeds", "n_parameters")
 
@@ -28,8 +30,7 @@ def method_bars(frame: pd.DataFrame, *, title: str = "Methods on the test rows")
     if len(methods) < 2:
         raise InputError(f"{len(methods)} methods to draw ({', '.join(methods) or 'none'}); give two or more")
     tasks = list(dict.fromkeys(frame["task"]))
-    heads = [f"{t}<br>{_of(frame, t, 'metric').upper()}, n={_of(frame, t, 'n_items')}" for t in tasks]
-    fig = make_subplots(cols=len(tasks), shared_yaxes=True, subplot_titles=heads, horizontal_spacing=0.03)
+    fig = make_subplots(cols=len(tasks), shared_yaxes=True)
     for i, task in enumerate(tasks, start=1):
         rows = frame.loc[frame["task"] == task]
         fig.add_trace(
@@ -45,10 +46,12 @@ def method_bars(frame: pd.DataFrame, *, title: str = "Methods on the test rows")
                 "%{customdata[3]:,} parameters<extra>" + task + "</extra>",
             ), row=1, col=i,
         )  # fmt: skip
-    style(fig, title=title, width=190 + 200 * len(tasks), height=190 + 26 * len(methods))
-    fig.update_xaxes(title_text="% [95 % interval]", range=[-4, 104], dtick=25)
+        panel_title(fig, f"{task} ({metric_name(_of(frame, task, 'metric'))}, n={_of(frame, task, 'n_items')})", i)
+    runs = counted(frame["seeds"].tolist(), "run")
+    note = f"dots: mean over runs and items ({runs} per method); bars: 95% interval; orange: LoFiT"
+    fig.update_xaxes(title_text="share right", ticksuffix="%", range=[-6, 106], dtick=25)
     fig.update_yaxes(categoryorder="array", categoryarray=methods[::-1])
-    fig.update_layout(margin={"l": 110, "t": 100, "b": 60})
+    finish(fig, title, note, panel=(190, 26 * len(methods)), cols=len(tasks), share="xy", narrow=100)
     return fig
 
 

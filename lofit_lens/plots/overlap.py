@@ -1,5 +1,8 @@
 """Which head sets and scores agree: a square of pairs, curves over K, and two scores against each other."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
@@ -9,7 +12,8 @@ from lofit_lens.checks import check_is, check_one_of
 from lofit_lens.errors import InputError
 from lofit_lens.evaluation.stats import mark
 from lofit_lens.heads import HeadScores, HeadSet, joint_grid
-from lofit_lens.plots.curves import GREY, MANY_TICKS, add_curve, faded, finish, need, rows_where, ticks_at
+from lofit_lens.plots.curves import GREY, MANY_TICKS, add_curve, faded, need, rows_where, ticks_at
+from lofit_lens.plots.layout import finish
 from lofit_lens.plots.style import COLORS, HEAT
 
 VALUES = {
@@ -21,6 +25,9 @@ VALUES = {
 
 def overlap_heatmap(frame: pd.DataFrame, value: str = "jaccard", *, title: str = "Overlap of head sets") -> go.Figure:
     """Every pair of head sets as a cell, with its number and significance; the diagonal says how many heads a set has.
+
+    The marks `*` and `+` are of the layer-matched test: sets that only favour the same layers have none. `°` marks pairs with
+    p < 0.05 by the plain hypergeometric test only.
 
     Args:
         frame: of `analysis.overlap.overlap`.
@@ -47,23 +54,29 @@ def overlap_heatmap(frame: pd.DataFrame, value: str = "jaccard", *, title: str =
         )
         for i, j in ((names.index(row["a"]), names.index(row["b"])), (names.index(row["b"]), names.index(row["a"]))):
             z[i, j], hover[i, j] = row[value], said
-            text[i, j] = f"{form.format(row[value])}{mark(row['p_holm'])}"
+            text[i, j] = f"{form.format(row[value])}{_mark(row)}"
     top = max(frame[value].tolist()) or 1.0
     side = max(64, min(100, 560 // len(names)))
-    left = 30 + 8 * max(map(len, names))
     fig = go.Figure(
         go.Heatmap(
             z=z.tolist(), x=names, y=names, text=text.tolist(), customdata=hover.tolist(), texttemplate="%{text}",
-            textfont={"size": 12 if len(names) < 8 else 10}, hovertemplate="%{customdata}<extra></extra>", colorscale=HEAT,
-            zmin=0, zmax=top, xgap=2, ygap=2, colorbar={"title": {"text": label, "side": "right"}, "thickness": 12},
+            hovertemplate="%{customdata}<extra></extra>", colorscale=HEAT, zmin=0, zmax=top, meta=2,
+            colorbar={"title": {"text": label}, **({"dtick": max(1, -(-top // 5)), "tick0": 0} if value == "shared" else {})},
         )
     )  # fmt: skip
-    note = "* p < 0.05, + p < 0.1: more shared heads than<br>by chance (hypergeometric, Holm)"
-    finish(fig, title, note, width=left + side * len(names) + 110, height=side * len(names))
+    note = "* p < 0.05, + p < 0.1: more shared heads than sets of the same heads per layer"
+    if any(_mark(row) == "°" for row in frame.to_dict("records")):
+        note += "; ° p < 0.05 only by the plain hypergeometric test"
+    n, wide = len(names), side * len(names)
     fig.update_yaxes(autorange="reversed", showgrid=False)
-    fig.update_xaxes(showgrid=False, tickangle=0 if max(map(len, names)) * 7 < side else -30)
-    fig.update_layout(margin={"l": left, "r": 80})
+    fig.update_xaxes(showgrid=False)
+    finish(fig, title, f"{note} (Holm over pairs)", panel=(wide, wide), cells=(n, n))
     return fig
+
+
+def _mark(row: Mapping[Any, Any]) -> str:
+    """Of the layer-matched test, else `°` where the plain one alone is significant."""
+    return mark(row["p_layer_holm"]) or ("°" if row["p_holm"] < 0.05 else "")
 
 
 def agreement_curves(
@@ -111,12 +124,15 @@ def agreement_curves(
     for i, pair in enumerate(pairs):
         part = rows_where(frame, "pair", pair, by="k")
         add_curve(fig, part, "k", value, name=pair, place=i, hover=hover, more=("shared", "jaccard", "p"))
-    note = "grey: mean and 95 % range of heads drawn by chance"
-    finish(fig, title, note, width=560, height=255, entries=["by chance", *pairs])
     fig.update_xaxes(title_text="K (heads of each ranking)")
     fig.update_yaxes(title_text="shared heads" if value == "shared" else "Jaccard index", rangemode="tozero")
+    if value == "shared":
+        most = max([1.0, *frame["shared"].tolist(), *high.tolist()])
+        fig.update_yaxes(range=[-0.03 * most, 1.05 * most])
     if len(x) <= MANY_TICKS:
         ticks_at(fig, x)
+    note = "grey: mean and 95% range of heads drawn by chance"
+    finish(fig, title, note, panel=(480, 255), whole="y" if value == "shared" else "")
     return fig
 
 
@@ -164,7 +180,7 @@ def score_scatter(
             ))  # fmt: skip
     rho = "not defined" if np.ptp(x) == 0 or np.ptp(y) == 0 else f"{stats.spearmanr(x, y)[0]:.2f}"
     top = f"; top K = {k} of each marked" if k else ""
-    finish(fig, title, f"Spearman's rho {rho}, n = {x.size} heads{top}", width=480, height=320, entries=entries)
     fig.update_xaxes(title_text=names[0])
     fig.update_yaxes(title_text=names[1])
+    finish(fig, title, f"Spearman's rho {rho}, n={x.size} heads{top}", panel=(400, 320))
     return fig

@@ -14,7 +14,8 @@ from lofit_lens.checks import check_is, check_whole, given
 from lofit_lens.errors import InputError
 from lofit_lens.evaluation.stats import mark
 from lofit_lens.models import visible
-from lofit_lens.plots.curves import add_curve, faded, finish, need, ticks_at
+from lofit_lens.plots.curves import add_curve, faded, metric_name, need, percent, ticks_at
+from lofit_lens.plots.layout import finish, panel_title
 from lofit_lens.plots.style import COLORS
 
 PANELS = 9  # heads in one figure of tokens
@@ -46,16 +47,12 @@ def promoted_figure(
     n_rows = -(-len(panels) // cols)
     listed = [_strongest(tokens.of(name), top) for name in panels]
     n = max(len(rows) for rows in listed)
-    panel_height = 40 + 17 * n
     shown = ["all heads" if p == TOTAL else p for p in panels]
     weak = {p: tokens.no_better_than_chance(p) for p in panels}
     titles = [f"{s} ({', '.join(weak[p])}: chance)" if weak[p] else s for p, s in zip(panels, shown, strict=True)]
-    fig = make_subplots(
-        rows=n_rows, cols=cols, subplot_titles=titles, shared_xaxes="all",  # pyright: ignore[reportArgumentType]
-        horizontal_spacing=0.42 / cols if cols > 1 else 0,
-        vertical_spacing=56 / (panel_height * n_rows) if n_rows > 1 else 0,
-    )  # fmt: skip
+    fig = make_subplots(rows=n_rows, cols=cols, shared_xaxes="all")  # pyright: ignore[reportArgumentType]
     for i, rows in enumerate(listed):
+        panel_title(fig, titles[i], i + 1)
         place: Any = {"row": i // cols + 1, "col": i % cols + 1}
         y = list(range(len(rows)))
         fig.add_trace(go.Bar(
@@ -66,7 +63,7 @@ def promoted_figure(
         ), **place)  # fmt: skip
         fig.update_yaxes(
             tickvals=y, ticktext=[_plain(t) for t in rows["token"]], range=[n - 0.5, -0.5], showgrid=False, zeroline=False,
-            ticks="", tickfont={"size": 11}, **place,
+            ticks="", **place,
         )  # fmt: skip
     scale = (
         f"final norm's scale from {tokens.n_prompts} prompts"
@@ -75,17 +72,16 @@ def promoted_figure(
     )
     more = f"; first {len(names)} of {len(tokens.heads)} heads" if len(tokens.heads) > len(names) else ""
     note = (
-        f"direct effect of v through W_O, the final norm and W_U, centred over the vocabulary<br>{scale}{more}; "
+        f"direct effect of v through W_O, the final norm and W_U, centred over the vocabulary; {scale}{more}; "
         "blue: promoted, orange: suppressed"
     )
     if any(weak.values()):
-        note += "<br>chance: no stronger than a random offset's own strongest tokens (equal norm, p > 0.05)"
-    finish(fig, title, note, width=max(560, 60 + 290 * cols), height=panel_height * n_rows + 56 * (n_rows - 1), lift=24)
-    fig.update_xaxes(showticklabels=True, zeroline=True, zerolinecolor="#888888", nticks=5, title_standoff=6)
-    for col in range(1, cols + 1):
-        last = max(i // cols for i in range(len(panels)) if i % cols == col - 1) + 1
-        fig.update_xaxes(title_text="logits" if tokens.scale is not None else "logits (relative)", row=last, col=col)
-    fig.update_layout(margin={"l": 110}, bargap=0.2)
+        note += "; chance: no stronger than a random offset's own strongest tokens (equal norm, p > 0.05)"
+    fig.update_xaxes(
+        zeroline=True, zerolinecolor="#888888", title_text="logits" if tokens.scale is not None else "logits (relative)"
+    )
+    fig.update_layout(bargap=0.2)
+    finish(fig, title, note, panel=(170, 14 + 17 * n), cols=cols, share="x", narrow=90)
     return fig
 
 
@@ -126,12 +122,10 @@ def cosine_figure(frame: pd.DataFrame, *, title: str = "Offsets beside direction
             marker={"color": COLORS[i], "size": 9, "symbol": ("circle", "diamond", "square")[i]}, customdata=heads,
             hovertemplate="%{customdata}: %{y:.3f}<extra>" + COSINES[kind] + "</extra>",
         ))  # fmt: skip
-    note = f"{len(heads)} heads; grey: 95 % of random directions<br>({'; darker: '.join(bands)})"
-    finish(
-        fig, title, note, width=max(520, min(1200, 140 + 26 * len(heads))), height=260, entries=entries, tick_lines=2
-    )
+    note = f"{len(heads)} heads; grey: 95 % of random directions ({'; darker: '.join(bands)})"
     _heads_axis(fig, heads)
     fig.update_yaxes(title_text="cosine", range=[-1.05, 1.05], zeroline=True, zerolinecolor="#888888")
+    finish(fig, title, note, panel=(max(440, min(1120, 26 * len(heads))), 260))
     return fig
 
 
@@ -151,7 +145,7 @@ def leave_one_out_figure(found: LeaveOneOut, *, title: str = "What the adapter l
     fig = go.Figure(go.Bar(
         x=list(range(len(heads))), y=frame["loss"].tolist(), error_y=_bars(frame, "loss", "low", "high"), name="loss",
         marker={"color": BLUE}, customdata=[[h, w, p] for h, w, p in zip(heads, frame["without"], frame["p_holm"], strict=True)],
-        hovertemplate="%{customdata[0]}: loss %{y:.3f}, without it %{customdata[1]:.3f}, Holm p %{customdata[2]:.3g}"
+        hovertemplate="%{customdata[0]}: loss %{y:.1%}, without it %{customdata[1]:.1%}, Holm p %{customdata[2]:.3g}"
         "<extra></extra>",
     ))  # fmt: skip
     for i, text in enumerate(marks):
@@ -160,12 +154,13 @@ def leave_one_out_figure(found: LeaveOneOut, *, title: str = "What the adapter l
             fig.add_annotation(x=i, y=top, text=text, showarrow=False, yanchor="bottom", font={"size": 16})
     n = int(frame["n"].iloc[0])
     note = (
-        f"{found.task} {found.split}, n={n} items; all heads: {float(frame['full'].iloc[0]):.3f}; bars: 95 % over items<br>"
+        f"{found.task} {found.split}, n={n} items; all heads: {float(frame['full'].iloc[0]):.1%}; bars: 95% over items; "
         "* p < 0.05, + p < 0.1: paired test, Holm over heads"
     )
-    finish(fig, title, note, width=max(520, min(1200, 140 + 30 * len(heads))), height=240, tick_lines=2)
     _heads_axis(fig, heads)
-    fig.update_yaxes(title_text=f"loss of {found.metric}", zeroline=True, zerolinecolor="#888888")
+    fig.update_yaxes(title_text=f"loss of {metric_name(found.metric)}", zeroline=True, zerolinecolor="#888888")
+    percent(fig)
+    finish(fig, title, note, panel=(max(440, min(1120, 30 * len(heads))), 240))
     return fig
 
 
@@ -179,15 +174,16 @@ def keep_figure(found: KeepOnly, *, title: str = "Are a few heads enough?") -> g
     check_is(found, KeepOnly, "found", "what analysis.keep_only gives")
     best = pd.DataFrame(found.frame[found.frame["order"] == BEST])
     names = ("best first", f"random order (mean of {found.draws})")
-    hover = "k = %{x}: %{y:.3f}"
+    hover = "k = %{x}: %{y:.1%}"
     fig = go.Figure()
     add_curve(fig, best, "k", "value", ("low", "high"), name=names[0], place=0, hover=hover)
     add_curve(fig, found.curve, "k", "random", ("random_low", "random_high"), name=names[1], place=1, hover=hover)
-    note = f"{found.task} {found.split}, n={int(found.curve['n'].iloc[0])} items; bands: 95 % over items, and draws"
-    finish(fig, title, note, width=520, height=260, entries=names)
+    note = f"{found.task} {found.split}, n={int(found.curve['n'].iloc[0])} items; bands: 95% over items, and draws"
     fig.update_xaxes(zeroline=False, title_text="k (heads whose edits are kept)")
     ticks_at(fig, [float(k) for k in found.curve["k"]])
-    fig.update_yaxes(title_text=found.metric, range=[-0.03, 1.03])
+    fig.update_yaxes(title_text=metric_name(found.metric), range=[-0.03, 1.03])
+    percent(fig)
+    finish(fig, title, note, panel=(450, 260))
     return fig
 
 
@@ -203,17 +199,18 @@ def removal_figure(found: Removal, *, title: str = "Does it need the chosen head
     names = ("chosen heads", f"random heads (mean of {found.draws} draws)")
     for i, side in enumerate(("chosen", "random")):
         band = (f"{side}_low", f"{side}_high")
-        add_curve(fig, curve, "k", side, band, name=names[i], place=1 - i, hover="k = %{x}: %{y:.3f}")
+        add_curve(fig, curve, "k", side, band, name=names[i], place=1 - i, hover="k = %{x}: %{y:.1%}")
     fig.add_hline(y=float(curve["none"].iloc[0]), line={"color": GREY, "dash": "dash", "width": 1.5})
     last = curve.to_dict("records")[-1]
     note = (
-        f"{found.task} {found.split}, n={int(last['n'])} items; dashed: nothing removed; bands: 95 % over items and draws<br>"
-        f"k = {int(last['k'])}: chosen - random {_difference(last)} ({_how(found.how)})"
+        f"{found.task} {found.split}, n={int(last['n'])} items; dashed: nothing removed; bands: 95% over items and draws; "
+        f"k = {int(last['k'])}: chosen - random {_difference(last)} points ({_how(found.how)})"
     )
-    finish(fig, title, note, width=560, height=260, entries=names)
     fig.update_xaxes(title_text="k (heads removed)")
     ticks_at(fig, [float(k) for k in curve["k"]])
-    fig.update_yaxes(title_text=found.metric, range=[-0.03, 1.03])
+    fig.update_yaxes(title_text=metric_name(found.metric), range=[-0.03, 1.03])
+    percent(fig)
+    finish(fig, title, note, panel=(450, 260))
     return fig
 
 
@@ -239,7 +236,7 @@ def removal_bars(
     rows = pd.DataFrame([r.curve.to_dict("records")[-1] for r in found.values()])
     nothing = pd.DataFrame([r.frame.to_dict("records")[0] for r in found.values()])
     at = zip(found.items(), rows["n"].tolist(), rows["k"].tolist(), strict=True)
-    names = [f"{name}<br>({r.metric}, n={n:g}, k={k:g})" for (name, r), n, k in at]
+    names = [f"{name}<br>({metric_name(r.metric)}, n={n:g}, k={k:g})" for (name, r), n, k in at]
     sides = {
         "nothing removed": (nothing["value"], _bars(nothing, "value", "low", "high"), GREY),
         "chosen heads": (rows["chosen"], _bars(rows, "chosen", "chosen_low", "chosen_high"), RED),
@@ -249,18 +246,26 @@ def removal_bars(
     for label, (y, errors, color) in sides.items():
         fig.add_trace(go.Bar(
             x=names, y=y.tolist(), error_y=errors, name=label, marker={"color": color},
-            hovertemplate="%{y:.3f}<extra>" + label + "</extra>",
+            hovertemplate="%{y:.1%}<extra>" + label + "</extra>",
         ))  # fmt: skip
     for name, row in zip(names, rows.to_dict("records"), strict=True):
         fig.add_annotation(
-            x=name, y=1.04, yref="y", text=_difference(row), showarrow=False, yanchor="bottom", font={"size": 11}
+            x=name,
+            y=1.04,
+            yref="y",
+            text=_difference(row),
+            name="over",
+            showarrow=False,
+            yanchor="bottom",
+            font={"size": 11},
         )
     draws = "/".join(dict.fromkeys(str(r.draws) for r in found.values()))
-    note = f"bars: 95 % over items, for random heads over {draws} draws too<br>above: chosen - random, 95 % over sets and items"
-    finish(fig, title, note, width=max(520, 110 + 170 * len(names)), height=280, entries=list(sides), tick_lines=2)
-    fig.update_yaxes(title_text="metric (share of items)", range=[0, 1.18], tickvals=[0, 0.2, 0.4, 0.6, 0.8, 1])
-    fig.update_xaxes(showgrid=False, tickangle=0)
+    note = f"bars: 95% over items, over {draws} draws too for random heads; above: chosen - random in points (95%)"
+    fig.update_yaxes(title_text="metric", range=[-0.02, 1.3], tickvals=[0, 0.25, 0.5, 0.75, 1])
+    percent(fig)
+    fig.update_xaxes(showgrid=False)
     fig.update_layout(barmode="group", bargap=0.25)
+    finish(fig, title, note, panel=(max(440, 170 * len(names)), 280))
     return fig
 
 
@@ -287,11 +292,9 @@ def _few(heads: list[str]) -> list[str]:
 
 def _heads_axis(fig: Any, heads: list[str]) -> None:
     fig.update_xaxes(
-        tickvals=list(range(len(heads))), ticktext=heads, tickangle=0 if len(heads) <= 9 else -90, showgrid=False, zeroline=False,
-        range=[-0.6, len(heads) - 0.4], title_text="head", title_standoff=4,
+        tickvals=list(range(len(heads))), ticktext=heads, showgrid=False, zeroline=False, range=[-0.6, len(heads) - 0.4],
+        title_text="head",
     )  # fmt: skip
-    if len(heads) > 9:
-        fig.update_layout(height=fig.layout.height + 24, margin={"b": fig.layout.margin.b + 24})
 
 
 def _bars(frame: pd.DataFrame, y: str, low: str, high: str) -> dict[str, object]:
@@ -303,8 +306,9 @@ def _bars(frame: pd.DataFrame, y: str, low: str, high: str) -> dict[str, object]
 
 
 def _difference(row: Mapping[Any, Any]) -> str:
-    between = f" [{row['low']:.2f}, {row['high']:.2f}]" if pd.notna(row["low"]) else ""  # few draws are not tested
-    return f"{row['difference']:+.2f}{between}"
+    """In points of per cent, with its interval; few draws are not tested."""
+    between = f" [{100 * row['low']:.0f}, {100 * row['high']:.0f}]" if pd.notna(row["low"]) else ""
+    return f"{100 * row['difference']:+.0f}{between}"
 
 
 def _how(how: str) -> str:

@@ -6,7 +6,8 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from lofit_lens.errors import InputError
-from lofit_lens.plots.curves import GREY, MANY_TICKS, add_curve, counted, finish, need, ticks_at
+from lofit_lens.plots.curves import GREY, MANY_TICKS, add_curve, counted, need, ticks_at
+from lofit_lens.plots.layout import finish
 
 
 def stability_curves(
@@ -25,29 +26,27 @@ def stability_curves(
         frames = {"runs": frames}
     if not frames:
         raise InputError("no tables to draw; give at least one, e.g. {'MQuAKE': stability(scores)}")
-    fig, chance, entries = go.Figure(), {}, []
+    fig, chance = go.Figure(), {}
     for i, (name, frame) in enumerate(frames.items()):
         need(frame, ("k", "jaccard", "lowest", "highest", "expected", "n_runs"), "analysis.stability.stability")
         part = frame.sort_values("k")
         chance.setdefault(tuple(zip(part["k"], part["expected"], strict=True)), []).append(name)
         hover = "K=%{x}: %{y:.3f}, pairs %{customdata[0]:.3f} to %{customdata[1]:.3f}<br>%{customdata[2]:.0f} runs"
         label = f"{name} ({counted(part['n_runs'].tolist(), 'run')})"
-        entries.append(label)
         add_curve(fig, part, "k", "jaccard", ("lowest", "highest"), name=label, place=i, hover=hover,
                   more=("lowest", "highest", "n_runs"))  # fmt: skip
     for points, names in chance.items():
         k, expected = zip(*points, strict=True)
         label = "by chance" if len(chance) == 1 else f"by chance ({', '.join(names)})"
-        entries.append(label)
         fig.add_trace(go.Scatter(
             x=list(k), y=list(expected), mode="lines" if len(k) > 1 else "markers", name=label,
             line={"color": GREY, "dash": "dash", "width": 1.5}, marker={"color": GREY, "symbol": "line-ew-open", "size": 16},
             hovertemplate="K=%{x}: %{y:.3f}<extra>" + label + "</extra>",
         ))  # fmt: skip
-    finish(fig, title, "bands, bars: lowest to highest pair of runs", width=560, height=255, entries=entries)
     fig.update_xaxes(title_text="K (heads)")
     fig.update_yaxes(title_text="Jaccard index of two runs' top K", range=[-0.03, 1.03])
     ks = {k for points in chance for k, _ in points}
     if len(ks) <= MANY_TICKS:
         ticks_at(fig, sorted(ks))
+    finish(fig, title, "bands, bars: lowest to highest pair of runs", panel=(480, 255))
     return fig

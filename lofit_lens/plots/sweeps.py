@@ -5,7 +5,8 @@ import plotly.graph_objects as go
 
 from lofit_lens.checks import check_whole, given
 from lofit_lens.errors import InputError
-from lofit_lens.plots.curves import GREY, add_curve, counted, faded, finish, need, rows_where, ticks_at
+from lofit_lens.plots.curves import GREY, add_curve, counted, faded, need, percent, rows_where, ticks_at
+from lofit_lens.plots.layout import finish
 
 UNTUNED = ("zero-shot", "0-shot", "zero shot", "unmodified", "untuned")
 
@@ -25,16 +26,17 @@ def k_sweep(
     Raises:
         InputError: an empty table, one of another kind, or fewer heads in the model than in a point.
     """
-    x_title = "K (tuned heads)" + (f", and % of all {n_heads_total}" if n_heads_total else "")
+    x_title = "K (tuned heads)" + (f", and share of all {n_heads_total}" if n_heads_total else "")
     check_whole(1, **given(n_heads_total=n_heads_total))
-    fig = _curves(frame, title, metric, x_title, "K", tick_lines=2 if n_heads_total else 1)
+    fig = _curves(frame, metric, x_title, "K")
     x = _tuned(frame)["x"].tolist()
     if n_heads_total is not None and max(x) > n_heads_total:
         raise InputError(
             f"n_heads_total is {n_heads_total}, but a point has K = {max(x):g}; give all heads of the model"
         )
-    share = {k: f"{k:g}<br>{100 * k / n_heads_total:.1f} %" for k in x} if n_heads_total else None
+    share = {k: f"{k:g}<br>{100 * k / n_heads_total:.1f}%" for k in x} if n_heads_total else None
     ticks_at(fig, x, text=share)
+    _finish(fig, frame, title)
     return fig
 
 
@@ -51,8 +53,9 @@ def data_efficiency(
     Raises:
         InputError: an empty table, or one of another kind.
     """
-    fig = _curves(frame, title, metric, "training examples", "n")
+    fig = _curves(frame, metric, "training examples", "n")
     ticks_at(fig, _tuned(frame)["x"].tolist())
+    _finish(fig, frame, title)
     return fig
 
 
@@ -62,7 +65,14 @@ def _tuned(frame: pd.DataFrame) -> pd.DataFrame:
     return tuned if len(tuned) else frame
 
 
-def _curves(frame: pd.DataFrame, title: str, metric: str, x_title: str, letter: str, tick_lines: int = 1) -> go.Figure:
+def _finish(fig: go.Figure, frame: pd.DataFrame, title: str) -> None:
+    tuned = _tuned(frame)
+    seeds, items = (counted(tuned[f"n_{what}s"].tolist(), what) for what in ("seed", "item"))
+    note = f"bands, bars: 95% interval over seeds and items ({seeds}, n={items} per point)"
+    finish(fig, title, note, panel=(480, 250))
+
+
+def _curves(frame: pd.DataFrame, metric: str, x_title: str, letter: str) -> go.Figure:
     need(
         frame,
         ("series", "x", "mean", "low", "high", "lowest", "highest", "n_seeds", "n_items"),
@@ -82,19 +92,17 @@ def _curves(frame: pd.DataFrame, title: str, metric: str, x_title: str, letter: 
             ))  # fmt: skip
         fig.add_trace(go.Scatter(
             x=ends, y=[float(point["mean"])] * 2, mode="lines", line={"color": GREY, "dash": "dash", "width": 2}, name=name,
-            legendgroup=name, hovertemplate="%{y:.3f}<extra>" + name + "</extra>",
+            legendgroup=name, hovertemplate="%{y:.1%}<extra>" + name + "</extra>",
         ))  # fmt: skip
     hover = (
-        letter + "=%{x}: %{y:.3f} [%{customdata[0]:.3f}, %{customdata[1]:.3f}]<br>seeds %{customdata[2]:.3f} to "
-        "%{customdata[3]:.3f}<br>%{customdata[4]} seeds, %{customdata[5]} items"
+        letter + "=%{x}: %{y:.1%} [%{customdata[0]:.1%}, %{customdata[1]:.1%}]<br>seeds %{customdata[2]:.1%} to "
+        "%{customdata[3]:.1%}<br>%{customdata[4]} seeds, %{customdata[5]} items"
     )
     more = ("low", "high", "lowest", "highest", "n_seeds", "n_items")
     for i, name in enumerate(n for n in names if n not in lines):
         part = rows_where(tuned, "series", name, by="x")
         add_curve(fig, part, "x", "mean", ("low", "high"), name=name, place=i, hover=hover, more=more)
-    counts = f"{counted(tuned['n_seeds'].tolist(), 'seed')}, {counted(tuned['n_items'].tolist(), 'item')}"
-    note = f"bands, bars: 95 % interval over seeds and items ({counts} a point)"
-    finish(fig, title, note, width=560, height=250, entries=names, tick_lines=tick_lines)
     fig.update_xaxes(title_text=x_title)
     fig.update_yaxes(title_text=metric)
+    percent(fig)
     return fig

@@ -6,7 +6,8 @@ import plotly.graph_objects as go
 
 from lofit_lens.analysis.transfer import RANDOM, Transfer
 from lofit_lens.checks import check_is
-from lofit_lens.plots.curves import counted, finish
+from lofit_lens.plots.curves import counted, metric_name
+from lofit_lens.plots.layout import finish
 from lofit_lens.plots.style import HEAT
 
 GAP = 0.35  # of a row, between the tasks' heads and random ones
@@ -41,23 +42,24 @@ def transfer_heatmap(transfer: Transfer, *, title: str = "Accuracy with another 
             customdata=[[_hover(s, t, cells.loc[(s, t)]) for t in tasks] for s in part], colorscale=HEAT, zmin=low,
             zmax=max(high, low + 1), xgap=2, ygap=2, showscale=RANDOM not in part, name=part[0],
             hovertemplate="%{customdata}<extra></extra>",
-            colorbar={"title": {"text": "relative accuracy (%)", "side": "right"}, "thickness": 12},
+            colorbar={"title": {"text": "relative accuracy"}, "ticksuffix": "%"}, meta=2,
         ))  # fmt: skip
     first = transfer.frame.drop_duplicates("task").set_index("task")
-    names = [f"{t}<br>({first.loc[t, 'metric']}, n={first.loc[t, 'n_items']})" for t in tasks]
+    names = [f"{t}<br>({metric_name(str(first.loc[t, 'metric']))}, n={first.loc[t, 'n_items']})" for t in tasks]
     wide_cell = max(84, 8 * max(len(part) for n in names for part in n.split("<br>")))
-    left = 64 + 8 * max(len(s) for s in [*sources, "random heads"])
-    seeds = counted(transfer.frame["n_seeds"].tolist(), "seed")
-    note = f"* p < 0.05, + p < 0.1: differs from own heads<br>(paired test over items; {seeds} a cell)"
-    finish(
-        fig, title, note, width=left + wide_cell * len(tasks) + 110, height=max(190, 62 * len(sources)), tick_lines=2
-    )
+    runs = {
+        chance: counted(part["n_seeds"].tolist(), "run")
+        for chance, part in transfer.frame.groupby(transfer.frame["source"].eq(RANDOM))
+    }
+    note = f"* p < 0.05, + p < 0.1: differs from own heads (paired test over items); {runs[False]} per cell"
+    note += f", {runs[True]} with random heads" if True in runs else ""
     fig.update_yaxes(
         title_text="heads chosen for", tickvals=y, ticktext=["random heads" if s == RANDOM else s for s in sources],
         range=[y[-1] + 0.5, -0.5], showgrid=False, zeroline=False,
     )  # fmt: skip
-    fig.update_xaxes(title_text="tuned and tested on", tickvals=tasks, ticktext=names, showgrid=False, tickangle=0)
-    fig.update_layout(margin={"l": left, "r": 90})
+    fig.update_xaxes(title_text="tuned and tested on", tickvals=tasks, ticktext=names, showgrid=False)
+    panel = wide_cell * len(tasks), max(190, 62 * len(sources))
+    finish(fig, title, note, panel=panel, cells=(len(tasks), len(sources)))
     return fig
 
 

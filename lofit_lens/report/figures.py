@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 
 from lofit_lens import io
 from lofit_lens.analysis.layers import layer_shares
@@ -33,12 +34,14 @@ from lofit_lens.experiments.tables.paper_tables import paper_tables
 from lofit_lens.experiments.tables.results import LOFIT, ZERO, Results
 from lofit_lens.heads import HeadScores, HeadSet
 from lofit_lens.models import ORGANISM
+from lofit_lens.plots.curves import metric_name
 from lofit_lens.plots.heads import head_grid
 from lofit_lens.plots.layers import layer_distribution
+from lofit_lens.plots.layout import say
 from lofit_lens.plots.methods import method_bars
 from lofit_lens.plots.overlap import agreement_curves, overlap_heatmap
+from lofit_lens.plots.saving import FORMATS, check_formats, many_figures, save_figure
 from lofit_lens.plots.stability import stability_curves
-from lofit_lens.plots.style import FORMATS, check_formats, many_figures, save_figure
 from lofit_lens.plots.sweeps import data_efficiency, k_sweep
 from lofit_lens.plots.transfer import transfer_heatmap
 from lofit_lens.report.drawn import Drawn, short_names
@@ -51,10 +54,12 @@ log = logging.getLogger(__name__)
 Draw = Callable[[Results], Iterator[Drawn]]
 """A study's results -> figures with their tables; InputError where the study lacks the runs for it."""
 
+Restyle = Callable[[go.Figure], go.Figure]
+
 
 def draw_all(
     results: Results, out: str | Path, *, formats: Sequence[str] = FORMATS, heads: str | Path | None = None,
-    more: Sequence[Draw] = (),
+    more: Sequence[Draw] = (), restyle: Restyle | None = None,
 ) -> list[Path]:  # fmt: skip
     """Write every figure and table for which the study has runs.
 
@@ -64,6 +69,7 @@ def draw_all(
         formats: of the figures; see `save_figure`.
         heads: folder with the official code's head files, for Figure 3 and the overlaps from real heads.
         more: figures of one's own.
+        restyle: what is done to each figure before it is written, e.g. `partial(for_paper, paper="icml")`.
 
     Returns:
         The files.
@@ -80,15 +86,18 @@ def draw_all(
         log.warning("%s is left out: the study has no runs for it", name)
     for table in tables:
         files += table.save(out)
-    return files + save_all((*figures(results, more), *official), out, formats=formats)
+    return files + save_all((*figures(results, more), *official), out, formats=formats, restyle=restyle)
 
 
-def save_all(drawn: Iterable[Drawn], out: str | Path, *, formats: Sequence[str] = FORMATS) -> list[Path]:
+def save_all(
+    drawn: Iterable[Drawn], out: str | Path, *, formats: Sequence[str] = FORMATS, restyle: Restyle | None = None
+) -> list[Path]:
     """Write figures with their tables beside them; see `save_figure`."""
     files: list[Path] = []
     with many_figures(formats):
         for d in drawn:
-            files += save_figure(d.figure, Path(out) / d.name, data=d.data, formats=formats)
+            figure = restyle(d.figure) if restyle else d.figure
+            files += save_figure(figure, Path(out) / d.name, data=d.data, formats=formats)
     return files
 
 
@@ -142,8 +151,8 @@ def head_grids(results: Results, known: Mapping[str, HeadSet] | None = None) -> 
     marked = {name: known[short[t]] for name, (t, _) in keys.items() if short[t] in known}
     tasks = {t for t, _ in keys.values()}
     title = "Which heads each task uses: A-norm after step 1" if len(tasks) == len(keys) else f"Heads for {tasks.pop()}"
-    title = f"{title} (seed {results.seeds[0]})"
-    yield Drawn("head_grid", head_grid(scores, chosen, marked=marked, title=title), frame)
+    fig = head_grid(scores, chosen, marked=marked, scale="panel", title=title)
+    yield Drawn("head_grid", say(fig, _seed(results)), frame)
 
 
 def layers(results: Results) -> Iterator[Drawn]:
@@ -151,7 +160,7 @@ def layers(results: Results) -> Iterator[Drawn]:
     sets = compared_sets(results)
     shares = layer_shares(sets, results.model.n_layers)
     fig = layer_distribution(sets, n_layers=results.model.n_layers, title="Chosen heads by layer")
-    yield Drawn("fig3_layers", fig, shares)
+    yield Drawn("fig3_layers", say(fig, _seed(results)), shares)
 
 
 def _overlap(results: Results) -> Iterator[Drawn]:
@@ -159,7 +168,7 @@ def _overlap(results: Results) -> Iterator[Drawn]:
     if len(sets) > 1:
         frame = overlap(sets)
         title = f"{results.model.name}: heads shared by tasks"
-        yield Drawn("overlap_tasks", overlap_heatmap(frame, "shared", title=title), frame)
+        yield Drawn("overlap_tasks", say(overlap_heatmap(frame, "shared", title=title), _seed(results)), frame)
     by, names = {t: scores_by(results, t) for t in results.tasks}, short_names(results.tasks)
     selected = {
         f"{names[t]}: {name}": s.top(results.k(t))
@@ -170,7 +179,7 @@ def _overlap(results: Results) -> Iterator[Drawn]:
     if len(selected) > 1:
         frame = overlap(selected)
         title = f"{results.model.name}: overlap of tasks and selectors"
-        yield Drawn("overlap_selectors", overlap_heatmap(frame, "jaccard", title=title), frame)
+        yield Drawn("overlap_selectors", say(overlap_heatmap(frame, "jaccard", title=title), _seed(results)), frame)
 
 
 def _agreement(results: Results) -> Iterator[Drawn]:
@@ -186,7 +195,8 @@ def _agreement(results: Results) -> Iterator[Drawn]:
     for other in dict.fromkeys(p["other"].iloc[0] for p in parts):
         frame = pd.concat([p for p in parts if p["other"].iloc[0] == other], ignore_index=True)
         name = f"agreement_{other.replace(' ', '_')}"
-        yield Drawn(name, agreement_curves(frame, title=f"Heads shared by {OWN} and {other}"), frame)
+        fig = agreement_curves(frame, title=f"Heads shared by {OWN} and {other}")
+        yield Drawn(name, say(fig, _seed(results)), frame)
 
 
 def _stability(results: Results) -> Iterator[Drawn]:
@@ -219,7 +229,7 @@ def transfer(results: Results) -> Transfer:
 
 def _transfer(results: Results) -> Iterator[Drawn]:
     found = transfer(results)
-    yield Drawn("fig2_transfer", transfer_heatmap(found), found.frame)
+    yield Drawn("fig2_transfer", say(transfer_heatmap(found), _ks(results, results.tasks)), found.frame)
 
 
 def _k_sweep(results: Results) -> Iterator[Drawn]:
@@ -250,9 +260,9 @@ def _data_efficiency(results: Results) -> Iterator[Drawn]:
         if len(found) == 1:
             continue
         frame = sweep(found).assign(task=task)
-        fig = data_efficiency(
-            frame, metric=results.metric(task).upper(), title=f"{task}: accuracy by training examples"
-        )
+        metric = metric_name(results.metric(task))
+        fig = data_efficiency(frame, metric=metric, title=f"{task}: accuracy by training examples")
+        fig = say(fig, f"heads: {_ks(results, [task])}")
         drawn = True
         yield Drawn(f"fig4_data_{names[task]}", fig, frame)
     if not drawn:
@@ -284,7 +294,16 @@ def _methods(results: Results) -> Iterator[Drawn]:
 
 
 def _series(results: Results, task: str) -> str:
-    return f"{task} ({results.metric(task).upper()})"
+    return f"{task} ({metric_name(results.metric(task))})"
+
+
+def _seed(results: Results) -> str:
+    return f"seed {results.seeds[0]}"
+
+
+def _ks(results: Results, tasks: Iterable[str]) -> str:
+    """`K=3`, or `K=3 or 16` where tasks differ."""
+    return f"K={' or '.join(dict.fromkeys(str(results.k(t)) for t in tasks))}"
 
 
 FIGURES: tuple[Draw, ...] = (
