@@ -15,10 +15,8 @@ class Marked(str):
     An adapter at `positions="row"` acts on the tokens that overlap a mark, whichever tokenizer makes them. What a tokenizer puts
     in front of a text (BOS) has no characters and is never marked.
 
-    Args:
-        text: the prompt.
-        positions: what is marked: `[start, end]` in characters, the end left out, or a text that stands in the prompt once; or
-            a list of these.
+    `Marked(text, positions)`: `text` is the prompt, and `positions` says what of it is marked: `[start, end]` in characters, the
+    end left out, or a text that stands in the prompt once; or a list of these.
 
     Attributes:
         spans: (start, end) of each mark, in characters.
