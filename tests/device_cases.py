@@ -299,14 +299,19 @@ def what_heads_do(model, folder):
     return seen.to_dict(), moved.layers, moved.heads
 
 
-@case("leave_one_out", "keep_only", "removal", "drop_edits", of_others=True)
+@case("answer_patching", "leave_one_out", "keep_only", "removal", "drop_edits", of_others=True)
 def needed(model, folder):
     lofit, options = random_adapter(model).to(models.device_of(model)), {"limit": 1, **QUIET}
+    rows = [
+        {"prompt": f"who is {p}?", "answer": a} for p, a in zip(PLACES, [" it", " it", " Ann", " Ann"], strict=False)
+    ]
+    task = Task.from_records("answers", train=rows, test=rows)
     return [
         analysis.leave_one_out(model, OPTIONS, lofit, **options),
         analysis.keep_only(model, OPTIONS, lofit, ks=[1], draws=1, **options),
         analysis.removal(model, OPTIONS, HeadSet(["L0H0"]), adapter=lofit, draws=1, **options),
         analysis.drop_edits(model, OPTIONS, lofit, HeadSet(["L0H3"]), draws=1, **options),
+        analysis.answer_patching(model, task, CHOSEN, adapter=lofit, draws=1, progress=False),
     ]
 
 

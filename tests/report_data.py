@@ -17,6 +17,8 @@ from lofit_lens.explorer.source import read_source
 from lofit_lens.heads import HeadScores, HeadSet
 
 HOSTILE = "</script><script>window.pwned=1</script> </SCRIPT> <!-- <b>bold</b> & \u2028 \u2029 \u00e9"
+# The same text as a token is shown.
+SHOWN = "</script><script>window.pwned=1</script>␣</SCRIPT>␣<!--␣<b>bold</b>␣&␣<U+2028>␣<U+2029>␣\u00e9"
 TRUTH = ["L0H0", "L1H1", "L2H2", "L0H3", "L1H0"]
 EDITS = ["L1H1", "L0H0", "L2H3", "L2H2", "L0H1"]
 SHAPE = (3, 4)

@@ -76,11 +76,11 @@ def assert_same(found, wanted, where=""):
 
 
 PARTS = ("", ".analysis", ".evaluation", ".interventions", ".models", ".probing", ".training")
-# They make no tensor, are run by every case, or run nothing but other functions that have a case.
+# They make no tensor, are run by every case, run nothing but other functions that have a case, or need other tools.
 NEED_NONE = {
     "backend_of", "before_each_pass", "declared", "device_of", "explore", "export_circuit", "frozen", "head_layers",
-    "is_processed", "is_watched", "laid_out", "layout_of", "load_results", "not_finite", "paper_grid",
-    "positions_of", "tokenizer_of", "value_biases_folded", "why_not_finite",
+    "inspect_model", "is_processed", "is_watched", "laid_out", "layout_of", "lm_eval_model", "load_results", "not_finite",
+    "paper_grid", "positions_of", "tokenizer_of", "value_biases_folded", "why_not_finite",
 }  # fmt: skip
 
 

@@ -207,8 +207,13 @@ def test_the_vectors_by_hand(loaded, hf, tmp_path):
 
 def test_vectors_that_differ_are_not_written(loaded, tmp_path, monkeypatch):
     """By one percent."""
-    good = steered.rearrange
-    monkeypatch.setattr(steered, "rearrange", lambda x, how: good(x, how) * 1.01)
+    good = steered.biases_of
+
+    def off(*args, **kwargs):
+        outputs, biases = good(*args, **kwargs)
+        return outputs, {layer: 1.01 * b for layer, b in biases.items()}
+
+    monkeypatch.setattr(steered, "biases_of", off)
     with pytest.raises(ModelError, match=r"vectors for .*v.pt do differs from the hooked model by .*not kept"):
         export_steered(random_adapter(loaded("llama", "bridge"), A=0.0), tmp_path / "v.pt")
     assert not list(tmp_path.iterdir())
@@ -218,7 +223,7 @@ def test_what_no_vector_can_say_is_refused(loaded, tmp_path):
     """Scalings, positions, another ending, an existing file; nothing is written."""
     model = loaded("llama", "bridge")
     for adapter, name, said in (
-        (random_adapter(model), "v.pt", "scales heads' outputs, and a steering vector only adds"),
+        (random_adapter(model), "v.pt", "scales heads' outputs, and a bias only adds"),
         (random_iti(model).with_positions("answer"), "v.pt", "acts at the positions 'answer' alone"),
         (random_adapter(model, A=0.0), "v.bin", "does not end in .pt"),
     ):

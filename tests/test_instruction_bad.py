@@ -95,7 +95,9 @@ def test_unknown_sources_and_forms_are_refused(tmp_path):
         load_task("siqa", form="choices", data_dir=tmp_path)
     with pytest.raises(InputError, match="siqa has no folds"):
         load_task("siqa", fold=0, data_dir=tmp_path)
-    for name in ("mquake", "truthfulqa", "mmlu"):
+    with pytest.raises(InputError, match="unknown source 'hub'; allowed: files, unflagged, flagged-apart"):
+        load_task("mquake", source="hub")
+    for name in ("truthfulqa", "mmlu"):
         with pytest.raises(InputError, match=rf"{name} has one source; leave source out \(got 'hub'\)"):
             load_task(name, source="hub")
 

@@ -51,7 +51,7 @@ def apart(loaded):
     return alone
 
 
-def assert_equal_runs(got, want, within=1e-5):
+def assert_equal_runs(got, want, within=5e-5):
     for one, other in zip(got, want, strict=True):
         assert len(one.meta.history) == len(other.meta.history)
         for a, b in zip(one.meta.history, other.meta.history, strict=True):

@@ -32,7 +32,7 @@ from tests.test_borders import ANSWERS, PROMPTS
 
 # --------------------------------------------------------------------------------------- answers that are out of reach
 
-UNREACHED = {"last": 3, "answer": 2}  # of the answers below: one of two tokens, two of one token
+UNREACHED = {"last": 3, "answer": 2, "second": 3}  # of the answers below: one of two tokens, two of one token
 
 CHOICES = [
     {"prompt": "Q: Ann?", "options": [" Rome is", " a"], "answer": " a"},
@@ -42,7 +42,8 @@ CHOICES = [
 
 @pytest.mark.parametrize("name", POSITIONS)
 def test_answers_out_of_reach_are_counted(llama, caplog, name):
-    """An edit of the last position never counts, one from the answer on not for answers of one token; others reach them all."""
+    """An edit of the last position never counts, one from the answer on not for answers of one token, one after its first not
+    for those of two; others reach them all."""
     tokenizer, asked = tokenizer_of(llama), [[" Rome is", " a"], [" b"]]
     encoded = [encode_continuations(tokenizer, p, a) for p, a in zip(["Q: Ann?", "Q: who?"], asked, strict=True)]
     assert [[e.n_labels for e in answers] for answers in encoded] == [[2, 1], [1]]
@@ -81,11 +82,11 @@ def test_nothing_is_counted_where_something_acts_everywhere(llama, caplog):
 
 @pytest.mark.parametrize("name", POSITIONS)
 def test_results_hold_the_count(llama, name):
-    """EvalResult.counted: 4 options, 2 of them one token."""
+    """EvalResult.counted: 4 options, two of one token, one of two."""
     task = Task.from_records("t", train=CHOICES, test=CHOICES)
     with shift_of(llama, name).attached(llama):
         result = ll.evaluate(llama, task, progress=False)
-    expected = {"last": 4, "answer": 2}.get(name)
+    expected = {"last": 4, "answer": 2, "second": 3}.get(name)
     assert result.counted.get("answers that the edit cannot reach") == expected
     assert "answers that the edit cannot reach" not in ll.evaluate(llama, task, progress=False).counted
 

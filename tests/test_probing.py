@@ -425,20 +425,20 @@ def pairs_task(n, **splits):
 
 def test_without_validation_rows_whole_questions_are_held_out():
     """A fifth of 12 rows is 2: both statements of each, drawn by seed, and none of theirs is fitted on."""
-    fit, val, held = inner._split(pairs_task(12), None, 1)
+    fit, val, held = inner._split(pairs_task(12), None, 1, None)
     assert held == 2
     assert sorted([*fit, *val], key=str) == sorted(statements(pairs_task(12), "train", seed=1), key=str)
     assert len(val) == 4
     assert not {s.row for s in fit} & {s.row for s in val}
-    assert inner._split(pairs_task(12), None, 1)[1] == val
-    assert len({frozenset(s.row for s in inner._split(pairs_task(12), None, seed)[1]) for seed in range(8)}) > 2
-    assert inner._split(pairs_task(2), None, 1)[2] == 1
+    assert inner._split(pairs_task(12), None, 1, None)[1] == val
+    assert len({frozenset(s.row for s in inner._split(pairs_task(12), None, seed, None)[1]) for seed in range(8)}) > 2
+    assert inner._split(pairs_task(2), None, 1, None)[2] == 1
 
 
 def test_validation_rows_validate():
     """The validation split's statements, all of them, however few rows are drawn to fit on."""
     task = pairs_task(12, val=rows(3, 80))
-    fit, val, held = inner._split(task, 5, 1)
+    fit, val, held = inner._split(task, 5, 1, None)
     assert fit == statements(task, "train", n=5, seed=1)
     assert val == statements(task, "val", seed=1)
     assert held == 0
@@ -449,7 +449,7 @@ def test_validation_rows_without_a_wrong_answer_are_replaced(caplog):
     answers = [{"prompt": f"Q: {i}?", "answer": f" {i}"} for i in range(10)]
     task = Task.from_records("said", train=answers, val=[{"prompt": "Q: x?", "answer": " x"}], test=answers[:1])
     with caplog.at_level(logging.WARNING):
-        _, val, held = inner._split(task, None, 1)
+        _, val, held = inner._split(task, None, 1, None)
     assert held == 2
     assert len(val) == 4
     assert "held-out training rows" in caplog.text

@@ -122,7 +122,7 @@ def test_another_reading_where_what_it_depends_on_changes(study_folder, bridge_l
 
 
 def test_records_come_back_as_they_were(results):
-    """Every part's record gives the object that writes the same record."""
+    """Every part's record gives the object that writes the same record; patched answers are a control of localisation only."""
     kinds = set()
     for task, parts in results.readings().items():
         for name, part in parts.items():
@@ -131,7 +131,7 @@ def test_records_come_back_as_they_were(results):
             kinds.add(part["kind"])
             again = json.loads(json.dumps(restored(part, task).to_dict()))
             assert again == part, (task, name)
-    assert kinds == set(KINDS)
+    assert kinds == set(KINDS) - {"lofit_lens.AnswerPatching"}
 
 
 def test_a_column_without_a_number_is_one_of_nan():

@@ -137,7 +137,7 @@ def test_opening_a_head(shown):
         "norm of the offset v0.75"
     ]
     tokens = b.js("[...document.querySelectorAll('.llx-tokens li')].map(e => e.textContent)")
-    assert tokens == [" Paris+2.50", "\u21b5+1.25", f"{report_data.HOSTILE}-1.50"]
+    assert tokens == ["␣Paris+2.50", "\u21b5+1.25", f"{report_data.SHOWN}-1.50"]
     assert b.js("document.querySelectorAll('.llx-attention td[title]').length") == 6
     assert b.js("document.querySelectorAll('.llx-which option').length") == 2
     panel, cell = place(b, ".llx-panel"), place(b, L1H1)

@@ -52,7 +52,7 @@ def test_yaml_and_python_give_the_same_grid(read):
     ("text", "message"),
     [
         ("runs: [{settings: {lrr: 1}}]", r"runs.0: settings of LoFiT: no field 'lrr'; did you mean 'lr'\? Allowed: lr, epochs, "),
-        ("runs: [{method: ITI, settings: {lr: 1}}]", r"settings of ITI: no field 'lr'; Allowed: alpha$"),
+        ("runs: [{method: ITI, settings: {lr: 1}}]", r"settings of ITI: no field 'lr'; Allowed: alpha, answer_from, full_stop$"),
         ("runs: [{method: zero-shot, settings: {lr: 1}}]", r"no field 'lr'; Allowed: none$"),
         ("runs: [{metod: ITI}]", r"grid.yaml: runs.0: no field 'metod'; did you mean 'method'\?"),
         ("run: []", r"no field 'run'; did you mean 'runs'\?"),
