@@ -16,6 +16,7 @@ import measure
 import record
 
 from lofit_lens import load_results, load_task, run_grid
+from lofit_lens.analysis.measure import records
 from lofit_lens.analysis.overlap import overlap
 from lofit_lens.experiments.grid.specs import CHOSEN, Grid, ModelSpec, Run, TaskSpec
 from lofit_lens.experiments.methods.base import OWN
@@ -33,11 +34,11 @@ def found(results: Results, task: str) -> dict[str, Any]:
     for seed in results.seeds:
         own = results.adapter(task, seed=seed).heads
         gates = results.scores[task, GATES, seed].top(len(own))
-        row = overlap({"LoFiT": own, "JoLA": gates}, shape=results.model.grid).iloc[0]
+        row = records(overlap({"LoFiT": own, "JoLA": gates}, shape=results.model.grid))[0]
         names = ("shared", "expected", "p_hypergeometric", "expected_layer", "p_layer")
-        heads[str(seed)] = {"LoFiT": str(own), "JoLA": str(gates), **{n: float(row[n]) for n in names}}
+        heads[str(seed)] = {"LoFiT": str(own), "JoLA": str(gates), **{n: row[n] for n in names}}
     edited = {m.method: [len(r.heads.split()) for r in m.runs] for m in table.methods}
-    return {"table": table.to_frame().to_dict("records"), "edited heads": edited, "heads": heads}
+    return {"table": records(table.to_frame()), "edited heads": edited, "heads": heads}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
