@@ -89,7 +89,7 @@ test-browser: $(READY)
 TL4_TESTS := $(patsubst %,tests/test_%.py,ablation adapters_base architectures attach attached attention borders carrier \
   checkpointing contrast decoding device_counts evaluation experiments folded folded_slots fused fused_proof gguf \
   heads_where_they_are hook_access iti jola lofit logit_lens lora loreft many models not_finite odd_checkpoints passes \
-  patching planned probing red repe scored scoring selectors sharded smollm2 steps tokens trained_methods training \
+  patching planned post_block probing red repe scored scoring selectors sharded smollm2 steps tokens trained_methods training \
   vllm wrong_uses)
 
 test-tl4: $(TL4_READY)

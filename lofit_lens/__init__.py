@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         Lofit,
         Lora,
         LoReft,
+        PostBlock,
         Red,
         RepE,
         attached,
@@ -83,7 +84,7 @@ _HOMES = {
     "explorer": "explore",
     "heads": "Head HeadScores HeadSet",
     "interventions": (
-        "ITI ContrastVectors Intervention LoReft Lofit Lora Red RepE attached edit_z load_adapter load_lora"
+        "ITI ContrastVectors Intervention LoReft Lofit Lora PostBlock Red RepE attached edit_z load_adapter load_lora"
     ),
     "models": "Positions load_model model_info",
     "probing": "fit_probes probe_heads reading_vectors",
@@ -117,12 +118,12 @@ def __dir__() -> list[str]:
 __version__ = "0.1.0"
 
 __all__ = [
-    "ITI", "PLAIN", "ContrastVectors", "Damage", "EvalResult", "Grid", "Head", "HeadScores", "HeadSet", "Intervention",
-    "LoReft", "Lofit", "LofitRun", "Lora", "Method", "Passes", "Positions", "Preset", "Red", "RepE", "Task", "TrainConfig",
+    "ITI", "PLAIN", "ContrastVectors", "Damage", "EvalResult", "Grid", "Head", "HeadScores", "HeadSet", "Intervention", "LoReft",
+    "Lofit", "LofitRun", "Lora", "Method", "Passes", "Positions", "PostBlock", "Preset", "Red", "RepE", "Task", "TrainConfig",
     "attached", "compare", "compare_methods", "compare_selectors", "damage", "edit_z", "evaluate", "explore", "export_circuit",
     "export_folded", "export_peft", "export_steered", "export_svec", "fit", "fit_probes", "generate", "import_folded",
-    "import_lofit", "import_svec", "inspect_model", "learned_scores", "lm_eval_model", "load_adapter", "load_lora",
-    "load_model", "load_results", "load_task", "localisation", "model_info", "over_seeds", "paper_grid", "parameter_counts",
-    "preset", "probe_heads", "read_grid", "reading_vectors", "run_grid", "select_heads", "to_vllm", "tune_many", "tune_method",
+    "import_lofit", "import_svec", "inspect_model", "learned_scores", "lm_eval_model", "load_adapter", "load_lora", "load_model",
+    "load_results", "load_task", "localisation", "model_info", "over_seeds", "paper_grid", "parameter_counts", "preset",
+    "probe_heads", "read_grid", "reading_vectors", "run_grid", "select_heads", "to_vllm", "tune_many", "tune_method",
     "tune_offsets", "tune_scalings",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Checks of what a user gives, each of them one line in the function that takes it."""
+"""Checks of user input, each called in one line by the function that takes the input."""
 
 import importlib
 import math
@@ -9,11 +9,11 @@ import numpy as np
 
 from lofit_lens.errors import DataError, InputError, unknown
 
-LARGEST_SEED = 2**32 - 1  # what numpy and scikit-learn take
+LARGEST_SEED = 2**32 - 1  # the largest that numpy and scikit-learn accept
 
 
 def optional(module: str, what: str, extra: str) -> Any:
-    """Import a module of a package that an extra of this one installs.
+    """Import a module of an optional package, which one of lofit-lens' extras installs.
 
     Raises:
         InputError: it is not installed; names the extra.
@@ -25,7 +25,7 @@ def optional(module: str, what: str, extra: str) -> Any:
 
 
 def given(**values: Any) -> dict[str, Any]:
-    """The values that are not None, for a check of arguments that may be left out."""
+    """Return the values that are not None, so that optional arguments can be checked."""
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -39,11 +39,11 @@ def check_whole(least: int, most: int | None = None, /, **values: Any) -> None:
 
 
 def check_seed(seed: Any) -> None:
-    """Raise InputError unless it is a seed that every generator takes. None would draw other numbers at each run."""
+    """Raise InputError unless every generator accepts the seed. None is refused: each run would draw different numbers."""
     check_whole(0, LARGEST_SEED, seed=seed)
     if isinstance(seed, np.integer):
         raise InputError(
-            f"seed is {seed!r}, a number of numpy's, which not every generator and no file takes; give int(seed)"
+            f"seed is {seed!r}, a numpy number, which some generators and all files refuse; give int(seed)"
         )
 
 
@@ -74,10 +74,10 @@ def check_one_of(kind: str, value: Any, allowed: Iterable[str], *, hint: str = "
 
 
 def texts_of(name: str, texts: Any) -> list[str]:
-    """A list of texts; one text alone counts as a list of it.
+    """Return a list of texts; a single text becomes a list of one.
 
     Raises:
-        InputError: something else than texts.
+        InputError: anything but texts.
     """
     if isinstance(texts, str):
         return [texts]
@@ -86,17 +86,17 @@ def texts_of(name: str, texts: Any) -> list[str]:
     listed = list(texts)
     for i, text in enumerate(listed):
         if not isinstance(text, str):
-            raise InputError(f"{name} holds {shown(text)} at place {i}; give a list of texts")
+            raise InputError(f"{name} holds {shown(text)} at index {i}; give a list of texts")
     return listed
 
 
 def records_of(where: str, rows: Any) -> list[Any]:
-    """Rows as a list; a table of pandas gives its rows.
+    """Return rows as a list; a pandas table gives its rows.
 
     Raises:
-        DataError: no list of rows.
+        DataError: not a list of rows.
     """
-    if hasattr(rows, "to_dict"):  # a table's own iteration gives the names of its columns
+    if hasattr(rows, "to_dict"):  # iterating over a table gives its column names
         rows = rows.to_dict("records")
     if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Iterable):
         raise DataError(
@@ -106,7 +106,7 @@ def records_of(where: str, rows: Any) -> list[Any]:
 
 
 def shown(value: Any) -> str:
-    """A value in an error: short ones as they are written, others by their class."""
+    """Show a value in an error message: a short one as written, any other by its class."""
     simple = isinstance(value, str | bytes | int | float | complex | tuple | list | dict | set) or value is None
     written = repr(value) if simple else ""
     if 0 < len(written) <= 60:

@@ -17,15 +17,15 @@ class DataError(InputError):
 
 
 class NewerData(DataError):
-    """A file was written by a later version of this library, which is to be updated."""
+    """A file was written by a later version of this library; the installed version must be updated."""
 
 
 class DiskFull(InputError):
-    """A file could not be written since no space is left; what was there is as it was. The same command goes on later."""
+    """A file could not be written because no space is left; existing files are unchanged, and the same command resumes later."""
 
 
 class ModelError(InputError):
-    """A model cannot be loaded correctly by the class asked for, or its heads cannot be reached."""
+    """The requested class cannot load a model correctly, or the model's heads cannot be reached."""
 
 
 class AdapterError(InputError):
@@ -53,7 +53,7 @@ def unknown(kind: str, name: object, allowed: Iterable[object], *, hint: str = "
 
 
 def no_field(name: str, allowed: Iterable[str]) -> InputError:
-    """Build the error for a field that a record does not have, with the nearest one that it has."""
+    """Build the error for a field that a record does not have, with the nearest one that it does have."""
     names = list(allowed)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     guess = f"; did you mean {near[0]!r}?" if near else ";"

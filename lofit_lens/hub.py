@@ -1,6 +1,6 @@
-"""The Hugging Face hub: files come down at one commit, and go up in one commit.
+"""The Hugging Face hub: download files at one commit, upload them in one commit.
 
-Everything goes through huggingface_hub, which is imported when the hub is first asked for.
+Everything goes through huggingface_hub, which is imported only when the hub is first used.
 """
 
 import contextlib
@@ -19,18 +19,18 @@ UNREACHABLE = (
     "ConnectError",
     "ConnectTimeout",
     "ConnectionError",
-)  # by name: the HTTP package under huggingface_hub changes
+)  # by name: huggingface_hub changed its HTTP package
 ASK_SECONDS = 10  # how long the hub may take to name a commit, before the cache is read instead
 LOG_IN = "log in (`hf auth login`), or give a token (token=, or HF_TOKEN in the environment)"
 
 
 def commit_of(revision: str | None) -> str | None:
-    """A revision if it is a commit of the hub, else None: a branch, a tag, a local folder's checksum, or not known."""
+    """Return a revision if it is a commit on the hub, else None (a branch, a tag, a local folder's checksum, or unknown)."""
     return revision if revision and _COMMIT.fullmatch(revision) else None
 
 
 def leads_out(path: Path) -> Path | None:
-    """Where a link leads that leaves its folder, else None; links of the hub's cache to its own blobs stay in it."""
+    """Return the target of a link that leaves its folder, else None; the hub cache's links to its own blobs are allowed."""
     folder, real = path.parent.resolve(), path.resolve()
     of_the_hub = folder.parent.name == "snapshots" and real.parent == folder.parents[1] / "blobs"
     return None if real.parent == folder or of_the_hub else real
@@ -39,7 +39,7 @@ def leads_out(path: Path) -> Path | None:
 def fetched(
     name: str | Path, *, files: Sequence[str], revision: str | None = None, token: str | None = None
 ) -> tuple[Path, str]:
-    """A folder that holds the files of a local folder, or of a repository of models on the hub.
+    """Return a folder with the wanted files: a local one, or a model repository downloaded from the hub.
 
     Args:
         name: a local folder, or a hub id (`"user/repo"`). A `Path` is never looked up on the hub.
@@ -48,8 +48,8 @@ def fetched(
         token: of a Hugging Face account; None = the one that is logged in, if any.
 
     Returns:
-        The folder, and where it comes from: `"user/repo@commit"`, or `""` for a local folder. Fetched files are kept in
-        Hugging Face's cache, and are used again where the hub cannot be reached.
+        The folder, and where it comes from: `"user/repo@commit"`, or `""` for a local folder. Downloaded files are kept in
+        Hugging Face's cache, which also serves them when the hub cannot be reached.
 
     Raises:
         InputError: no such folder or repository, no such revision, no access, no connection, or none of the files there.
@@ -82,13 +82,13 @@ def fetched(
 
 @contextlib.contextmanager
 def read_at(name: str, revision: str | None) -> Iterator[str | None]:
-    """Yield the commit at which a model of the hub is read, for the length of a load.
+    """Yield the commit at which a hub model is read, for the duration of a load.
 
-    The hub is asked for it once. Where it cannot be reached, the copy in the cache is read without asking again, and a warning
-    says so: Hugging Face would ask for every file, which takes minutes.
+    The hub is asked once. If it cannot be reached, a warning says so and the cached copy is read without asking again:
+    Hugging Face would ask for every file, which takes minutes.
 
     Raises:
-        InputError: no id of a repository, no such repository or revision, no access, or no connection and nothing in the cache.
+        InputError: an invalid repository id, no such repository or revision, no access, or no connection and nothing cached.
     """
     from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError
@@ -131,24 +131,24 @@ def pushed(
     message: str | None = None,
     token: str | None = None,
 ) -> str:
-    """Upload the files of a folder in one commit: all of them or none. The repository is made if it is not there.
+    """Upload the files of a folder in one commit: all of them or none. A missing repository is created.
 
     Files of the same names are replaced, others stay.
 
     Args:
-        folder: that holds the files; folders in it are left out.
+        folder: holds the files; subfolders are left out.
         repo_id: `"user/repo"`.
-        private: nobody else may read it; an existing public repository is then refused. Without it a new one is as the account's
-            or organisation's default, mostly public, and an existing one stays as it is.
-        revision: branch, made if it is not there; None = main.
-        message: of the commit.
+        private: make a new repository private and refuse an existing public one. Otherwise a new one follows the account's
+            or organization's default (usually public), and an existing one stays as it is.
+        revision: branch, created if missing; None = main.
+        message: commit message.
         token: of a Hugging Face account; None = the one that is logged in.
 
     Returns:
         URL of the commit.
 
     Raises:
-        InputError: not an id of that form, a commit as revision, no right to write there, an existing public repository
+        InputError: an invalid id, a commit as revision, no write access, an existing public repository
             (with `private`), or no connection.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -168,7 +168,7 @@ def pushed(
         api.create_repo(repo_id, private=private or None, exist_ok=True)
         if private and not api.model_info(repo_id).private:
             raise InputError(
-                f"{repo_id} is there already and is public, so nothing was uploaded; make it private on the hub, or give "
+                f"{repo_id} exists already and is public, so nothing was uploaded; make it private on the hub, or give "
                 "another name"
             )
         if revision is not None and not revision.startswith("refs/"):
@@ -184,7 +184,7 @@ def pushed(
 
 
 def _refusal(e: Exception, name: str, revision: str | None, verb: str) -> InputError:
-    """What went wrong at the hub, and what to do, in one sentence."""
+    """Build the error that says what went wrong at the hub and what to do."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -205,7 +205,9 @@ def _refusal(e: Exception, name: str, revision: str | None, verb: str) -> InputE
     failed = f"cannot {verb} {name}{f' at {revision!r}' if revision else ''}: "
     if isinstance(e, GatedRepoError):
         return InputError(f"{failed}it is gated. Ask for access at {page}, then {LOG_IN}")
-    hidden = fetching and status == 401 and "Invalid credentials" not in str(e)  # what a stranger is told of both
+    hidden = (
+        fetching and status == 401 and "Invalid credentials" not in str(e)
+    )  # what the hub tells anonymous users of both
     if isinstance(e, RepositoryNotFoundError) or hidden:
         return InputError(
             f"{failed}{'there is no such local folder, and ' if fetching else ''}the hub has no such repository, or does not "
@@ -216,7 +218,7 @@ def _refusal(e: Exception, name: str, revision: str | None, verb: str) -> InputE
             f"{failed}it has no such revision; give a branch, a tag or a commit that {page}/commits lists"
         )
     if isinstance(e, LocalTokenNotFoundError) or status == 401:
-        return InputError(f"{failed}the hub does not know you, or refuses your token; {LOG_IN}")
+        return InputError(f"{failed}you are not logged in to the hub, or it refuses your token; {LOG_IN}")
     if status == 403:
         return InputError(f"{failed}{first_line(e)} Use a token that has the right to, or a repository of your own")
     if isinstance(e, OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
@@ -231,5 +233,5 @@ def _refusal(e: Exception, name: str, revision: str | None, verb: str) -> InputE
 
 
 def first_line(e: Exception) -> str:
-    """The first line of an error's text that is not empty; its class's name where there is none."""
+    """Return the first non-empty line of an error's text, or its class's name if there is none."""
     return next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)[:300]

@@ -1,4 +1,4 @@
-"""Files: whole or not at all, never pickled, always with a record of what made them.
+"""Read and write files: atomically, never pickled, always with a record of what made them.
 
 Every writer here writes to a temporary name in the target's folder, flushes it to disk and renames
 it, so that a reader sees the old file or the new one and never a part. Tensors are stored as
@@ -32,7 +32,7 @@ from lofit_lens.errors import AdapterError, DataError, DiskFull, InputError, New
 MARKERS = (
     "adapter_config.json", "heads.json", "scores.json", "result.json", "run.json", "lofit_lens_export.json",
 )  # fmt: skip
-FULL = (errno.ENOSPC, errno.EDQUOT)  # what the system says where no space, or quota, is left
+FULL = (errno.ENOSPC, errno.EDQUOT)  # the system's errors when no space or quota is left
 RECORDED_PACKAGES = ("lofit-lens", "transformer-lens", "torch", "transformers", "safetensors", "numpy")
 
 
@@ -67,7 +67,7 @@ def file_digest(path: str | Path) -> str:
 
 
 def cannot_write(path: str | Path, error: OSError, advice: str = "choose a folder you may write to") -> InputError:
-    """The error for a file or folder that could not be written: `DiskFull` where there is no space (or quota) left."""
+    """Return the error for a file or folder that could not be written: `DiskFull` if no space or quota is left."""
     path, why = Path(path), error.strerror or error
     if error.errno not in FULL:
         return InputError(f"cannot write {path}: {why}; {advice}")
@@ -79,7 +79,7 @@ def cannot_write(path: str | Path, error: OSError, advice: str = "choose a folde
 
 
 def sync(path: str | Path) -> None:
-    """Flush a file, or a folder with all that lies in it (the inner ones first), to the disk.
+    """Flush a file to disk, or a folder and everything in it (inner files first).
 
     Raises:
         OSError: a file cannot be read, or the disk is full or failing.
@@ -95,7 +95,7 @@ def sync(path: str | Path) -> None:
 
 
 def sync_folder(path: str | Path) -> None:
-    """Flush the names in a folder to the disk, so that a rename outlives a loss of power.
+    """Flush the names in a folder to the disk, so that a rename survives a power loss.
 
     Raises:
         OSError: the disk is full or failing.
@@ -104,21 +104,21 @@ def sync_folder(path: str | Path) -> None:
     try:
         os.fsync(handle)
     except OSError as e:
-        if e.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems sync no folders
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot sync folders
             raise
     finally:
         os.close(handle)
 
 
 def new_mode(*, folder: bool = False) -> int:
-    """Permission bits that the process's umask leaves to a new file or folder."""
+    """Return the permission bits that the process's umask leaves a new file or folder."""
     mask = os.umask(0)
     os.umask(mask)
     return (0o777 if folder else 0o666) & ~mask
 
 
 def write_bytes(path: str | Path, data: bytes) -> Path:
-    """Write a file by temporary name, fsync and rename.
+    """Write a file atomically: temporary name, fsync, rename.
 
     Raises:
         InputError: the folder cannot be written to (`DiskFull`: no space is left); nothing is left behind.
@@ -155,10 +155,10 @@ def write_json(path: str | Path, value: Any) -> Path:
 
 
 def decoded(path: str | Path) -> str:
-    """Text of a UTF-8 file, line ends as they are, a byte-order mark in front left out.
+    """Read a UTF-8 file; line endings are kept, a leading byte-order mark is dropped.
 
     Raises:
-        DataError: unreadable, or other bytes than UTF-8; names the line.
+        DataError: unreadable or not UTF-8; names the line.
     """
     path = Path(path)
     try:
@@ -184,10 +184,10 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
-    """Read a JSON file that holds one object, with no key twice in it and no number that is not finite.
+    """Read a JSON file that holds one object, without duplicate keys or non-finite numbers.
 
     Raises:
-        DataError: missing, empty, not JSON or not so; names the file.
+        DataError: missing, empty, not JSON or not such an object; names the file.
     """
     record = _read_json(
         Path(path), json.JSONDecoder(object_pairs_hook=_once, parse_constant=_finite, parse_float=_finite)
@@ -204,14 +204,14 @@ def _read_json(path: Path, decoder: json.JSONDecoder) -> Any:
     except json.JSONDecodeError as e:
         what = "is empty" if not text.strip() else f"is not JSON: {e.msg} at line {e.lineno}"
         raise DataError(f"{path} {what}") from e
-    except (ValueError, RecursionError) as e:  # lists within lists without end, integers of thousands of digits
+    except (ValueError, RecursionError) as e:  # lists nested too deeply, integers of thousands of digits
         raise DataError(f"{path} cannot be read: {e}") from e
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     held = dict(pairs)
     if len(held) < len(pairs):
-        raise ValueError(f"the key {next(k for k, n in Counter(k for k, _ in pairs).items() if n > 1)!r} stands twice")
+        raise ValueError(f"the key {next(k for k, n in Counter(k for k, _ in pairs).items() if n > 1)!r} appears twice")
     return held
 
 
@@ -226,7 +226,7 @@ def check_record(record: Any, kind: str, schema: int, fields: Sequence[str], whe
     """Check that a JSON record is of a kind, of a schema from 1 to `schema`, and has its fields.
 
     Raises:
-        DataError: it is not (`NewerData`: its schema is a later one); names the place and what is wrong.
+        DataError: it does not match (`NewerData`: its schema is later); says where and what is wrong.
     """
     if not isinstance(record, dict) or record.get("kind") != kind:
         raise DataError(f"{where} is not a {kind} record")
@@ -240,7 +240,7 @@ def check_record(record: Any, kind: str, schema: int, fields: Sequence[str], whe
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
-    """Write tensors of any shape as safetensors, whole or not at all."""
+    """Write tensors of any shape as safetensors, atomically."""
     whole = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     return write_bytes(path, save(whole, metadata=dict(metadata or {})))
 
@@ -262,7 +262,7 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def tensor_metadata(path: str | Path) -> dict[str, str]:
-    """The text record in a safetensors file's header."""
+    """Return the text record in a safetensors file's header."""
     with safe_open(path, framework="pt", device="cpu") as f:
         return dict(f.metadata() or {})
 
@@ -304,12 +304,12 @@ def check_replaceable(path: Path) -> None:
 
 
 def _is_ours(file: Path) -> bool:
-    """Whether a file is there that only this package writes; an `adapter_config.json` may be PEFT's."""
+    """Return whether this is an existing file that only this package writes; an `adapter_config.json` may be PEFT's."""
     return file.is_file() and (file.name != "adapter_config.json" or b'"lofit_lens_schema"' in file.read_bytes())
 
 
 def replace_folder(new: Path, target: Path) -> None:
-    """Put folder `new` in the place of `target`; an old `target` is moved aside first, then removed."""
+    """Put folder `new` in place of `target`; an old `target` is moved aside first, then removed."""
     if not target.exists():
         os.rename(new, target)
         return

@@ -14,7 +14,7 @@ from accelerate import dispatch_model
 import lofit_lens as ll
 from lofit_lens import HeadSet, Task, TrainConfig, analysis, models
 from lofit_lens.evaluation import Metric, generate, score_continuations
-from lofit_lens.interventions import HeadAblation, Lora, LoReft, Red, mean_z
+from lofit_lens.interventions import HeadAblation, Lora, LoReft, PostBlock, Red, mean_z
 from lofit_lens.models import Borders
 from lofit_lens.probing import fit_probes, record
 from lofit_lens.training import FAST, PLAIN, LofitRun, Passes, reference_log_probs, task_loss
@@ -124,9 +124,14 @@ def many(model, folder):
     return ll.tune_many(model, runs, **QUIET)
 
 
-@case("fit", "LoReft.for_model", "Red.for_model", "Red.attached", "LoReft.attached")
+@case(
+    "fit", "LoReft.for_model", "PostBlock.for_model", "Red.for_model", "Red.attached", "LoReft.attached", "PostBlock.attached"
+)  # fmt: skip
 def residual_methods(model, folder):
-    made = [Red.for_model(model, layers=[0, 2]), LoReft.for_model(model, rank=2, layers=[1, 2], seed=0)]
+    made = [
+        Red.for_model(model, layers=[0, 2]), LoReft.for_model(model, rank=2, layers=[1, 2], seed=0),
+        PostBlock.for_model(model, rank=2, layers=[0, 1], seed=0),
+    ]  # fmt: skip
     for adapter in made:
         fit(adapter, model, SFT, config=CONFIG, seed=0, **QUIET)
     return made

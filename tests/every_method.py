@@ -2,14 +2,14 @@
 
 import torch
 
-from lofit_lens import ITI, ContrastVectors, HeadSet, Lora, LoReft, Red, RepE
+from lofit_lens import ITI, ContrastVectors, HeadSet, Lora, LoReft, PostBlock, Red, RepE
 from lofit_lens.interventions import HeadAblation
 from lofit_lens.interventions.base import Adapter, AdapterMeta
 from lofit_lens.models import model_info
 from tests.adapters import random_adapter
 
 HEADS = HeadSet(["L2H1", "L0H3", "L2H0"], [0.3, 0.2, 0.1], (3, 4), "probe accuracy")
-METHODS = ("lofit", "iti", "repe", "red", "loreft", "lora", "contrast", "ablation")
+METHODS = ("lofit", "iti", "repe", "red", "loreft", "post-block", "lora", "contrast", "ablation")
 METRIC = {
     "task": "organism/facts", "split": "test", "form": "", "data_hash": "ab" * 32, "metric": "accuracy", "mean": 0.75,
     "interval": [0.5, 0.875], "n": 40, "seeds": 1,
@@ -47,6 +47,10 @@ def made(method: str, model, *, seed: int = 0) -> Adapter:
     elif method == "loreft":
         adapter = LoReft.for_model(model, rank=2, layers=[1, 2], seed=seed)
         adapter.W.normal_(0, 0.5, generator=g)
+    elif method == "post-block":
+        adapter = PostBlock.for_model(model, rank=2, f="linear", layers=[0, 2], seed=seed)
+        adapter.D.normal_(0, 0.5, generator=g)
+        adapter.U.normal_(0, 0.5, generator=g)
     elif method == "lora":
         adapter = Lora.for_model(model, rank=2, seed=seed)
         for B in adapter.B.values():

@@ -1,10 +1,10 @@
-"""RED, LoReFT and LoRA on plain Hugging Face models, by hooks on their modules, written without the library."""
+"""RED, LoReFT, post-block steering and LoRA on plain Hugging Face models, by hooks on modules, written without the library."""
 
 import contextlib
 
 import torch
 
-from lofit_lens.interventions import Lora, LoReft, Red
+from lofit_lens.interventions import Lora, LoReft, PostBlock, Red
 
 
 def blocks_of(plain):
@@ -42,6 +42,17 @@ def _loreft(loreft, at, where):
         new = h + (h @ W.T + b - h @ R.T) @ R
         keep = torch.ones(h.shape[1], dtype=torch.bool) if where is None else where(h.shape[1])
         return _like(out, torch.where(keep[None, :, None], new, h))
+
+    return hook
+
+
+def _post_block(adapter, at):
+    def hook(module, args, out):
+        h = _first(out)
+        x = h @ adapter.D[at].T
+        if adapter.f == "silu":
+            x = x / (1 + torch.exp(-x))
+        return _like(out, h + x @ adapter.U[at].T)
 
     return hook
 
@@ -87,6 +98,8 @@ def edited_plain(plain, adapter, where=None):
         pairs = [(mlp_of(blocks_of(plain)[n]), _red(adapter, i)) for i, n in enumerate(adapter.layers)]
     elif isinstance(adapter, LoReft):
         pairs = [(blocks_of(plain)[n], _loreft(adapter, i, where)) for i, n in enumerate(adapter.layers)]
+    elif isinstance(adapter, PostBlock):
+        pairs = [(blocks_of(plain)[n], _post_block(adapter, i)) for i, n in enumerate(adapter.layers)]
     handles = [module.register_forward_hook(hook) for module, hook in pairs]
     try:
         yield

@@ -118,7 +118,7 @@ def test_bad_requests_say_what_to_give(llama, loaded, backend, unchecked):
         HeadAblation.of(llama, HeadSet([]))
     with pytest.raises(InputError, match="means of shape"):
         HeadAblation.of(llama, HEADS, means=torch.zeros(3, 4, 9))
-    with pytest.raises(InputError, match="one row a head"):
+    with pytest.raises(InputError, match="one row per head"):
         HeadAblation((3, 4, 8), HEADS, values=torch.zeros(2, 8))
     with pytest.raises(InputError, match="NaN or infinite"):
         HeadAblation((3, 4, 8), HEADS, values=torch.full((3, 8), torch.nan))

@@ -164,6 +164,7 @@ SAID = {
     "lofit": "K=3 of 3x4 heads, 48 parameters: L2H1 L0H3 L2H0", "iti": "alpha 3 at answer, 24 parameters: L2H1 L0H3 L2H0",
     "repe": "coefficient 2 at all, layers 0 2, 64 parameters", "red": "2 of 3 layers, 128 parameters",
     "loreft": "rank 2, positions f7+l7, 2 of 3 layers, 260 parameters",
+    "post-block": "rank 2, linear, 2 of 3 layers, 256 parameters",
     "lora": "rank 2, alpha 16, q v of 3 layers, 768 parameters",
     "contrast": "coefficient 0.25 at answer, layers 0 2", "ablation": "to mean, K=3: L2H1 L0H3 L2H0",
 }  # fmt: skip

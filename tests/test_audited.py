@@ -143,7 +143,7 @@ def test_flagged_rows_are_a_group_of_their_own(mquake, bridge_llama):
 @pytest.mark.parametrize(
     ("audited", "says"),
     [
-        ([{**c, "case_id": c["case_id"] + 1} for c in CASES], "numbered otherwise"),
+        ([{**c, "case_id": c["case_id"] + 1} for c in CASES], "their case ids differ"),
         ([CASES[0], CASES[0]], "row 2: case_id 1 is given twice"),
         ([{**CASES[0], "case_id": "1"}], "'case_id' is '1'"),
         ([{**CASES[0], "requested_rewrite": None}], "list of edits"),

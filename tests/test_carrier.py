@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from lofit_lens import HeadSet, Lofit
 from lofit_lens.errors import AdapterError, ModelError
-from lofit_lens.interventions import HeadAblation, LoReft
+from lofit_lens.interventions import HeadAblation, LoReft, PostBlock
 from lofit_lens.models import load_model, logits_of
 from lofit_lens.sharing import carrier
 from lofit_lens.sharing.carrier import beft_tensors, export_peft, lora_tensors
@@ -228,10 +228,11 @@ def test_what_a_bias_cannot_carry_is_refused(bridge_llama, tmp_path):
         "scales heads.*export_folded": [
             random_adapter(bridge_llama), HeadAblation((3, 4, 8), CHOSEN, values=torch.zeros(3, 8))
         ],
-        "positions 'answer' alone": [random_iti(bridge_llama, positions="answer")],
+        "only at the positions 'answer'": [random_iti(bridge_llama, positions="answer")],
         "changes nothing": [Lofit.for_model(bridge_llama, CHOSEN), random_iti(bridge_llama, alpha=0.0)],
         "NaN": [broken],
         "LoReFT": [LoReft.for_model(bridge_llama, seed=0)],
+        "post-block steering does not .* attach": [PostBlock.for_model(bridge_llama, seed=0)],
     }  # fmt: skip
     for message, adapters in refused.items():
         for adapter in adapters:

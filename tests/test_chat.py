@@ -108,12 +108,12 @@ def test_text_in_front_goes_into_the_users_turn():
 def test_a_system_that_the_template_refuses_is_an_error():
     """Gemma's says so itself; one that leaves it out in silence is found."""
     conversation = as_conversation(SAID, SYSTEM)
-    with pytest.raises(InputError, match=r"takes no system's text \(System role not supported\); leave system out"):
+    with pytest.raises(InputError, match=r"takes no system prompt \(System role not supported\); omit system"):
         encode(chats.tokenizer("gemma"), conversation)
     silent = chats.tokenizer(
         "chatml", template="{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
     )
-    with pytest.raises(InputError, match=r"leaves out the system's text 'Answer with one word\.'; leave system out"):
+    with pytest.raises(InputError, match=r"drops the system's text 'Answer with one word\.'; omit system"):
         encode(silent, conversation)
 
 
@@ -137,7 +137,7 @@ def test_no_template_is_an_error_that_names_the_tokenizer(llama):
         ([{"role": "bot", "content": "a"}], "message 1 has the role 'bot'; allowed: system, user, assistant"),
         ([{"role": "user", "content": " "}], "message 1 has the content ' '; it must be non-empty text"),
         ([{"role": "user", "content": [{"type": "image"}]}], "it must be non-empty text"),
-        ([*user("a"), *user("b", "c")], "the roles are user, system, user; a system message comes first"),
+        ([*user("a"), *user("b", "c")], "the roles are user, system, user; only the first may be a system message"),
         ([*user("a"), {"role": "assistant", "content": "b"}], "the last message is the assistant's"),
     ],
 )
@@ -149,12 +149,12 @@ def test_messages_that_are_no_conversation(messages, message):
 
 def test_one_systems_text(model):
     """An empty one, and a second one."""
-    with pytest.raises(InputError, match="the system's text is empty"):
+    with pytest.raises(InputError, match="the system prompt is empty"):
         own().as_chat(system=" ")
-    with pytest.raises(InputError, match="has a system's text already"):
+    with pytest.raises(InputError, match="already has a system prompt"):
         own().as_chat(system=SYSTEM).as_chat(system="Be brief.")
     with pytest.raises(
-        InputError, match=r"'Be brief\.' is no model; give a loaded one or its tokenizer, and a system's text as"
+        InputError, match=r"'Be brief\.' is not a model; give a loaded model or its tokenizer, and a system prompt as"
     ):
         own().as_chat("Be brief.")
 
@@ -302,7 +302,7 @@ def test_rows_of_messages_are_a_task(model):
     assert list(row.ids) == theirs(tokenizer_of(model), CHATS[0]["messages"])[: len(row.ids)]
     assert task.as_chat() is task
     assert task.name == "m"
-    with pytest.raises(InputError, match="has a system's text already"):
+    with pytest.raises(InputError, match="already has a system prompt"):
         task.as_chat(system="Be brief.")
 
 
@@ -321,7 +321,7 @@ def test_messages_with_options_and_pairs():
         ({"messages": user("a")}, "m train row 2: no field 'answer'"),
         (
             {"prompt": "a", "answer": "b"},
-            "m train row 2 has prompt, answer; a task's rows all have a prompt, or all have messages",
+            "m train row 2 has prompt, answer; either all rows of a task have a prompt, or all have messages",
         ),
         ({"messages": user("a"), "prompt": "a", "answer": "b"}, "m train row 2 has messages, prompt, answer"),
         ({**CHATS[0], "answer": "Rome"}, "m train row 2: the assistant's last message and 'answer' are both an answer"),

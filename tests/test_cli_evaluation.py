@@ -207,7 +207,7 @@ def test_damage_of_a_text_file(shell, made, tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("eval", "-t", "TASK", "--form", "options"), "task has one form; leave form out (got 'options')"),
+        (("eval", "-t", "TASK", "--form", "options"), "task has only one form; omit form (got 'options')"),
         (("eval", "-t", "TASK", "--too-long", "skip"), "unknown too_long 'skip'; allowed: error, wrong"),
         (("eval", "-t", "TASK", "--batch-size", 0), "batch_size is 0; give 1 or more"),
         (("eval", "-t", "TASK", "--source", "hub"), "it takes no fold, no data_dir and no source"),

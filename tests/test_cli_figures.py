@@ -49,7 +49,7 @@ def test_bad_input(shell, study_folder, tmp_path):
         (("report", tmp_path), "holds no study"),
         (("figures", tmp_path / "s", "--run", "--formats", "gif"), "unknown format 'gif'"),
         (("figures", tmp_path / "s", "--run", "--heads", tmp_path), "holds no official head files"),
-        (("transfer", "--task", "organism/truth", "--out", tmp_path / "t"), "needs two or more"),
+        (("transfer", "--task", "organism/truth", "--out", tmp_path / "t"), "needs at least two"),
         (("transfer", "--task", "organism/truth", "--task", "nix", "--out", tmp_path / "t"), "unknown task 'nix'"),
     ):
         code, said, error = shell(
@@ -117,8 +117,8 @@ def test_what_cannot_be_explored(shell, study_folder, tmp_path, browser):
     (tmp_path / "empty").mkdir()
     for args, message in (
         (["nowhere"], "nowhere does not exist"), ([tmp_path / "empty"], "holds no"), ([tmp_path / "x.json"], "is not a"),
-        ([study_folder, files[0]], "is no head file; give one folder of results alone"),
-        ([*files, "--grid", "small"], "--grid names a grid of a folder of results"),
+        ([study_folder, files[0]], "is not a head file; give either one folder of results"),
+        ([*files, "--grid", "small"], "--grid names a grid in a folder of results"),
     ):  # fmt: skip
         code, _, error = shell("explore", *args, "-o", tmp_path / "page.html")
         assert code == 2, error

@@ -68,9 +68,9 @@ def test_every_method_on_each_class(shell, small_grids, llama, own_task, tmp_pat
     assert read[read["method"] != "zero-shot"][["kl", "kl_low", "kl_high", "increase"]].notna().all().all()
     # K = 1 of 12 heads of size 8 (3 heads for 10 %), d_model 32, 3 layers, rank 8, q and v.
     counts = dict(zip(read["method"], read["n_parameters"], strict=True))
-    assert {k: v for k, v in counts.items() if k != "RepE"} == {
+    assert {k: v for k, v in counts.items() if k not in ("RepE", "JoLA")} == {
         "zero-shot": 0, "ITI": 8, "random heads": 8, "LoFiT 3 %": 8, "LoFiT 10 %": 24, "LoRA": 8 * (32 + 32) * 2 * 3,
-        "RED": 2 * 32 * 3, "LoReFT": 3 * (2 * 8 * 32 + 8),
+        "RED": 2 * 32 * 3, "LoReFT": 3 * (2 * 8 * 32 + 8), "post-block": 3 * 2 * 8 * 32,
     }  # fmt: skip
     assert (out / "caps.md").read_text().count("\n| ") == len(ROWS) + 2  # head, rule, rows
     assert (out / "caps.tex").read_text().count(r"\\") == len(ROWS) + 1

@@ -192,7 +192,7 @@ def test_a_folder_in_the_place_of_a_file_is_refused_before_the_work(shell, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("x" * 250, "File name too long"), ("x/..", "names no new file or folder")]
+    ("name", "message"), [("x" * 250, "File name too long"), ("x/..", "is not a valid name for a new file")]
 )
 def test_a_name_that_cannot_be_written_is_refused_before_the_work(shell, tmp_path, name, message):
     """So too where the name itself would do, and that of the draft beside it would not."""

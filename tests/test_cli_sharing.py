@@ -123,7 +123,7 @@ def test_bad_requests(capsys, monkeypatch, adapter, tmp_path):
             ("export", adapter, "--folded", "--out", adapter, "--overwrite"),
             "is the adapter itself, which would be lost",
         ),
-        (("import", tmp_path / "a.json", "--out", tmp_path / "a.json"), "is what is read, which would be lost"),
+        (("import", tmp_path / "a.json", "--out", tmp_path / "a.json"), "is the source itself, which would be lost"),
         (("import", tmp_path / "a.json", "--out", tmp_path, "--overwrite"), "was not written by this package"),
         (("import", "a.svec", "--base-revision", "x", "--out", out), "format svec takes no --base-revision"),
         (("import", tmp_path / "a.pt", "--out", out), "leave pickles where they are"),

@@ -244,7 +244,7 @@ def test_bad_requests_are_refused_first(model, asked):
     for options, message in (
         ({"methods": ["LoFT 3 %"]}, "unknown method"), ({"seeds": ()}, "0 seeds"),
         ({"methods": ["zero-shot"]}, "reference 'LoFiT 3 %' is not among"), ({"methods": [REFERENCE, REFERENCE]}, "given twice"),
-        ({"methods": [REFERENCE]}, "only LoFiT 3 % is asked for; name another method"),
+        ({"methods": [REFERENCE]}, "only LoFiT 3 % is given; name another method"),
         ({"workers": 2}, "by name"), ({"settings": {"RED": {"lrr": 1.0}}}, "settings of RED: no field 'lrr'"),
         ({"settings": {"RDE": {}}}, "Did you mean 'RED'"),
     ):  # fmt: skip
@@ -340,5 +340,5 @@ def test_a_method_by_its_name_or_as_it_is():
     assert method_of(ONE) is METHODS["one"] is ONE
     again = replace(ONE, place=3)
     assert register(again) is METHODS["one"]
-    with pytest.raises(InputError, match="the library has a method 'ITI' already"):
+    with pytest.raises(InputError, match="the library already has a method 'ITI'"):
         register(replace(ONE, name="ITI"))

@@ -267,7 +267,7 @@ def test_a_sequence_that_does_not_fit_is_refused_before_it_runs(llama):
         with (
             hooked(residual_point(llama, 0, "hook_resid_post"), lambda h, hook: ran.append(1)),
             pytest.raises(
-                DataError, match=rf"2040 tokens with an instruction of {n} .*\(2048\).* than {2048 - n} tokens"
+                DataError, match=rf"2040 tokens after an instruction of {n} .*\(2048\).* than {2048 - n} tokens"
             ),
         ):
             logits_of(llama, tokens, torch.ones_like(tokens), Borders(torch.tensor([2039]), torch.tensor([2040])))

@@ -208,8 +208,8 @@ def test_what_is_no_file_is_refused(damaged, file):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [('{"method": "lofit", "method": "iti"}', "'method' stands twice"),
-     ('{"method": "lofit", "base_model": {"name": "a", "name": "b"}}', "'name' stands twice"),
+    [('{"method": "lofit", "method": "iti"}', "'method' appears twice"),
+     ('{"method": "lofit", "base_model": {"name": "a", "name": "b"}}', "'name' appears twice"),
      ('{"method": "lofit", "alpha": NaN}', "NaN is not a finite number"), ('{"method": "lofit", "x": [-Infinity]}', "-Infinity"),
      ('{"method": "lofit", "x": 1e999}', "1e999 is not a finite number"),
      ("[" * 100_000 + "]" * 100_000, "cannot be read"), ('{"a":' * 100_000 + "1" + "}" * 100_000, "cannot be read"),

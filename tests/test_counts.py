@@ -7,7 +7,7 @@ import transformers as tf
 from lofit_lens import Lofit, load_model, model_info
 from lofit_lens.errors import InputError, ModelError
 from lofit_lens.interventions import Lora, LoReft, Red
-from lofit_lens.training.config import LORA, LOREFT, RED, TrainConfig, method_config, preset
+from lofit_lens.training.config import LORA, LOREFT, POST_BLOCK, RED, TrainConfig, method_config, preset
 from lofit_lens.training.counts import parameter_counts
 from tests.conftest import ARCHITECTURES
 
@@ -125,8 +125,8 @@ def test_starting_points_for_tuning(bridge_llama):
     """One record a method, the embedded model's own rates for it; the rest is LoFiT's."""
     info = model_info(bridge_llama)
     organism = model_info(load_model("organism", backend="bridge", device="cpu"))
-    assert (LOREFT.lr, LORA.lr) == (9e-4, 2e-4)
-    for method, config in (("loreft", LOREFT), ("lora", LORA), ("red", RED)):
+    assert (LOREFT.lr, LORA.lr, POST_BLOCK.lr) == (9e-4, 2e-4, 9e-4)
+    for method, config in (("loreft", LOREFT), ("lora", LORA), ("red", RED), ("post-block", POST_BLOCK)):
         assert method_config(method, info) == config == TrainConfig(lr=config.lr)
         there = method_config(method, organism)
         assert there.lr > config.lr

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from lofit_lens.interventions import HeadAblation, Lofit, Lora, LoReft, Red
+from lofit_lens.interventions import HeadAblation, Lofit, Lora, LoReft, PostBlock, Red
 from lofit_lens.interventions.base import KNOWN
 from lofit_lens.models import device_of, load_model, model_info
 from tests import pretend
@@ -112,6 +112,7 @@ def test_adapters_are_made_on_the_models_device(there, backend):
         Lofit.for_model(model),
         Red.for_model(model),
         LoReft.for_model(model, seed=0),
+        PostBlock.for_model(model, seed=0),
         HeadAblation.of(model, CHOSEN),
     ]
     for adapter in made if backend == "hooked" else [*made, Lora.for_model(model, seed=0)]:

@@ -130,7 +130,7 @@ def test_truthfulqa_scores_are_those_of_evaluate(organism, data_dir):
 def test_what_the_harness_cannot_run_is_refused(loaded, bridge_llama, unchecked):
     """Positions that it does not state, HookedTransformer, an adapter of another model, and what is no adapter."""
     harness()
-    with pytest.raises(InputError, match="acts at positions answer, and lm_eval does not say"):
+    with pytest.raises(InputError, match="acts at positions answer, but lm_eval does not say"):
         ll.lm_eval_model(bridge_llama, random_iti(bridge_llama).with_positions("answer"))
     with pytest.raises(InputError, match="is not an adapter"):
         ll.lm_eval_model(bridge_llama, "out/adapter")
@@ -224,7 +224,7 @@ def test_what_no_vector_can_say_is_refused(loaded, tmp_path):
     model = loaded("llama", "bridge")
     for adapter, name, said in (
         (random_adapter(model), "v.pt", "scales heads' outputs, and a bias only adds"),
-        (random_iti(model).with_positions("answer"), "v.pt", "acts at the positions 'answer' alone"),
+        (random_iti(model).with_positions("answer"), "v.pt", "acts only at the positions 'answer'"),
         (random_adapter(model, A=0.0), "v.bin", "does not end in .pt"),
     ):
         with pytest.raises(InputError, match=said):

@@ -138,7 +138,7 @@ def test_selections_build_on_others():
     assert cells[2].needs == (cells[1].name,)
     assert cells[3].needs == (cells[2].name,)
     with pytest.raises(
-        InputError, match="9 heads are asked of the selection narrow, which scores 7; raise its among_k"
+        InputError, match="9 heads are requested from the selection narrow, which scores 7; raise its among_k"
     ):
         cells_of(
             Run(heads="narrow", k=9),

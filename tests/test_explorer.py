@@ -217,7 +217,7 @@ def test_a_head_everywhere(four):
         ({("t", "a"): ONE}, {"tasks": []}, "tasks is empty"),
         ({"a": ONE}, {"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"a": ONE}, {"adapters": {"x": "LoFiT"}}, "adapter 'x' is 'LoFiT'; give what"),
-        ({"a": ONE}, {"prompts": [1]}, "prompts holds 1 at place 0; give a list of texts"),
+        ({"a": ONE}, {"prompts": [1]}, "prompts holds 1 at index 0; give a list of texts"),
     ],
 )  # fmt: skip
 def test_bad_input(source, options, message, unchecked):

@@ -106,7 +106,7 @@ def test_one_heads_part_is_missed_in_half_precision_too(checkpoint, tmp_path, mo
             return inner(outputs, scale, shift)
 
         monkeypatch.setattr(folded, "_edits", less)
-        with pytest.raises(ModelError, match=r"was not written as the edit makes it|differs from the hooked model"):
+        with pytest.raises(ModelError, match=r"was not written as computed|differs from the hooked model"):
             fold(adapter, tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
@@ -117,7 +117,7 @@ def test_an_effect_that_cannot_be_seen_is_told(checkpoint, tmp_path):
     with torch.no_grad():
         adapter.A.zero_()
         adapter.v.mul_(1e-12)
-    with pytest.raises(ModelError, match="drowns in rounding"):
+    with pytest.raises(ModelError, match="is lost in rounding"):
         fold(adapter, tmp_path / "out")
 
 
@@ -221,7 +221,7 @@ def test_of_two_folders_with_the_same_weights_the_one_by_its_name(checkpoint, tm
     found = fold(adapter, tmp_path / "out").folder
     assert config(found)["rope_parameters"] == config(one)["rope_parameters"]
     adapter.meta.model = replace(adapter.meta.model, name="never read")
-    with pytest.raises(ModelError, match=r"local model 'never read' .* records hold no paths; give its folder"):
+    with pytest.raises(ModelError, match=r"local model 'never read' .* records do not hold paths; give its folder"):
         fold(adapter, tmp_path / "none")
 
 
@@ -244,7 +244,7 @@ def test_adapters_that_cannot_be_folded(checkpoint, tmp_path):
 def test_an_architecture_that_is_not_known(copied, tmp_path):
     adapter = drawn(copied)
     change_config(copied, architectures=["StableLmForCausalLM"])
-    with pytest.raises(ModelError, match="cannot be exported into a StableLmForCausalLM: it is not built yet"):
+    with pytest.raises(ModelError, match="into a StableLmForCausalLM is not supported"):
         fold(adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -281,5 +281,5 @@ def test_the_bound():
     for dtype, said in (("float16", "overflows in float16"), ("float32", "Report it")):
         with pytest.raises(ModelError, match=said):
             check(of(float("nan") if dtype == "float16" else 1.0, 5.0, dtype), "x")
-    with pytest.raises(ModelError, match="drowns in rounding"):
+    with pytest.raises(ModelError, match="is lost in rounding"):
         check(of(0.9e-4, 1e-4, "float32"), "x")

@@ -28,7 +28,7 @@ def test_a_sliding_window_is_refused_and_scalings_alone_are_not(tmp_path, archit
         base
     )
     tiny.tokenizer().save_pretrained(base)
-    with pytest.raises(ModelError, match="looks back over 16 tokens"):
+    with pytest.raises(ModelError, match="attends to the last 16 tokens only"):
         fold(drawn(base), tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
     found = fold(drawn(base, A=5.0, v=0.0), tmp_path / "out")
@@ -48,7 +48,7 @@ def test_defaults_that_differ_are_spelt_out():
     assert made["max_position_embeddings"] == 131072
     assert "sliding_window" not in made
     assert (ours.attention_bias, ours.mlp_bias, ours.pretraining_tp) == (True, False, 1)
-    with pytest.raises(ModelError, match="looks back over 4096 tokens"):  # what Mistral's class fills in
+    with pytest.raises(ModelError, match="attends to the last 4096 tokens only"):  # what Mistral's class fills in
         as_llama({k: v for k, v in said.items() if k != "sliding_window"}, "x")
     with pytest.raises(ModelError, match="not a multiple"):  # a Llama's check
         as_llama(said | {"hidden_size": 40, "num_attention_heads": 3, "head_dim": 8}, "x")

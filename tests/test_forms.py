@@ -79,7 +79,7 @@ def test_a_form_that_is_not_there_is_refused(truths):
     ):
         truths([PIGS], [PIGS], form="choice")
     task = Task.from_records("caps", train=[ROW], test=[ROW])
-    with pytest.raises(InputError, match=r"caps has one form; leave form out \(got 'options'\)"):
+    with pytest.raises(InputError, match=r"caps has only one form; omit form \(got 'options'\)"):
         task.in_form("options")
 
 

@@ -174,7 +174,7 @@ def test_probes_and_what_follows(family, words):
     probes = ll.fit_probes(model, task, seed=0, progress=False)
     iti = probes.iti(2)
     assert iti.heads.layers == (1,)
-    with pytest.raises(InputError, match=r"head L0H1 is not among those .* the layers of these: 1"):
+    with pytest.raises(InputError, match=r"head L0H1 is not among those .* in these layers: 1"):
         probes.iti(["L0H1"])
     drift = ll.analysis.drift(model, iti, ["word 1:", "word 2: yes"], progress=False)
     assert sorted(set(drift.layers.query("where == 'z'")["layer"])) == [1]

@@ -261,7 +261,7 @@ def test_a_cache_that_gives_other_logits_is_not_used(checkpoint, backend, monkey
         assert generate(model, prompts, max_new_tokens=6) == answers
         found = score_continuations(model, prompts, choices)
     assert found == [pytest.approx(s, abs=1e-4) for s in scores]
-    assert caplog.text.count("logits behind cached keys are off by") == 1
+    assert caplog.text.count("logits from the KV cache are off by") == 1
     assert "every pass runs all tokens again" in caplog.text
-    with pytest.raises(ModelError, match=r"behind cached keys are off by .* and this needs them"):
+    with pytest.raises(ModelError, match=r"from the KV cache are off by .* and this needs them"):
         check_cache(model)

@@ -22,9 +22,9 @@ TEXT = row()["instruction"]
      ("siqa", row(instruction=TEXT.replace(" Answer3: Cy", "")), "2 answers are given, but the answer format names 3"),
      ("siqa", row(instruction=TEXT + "/answer3"), "option 'answer3' is given twice"),
      ("siqa", row(instruction=TEXT + "/"), "option 4 is empty"),
-     ("siqa", BOOLQ, r"option 'true' is none of this task's \(answer\[1-5\]\); is it another task's file"),
-     ("boolq", row(), r"option 'answer1' is none of this task's \(true\|false\)"),
-     ("arc_challenge", row(options="abcdef"), "option 'answer6' is none of this task's"),
+     ("siqa", BOOLQ, r"option 'true' is invalid for this task \(answer\[1-5\]\); is it another task's file"),
+     ("boolq", row(), r"option 'answer1' is invalid for this task \(true\|false\)"),
+     ("arc_challenge", row(options="abcdef"), "option 'answer6' is invalid for this task"),
      *[("svamp", {**SVAMP, "answer": a}, f"'answer' is '{a}'; it must be a number") for a in ("four", "nan", "inf", "4 pens")],
      ("svamp", {**SVAMP, "answer": 4.0}, "field 'answer' is 4.0; it must be non-empty text")],
 )  # fmt: skip
@@ -55,7 +55,7 @@ BAD_HUB = [
     ("arc_challenge", {"choices": {"text": ["rain"], "label": ["A"]}}, r"1 option\(s\)"),
     ("arc_challenge", {"choices": {"text": ["rain", ""], "label": ["A", "B"]}}, "Answer2 is empty"),
     ("arc_challenge", {"choices": {"text": ["rain", 3], "label": ["A", "B"]}}, "field 'text' must be a list of texts"),
-    ("arc_challenge", {"choices": {"text": list("abcdef"), "label": list("ABCDEF")}}, "option 'answer6' is none of this task's"),
+    ("arc_challenge", {"choices": {"text": list("abcdef"), "label": list("ABCDEF")}}, "option 'answer6' is invalid for this"),
     ("boolq", {"answer": "yes"}, "field 'answer' is 'yes'; allowed: true, false"),
     ("boolq", {"answer": None}, "field 'answer' is None; allowed: true, false"), ("boolq", {"question": ""}, "'question' is ''"),
     ("svamp", {"Answer": "four"}, "field 'answer' is 'four'; it must be a number"), ("svamp", {"Body": ""}, "'Body' is ''"),
@@ -98,7 +98,7 @@ def test_unknown_sources_and_forms_are_refused(tmp_path):
     with pytest.raises(InputError, match="unknown source 'hub'; allowed: files, unflagged, flagged-apart"):
         load_task("mquake", source="hub")
     for name in ("truthfulqa", "mmlu"):
-        with pytest.raises(InputError, match=rf"{name} has one source; leave source out \(got 'hub'\)"):
+        with pytest.raises(InputError, match=rf"{name} has only one source; leave source out \(got 'hub'\)"):
             load_task(name, source="hub")
 
 

@@ -165,8 +165,8 @@ def test_bad_requests_say_what_to_give(model, tasks):
     with pytest.raises(InputError, match="no heads for false"):
         learned_in_turn(model, tasks, {"true": HeadSet([KEY])})
     for fillers, lengths, message in (
-        ([], [5], r"0 fillers and lengths \[5\]; give one or more of both"),
-        (FILLERS, [], r"lengths \[\]; give one or more of both"),
+        ([], [5], r"0 fillers and lengths \[5\]; give at least one of both"),
+        (FILLERS, [], r"lengths \[\]; give at least one of both"),
         (FILLERS, [-1], "length is -1; give 0 or more"),
     ):
         with pytest.raises(InputError, match=message):

@@ -156,9 +156,9 @@ def test_models_judge_what_another_one_says(bridge_llama, checkpoint, classifier
         ("truth", [0.5, 0.5, 1.5], r"judge 'truth' gave 1.5; it must give probabilities from 0 to 1"),
         ("truth", [-0.1, 0.5, 0.5], "gave -0.1"),
         ("truth", [0.5, float("nan"), 0.5], "gave nan"),
-        ("em", [0.5] * 3, "a metric is called 'em' already; give the judge another name"),
-        ("generated", [0.5] * 3, "'generated', as a column of the items is; rename it"),
-        ("correct", [0.5] * 3, "'correct', as a column of the items is; rename it"),
+        ("em", [0.5] * 3, "a metric is already called 'em'; give the judge another name"),
+        ("generated", [0.5] * 3, "'generated', like a column of the items; rename it"),
+        ("correct", [0.5] * 3, "'correct', like a column of the items; rename it"),
     ],
 )
 def test_what_a_judge_may_not_do(bridge_llama, name, said, message):

@@ -73,7 +73,7 @@ def test_they_are_for_evaluation_only(read, name):
         task.training_examples()
     with pytest.raises(InputError, match=f"{name} has no folds"):
         read(name, ROWS[name], fold=0)
-    message = "unknown form 'x'; allowed: options" if name == "mmlu" else f"{name} has one form; leave form out"
+    message = "unknown form 'x'; allowed: options" if name == "mmlu" else f"{name} has only one form; omit form"
     with pytest.raises(InputError, match=message):
         read(name, ROWS[name], form="x")
     assert read("mmlu", ROWS["mmlu"], form="options").form == "options"

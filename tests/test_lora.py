@@ -215,7 +215,7 @@ def test_hooked_transformer_is_refused(loaded, tmp_path):
         lambda: Lora.for_model(model, seed=0), lambda: lora.attached(model).__enter__(),
         lambda: Lora.from_pretrained(folder, model=model),
     ):  # fmt: skip
-        with pytest.raises(ModelError, match=r"LoRA sits in the projections.*backend='bridge'.*load_lora"):
+        with pytest.raises(ModelError, match=r"LoRA needs the projection modules.*backend='bridge'.*load_lora"):
             attempt()
     with pytest.raises(ModelError, match="HookedTransformer"):
         projection(model, (0, "q"))

@@ -146,7 +146,7 @@ def test_same_seed_same_result(model, task, lofit):
 def test_bad_requests_say_what_to_give(model, task, lofit, unchecked):
     """Counts outside the set, too few heads to draw from, no draw, a seed below 0, unknown ways, heads the adapter has not."""
     key = HeadSet([KEY])
-    with pytest.raises(InputError, match=r"ks is \[2\]; give .*some of 1 to 1"):
+    with pytest.raises(InputError, match=r"ks is \[2\]; give .*from 1 to 1"):
         removal(model, task, key, ks=[2])
     with pytest.raises(InputError, match="0 heads to draw from for 1"):
         removal(model, task, key, pool=key)

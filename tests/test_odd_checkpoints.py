@@ -84,7 +84,7 @@ def test_a_folder_without_a_tokenizer_is_refused(checkpoint, tmp_path, architect
 def test_pointers_of_git_lfs_are_named(folder, name):
     """A clone without `git lfs pull` holds small text files in the place of the large ones."""
     (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    with pytest.raises(ModelError, match=rf"{name} is a pointer of Git LFS.*git lfs pull"):
+    with pytest.raises(ModelError, match=rf"{name} is a Git LFS pointer.*git lfs pull"):
         load_model(folder, device="cpu")
 
 
@@ -99,14 +99,14 @@ def test_a_file_of_the_index_that_is_not_there(folder):
 def test_an_adapter_beside_the_weights_is_refused(folder):
     """transformers would load it along, and the model would be another one."""
     (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(ModelError, match=r"adapter_config\.json.*load along"):
+    with pytest.raises(ModelError, match=r"adapter_config\.json.*load with it"):
         load_model(folder, device="cpu")
 
 
 def test_an_adapter_folder_is_no_model(tmp_path):
     """The error says what the folder is."""
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ModelError, match="adapter and no model"):
+    with pytest.raises(ModelError, match="adapter but no model"):
         load_model(tmp_path, device="cpu")
 
 
@@ -317,7 +317,11 @@ def test_adapters_of_peft_in_memory_are_refused():
 
 @pytest.mark.parametrize(
     ("given", "said"),
-    [(None, "no Hugging Face model"), (3, "no Hugging Face model"), (torch.nn.Linear(2, 2), "no Hugging Face model")],
+    [
+        (None, "not a Hugging Face model"),
+        (3, "not a Hugging Face model"),
+        (torch.nn.Linear(2, 2), "not a Hugging Face model"),
+    ],
 )
 def test_other_things_are_no_models(given, said):
     """What is no model is named, with what is allowed."""
@@ -345,7 +349,7 @@ def test_tokenizers_by_name_and_wrong_ones(checkpoint, folder):
     assert named.tokenizer("Hello").input_ids == tiny.tokenizer()("Hello").input_ids
     with pytest.raises(ModelError, match=r"cannot read the tokenizer of no/such"):
         load_model(folder, tokenizer="no/such", device="cpu")
-    with pytest.raises(ModelError, match="int is no tokenizer"):
+    with pytest.raises(ModelError, match="int is not a tokenizer"):
         load_model(folder, tokenizer=3, device="cpu")
 
 

@@ -103,7 +103,7 @@ def test_rank_biased_overlap_is_the_limit_of_a_long_list():
     for bad in (0, 1, 1.5):
         with pytest.raises(InputError, match="p is"):
             rank_biased_overlap(a, b, p=bad)
-    with pytest.raises(InputError, match="empty ranking"):
+    with pytest.raises(InputError, match="a ranking is empty"):
         rank_biased_overlap([], b)
 
 
@@ -255,7 +255,7 @@ def test_agreement_of_short_rankings_and_of_all_pairs():
         agreement_by_k(full, short, [])
     with pytest.raises(InputError, match="give shape="):
         agreement_by_k(short, short)
-    with pytest.raises(InputError, match="empty ranking"):
+    with pytest.raises(InputError, match="a ranking is empty"):
         agreement_by_k(full, HeadSet([]))
     with pytest.raises(InputError, match="at least two"):
         agreement({"full": full})

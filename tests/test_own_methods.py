@@ -221,7 +221,7 @@ def test_names_of_rows():
 def test_files_that_are_none(tmp_path):
     """No file, no Python, a name that is taken."""
     for name, error, message in (
-        ("no.py", DataError, "is no Python file"),
+        ("no.py", DataError, "is not a Python file"),
         ("json.py", InputError, "is hidden by another"),
     ):
         if name == "json.py":
@@ -229,7 +229,7 @@ def test_files_that_are_none(tmp_path):
         with pytest.raises(error, match=message):
             use_file(tmp_path / name)
     (tmp_path / "grid.yaml").write_text("name: a\ncode: gone.py\nmodel: organism\ntasks: organism/truth\nruns: [{}]\n")
-    with pytest.raises(InputError, match=r"gone\.py is no Python file"):
+    with pytest.raises(InputError, match=r"gone\.py is not a Python file"):
         read_grid(tmp_path / "grid.yaml")
 
 

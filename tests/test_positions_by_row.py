@@ -69,8 +69,8 @@ def test_text_around_a_prompt_leaves_its_marks():
     ("positions", "said"),
     [([[0, 99]], r"positions hold \[0, 99\]; give \[start, end\] with 0 <= start < end <= 7"), ([[3, 3]], r"hold \[3, 3\]"),
      ([[-1, 2]], r"hold \[-1, 2\]"), ([[0, 1, 2]], "hold"), ([True], "hold True"), ([1.5], "hold 1.5"),
-     ("a", "'a' stands 2 times"),
-     ("z", "'z' stands 0 times"),
+     ("a", "'a' occurs 2 times"),
+     ("z", "'z' occurs 0 times"),
      ([], r"positions are \[\]"), (3, "positions are 3"), ("", "hold ''")],
 )  # fmt: skip
 def test_marks_that_are_none(positions, said):
@@ -96,7 +96,7 @@ def test_characters_become_the_tokens_that_overlap_them(prompt):
 
 def test_tokens_that_cannot_be_found():
     """The answer's token holds the mark; and a tokenizer without offsets."""
-    with pytest.raises(DataError, match=r"joins the marked end of 'In what countr' with the answer 'y' in one token"):
+    with pytest.raises(DataError, match=r"merges the marked end of 'In what countr' and the answer 'y' into one token"):
         encode_continuations(tiny.tokenizer(), Marked("In what countr", "countr"), ["y"])
     assert encode_continuations(tiny.tokenizer(), Marked("In what countr", "In"), ["y"])[0].marks[1]
 
@@ -104,7 +104,7 @@ def test_tokens_that_cannot_be_found():
         is_fast = False
 
     turn = replace(turn_of(tiny.tokenizer(), "a"), spans=((0, 1),))
-    with pytest.raises(InputError, match="this tokenizer does not say which characters a token stands for"):
+    with pytest.raises(InputError, match="this tokenizer does not say which characters a token covers"):
         marks_of(Slow(), turn, [1])
 
 
@@ -158,7 +158,7 @@ def test_a_template_that_changes_the_text_is_refused():
     tokenizer = chats.tokenizer("plain", template="{% for m in messages %}{{ m.content + m.content }}{% endfor %}")
     row = {"messages": [{"role": "user", "content": "The Peru"}], "answer": "x", "positions": "Peru"}
     task = Task.from_records("t", train=[row], test=[row])
-    with pytest.raises(InputError, match=r"template changes the user's text 'The Peru'.*act on other positions"):
+    with pytest.raises(InputError, match=r"template changes the user's text 'The Peru'.*edit other positions"):
         turn_of(tokenizer, task.examples("test")[0].prompt)
 
 

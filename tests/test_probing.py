@@ -89,7 +89,7 @@ def test_chosen_layers_alone_are_kept(llama):
     found = quiet(llama, layers=[2, 0, 2])
     assert (found.layers, len(found)) == ((0, 2), 7)
     assert np.abs(found.layer(2) - one_by_one(llama, "z")[2]).max() < 1e-5
-    with pytest.raises(InputError, match="layer 1 was not recorded; recorded are 0, 2"):
+    with pytest.raises(InputError, match="layer 1 was not recorded; recorded layers: 0, 2"):
         found.layer(1)
 
 
@@ -491,7 +491,9 @@ def test_how_statements_end_is_what_is_recorded(bridge_llama, monkeypatch):
             assert config.get("full_stop", "none") == ("none" if end is None else end)
     assert seen[0] == seen[1] != seen[2]
     model = load_model("organism", device="cpu")
-    with pytest.raises(DataError, match=r"answers, ' \w+\.' first, end with a token that this tokenizer does not know"):
+    with pytest.raises(
+        DataError, match=r"answers, e\.g\. ' \w+\.', end with a token that this tokenizer does not know"
+    ):
         fit_probes(model, "organism/truth", n_train=4, full_stop=True, progress=False)
 
 

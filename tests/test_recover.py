@@ -119,8 +119,8 @@ def test_a_head_too_few_leaves_a_residual(checkpoint, tmp_path, caplog):
 
 @pytest.mark.parametrize(
     ("heads", "what"),
-    [(["L2H1", "L2H0"], "no head of layer 0 was asked for"), (["L2H3", "L0H3"], "too much is left in layer 2"),
-     (["L0H0"], "no head of layer 2 was asked for")],
+    [(["L2H1", "L2H0"], "no head of layer 0 was given"), (["L2H3", "L0H3"], "too much is left in layer 2"),
+     (["L0H0"], "no head of layer 2 was given")],
 )  # fmt: skip
 def test_heads_that_explain_little_are_refused(folded, heads, what):
     """A layer without any of its heads, a wrong head, and neither right: all layers that differ are told."""
@@ -183,7 +183,7 @@ def test_a_base_that_does_not_say_its_vocabulary(folded, tmp_path):
     held = load_file(base / "model.safetensors")
     del held["model.embed_tokens.weight"]
     save_file(held, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match="says no vocab_size"):
+    with pytest.raises(ModelError, match="has no vocab_size"):
         import_folded(folder, heads=CHOSEN, base=base)
 
 
@@ -235,7 +235,7 @@ def test_nothing_folded_or_another_shape(checkpoint, by_hand):
         import_folded(checkpoint("llama"), base=checkpoint("llama"))
     with pytest.raises(AdapterError, match="nothing is folded into"):
         import_folded(by_hand(lambda t: None))
-    with pytest.raises(ModelError, match=r"3 layers of 4 heads of size 8, and .* 3 of 4 of size 12"):
+    with pytest.raises(ModelError, match=r"3 layers of 4 heads of size 8, but .* 3 of 4 of size 12"):
         import_folded(checkpoint("llama"), base=checkpoint("llama-gqa"))
 
 

@@ -133,7 +133,7 @@ def test_heads_come_from_a_head_file(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "lofit_lens"):
         lofit = import_lofit(tmp_path / "c", heads=heads)
     assert str(lofit.heads) == "L2H0 L2H1 L1H1"
-    assert "numbers of 1 heads outside `heads` are left out, L0H3 first" in caplog.text
+    assert "numbers of 1 heads outside `heads` are left out, e.g. L0H3" in caplog.text
     assert torch.equal(lofit.v[2], v[2])
     assert not lofit.v[0].any()
     with pytest.raises(InputError, match="L3H0 is outside this model"):
@@ -144,7 +144,7 @@ def test_a_head_file_of_another_run_is_refused(tmp_path):
     """Where it names no head that was tuned; those that were are told."""
     official(tmp_path / "c")
     with pytest.raises(
-        ModelError, match=r"none of the heads asked for was tuned, but L0H3, L2H0, L2H1; give the head file"
+        ModelError, match=r"none of the given heads was tuned, but L0H3, L2H0, L2H1; give the head file"
     ):
         import_lofit(tmp_path / "c", heads=HeadSet(["L1H1", "L0H2"]))
 
@@ -159,7 +159,7 @@ WRONG = {
     "NaN": (lambda x: x.update({KEY: torch.full((8,), torch.nan)}), r"attn_v\.2 holds NaN"),
     "too large": (lambda x: x.update({KEY: torch.full((8,), 1e39, dtype=torch.float64)}), "too large for float32"),
     "no v": (lambda x: [x.pop(n) for n in list(x) if "attn_v" in n], "holds no tensor .*attn_v"),
-    "neither": (lambda x: x.clear(), "holds no tensor .*attn_A.* no checkpoint of the official code"),
+    "neither": (lambda x: x.clear(), "holds no tensor .*attn_A.* not a checkpoint of the official code"),
     "all 0": (lambda x: [t.zero_() for t in x.values()], "no head was tuned"),
 }
 

@@ -204,8 +204,8 @@ def test_half_of_the_pairs_are_turned_by_seed():
 
 @pytest.mark.parametrize(
     ("values", "method", "message"),
-    [(np.zeros((4, 3)), "pca", "differ nowhere"), (np.zeros((4, 3)), "mean_difference", "differ nowhere"),
-     (np.array([[1.0, 2.0], [-1.0, -2.0]]), "pca", "cancel out"), (np.ones((1, 3)), "pca", "1 pairs; pca needs two"),
+    [(np.zeros((4, 3)), "pca", "do not differ"), (np.zeros((4, 3)), "mean_difference", "do not differ"),
+     (np.array([[1.0, 2.0], [-1.0, -2.0]]), "pca", "cancel out"), (np.ones((1, 3)), "pca", "1 pairs; pca needs at least two"),
      (np.array([[1.0, 2.0], [-1.0, -2.0]]), "mean_difference", "cancel out"), (np.ones((0, 3)), "mean_difference", "0 pairs")],
 )  # fmt: skip
 def test_differences_without_a_direction_are_refused(values, method, message):
@@ -305,7 +305,7 @@ def test_control_takes_its_layers_vectors(bridge_llama):
     assert torch.allclose(found.repe((7,), coefficient=2.0).shift(7), 2 * found.directions[3])
     repe.meta.config["reading"] = "other"
     assert found.meta.config == {}
-    with pytest.raises(InputError, match="no vector of layer 3; there are those of 1, 2, 4, 7"):
+    with pytest.raises(InputError, match="no vector for layer 3; the layers are 1, 2, 4, 7"):
         found.repe((3,), coefficient=1.0)
 
 
@@ -390,8 +390,8 @@ def test_what_reading_refuses(bridge_llama):
     """Unknown methods, n_train with texts, one pair, texts that do not differ, a layer outside."""
     pairs = texts(3)
     for source, options, message in (
-        (pairs, {"n_train": 2}, "n_train draws rows of a task"), (pairs[:1], {}, "the list gives 1 pairs"),
-        ([("Ann", "Ann")] * 3, {}, "layer 0: right and wrong statements differ nowhere"), (pairs, {"layers": [3]}, "layers"),
+        (pairs, {"n_train": 2}, "n_train draws rows of a task"), (pairs[:1], {}, "the list has 1 pairs"),
+        ([("Ann", "Ann")] * 3, {}, "layer 0: right and wrong statements do not differ"), (pairs, {"layers": [3]}, "layers"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=message):
             reading_vectors(bridge_llama, source, progress=False, **options)

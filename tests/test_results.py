@@ -105,7 +105,7 @@ def test_grids_of_one_store_are_read_together_or_apart(study_folder, model, tmp_
     assert alone.adapter(KIN).k == 4
     short = studies.with_changes(name="short", runs=[Run(method="zero-shot")], limit=4, **options)
     studies.run(model, copy, grid=short, other_tasks=[])
-    with pytest.raises(InputError, match=r"the grid small has another limit \(5, not 4\); draw them apart"):
+    with pytest.raises(InputError, match=r"the grid small has another limit \(5, not 4\); read the grids separately"):
         load_results(copy)
     assert len(load_results(copy, grids=["small", "wide"]).runs) == len(found.runs)
     slow = studies.with_changes(name="slow", runs=[Run(method="RED", settings={"lr": 1e-4})], **options)

@@ -238,7 +238,7 @@ def test_a_full_disk_ends_the_run(tmp_path, store, does):
 def test_ctrl_c_says_how_to_go_on(tmp_path, store):
     """What is done stays done; the cell in progress is tried by the next run."""
     cells = [cell("a", tmp_path, cost=3), cell("b", tmp_path, does="stop", cost=2), cell("c", tmp_path)]
-    with pytest.raises(KeyboardInterrupt, match="stopped: 1 of 3 cells are done; the same call goes on"):
+    with pytest.raises(KeyboardInterrupt, match="stopped: 1 of 3 cells are done; the same call continues"):
         run_cells(store, cells, work, "c", progress=False)
     assert computed(tmp_path) == ["a", "b"]
     assert run_cells(store, [cells[0], cells[2]], work, "c", progress=False).there == names(cells[0])
@@ -580,7 +580,7 @@ def test_ctrl_c_in_the_terminal_stops_workers_between_two_steps(tmp_path):
     os.killpg(parent.pid, signal.SIGINT)
     out, err = parent.communicate(timeout=60)
     assert (parent.returncode, err) == (130, "")
-    assert out == "stopped: 0 of 3 cells are done; the same call goes on with the rest\n"
+    assert out == "stopped: 0 of 3 cells are done; the same call continues with the rest\n"
     workers = lines(tmp_path / "computed.hangs")
     assert sorted(lines(tmp_path / "computed.signals")) == sorted(workers)
     assert not any(alive(pid) for pid in workers)

@@ -194,7 +194,7 @@ def test_without_merges_there_is_no_warning(llama, caplog):
 
 def test_a_budget_below_one_is_refused(bridge_llama):
     """The error says what to give."""
-    with pytest.raises(ValueError, match="token budget of 0 leaves nothing to run; give 1 or more"):
+    with pytest.raises(ValueError, match="token_budget is 0; it must be at least 1"):
         score_encoded(bridge_llama, [], token_budget=0)
 
 

@@ -165,7 +165,7 @@ def test_private_is_kept(remote, bridge_llama, monkeypatch, tmp_path):
 def test_nothing_private_goes_to_a_public_place(remote, bridge_llama):
     """An existing public repository is refused before anything is uploaded."""
     remote.repo(MINE)
-    with pytest.raises(InputError, match=f"{MINE} is there already and is public, so nothing was uploaded"):
+    with pytest.raises(InputError, match=f"{MINE} exists already and is public, so nothing was uploaded"):
         random_adapter(bridge_llama).push_to_hub(MINE, private=True)
     assert remote.repos[MINE].messages == ["initial commit"]
     assert remote.large == {}
@@ -222,7 +222,7 @@ def test_a_wrong_token_is_refused(remote, bridge_llama):
         lambda: random_adapter(bridge_llama).push_to_hub(MINE, token="hf_wrong"),
     ):
         with pytest.raises(
-            InputError, match=r"the hub does not know you, or refuses your token; log in .*hf auth login"
+            InputError, match=r"you are not logged in to the hub, or it refuses your token; log in .*hf auth login"
         ):
             go()
     assert set(remote.repos) == {"meta/open"}
@@ -231,7 +231,7 @@ def test_a_wrong_token_is_refused(remote, bridge_llama):
 def test_without_a_token_nothing_is_uploaded(remote, bridge_llama, monkeypatch):
     """It says how to log in."""
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(InputError, match=f"cannot upload to {MINE}: the hub does not know you.*log in"):
+    with pytest.raises(InputError, match=f"cannot upload to {MINE}: you are not logged in.*log in"):
         random_adapter(bridge_llama).push_to_hub(MINE)
     assert remote.repos == {}
 

@@ -65,9 +65,9 @@ def test_mean_spearman_by_hand():
 
 def test_bad_input():
     """One run, other models, no K, a K above the model, no runs."""
-    with pytest.raises(InputError, match=r"[01] runs given; give 2 or more"):
+    with pytest.raises(InputError, match=r"[01] runs given; give at least 2"):
         stability([A])
-    with pytest.raises(InputError, match=r"[01] runs given; give 2 or more"):
+    with pytest.raises(InputError, match=r"[01] runs given; give at least 2"):
         mean_spearman([])
     with pytest.raises(InputError, match="different models"):
         stability([A, HeadScores([[1, 2]])])
@@ -75,7 +75,7 @@ def test_bad_input():
         stability([A, B], [])
     with pytest.raises(InputError, match="from 1 to 4"):
         stability([A, B], [5])
-    with pytest.raises(InputError, match="0 runs given; give 1 or more"):
+    with pytest.raises(InputError, match="0 runs given; give at least 1"):
         selection_frequency([], 1)
     with pytest.raises(InputError, match="from 1 to 4"):
         selection_frequency([A, B], 0)

@@ -194,10 +194,10 @@ def test_an_alias_is_no_wrong_answer():
 def test_all_rows_with_one_answer_are_refused():
     """Also where they differ in case or outer space; the task and the answers are named."""
     with pytest.raises(
-        DataError, match=r"words: no drawn row has another answer than ' aunt', 'Aunt'; none is a wrong one"
+        DataError, match=r"words: no drawn row has another answer than ' aunt', 'Aunt', so no wrong answer is available"
     ):
         statements(answers_task([" aunt", "Aunt", " aunt"]))
-    with pytest.raises(DataError, match="none is a wrong one"):
+    with pytest.raises(DataError, match="no wrong answer is available"):
         statements(answers_task([" aunt", " uncle"]), n=1)
 
 

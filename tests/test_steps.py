@@ -165,7 +165,7 @@ def test_a_model_whose_cache_is_wrong_shares_nothing(bridge_llama, monkeypatch, 
     """Where going on from cached keys fails, pairs run side by side, to the very numbers of the plain path."""
 
     def wrong(model):
-        raise ModelError("logits behind cached keys are off")
+        raise ModelError("logits from the KV cache are off")
 
     monkeypatch.setattr(passes, "gaps_are_exact", wrong)
     got = learn(bridge_llama, "dpo", "v", WAYS["shared prompts"])

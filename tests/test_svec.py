@@ -113,12 +113,12 @@ def test_their_file_by_hand(tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"directions": None}, "no .svec file"), ({"directions": [ROWS[0]]}, "no .svec file"),
+    [({"directions": None}, "not a .svec file"), ({"directions": [ROWS[0]]}, "not a .svec file"),
      ({"num_heads": None, "head_dim": None}, "says num_heads None"), ({"num_heads": "4"}, "num_heads 4"),
      ({"num_heads": 5}, "num_heads 5"), ({"head_dim": 9}, "head_dim 9"), ({"directions": {"0": [*ROWS[0][:3], [1.0]]}}, "no"),
-     ({"directions": {"0": ROWS[0][:3]}}, "does not hold finite"), ({"directions": {"0": [["1"] * 8] * 4}}, "no .svec file"),
+     ({"directions": {"0": ROWS[0][:3]}}, "does not hold finite"), ({"directions": {"0": [["1"] * 8] * 4}}, "not a .svec file"),
      ({"directions": {"0": [[1e39] * 8] * 4}}, "does not hold finite"), ({"directions": {"0": [[float("nan")] * 8] * 4}}, "NaN"),
-     ({"probe_accuracies": [0.5]}, "no .svec file"), ({"probe_accuracies": {"0:1": "high"}}, "no .svec file")],
+     ({"probe_accuracies": [0.5]}, "not a .svec file"), ({"probe_accuracies": {"0:1": "high"}}, "not a .svec file")],
 )  # fmt: skip
 def test_wrong_files_are_refused(tmp_path, changes, message):
     """Each by its name and with its reason."""
@@ -154,7 +154,7 @@ def test_what_cannot_be_written_is_refused(bridge_llama, tmp_path):
             export_svec(adapter, tmp_path / "x.svec")
     with pytest.raises(AdapterError, match=r"alpha is 0.*with_strength"):
         export_svec(small(alpha=0.0), tmp_path / "x.svec", model_type="llama")
-    with pytest.raises(InputError, match=r"does not say its base model.*give model_type"):
+    with pytest.raises(InputError, match=r"does not name its base model.*give model_type"):
         export_svec(small(), tmp_path / "x.svec")
     with pytest.raises(InputError, match=r"name it .*x\.json\.svec"):
         export_svec(small(), tmp_path / "x.json", model_type="llama")

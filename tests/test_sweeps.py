@@ -72,7 +72,7 @@ def test_bad_input():
     """No series, a series without points, an unknown reference, a missing x, other items, broken scores."""
     with pytest.raises(InputError, match=r"values is \{\}; give series -> x -> scores"):
         sweep({})
-    with pytest.raises(InputError, match=r"series 'a' is \{\}; give x -> scores .*one x or more"):
+    with pytest.raises(InputError, match=r"series 'a' is \{\}; give x -> scores .*at least one x"):
         sweep({"a": {}})
     with pytest.raises(InputError, match="'a' at 4"):
         sweep({"a": {4: [[1, np.inf]]}})

@@ -108,7 +108,7 @@ def test_a_json_file_by_split(tmp_path):
 
 def test_too_few_rows_are_not_divided(tmp_path):
     """Two prompts make no three splits."""
-    with pytest.raises(DataError, match=r"2 different prompt\(s\).*three or more, or a column split"):
+    with pytest.raises(DataError, match=r"2 different prompt\(s\).*at least three, or a column split"):
         load_task(jsonl(tmp_path / "t.jsonl", [*ROWS[:2], ROWS[0]]))
     assert [len(r) for r in load_task(jsonl(tmp_path / "t.jsonl", ROWS[:3])).test.values()] == [1, 1, 1]
 
@@ -165,7 +165,7 @@ def test_columns_of_another_form_are_refused(tmp_path):
     ):  # fmt: skip
         with pytest.raises(InputError, match=said):
             load_task(path, columns=columns)
-    with pytest.raises(InputError, match="columns are those of one file, and organism/truth is none"):
+    with pytest.raises(InputError, match="columns are for a task in one file, and organism/truth is not a file"):
         load_task("organism/truth", columns={"prompt": "p"})
     with pytest.raises(InputError, match="takes no fold, no data_dir and no source"):
         load_task(path, fold=0)
@@ -189,7 +189,7 @@ def test_columns_of_another_form_are_refused(tmp_path):
      ("t.csv", "prompt,answer\na,b\nc\n", {}, r":3: 1 cells under 2 columns"),
      ("t.csv", "prompt,answer\na,b,c\n", {}, r":2: 3 cells under 2 columns"),
      ("t.csv", "prompt,answer\na,b\nc,\"d\n", {}, r":\d: not CSV"),
-     ("t.csv", "prompt,chosen,rejected\np,a,\"['b', 'c']\"\n", {}, r":2: column 'rejected' begins as a list and is no JSON"),
+     ("t.csv", "prompt,chosen,rejected\np,a,\"['b', 'c']\"\n", {}, r":2: column 'rejected' begins as a list but is not JSON"),
      ("t.jsonl", '{"prompt": "a", "answer": NaN}\n' * 3, {}, "too few|answer.*nan"),
      ("t.jsonl", '{"prompt": "a", "l": NaN}\n', {"answer": "l"}, r":1: column 'l' \(answer\) is empty"),
      ("t.jsonl", '{"prompt": "a", "l": 1.5}\n', {"answer": "{l}"}, r":1: column 'l' \(answer\) is 1\.5"),
@@ -260,7 +260,7 @@ def test_on_the_shell(capsys, monkeypatch, tmp_path):
     assert "divided 80/10/10 by prompt with seed 0: 12" in out
     assert "--column prompt=q --column 'chosen= {right}' --column 'rejected= {wrong}'" in out
     for words, said in (
-        (("--column", "prompt"), "--column 'prompt' names no field and column"), ((), "has no column 'prompt'"),
+        (("--column", "prompt"), "--column 'prompt' is not FIELD=COLUMN"), ((), "has no column 'prompt'"),
         (("--column", "prompt=q", "--column", "promt=q"), "unknown field 'promt'"),
     ):  # fmt: skip
         code, _, err = run(capsys, monkeypatch, *asked, *words, "--out", "b")
@@ -279,7 +279,9 @@ def test_columns_are_for_the_files_among_several_tasks(capsys, monkeypatch, tmp_
     assert (code, "2 cells" in out) == (0, True), err
     for verb in (("grid", "g.yaml", "--dry-run"), ("compare", "--out", "c")):
         code, _, err = run(capsys, monkeypatch, *verb, "--task", "organism/truth", *OPTIONS)
-        assert (code, "--column is for tasks of one file, and organism/truth are none" in err) == (2, True), err
+        assert (code, "--column is for tasks in one file, but none of organism/truth is a file" in err) == (2, True), (
+            err
+        )
 
 
 def test_in_a_grid(tmp_path, monkeypatch):

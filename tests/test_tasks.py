@@ -264,7 +264,7 @@ def test_questions_that_differ_in_their_options_are_no_repeats():
 
 def test_options_of_later_rows_are_not_passed_over():
     """Rows of one form: options that only some rows have would be asked without them."""
-    with pytest.raises(DataError, match="t test row 1 has options, and the task's first row has none"):
+    with pytest.raises(DataError, match="t test row 1 has options, but the task's first row has none"):
         Task.from_records("t", train=ROWS, test=[{**ROWS[0], "options": ["a0", "b"]}])
 
 
@@ -389,10 +389,7 @@ def test_a_folder_that_is_called_as_a_task_is_said(tmp_path, monkeypatch, caplog
     for split in ("train", "test"):
         (tmp_path / "mine" / f"{split}.jsonl").write_text(json.dumps({"prompt": "own", "answer": "x"}))
     assert load_task("mine").name == "known"
-    assert (
-        "mine is the built-in task, and the folder ./mine is not read; give ./mine for a task of your own"
-        in caplog.text
-    )
+    assert "mine is the built-in task, and the folder ./mine is not read; give ./mine for your own task" in caplog.text
     caplog.clear()
     assert load_task("mine", data_dir="elsewhere").name == "known"
     for own in ("./mine", Path("mine"), str(tmp_path / "mine")):

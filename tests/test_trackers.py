@@ -126,7 +126,7 @@ def test_one_that_fails_is_dropped_with_one_warning(bridge_llama, task, caplog, 
         made = tune(bridge_llama, task, on_step=run)
     assert made.meta.history == tune(bridge_llama, task).meta.history
     assert [r.getMessage() for r in caplog.records] == [
-        "the tracker Notes failed (ConnectionError: no network); the run goes on without it"
+        "the tracker Notes failed (ConnectionError: no network); the run continues without it"
     ]
     assert len(notes.steps) == {"start": 0, "step": 1, "finish": 6}[what]
     assert [t[0] for t in notes.told].count("finish") == 1

@@ -1,5 +1,5 @@
-"""What RED, LoReFT and LoRA have in common: the edit is the paper's on every architecture and class, comes and goes without a
-trace, learns a task, is seen by the cached scorer and decoder, and is stored whole."""
+"""What RED, LoReFT, post-block steering and LoRA have in common: the edit is the paper's on every architecture and class, comes
+and goes without a trace, learns a task, is seen by the cached scorer and decoder, and is stored whole."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ import lofit_lens as ll
 from lofit_lens import HeadSet, Task, TrainConfig, attached, io
 from lofit_lens.errors import AdapterError, DataError, InputError, ModelError
 from lofit_lens.evaluation import generate, score_continuations
-from lofit_lens.interventions import Lora, LoReft, Red
+from lofit_lens.interventions import Lora, LoReft, PostBlock, Red
 from lofit_lens.interventions.files import CONFIG_FILE, WEIGHTS_FILE
 from lofit_lens.models import load_model, logits_of, tokenizer_of
 from lofit_lens.tasks.collate import encode_training
@@ -23,7 +23,7 @@ from tests.test_hook_access import processed_gpt2
 
 TOKENS = torch.randint(3, 400, (2, 20), generator=torch.Generator().manual_seed(3))
 SHORT = TrainConfig(lr=1e-2, batch_size=4, epochs=2)
-CLASSES = {"red": Red, "loreft": LoReft, "lora": Lora}
+CLASSES = {"red": Red, "loreft": LoReft, "post-block": PostBlock, "lora": Lora}
 METHOD_PAIRS = [
     pytest.param(method, *p.values, id=f"{method}-{p.id}", marks=p.marks)
     for method in CLASSES
@@ -32,7 +32,7 @@ METHOD_PAIRS = [
 ]
 METHODS = [
     pytest.param("red", "hooked", marks=needs_hooked), ("red", "bridge"), pytest.param("loreft", "hooked", marks=needs_hooked),
-    ("loreft", "bridge"), ("lora", "bridge"),
+    ("loreft", "bridge"), pytest.param("post-block", "hooked", marks=needs_hooked), ("post-block", "bridge"), ("lora", "bridge"),
 ]  # fmt: skip
 each_method = pytest.mark.parametrize(("method", "on"), METHODS)
 once_each = pytest.mark.parametrize(("method", "on"), [(m, "bridge") for m in CLASSES])
@@ -53,6 +53,9 @@ def random(method, model, **options):
         elif method == "loreft":
             made.W.normal_(0, 0.5, generator=generator)
             made.b.normal_(0, 0.5, generator=generator)
+        elif method == "post-block":
+            made.D.normal_(0, 0.5, generator=generator)
+            made.U.normal_(0, 0.3, generator=generator)
         else:
             for B in made.B.values():
                 B.normal_(0, 0.3, generator=generator)
@@ -81,9 +84,9 @@ def test_a_run_is_plain_hugging_face_with_the_edit(loaded, hf, method, architect
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
-@pytest.mark.parametrize("method", ["red", "lora"])
+@pytest.mark.parametrize("method", ["red", "post-block", "lora"])
 def test_a_new_one_is_bit_equal(checkpoint, backend, method, dtype):
-    """s = 1, b = 0 and B = 0 change not a bit, whatever the base's type; numbers and their gradients are float32."""
+    """s = 1, b = 0, U = 0 and B = 0 change not a bit, whatever the base's type; numbers and their gradients are float32."""
     if (method, backend) == ("lora", "hooked"):
         pytest.skip("LoRA needs the bridge")
     model = load_model(checkpoint("llama"), backend=backend, dtype=dtype, device="cpu")
@@ -92,7 +95,7 @@ def test_a_new_one_is_bit_equal(checkpoint, backend, method, dtype):
     with adapter.attached(model):
         logits_of(model, TOKENS, torch.ones_like(TOKENS)).float().logsumexp(-1).sum().backward()
     assert {p.dtype for p in adapter.parameters()} == {p.grad.dtype for p in adapter.parameters()} == {torch.float32}
-    learns = adapter.B.values() if method == "lora" else adapter.parameters()
+    learns = [p for name, p in adapter.named_parameters() if name[0] not in "AD"]  # these are behind a zero
     assert all(p.grad.abs().max() > 0 for p in learns)
 
 
@@ -246,6 +249,7 @@ def organism():
     [
         pytest.param("red", 2e-1, 2, marks=pytest.mark.slow),
         ("loreft", 1e-2, 1),
+        ("post-block", 1e-2, 1),
         ("lora", 1e-2, 1),
     ],
 )
@@ -308,7 +312,7 @@ def good(tmp_path_factory, loaded):
     return {m: random(m, loaded("llama", "bridge")).save_pretrained(folder / m) for m in CLASSES}
 
 
-@pytest.mark.parametrize("method", ["red", "loreft"])
+@pytest.mark.parametrize("method", ["red", "loreft", "post-block"])
 @needs_hooked
 def test_processed_weights_are_another_model(loaded, tmp_path, method):
     """An adapter made without weight processing is refused on a model with it, whose residual stream is centred."""
@@ -322,7 +326,7 @@ def test_processed_weights_are_another_model(loaded, tmp_path, method):
         made_there.attach_check(plain)
 
 
-@pytest.mark.parametrize("method", ["red", "loreft"])
+@pytest.mark.parametrize("method", ["red", "loreft", "post-block"])
 @pytest.mark.parametrize("layers", [[3], [-1], [0, 0], []])
 def test_layers_that_are_none_are_refused(bridge_llama, method, layers):
     """Outside the model, given twice, none at all: what may be given is said."""
@@ -344,7 +348,7 @@ def test_places_that_cannot_be_reached_are_told_at_making(bridge_llama, monkeypa
         new(method, bridge_llama)
 
 
-@pytest.mark.parametrize("method", ["red", "loreft"])
+@pytest.mark.parametrize("method", ["red", "loreft", "post-block"])
 def test_chosen_layers_alone_are_edited(llama, hf, method):
     """Layers 2 and 0, given in that order: stored ascending, and layer 1 is left alone."""
     adapter = random(method, llama, layers=[2, 0])
@@ -360,7 +364,8 @@ def test_data_and_settings_of_the_files(good, method):
     """The JSON holds what made the adapter; tensors are few and plain."""
     folder = good[method]
     record = io.read_json(folder / CONFIG_FILE)
-    names = {"red": {"s", "b"}, "loreft": {"R", "W", "X", "b"}, "lora": {"q.A", "q.B", "v.A", "v.B"}}
+    names = {"red": {"s", "b"}, "loreft": {"R", "W", "X", "b"}, "post-block": {"D", "U"}}
+    names["lora"] = {"q.A", "q.B", "v.A", "v.B"}
     assert (record["method"], record["n_layers"]) == (method, 3)
     assert set(load_file(folder / WEIGHTS_FILE)) == names[method]
     assert record["positions"] == ("f7+l7" if method == "loreft" else "all")

@@ -199,7 +199,7 @@ def test_bad_input():
             transfer_matrix(few)
     with pytest.raises(InputError, match="100 items with its own heads and 90 with those of b"):
         transfer_matrix(RUNS | {("a", "b"): scores(60, n=90)})
-    with pytest.raises(InputError, match="from 0 up"):
+    with pytest.raises(InputError, match="of at least 0"):
         transfer_matrix(RUNS | {("a", "b"): -scores(60)})
     with pytest.raises(InputError, match="metrics names c"):
         transfer_matrix(RUNS, metrics={"c": "MC1"})

@@ -105,7 +105,7 @@ def test_what_is_refused(loaded, bridge_llama, checkpoint):
     """Scalings, other positions, other weights; and models whose attention vLLM keeps elsewhere."""
     with pytest.raises(AdapterError, match=r"scales heads.*export_folded"):
         ll.to_vllm(random_adapter(bridge_llama))
-    with pytest.raises(AdapterError, match="positions 'answer' alone"):
+    with pytest.raises(AdapterError, match="only at the positions 'answer'"):
         ll.to_vllm(random_iti(bridge_llama, positions="answer"))
     lofit = random_adapter(bridge_llama, A=0.0)
     with pytest.raises(AdapterError, match="other weights"):

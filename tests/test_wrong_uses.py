@@ -289,6 +289,7 @@ NUMBERS = {
     "keep_only draws": lambda m, n: ll.analysis.keep_only(m, TASK, ll.Lofit.for_model(m), draws=n, **QUIET),
     "sweep resamples": lambda m, n: ll.analysis.sweep({"a": {1: [1, 0]}}, resamples=n),
     "LoReft rank": lambda m, n: ll.LoReft.for_model(m, rank=n, seed=0),
+    "PostBlock rank": lambda m, n: ll.PostBlock.for_model(m, rank=n, seed=0),
     "from_records max_new_tokens": lambda m, n: ll.Task.from_records("x", train=[], test=[], max_new_tokens=n),
     "HeadSet top": lambda m, n: HEADS.top(n),
 }
@@ -314,6 +315,7 @@ SEEDS = {
     "mean_layers": lambda m, s: ll.analysis.mean_layers({"a": HEADS}, seed=s),
     "sweep": lambda m, s: ll.analysis.sweep({"a": {1: [1, 0]}}, seed=s),
     "LoReft": lambda m, s: ll.LoReft.for_model(m, seed=s),
+    "PostBlock": lambda m, s: ll.PostBlock.for_model(m, seed=s),
     **{
         f"selector {name}": (lambda m, s, f=score: f(m, TASK, seed=s, progress=False))
         for name, score in SELECTORS.items()

@@ -1,19 +1,19 @@
-"""Analysis: which heads, how alike, what they carry. Data in, data out; figures are in `lofit_lens.plots`.
+"""Analysis of head sets, runs and adapters. Functions return data; figures are in `lofit_lens.plots`.
 
 | question | function |
 |---|---|
 | do head sets agree, more than by chance? | `overlap`, `score_agreement`, `agreement_by_k`, `agreement` |
 | where in the model are they? | `layer_shares`, `mean_layers`, `mean_layer_differences` |
-| does selection repeat itself? | `stability`, `selection_frequency`, `mean_spearman` |
-| do other tasks' heads serve? | `transfer_matrix` |
+| is selection reproducible? | `stability`, `selection_frequency`, `mean_spearman` |
+| do other tasks' heads work as well? | `transfer_matrix` |
 | do chosen heads do better than random ones? | `chosen_against_random` |
 | how many heads, how many examples? | `sweep`, `paired_differences` |
-| what does an adapter say, and how does it lie? | `promoted_tokens`, `promoted_by`, `geometry`, `offset_cosines` |
-| where do the heads look? | `attention_patterns` |
-| is the set needed, is it enough? | `leave_one_out`, `keep_only`, `removal`, `drop_edits` |
+| what does an adapter promote, where do its vectors point? | `promoted_tokens`, `promoted_by`, `geometry`, `offset_cosines` |
+| what do the heads attend to? | `attention_patterns` |
+| are the heads necessary, are they sufficient? | `leave_one_out`, `keep_only`, `removal`, `drop_edits` |
 | do the heads carry the answer? | `answer_patching` |
-| what does it change inside? | `drift` |
-| do adapters get in each other's way, and do they last over long contexts? | `interference`, `learned_in_turn`, `long_context` |
+| what does an adapter change inside the model? | `drift` |
+| do adapters interfere, do they work after long contexts? | `interference`, `learned_in_turn`, `long_context` |
 """
 
 from lofit_lens.analysis.answers import AnswerPatching, answer_patching

@@ -1,16 +1,16 @@
-"""Do chosen heads carry the answer? Their z is patched from prompts with the same answer and from prompts with another one.
+"""Do chosen heads carry the answer? Patch their z from prompts with the same answer and from prompts with another one.
 
 For row i with right answer a_i, and a row j with another answer a_j, the model prefers a_i by
 
     preference_i = sigmoid(log p(a_i) - log p(a_j)),    log p summed over the answer's tokens, nats
 
-At the prompt's last token the heads' z is replaced by what it is at the last token of row j (*other answer*), or of another row
-whose right answer is a_i too (*same answer*). Every patch takes away what the heads say of this prompt in particular, so that a
-fall of the preference by itself shows nothing. What they say about the answer is
+At the prompt's last token the heads' z is replaced by their z at the last token of row j (*other answer*), or of another row
+whose right answer is also a_i (*same answer*). Every patch removes what the heads encode about this particular prompt, so a
+drop of the preference by itself shows nothing. What they carry about the answer is
 
     carried_i = preference_i(same answer) - preference_i(other answer)
 
-and random sets with as many heads in each layer stand beside the chosen ones.
+and the chosen heads are compared with random sets of as many heads in each layer.
 """
 
 import random
@@ -45,17 +45,17 @@ CHOSEN, RANDOM = "chosen", "random"
 
 @dataclass(frozen=True, eq=False)
 class AnswerPatching:
-    """What chosen heads carry of the answer, beside random ones.
+    """What chosen heads carry of the answer, compared with random heads.
 
     Attributes:
-        frame: one row a run: `which` (`"none"`, `"chosen"`, `"random"`), `draw`, `donors` (`"not patched"`, `"same answer"`,
+        frame: one row per run: `which` (`"none"`, `"chosen"`, `"random"`), `draw`, `donors` (`"not patched"`, `"same answer"`,
             `"other answer"`), `heads`, `value` (mean preference for the right answer, 0 to 1), `low`, `high` (95 % over rows),
             `n`.
-        items: preference of every row, in the order of the frame.
-        task: name.
-        split: which.
-        draws: random sets.
-        seed: of pairs and sets.
+        items: preference for every row, in the order of the frame.
+        task: name of the task.
+        split: name of the split.
+        draws: number of random sets.
+        seed: seed of the pairs and the sets.
     """
 
     frame: pd.DataFrame
@@ -66,7 +66,7 @@ class AnswerPatching:
     seed: int
 
     def carried(self, which: str = CHOSEN, draw: int = 0) -> Float[np.ndarray, " rows"]:
-        """What a set's heads say about each row's answer, from -1 to 1: preference with the same answer minus another one."""
+        """What a set's heads carry of each row's answer, from -1 to 1: preference with the same answer minus another one."""
         keys = zip(self.frame["which"], self.frame["draw"], self.frame["donors"], strict=True)
         found = dict(zip(keys, self.items, strict=True))
         return np.array(found[which, draw, SAME]) - np.array(found[which, draw, OTHER])
@@ -93,18 +93,18 @@ def answer_patching(
 
     Args:
         model: any HookedTransformer or TransformerBridge.
-        task: with right answers in the training form of the split. Rows without a second row of the same answer are left out.
-        heads: the chosen ones.
-        adapter: attached throughout, in front of the patch: donors are read with it too. None = the unmodified model.
-        draws: random sets with as many heads in each layer (`HeadSet.matched`, seeds `seed`, `seed + 1`, ...).
-        seed: of these and of the pairs of rows.
-        split: which rows.
-        limit: only the first rows.
+        task: a task with right answers in the training form of the split. Rows whose answer no other row shares are left out.
+        heads: the chosen heads.
+        adapter: attached throughout, before the patch, also while donors are read. None = the unmodified model.
+        draws: number of random sets with as many heads in each layer (`HeadSet.matched`, seeds `seed`, `seed + 1`, ...).
+        seed: seed of the random sets and of the pairs of rows.
+        split: which split to use.
+        limit: use only the first rows.
         progress: show a bar over runs.
 
     Raises:
-        InputError: a split without answers, fewer than two rows that share their answer with another one, no row with another
-            answer, fewer than one draw, or a negative seed.
+        InputError: a split without answers, fewer than two rows that share their answer with another row, only one answer in
+            all rows, fewer than one draw, or a negative seed.
         DataError: a row longer than the context.
         ModelError: heads that cannot be reached.
     """
@@ -117,7 +117,7 @@ def answer_patching(
     sets = {(CHOSEN, 0): chosen} | {(RANDOM, d): HeadSet.matched(chosen, seed=seed + d) for d in range(draws)}
     layers = sorted({layer for s in sets.values() for layer in s.layers})
     kept = sorted(pairs)
-    # A row that has no donors is run for its z only, and any other answer does.
+    # A row without donors is run only for its z, so any other answer will do.
     others = [pairs[i][1] if i in pairs else _any_other(i, answers) for i in range(len(answers))]
     tokenizer = tokenizer_of(model)
     rows = [
@@ -144,7 +144,7 @@ def _examples(task: Task, split: str) -> Sequence[TrainingExample]:
     found = task.training.get(split)
     if not found:
         raise InputError(
-            f"{task.name} has no answers in the training form of its {split} split, which patching puts behind the prompts; "
+            f"{task.name} has no answers in the training form of its {split} split, and patching needs them; "
             f"name one of {', '.join(task.training) or 'no split: it has none'}"
         )
     return found
@@ -157,7 +157,7 @@ def _right(example: TrainingExample) -> str:
 def _donors(
     examples: Sequence[TrainingExample], answers: Sequence[str], draw: random.Random
 ) -> dict[int, tuple[int, int]]:
-    """Row -> a row with the same answer behind another prompt, and one with another answer; rows that have both."""
+    """Row -> a row with the same answer to another prompt, and one with another answer; only rows that have both."""
     found = {}
     for i, answer in enumerate(answers):
         same = [j for j, a in enumerate(answers) if a == answer and examples[j].prompt != examples[i].prompt]
@@ -167,7 +167,7 @@ def _donors(
     if len(found) < 2:
         raise InputError(
             f"{len(found)} of {len(answers)} rows have another row with the same answer and one with another answer; patching "
-            "from rows with the same answer needs two or more: take more rows, or a task whose answers repeat"
+            "from rows with the same answer needs at least two: use more rows, or a task whose answers repeat"
         )
     return found
 
@@ -177,7 +177,7 @@ def _any_other(i: int, answers: Sequence[str]) -> int:
 
 
 class _Preferences:
-    """Preference of every row for its first answer, patched or not; prompts up to their last token are run once."""
+    """Preference of every row for its first answer, patched or not; each prompt up to its last token is run once."""
 
     def __init__(self, model: Any, rows: Sequence[tuple[Encoded, ...]]) -> None:
         self.model = model
@@ -185,7 +185,7 @@ class _Preferences:
         self.parts = [(len(part), AnswerLogProbs(model, [e for pair in part for e in pair])) for part in parts]
 
     def with_z(self, layers: Sequence[int]) -> tuple[Float[Tensor, " rows"], dict[int, Float[Tensor, "rows head d"]]]:
-        """As they are, with every row's z at the prompt's last token, by layer."""
+        """Preferences without a patch, and every row's z at the prompt's last token, by layer."""
         found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
 
         def keeper(layer: int) -> Any:
@@ -201,7 +201,7 @@ class _Preferences:
         return values, {layer: torch.cat(parts) for layer, parts in found.items()}
 
     def patched(self, heads: HeadSet, z: dict[int, Float[Tensor, "rows head d"]]) -> Float[Tensor, " rows"]:
-        """With the heads' z replaced by each row's donor's."""
+        """Preferences with the heads' z replaced by that of each row's donor."""
         start, values = 0, []
         for n, measure in self.parts:
             given = {layer: of[start : start + n] for layer, of in z.items()}
@@ -221,7 +221,7 @@ def _preference(log_probs: Float[Tensor, " answers"]) -> Float[Tensor, " rows"]:
 
 @contextmanager
 def _replaced(model: Any, heads: HeadSet, given: dict[int, Float[Tensor, "rows head d"]]) -> Iterator[None]:
-    """The heads' z at the first position of a pass is the one given for each row; both answers of a row get the same."""
+    """Replace the heads' z at the first position of a pass by the one given for each row; both answers of a row get the same."""
 
     def patcher(layer: int) -> Any:
         index = [h.head for h in heads if h.layer == layer]

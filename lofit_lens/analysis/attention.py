@@ -1,4 +1,4 @@
-"""Where chosen heads look: attention patterns of prompts, with whatever is attached acting."""
+"""What chosen heads attend to: their attention patterns on prompts, with any attached interventions active."""
 
 import contextlib
 from collections.abc import Sequence
@@ -33,9 +33,9 @@ class AttentionPatterns:
     Attributes:
         heads: the heads.
         prompts: the texts.
-        tokens: of each prompt, its tokens as text (BOS included).
-        patterns: of each prompt `[K, pos, pos]` float32 on the CPU, heads in order: row = the token that looks, column = the one
-            looked at; rows sum to 1.
+        tokens: for each prompt, its tokens as text (including BOS).
+        patterns: for each prompt, `[K, pos, pos]` float32 on the CPU, heads in order: row = query token, column = key token; rows
+            sum to 1.
         model: name of the model.
     """
 
@@ -49,11 +49,11 @@ class AttentionPatterns:
         """One head's pattern of one prompt.
 
         Raises:
-            InputError: a head or a prompt that is not here.
+            InputError: a head or a prompt that is not in this result.
         """
         found = Head.parse(head)
         if found not in self.heads:
-            raise InputError(f"no pattern of head {found}; there are those of {self.heads}")
+            raise InputError(f"no pattern of head {found}; the heads are {self.heads}")
         self.check_prompt(prompt)
         return self.patterns[prompt][self.heads.heads.index(found)]
 
@@ -62,7 +62,7 @@ class AttentionPatterns:
         check_whole(0, len(self.prompts) - 1, prompt=prompt)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able; weights rounded to 4 decimals, which is what can be seen."""
+        """JSON-able; weights are rounded to 4 decimals, which is enough for a figure."""
         return {
             "kind": "lofit_lens.AttentionPatterns", "schema": 1, "model": self.model, "heads": self.heads.to_dict(),
             "prompts": list(self.prompts), "tokens": [list(t) for t in self.tokens],
@@ -75,14 +75,14 @@ def attention_patterns(model: Any, prompts: Sequence[str], heads: Heads) -> Atte
     """Attention patterns of some heads; prompts run one by one, and only the wanted heads are kept.
 
     Args:
-        model: any HookedTransformer or TransformerBridge; what is attached acts.
-        prompts: texts; BOS is put in front.
-        heads: which.
+        model: any HookedTransformer or TransformerBridge; attached interventions stay active.
+        prompts: texts; BOS is prepended.
+        heads: which heads.
 
     Raises:
         InputError: no prompt, no head, or a head outside the model.
-        DataError: a prompt without a token or longer than the context; names its place.
-        ModelError: a layer whose attention cannot be seen.
+        DataError: a prompt without tokens or longer than the context; names its index.
+        ModelError: a layer that does not expose its attention pattern.
     """
     info, prompts, heads = model_info(model), texts_of("prompts", prompts), HeadSet.of(heads)
     if len(heads) == 0 or not prompts:
@@ -103,7 +103,7 @@ def attention_patterns(model: Any, prompts: Sequence[str], heads: Heads) -> Atte
                 run_through(model, tokens, torch.ones_like(tokens))
             if missing := [h for h in heads if h not in found]:
                 raise ModelError(
-                    f"attention of layer {missing[0].layer} of {info.name} was not computed in the open; load the model "
+                    f"layer {missing[0].layer} of {info.name} does not expose its attention pattern; load the model "
                     "with eager attention"
                 )
             texts.append(tuple(token_texts(tokenizer, ids)))

@@ -1,11 +1,11 @@
 """How many heads two sets would share by chance.
 
-Of N heads, one set holds k_a and another k_b, drawn evenly and apart. The number X that they share is hypergeometric:
+Of N heads, one set holds k_a and another k_b, drawn uniformly and independently. The number X that they share is hypergeometric:
 
     P(X = x) = C(k_a, x) C(N - k_a, k_b - x) / C(N, k_b),   E[X] = k_a k_b / N
 
-Layer-matched: each set keeps its number of heads in every layer and only their places within the layer are shuffled. Then
-X is a sum of independent hypergeometric numbers, one a layer, and its distribution is their convolution. This is the exact
+Layer-matched: each set keeps its number of heads in every layer, and only their indices within the layer are shuffled. Then
+X is a sum of independent hypergeometric numbers, one per layer, and its distribution is their convolution. This is the exact
 form of the permutation test that shuffles heads within layers.
 """
 
@@ -22,7 +22,7 @@ from lofit_lens.errors import InputError
 
 @functools.lru_cache(maxsize=8192)
 def shared_by_chance(k_a: int, k_b: int, n: int) -> Float[np.ndarray, " outcomes"]:
-    """Probability of 0, 1, ... min(k_a, k_b) shared heads of two sets drawn evenly from n heads; kept, so not to be written to.
+    """Probability of 0, 1, ... min(k_a, k_b) shared heads of two sets drawn uniformly from n heads (cached: do not write to it).
 
     Raises:
         InputError: a set larger than the model, or a negative number.
@@ -37,15 +37,15 @@ def shared_by_chance(k_a: int, k_b: int, n: int) -> Float[np.ndarray, " outcomes
 def shared_by_chance_in_layers(
     counts_a: Int[np.ndarray, " n_layers"], counts_b: Int[np.ndarray, " n_layers"], n_heads: int
 ) -> Float[np.ndarray, " outcomes"]:
-    """The same where both sets keep their number of heads in each layer (heads shuffled within layers), exact.
+    """The same if both sets keep their number of heads in each layer (heads shuffled within layers), exact.
 
     Args:
         counts_a: heads of the first set in each layer.
         counts_b: heads of the second set in each layer.
-        n_heads: heads of a layer.
+        n_heads: heads per layer.
 
     Raises:
-        InputError: a layer with more heads than it has.
+        InputError: a count above the number of heads in a layer.
     """
     found = np.ones(1)
     for a, b in zip(counts_a.tolist(), counts_b.tolist(), strict=True):
@@ -60,13 +60,13 @@ def at_least(outcomes: Float[np.ndarray, " outcomes"], shared: int) -> float:
 
 
 def mean_jaccard(outcomes: Float[np.ndarray, " outcomes"], k_a: int, k_b: int) -> float:
-    """Mean of shared / (k_a + k_b - shared) over a distribution of shared heads, exact; one set must hold a head."""
+    """Mean of shared / (k_a + k_b - shared) over a distribution of shared heads, exact; at least one set must not be empty."""
     x = np.arange(outcomes.size)
     return float(outcomes @ (x / (k_a + k_b - x)))
 
 
 def chance_range(outcomes: Float[np.ndarray, " outcomes"], *, level: float = 0.95) -> tuple[int, int]:
-    """Quantiles of a distribution over 0, 1, 2, ...: between them, both included, lies at least `level` of it.
+    """Quantiles of a distribution over 0, 1, 2, ...: at least `level` of it lies between them, both included.
 
     Raises:
         InputError: a level outside (0, 1).
@@ -78,27 +78,27 @@ def chance_range(outcomes: Float[np.ndarray, " outcomes"], *, level: float = 0.9
 
 
 def rank_biased_overlap(a: Sequence[object], b: Sequence[object], *, p: float = 0.9) -> float:
-    """Similarity of two rankings in [0, 1] that weights the top most: RBO_ext of Webber, Moffat & Zobel 2010, eq. 32.
+    """Top-weighted similarity of two rankings, in [0, 1]: RBO_ext of Webber, Moffat & Zobel 2010, eq. 32.
 
     With X_d the items shared by the first d of both, s the shorter and l the longer length:
 
         (1 - p) / p * (sum_{d=1}^{l} X_d / d p^d + sum_{d=s+1}^{l} X_s (d - s) / (s d) p^d)
             + ((X_l - X_s) / l + X_s / s) p^l
 
-    It assumes that the agreement seen goes on below the end of the lists. Equal lists of one length give 1, lists without a
-    shared item 0.
+    It assumes that the observed agreement continues beyond the end of the lists. Identical lists give 1, lists without a shared
+    item 0.
 
     Args:
         a: items, best first, none twice.
-        b: the same; may be longer or shorter.
-        p: persistence. The first 10 places have 86 % of the weight at 0.9, the first 50 at 0.98.
+        b: likewise; may be longer or shorter.
+        p: persistence. The first 10 ranks have 86 % of the weight at 0.9, the first 50 at 0.98.
 
     Raises:
         InputError: an empty list or p outside (0, 1).
     """
     check_share("p", p)
     if not a or not b:
-        raise InputError("an empty ranking overlaps with nothing; give at least one item on both sides")
+        raise InputError("a ranking is empty; give at least one item on both sides")
     s, n = sorted((len(a), len(b)))
     x = shared_by_depth(a, b)
     d = np.arange(1, n + 1)

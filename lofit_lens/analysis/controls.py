@@ -5,22 +5,22 @@ With `c` the mean of the chosen set and `r_d` that of random set d of D, over se
 
     difference    D^ = c - mean(r)
     variance      V  = (f + 1 / D) var(r) + max(0, var(d_i) - (f + 1 / D) var(e_di)) / n_items,  at least 1 / n_items**2
-                  f  = (M + k) / (M - k) where sets are k of M heads other than the chosen; 1 where these may be drawn too
+                  f  = (M + k) / (M - k) if sets are k of M heads other than the chosen; 1 if these may be drawn too
     difference    t  = D^ / sqrt(V), two-sided
     equivalence   t  = (margin - |D^|) / sqrt(V), the smaller of the two one-sided tests (Schuirmann 1987)
 
-The unit is the set. If choosing were no better than drawing, the chosen set would be one more draw: its mean would spread about
-the others' by `(1 + 1 / D) var(r)`, in which training noise and what single items add to a set are contained. With the first
-term alone this is Student's test of one new observation, exact for normal means at any number of sets and seeds (Crawford &
-Howell 1998 use it for a single case). The second term counts items on which the chosen set differs from the random ones by more
-than these differ among themselves (`e_di` is what is left of their scores after means of sets and items): random sets that
-change nothing have no spread, and would make any difference look certain. Degrees of freedom follow Satterthwaite (1946).
-Fewer than four random sets, or random sets of fewer than four other heads, are not tested.
+The unit is the set. If choosing were no better than drawing, the chosen set would be one more draw: the variance of its mean
+around the others' would be `(1 + 1 / D) var(r)`, which includes training noise and what single items add to a set. With only the
+first term this is Student's test of one new observation, exact for normal means at any number of sets and seeds (Crawford &
+Howell 1998 use it for a single case). The second term accounts for items on which the chosen set differs from the random ones by
+more than these differ among themselves (`e_di` is the residual of their scores after removing the means of sets and items).
+Without it, random sets that change nothing would have no spread, and any difference would look certain. Degrees of freedom
+follow Satterthwaite (1946). Fewer than four random sets, or random sets of fewer than four other heads, are not tested.
 
-Where the chosen heads are left out of the draws, random sets share heads with each other and none with the chosen set, so that
-their spread is less than the chosen set's distance from them. With effects of heads that add up, a draw's variance is
+If the chosen heads are left out of the draws, random sets share heads with each other and none with the chosen set, so their
+spread is smaller than the chosen set's distance from them. If effects of heads add up, a draw's variance is
 `k s^2 (1 - k / M)`, and the variance of chosen minus expected random is `k s^2 (1 + k / M)` (sampling without replacement); hence
-f. The M heads also bound what is known of s: the degrees of freedom of var(r) are `1 / (1 / (D - 1) + 1 / (M - 1))`, else D - 1.
+f. The M heads also limit how well s is known: the degrees of freedom of var(r) are `1 / (1 / (D - 1) + 1 / (M - 1))`, else D - 1.
 """
 
 from dataclasses import asdict, dataclass
@@ -34,7 +34,7 @@ from lofit_lens.analysis.resampling import score_array
 from lofit_lens.checks import check_number, check_share, check_whole
 from lofit_lens.errors import InputError
 
-# Of fewer the spread is known too badly: p < 0.05 comes up in up to 11 % of cases with two, 6 % with three.
+# With fewer sets the spread is known too poorly: p < 0.05 comes up in up to 11 % of cases with two, 6 % with three.
 FEW_SETS = 4
 LOCALISED = "localised"
 EQUIVALENT = "no evidence of localisation: equivalent within the margin"
@@ -44,22 +44,22 @@ UNCLEAR = "cannot tell"
 
 @dataclass(frozen=True)
 class ControlTest:
-    """Chosen heads beside random sets.
+    """Chosen heads compared with random sets.
 
     Attributes:
         chosen: mean of the chosen set over seeds and items.
         random: mean of the random sets.
         difference: chosen minus random.
-        interval: of the difference, over sets, seeds and items, within what shares from 0 to 1 can differ by; None for fewer than
-            four random sets or two items, or for `others` that tell nothing.
-        p: of the difference, two-sided; 1 where there is no interval.
-        p_equivalence: of the two one-sided tests that the difference lies within the margin, the larger; likewise.
+        interval: of the difference, over sets, seeds and items, clipped to -1 and 1 for shares; None for fewer than four random
+            sets or two items, or for `others` that allow no test.
+        p: p-value of the difference, two-sided; 1 if there is no interval.
+        p_equivalence: the larger p-value of the two one-sided tests that the difference lies within the margin; 1 likewise.
         margin: differences closer to 0 than this do not matter; on the scale of the scores.
-        beaten_by: random sets that do as well as the chosen one or better.
-        n_sets: random sets.
-        n_seeds: of each set.
-        n_items: the same for all.
-        level: of the interval.
+        beaten_by: number of random sets that do at least as well as the chosen one.
+        n_sets: number of random sets.
+        n_seeds: number of seeds of each set.
+        n_items: number of items, the same for all.
+        level: confidence level of the interval.
     """
 
     chosen: float
@@ -77,9 +77,9 @@ class ControlTest:
 
     @property
     def verdict(self) -> str:
-        """One of `LOCALISED`, `EQUIVALENT`, `WORSE` and `UNCLEAR`, each p against 1 - level.
+        """One of `LOCALISED`, `EQUIVALENT`, `WORSE` and `UNCLEAR`; each p is compared with 1 - level.
 
-        Equivalence goes first: a difference that is surely there and surely below the margin does not matter.
+        Equivalence has priority: a difference that is certainly there and certainly below the margin does not matter.
         """
         if self.p_equivalence < 1 - self.level:
             return EQUIVALENT
@@ -102,25 +102,25 @@ def chosen_against_random(
 ) -> ControlTest:
     """Test whether a chosen set of heads does better than random ones, and whether the difference lies within a margin.
 
-    The question is whether choosing is better than drawing one set, not whether this set is above the mean of all: where
-    random sets differ much among themselves, one above their mean may be one of many. In simulations in which the chosen set is
+    The question is whether choosing is better than drawing one set, not whether this set is above the mean of all: if random
+    sets vary widely, many of them lie above their mean. In simulations in which the chosen set is
     one more draw, p < 0.05 comes up in 4 to 5.2 % of cases (4, 5, 10 or 20 sets, 1 or 2 seeds, 200 items, right or wrong), and
-    equivalence in at most 5 % where the true difference is the margin. Where the chosen heads are left out of the draws, p < 0.05
+    equivalence in at most 5 % if the true difference equals the margin. If the chosen heads are left out of the draws, p < 0.05
     comes up in 3.5 to 5.7 % (3 of 4 to 3 of 61 others); without `others` it would in 5 to 45 %. A percentile bootstrap over sets,
-    seeds and items is not used: with 10 sets and 2 seeds its 95 % interval left out the truth in 34 % of the same cases, since it
-    takes nothing of the chosen set's own spread into account. The seeds count through their mean: training noise that is larger
-    for the chosen set than for the random ones is not seen.
+    seeds and items is not used: with 10 sets and 2 seeds its 95 % interval missed the truth in 34 % of the same cases, since it
+    ignores the chosen set's own spread. Seeds enter through their mean: training noise that is larger
+    for the chosen set than for the random ones goes unnoticed.
 
     Args:
         chosen: [n_seeds, n_items] scores, from 0 to 1.
         random: [n_sets, n_seeds, n_items] scores on the same items in the same order.
-        others: (k, M) where each random set is k of M heads other than the chosen ones; None where these may be drawn too. At
-            k = 0 and k = M all random sets are the same, and nothing is tested; nor is it for M below 4.
+        others: (k, M) if each random set is k of M heads other than the chosen ones; None if these may be drawn too. Nothing is
+            tested at k = 0 and k = M, where all random sets are the same, nor for M below 4.
         margin: fixed before the scores are seen; above 0.
-        level: of the interval.
+        level: confidence level of the interval.
 
     Raises:
-        InputError: other shapes, different items or seeds, no set, NaN or infinite scores, a margin that is not above 0, k
+        InputError: invalid shapes, different items or seeds, no set, NaN or infinite scores, a margin that is not above 0, k
             outside 0 to M, or a level outside (0, 1).
     """
     check_margin(margin)
@@ -145,7 +145,7 @@ def chosen_against_random(
         error, t = variance**0.5, scipy.stats.t
         half = float(t.isf((1 - level) / 2, df)) * error
         shares = min(own.min(), sets.min()) >= 0 and max(own.max(), sets.max()) <= 1
-        bound = 1.0 if shares else np.inf  # of any difference
+        bound = 1.0 if shares else np.inf  # on any difference
         interval = (max(difference - half, -bound), min(difference + half, bound))
         p = float(2 * t.sf(abs(difference) / error, df))
         p_equivalence = float(t.sf((margin - abs(difference)) / error, df))
@@ -175,6 +175,6 @@ def _variance(own: np.ndarray, sets: np.ndarray, others: tuple[int, int] | None)
     residual = float((left**2).sum()) / ((n_sets - 1) * (n_items - 1))
     of_items = float((own - sets.mean(0)).var(ddof=1))
     excess = max(0.0, of_items - more * residual) / n_items
-    excess = max(excess, 1 / n_items**2 - between)  # as if one item might have changed
+    excess = max(excess, 1 / n_items**2 - between)  # at least as much as if one item had changed
     df = (between + excess) ** 2 / (between**2 * known + excess**2 / (n_items - 1))
     return between + excess, df

@@ -1,12 +1,12 @@
-"""How far an adapter moves representations: z of every head and the residual stream, with it and without it.
+"""How far an adapter moves representations: z of every head and the residual stream, with and without it.
 
     cosine = <b, e> / (|b| |e|)     1: the direction is kept
-    change = |e - b| / |b|          0: nothing moved; 1: moved by as much as there was
-    ratio  = |e| / |b|              1: the size is kept
+    change = |e - b| / |b|          0: nothing moved; 1: moved by its own norm
+    ratio  = |e| / |b|              1: the norm is kept
 
 b is an activation of the unmodified model at one position of one text, e the same with the adapter. Each text counts once: its
-positions are averaged first. Intervals are 95 %, mean +- t * standard error over texts. Texts run one by one, so that there is no
-padding, and only running sums are kept, so that memory does not grow with their number.
+positions are averaged first. Intervals are 95 %, mean +- t * standard error over texts. Texts run one by one, so there is no
+padding. Only running sums are kept, so memory does not grow with the number of texts.
 """
 
 import contextlib
@@ -52,19 +52,19 @@ ENDS = 8  # positions shown from either end of a text
 
 @dataclass(frozen=True, eq=False)
 class Drift:
-    """What moved, and how far.
+    """How far representations moved, by layer, head and position.
 
     Attributes:
-        layers: one row a layer and place: `where` (`"z"`: mean over all heads; `"resid"`: hook_resid_post), `layer`, then
+        layers: one row per layer and site: `where` (`"z"`: mean over all heads; `"resid"`: hook_resid_post), `layer`, then
             `cosine`, `change`, `ratio`, each with `_low` and `_high` (95 % over texts), and `n` (texts).
         heads: the same for z of each edited head: `head`, `layer`, `index`, ...
         positions: the same by position: `where`, `layer`, `position` (0, 1, ... from the start, BOS being 0; -1, -2, ... from the
             end), ...; `n` counts the texts that are long enough.
-        n_texts: texts.
-        n_tokens: tokens of them all.
-        cut: texts that were longer than the context and lost their end.
+        n_texts: number of texts.
+        n_tokens: number of tokens in all texts.
+        cut: number of texts that were longer than the context and were truncated.
         model: name of the model.
-        adapters: what was attached, in order.
+        adapters: the attached adapters, in order.
     """
 
     layers: pd.DataFrame
@@ -86,13 +86,13 @@ class Drift:
 
 
 class Running:
-    """Mean and spread of numbers that come one array at a time (Welford 1962); NaN marks what an array does not have."""
+    """Running mean and spread of arrays added one by one (Welford 1962); NaN marks missing entries."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.n, self.mean, self.squares = np.zeros(shape, dtype=int), np.zeros(shape), np.zeros(shape)
 
     def add(self, values: np.ndarray) -> None:
-        """Take in one array."""
+        """Add one array."""
         there = ~np.isnan(values)
         self.n += there
         off = np.where(there, values - self.mean, 0.0)
@@ -100,7 +100,7 @@ class Running:
         self.squares += off * np.where(there, values - self.mean, 0.0)
 
     def interval(self, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-        """Bounds of the mean by Student's t; NaN where fewer than two numbers came."""
+        """Bounds of the mean by Student's t; NaN for fewer than two numbers."""
         with np.errstate(divide="ignore", invalid="ignore"):
             se = np.sqrt(self.squares / (self.n - 1) / self.n)
         reach = np.where(self.n > 1, stats.t.ppf(0.5 + level / 2, np.maximum(self.n - 1, 1)) * se, np.nan)
@@ -108,7 +108,7 @@ class Running:
 
 
 def compare(base: Float64[Tensor, "*axes d"], edited: Float64[Tensor, "*axes d"]) -> Float64[Tensor, "3 ..."]:
-    """Cosine, change and ratio along the last axis; vectors that are both zero are the same (1, 0, 1)."""
+    """Cosine, change and ratio along the last axis; two zero vectors count as equal (1, 0, 1)."""
     b, e = base.norm(dim=-1), edited.norm(dim=-1)
     both = (b == 0) & (e == 0)
     cosine = torch.where(b * e > 0, (base * edited).sum(dim=-1) / (b * e), both.double())
@@ -121,20 +121,20 @@ def drift(
     model: Any, adapters: Intervention | Sequence[Intervention], texts: Iterable[str] | Task, *, split: str = "test",
     limit: int | None = None, ends: int = ENDS, progress: bool = True,
 ) -> Drift:  # fmt: skip
-    """Compare activations with and without one adapter, or several in a stated order.
+    """Compare activations with and without one adapter, or several in a given order.
 
     Args:
-        model: any HookedTransformer or TransformerBridge; what the caller attached acts on both sides.
+        model: any HookedTransformer or TransformerBridge; interventions that the caller attached act on both sides.
         adapters: attached together, in the order given.
-        texts: texts, of which those longer than the context lose their end; or a task, whose prompts are taken.
-        split: of the task.
+        texts: texts (truncated to the context), or a task, whose prompts are used.
+        split: split of the task.
         limit: only the first texts.
-        ends: positions listed from either end of a text.
+        ends: number of positions listed from either end of a text.
         progress: show a bar over texts.
 
     Raises:
         InputError: no adapter, no text, a limit or `ends` below 1, or an unknown split.
-        DataError: a text without a token; names its place.
+        DataError: a text without tokens; names its index.
         AdapterError: an adapter for another shape.
         ModelError: heads or residual stream that cannot be reached, or activations that are NaN, infinite or all zero.
     """
@@ -161,7 +161,7 @@ def drift(
                 if where == "z":
                     sums["z"].add(measured.mean(axis=2))
     if n_texts == 0:
-        raise InputError("no text to compare on; give one or more")
+        raise InputError("no text to compare on; give at least one")
     edited = [h for a in listed if isinstance(a, HeadAdapter) for h in a.heads]
     heads = HeadSet(list(dict.fromkeys(edited)))
     places = [*range(ends), *range(-ends, 0)]
@@ -186,7 +186,7 @@ def _rows(model: Any, texts: Iterable[str] | Task, split: str, limit: int | None
     for i, text in enumerate(listed):
         ids = encode(tokenizer, text)
         if not ids:
-            raise DataError(f"text {i} has no token; drop it")
+            raise DataError(f"text {i} has no tokens; drop it")
         yield ids[:longest], len(ids) > longest
 
 
@@ -202,7 +202,7 @@ def _measured(
         return lambda x, hook: base.__setitem__(key, x[0].detach().cpu())
 
     def measure(key: tuple[str, int]) -> Any:
-        # What was kept is dropped as soon as it is compared.
+        # Kept activations are freed as soon as they are compared.
         return lambda x, hook: found.__setitem__(key, compare(base.pop(key).double(), x[0].detach().cpu().double()))
 
     for hook, attach in ((keep, []), (measure, adapters)):
@@ -216,7 +216,7 @@ def _measured(
         if not bool(torch.isfinite(values).all()):
             raise ModelError(
                 f"{where} of layer {n} of {model_info(model).name} is NaN, infinite or all zero at a position; load the model in "
-                "float32 or bfloat16, and look at what is attached"
+                "float32 or bfloat16, and check the attached interventions"
             )
     nowhere = torch.full_like(next(values for (where, _), values in found.items() if where == "z"), torch.nan)
     return {w: torch.stack([found.get((w, n), nowhere) for n in layers["resid"]], dim=1).numpy() for w in WHERE}

@@ -1,8 +1,8 @@
-"""How an adapter's vectors lie: their sizes beside the activations', and their angles with ITI's and RepE's directions.
+"""Geometry of an adapter's vectors: their norms relative to the activations', and their angles with ITI's and RepE's directions.
 
 In d dimensions the cosine of a fixed vector with one of random direction has mean 0 and standard deviation 1 / sqrt(d), exactly:
-the yardstick for every cosine here. (Activations are not spread evenly over directions, so that unrelated vectors that were both
-made from them may lie closer than that.)
+the yardstick for every cosine here. (Activations are anisotropic, so two unrelated vectors that were both made from them may be
+closer than that.)
 """
 
 from collections.abc import Sequence
@@ -36,14 +36,14 @@ def geometry(
     probes: Probes | None = None,
     reading: ReadingVectors | None = None,
 ) -> pd.DataFrame:
-    """One row a head of an adapter, in its order.
+    """Measure each head of an adapter, one row per head, in its order.
 
     Args:
         model: any HookedTransformer or TransformerBridge that the adapter fits.
         lofit: the adapter.
-        prompts: whose last tokens' z the offsets are set against; what is attached acts.
-        probes: of the same model, for ITI's directions.
-        reading: of the same model, for RepE's directions; heads in layers without one get NaN.
+        prompts: texts whose z at the last token the offsets are compared with; attached interventions stay active.
+        probes: probes of the same model, for ITI's directions.
+        reading: reading vectors of the same model, for RepE's directions; heads in layers without one get NaN.
 
     Returns:
         `head`, `layer`, `index`, `A_norm`, `v_norm` (units of z), `u_norm` (norm of `v W_O`, units of the residual stream);
@@ -59,8 +59,8 @@ def geometry(
     """
     info = model_info(model)
     check_is(lofit, Lofit, "lofit", LOFIT)
-    check_is(probes, (Probes, type(None)), "probes", "what fit_probes gives")
-    check_is(reading, (ReadingVectors, type(None)), "reading", "what reading_vectors gives")
+    check_is(probes, (Probes, type(None)), "probes", "what fit_probes returns")
+    check_is(reading, (ReadingVectors, type(None)), "reading", "what reading_vectors returns")
     lofit._check_shape(model)
     v = torch.stack([lofit.v.detach()[h].cpu() for h in lofit.heads]).double()
     A = torch.stack([lofit.A.detach()[h].cpu() for h in lofit.heads]).double()
@@ -87,7 +87,7 @@ def geometry(
     if reading is not None:
         if reading.directions.shape[1] != info.d_model:
             raise InputError(
-                f"reading vectors of width {reading.directions.shape[1]} for {info.name} of {info.d_model}; make them on it"
+                f"reading vectors of width {reading.directions.shape[1]} for {info.name} of {info.d_model}; recompute them"
             )
         rows = {layer: reading.directions[i].cpu().double() for i, layer in enumerate(reading.layers)}
         nothing = torch.zeros(info.d_model, dtype=torch.float64)
@@ -98,7 +98,7 @@ def geometry(
 
 @torch.no_grad()
 def offset_cosines(a: Lofit, b: Lofit) -> pd.DataFrame:
-    """Cosine of two adapters' offsets on the heads they share, in `a`'s order.
+    """Cosine of two adapters' offsets on their shared heads, in `a`'s order.
 
     Returns:
         `head`, `layer`, `index`, `norm_a`, `norm_b`, `cosine`, `chance_sd` (1 / sqrt(d_head)); empty if they share no head.
@@ -124,7 +124,7 @@ def offset_cosines(a: Lofit, b: Lofit) -> pd.DataFrame:
 
 
 def cosines(a: Tensor, b: Tensor) -> np.ndarray:
-    """Cosine of each row pair `[n, d]`, float64; NaN where a row is zero."""
+    """Cosine of each pair of rows `[n, d]`, float64; NaN if a row is zero."""
     sizes = a.double().norm(dim=1) * b.double().norm(dim=1)
     return ((a.double() * b.double()).sum(dim=1) / sizes.where(sizes > 0, torch.nan)).numpy()
 
@@ -136,7 +136,7 @@ def _norm(rows: Tensor) -> np.ndarray:
 def _z_norms(model: Any, lofit: Lofit, prompts: Sequence[str]) -> list[float]:
     prompts = texts_of("prompts", prompts)
     if not prompts:
-        raise InputError("prompts is an empty list; give one or more, or None to leave z out")
+        raise InputError("prompts is an empty list; give at least one, or None to leave z out")
     tokenizer = tokenizer_of(model)
     with record(
         model, [encode(tokenizer, p) for p in prompts], what="z", layers=lofit.heads.layers, progress=False

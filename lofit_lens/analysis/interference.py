@@ -1,8 +1,8 @@
-"""Do adapters of several tasks get in each other's way: attached together, learned one after another, behind long contexts?
+"""Do adapters of several tasks interfere: attached together, learned one after another, after long contexts?
 
     interference      each task with no adapter, its own, another task's, all together, and their sum as one edit
-    learned_in_turn   adapters tuned one after another, each over the ones before; every task after every step
-    long_context      one task behind other documents, with and without its adapter
+    learned_in_turn   adapters tuned one after another, each on top of the earlier ones; every task after every step
+    long_context      one task after other documents, with and without its adapter
 
 Differences are paired by item and tested by the paired bootstrap (permutation below 50 items);
 p-values are adjusted over all tests of one result (Holm).
@@ -39,12 +39,12 @@ class Interference:
     """Metrics of several tasks under several conditions.
 
     Attributes:
-        frame: one row a run: `task`, `metric`, `condition`, `value`, `low`, `high` (95 % over items), `n`.
+        frame: one row per run: `task`, `metric`, `condition`, `value`, `low`, `high` (95 % over items), `n`.
         items: metric of every item, in the order of the frame.
-        tests: one row a comparison: `task`, `first`, `second` (conditions), `difference` (first - second), `low`, `high`, `p`
+        tests: one row per comparison: `task`, `first`, `second` (conditions), `difference` (first - second), `low`, `high`, `p`
             (two-sided), `p_holm`, `n`.
-        order: what was attached or tuned, in order.
-        split: which.
+        order: names of the attached or tuned adapters, in order.
+        split: name of the split.
     """
 
     frame: pd.DataFrame
@@ -78,24 +78,24 @@ def interference(
     model: Any, pairs: Mapping[str, tuple[Task | str, Intervention]], *, split: str = "test", limit: int | None = None,
     progress: bool = True,
 ) -> Interference:  # fmt: skip
-    """Each task with no adapter, each adapter alone, and all of them together.
+    """Measure each task with no adapter, with each single adapter, and with all of them together.
 
-    All together means attached in the order of `pairs`, each edit on top of the ones before. Where all are LoFiT adapters, their
+    All together means attached in the order of `pairs`, each edit on top of the earlier ones. If all are LoFiT adapters, their
     sum (one edit with all A and v added up) is measured too; without scalings A it is the same edit.
 
     Args:
         model: any HookedTransformer or TransformerBridge.
-        pairs: name -> (task, its adapter), two or more, in the order of attachment.
-        split: which rows.
-        limit: only the first rows.
+        pairs: name -> (task, its adapter), at least two, in the order of attachment.
+        split: which split to use.
+        limit: use only the first rows.
         progress: show a bar over runs.
 
     Returns:
         Conditions `"no adapter"`, `"own adapter"`, `"adapter of NAME"` (of each other task), `"all together"`, and `"sum"`.
-        Tests: all together against the own adapter, each other adapter against none.
+        Tests: all together against the task's own adapter, each other adapter against no adapter.
 
     Raises:
-        InputError: fewer than two tasks; or as `evaluate`.
+        InputError: fewer than two tasks; or as in `evaluate`.
         AdapterError: an adapter for another shape.
     """
     backend_of(model)
@@ -131,28 +131,28 @@ def learned_in_turn(
     model: Any, tasks: Mapping[str, Task | str], heads: Mapping[str, Heads], *, seed: int = 42,
     config: TrainConfig | None = None, split: str = "test", limit: int | None = None, progress: bool = True,
 ) -> tuple[Interference, dict[str, Lofit]]:  # fmt: skip
-    """Tune offsets for one task after another, each while the adapters before it stay attached; measure every task each time.
+    """Tune offsets for one task after another while the earlier adapters stay attached; measure every task after every step.
 
-    An adapter tuned later may lean on the earlier ones, so that they belong together in this order. DPO's reference is the model
+    A later adapter may depend on the earlier ones, so they belong together in this order. DPO's reference is the model
     with the earlier adapters.
 
     Args:
         model: any HookedTransformer or TransformerBridge.
-        tasks: name -> task, two or more, in the order of learning.
+        tasks: name -> task, at least two, in the order of learning.
         heads: name -> the heads to tune for it.
-        seed: of each tuning.
+        seed: seed of each tuning.
         config: hyperparameters; None = each task's preset.
         split: which rows are measured.
-        limit: only the first of these.
+        limit: use only the first rows of the split.
         progress: show a bar over tunings and runs.
 
     Returns:
-        Conditions `"no adapter"` and `"after NAME"` (everything up to NAME attached); tests of the last step against the step
-        that a task was learned in, for all tasks but the last. And the adapters by name.
+        The results, with conditions `"no adapter"` and `"after NAME"` (all adapters up to NAME attached), and tests of the last
+        step against the step in which a task was learned, for all tasks but the last. And the adapters by name.
 
     Raises:
-        InputError: fewer than two tasks, or a task without heads; or as `tune_offsets` and `evaluate`.
-        TrainingDiverged: NaN or infinity.
+        InputError: fewer than two tasks, or a task without heads; or as in `tune_offsets` and `evaluate`.
+        TrainingDiverged: a loss that is NaN or infinite.
     """
     backend_of(model)
     for kind, given in (("tasks", tasks), ("heads", heads)):
@@ -177,18 +177,18 @@ def learned_in_turn(
 
 @dataclass(frozen=True, eq=False)
 class LongContext:
-    """A task's metric behind contexts of several lengths.
+    """A task's metric after contexts of several lengths.
 
     Attributes:
-        frame: one row a run: `length` (most filler tokens), `tokens` (their mean number), `adapter` (True: attached), `value`,
+        frame: one row per run: `length` (most filler tokens), `tokens` (their mean number), `adapter` (True: attached), `value`,
             `low`, `high` (95 % over items), `n`.
         items: metric of every item, in the order of the frame.
-        tests: one row a length: `length`, `gain` (with - without the adapter), `low`, `high`, `p`, `p_holm`; `loss` (with the
+        tests: one row per length: `length`, `gain` (with - without the adapter), `low`, `high`, `p`, `p_holm`; `loss` (with the
             adapter, without filler - at this length), `loss_low`, `loss_high`, `loss_p`, `loss_p_holm` (NaN at length 0); `n`.
-        task: name.
-        metric: name.
-        split: which.
-        seed: of the draw of documents.
+        task: name of the task.
+        metric: name of the metric.
+        split: name of the split.
+        seed: seed of the draw of documents.
     """
 
     frame: pd.DataFrame
@@ -212,26 +212,26 @@ def long_context(
     model: Any, task: Task | str, adapter: Intervention, fillers: Iterable[str], lengths: Sequence[int], *,
     separator: str = "\n\n", seed: int = 0, split: str = "test", limit: int | None = None, progress: bool = True,
 ) -> LongContext:  # fmt: skip
-    """The task's metric with other documents in front of each prompt, up to each length, with and without the adapter.
+    """Measure the task with other documents prepended to each prompt, up to each length, with and without the adapter.
 
-    Every item gets its own order of documents (by seed and item), the same at all lengths; a longer context begins further up,
-    so that what stands right in front of the question stays. A document that would pass the length is left out, and with it the
-    ones further up. LoFiT edits the documents' tokens too.
+    Every item gets its own order of documents (by seed and item), the same at all lengths. A longer context adds documents at
+    its start, so the text right before the question stays the same. A document that would exceed the length is left out, with
+    all that would precede it. LoFiT edits the documents' tokens too.
 
     Args:
         model: any HookedTransformer or TransformerBridge.
-        task: what is measured, by its own metric.
-        adapter: attached in one run of each length.
+        task: the task to measure, by its own metric.
+        adapter: attached in one of the two runs at each length.
         fillers: documents, without BOS.
         lengths: numbers of filler tokens; 0 (the bare prompt) is always measured.
-        separator: text behind each document.
-        seed: of the draw of documents.
-        split: which rows.
-        limit: only the first rows.
+        separator: text after each document.
+        seed: seed of the draw of documents.
+        split: which split to use.
+        limit: use only the first rows.
         progress: show a bar over runs.
 
     Raises:
-        InputError: no filler, no length or one below 0; or as `evaluate`.
+        InputError: no filler, no length, or a length below 0; or as in `evaluate`.
         DataError: an item that does not fit the context, or fillers that give no more tokens than a shorter length.
         AdapterError: an adapter for another shape.
     """
@@ -241,7 +241,7 @@ def long_context(
     check_seed(seed)
     check_is(separator, str, "separator", "a text")
     if not documents or not isinstance(lengths, Sequence) or not lengths:
-        raise InputError(f"{len(documents)} fillers and lengths {shown(lengths)}; give one or more of both")
+        raise InputError(f"{len(documents)} fillers and lengths {shown(lengths)}; give at least one of both")
     for length in lengths:
         check_whole(0, length=length)
     listed = sorted({0, *lengths})
@@ -314,7 +314,7 @@ def _size(tokenizer: Any, text: str) -> int:
 
 
 def _in_front(sizes: Sequence[int], length: int, draw: random.Random) -> list[int]:
-    """Documents in front of one prompt, first to last: drawn from the prompt upwards until the next would pass the length."""
+    """Documents to prepend to one prompt, first to last: drawn backwards from the prompt until the length would be exceeded."""
     found: list[int] = []
     room = length
     for i in draw.sample(range(len(sizes)), len(sizes)):

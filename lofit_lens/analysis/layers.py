@@ -1,4 +1,4 @@
-"""Where in the model the chosen heads sit: heads of each layer and mean layer (LoFiT paper, Figure 3)."""
+"""Where in the model the chosen heads are: heads of each layer and mean layer (LoFiT paper, Figure 3)."""
 
 from collections.abc import Mapping
 from itertools import combinations
@@ -15,22 +15,22 @@ from lofit_lens.heads import HeadSet, Sets, joint_grid, named_sets
 
 
 def layer_shares(sets: Sets, n_layers: int | None = None, *, level: float = 0.95) -> pd.DataFrame:
-    """Share of each head set that lies in each layer, beside what an even draw would give.
+    """Share of each head set that lies in each layer, and the share expected by chance.
 
-    The chosen heads are no sample of anything, so their shares carry no interval. What they can be held against is chance:
-    of K heads drawn evenly from the model, the number in one layer is hypergeometric.
+    The chosen heads are not a sample, so their shares have no interval. They can be compared with chance: of K heads drawn
+    uniformly from the model, the number in one layer is hypergeometric.
 
     Args:
         sets: name -> heads, or head sets without names; see `overlap`.
-        n_layers: of the model; None = read from the head sets.
-        level: of the chance range of one layer; over L layers about (1 - level) L of them fall outside by chance.
+        n_layers: number of layers of the model; None = read from the head sets.
+        level: level of the chance range of one layer; of L layers about (1 - level) L fall outside by chance.
 
     Returns:
-        One row a set and layer: set, layer, count (heads), share (of the set, 0 to 1), expected = 1 / layers that have heads, low
-        and high (quantiles of the share by chance; NaN for a set that does not know its model).
+        One row per set and layer: set, layer, count (heads), share (of the set, 0 to 1), expected = 1 / layers with heads,
+        low and high (quantiles of the share by chance; NaN for a set that does not know its model).
 
     Raises:
-        InputError: no head set, an empty one, none that knows its model, or a head outside the model.
+        InputError: no head set, an empty one, an unknown number of layers, or a head outside the model.
 
     Examples:
         >>> layer_shares({"a": HeadSet(["L0H0", "L1H2", "L1H3", "L1H0"], shape=(2, 4))})["share"].tolist()
@@ -48,7 +48,7 @@ def layer_shares(sets: Sets, n_layers: int | None = None, *, level: float = 0.95
             chance = stats.hypergeom(len(layers) * heads.shape[1], heads.shape[1], len(heads))
             low, high = (float(chance.ppf(q)) / len(heads) for q in ((1 - level) / 2, (1 + level) / 2))
         for layer, count in enumerate(heads.layer_counts(n).tolist()):
-            drawn = (1 / len(layers), low, high) if layer in layers else (0.0, 0.0, 0.0)  # no heads, no chance of one
+            drawn = (1 / len(layers), low, high) if layer in layers else (0.0, 0.0, 0.0)  # a layer without heads
             rows.append({"set": name, "layer": layer, "count": count, "share": count / len(heads)})
             rows[-1] |= dict(zip(("expected", "low", "high"), drawn, strict=True))
     return pd.DataFrame(rows)
@@ -59,12 +59,12 @@ def mean_layers(sets: Sets, *, seed: int = 0, level: float = 0.95) -> pd.DataFra
 
     Args:
         sets: name -> heads.
-        seed: of the bootstrap.
-        level: of the interval.
+        seed: seed of the bootstrap.
+        level: confidence level of the interval.
 
     Returns:
-        One row a set: set, k, mean_layer, sd (over heads, divisor k - 1), low and high (percentile bootstrap over heads: how
-        far the mean hangs on single heads, not how it would vary over seeds). sd, low and high are NaN for one head.
+        One row per set: set, k, mean_layer, sd (over heads, divisor k - 1), low and high (percentile bootstrap over heads: how
+        far the mean depends on single heads, not how it would vary over seeds). sd, low and high are NaN for one head.
 
     Raises:
         InputError: no head set, or an empty one.
@@ -84,18 +84,18 @@ def mean_layers(sets: Sets, *, seed: int = 0, level: float = 0.95) -> pd.DataFra
 
 
 def mean_layer_differences(sets: Sets, *, permutations: int = RESAMPLES, seed: int = 0) -> pd.DataFrame:
-    """Does one set sit deeper in the model than another? A permutation test for each pair.
+    """Test for each pair whether one set lies deeper in the model than the other, by permutation.
 
-    Heads of only one of the two sets are dealt anew to both, sizes kept; shared heads stay in both. All ways to deal are
-    run through where there are no more than `permutations`. p is twice the smaller one-sided one.
+    Heads of only one of the two sets are reassigned at random, with sizes kept; shared heads stay in both. All assignments are
+    enumerated if there are at most `permutations`. p is twice the smaller one-sided p.
 
     Args:
         sets: name -> heads of one model.
-        permutations: draws.
-        seed: of the draws.
+        permutations: number of draws.
+        seed: seed of the draws.
 
     Returns:
-        One row a pair: a, b, difference (mean layer of a minus that of b), p (two-sided; 1 where no heads can be dealt),
+        One row per pair: a, b, difference (mean layer of a minus that of b), p (two-sided; 1 if no heads can be reassigned),
         p_holm over all pairs.
 
     Raises:
@@ -105,7 +105,7 @@ def mean_layer_differences(sets: Sets, *, permutations: int = RESAMPLES, seed: i
     check_whole(1, permutations=permutations)
     check_seed(seed)
     if len(sets) < 2:
-        raise InputError("one head set given; a difference takes at least two")
+        raise InputError("one head set given; a difference needs at least two")
     rows = [
         {"a": a, "b": b, "difference": sets[a].mean_layer - sets[b].mean_layer}
         | {"p": _p_of_difference(sets[a], sets[b], permutations, seed)}
@@ -122,7 +122,7 @@ def _p_of_difference(a: HeadSet, b: HeadSet, permutations: int, seed: int) -> fl
         return 1.0
 
     def sum_of_first(x: np.ndarray, y: np.ndarray, axis: int = -1) -> Any:
-        """Rises with the difference of means, as the sum over both is fixed; whole numbers, so that ties are ties."""
+        """Increases with the difference of means, as the sum over both is fixed; integers, so that ties are exact."""
         return np.sum(x, axis)
 
     found = stats.permutation_test(
@@ -137,7 +137,7 @@ def _some(sets: Sets) -> dict[str, HeadSet]:
         raise InputError("no head sets given; give at least one, e.g. {'MQuAKE': scores.top(32)}")
     for name, heads in sets.items():
         if not len(heads):
-            raise InputError(f"head set {name!r} is empty; it lies in no layer")
+            raise InputError(f"head set {name!r} is empty; give at least one head")
     return sets
 
 

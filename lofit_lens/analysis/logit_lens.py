@@ -1,21 +1,21 @@
-"""What a head's offset says by itself: the tokens that it makes more and less likely.
+"""The direct effect of a head's offset on the logits: the tokens that it makes more and less likely.
 
     u_h = v_h W_O[h]                                    what the offset adds to the residual stream, at every position
-    logits_h = (w * centred(u_h)) W_U * mean(1 / s)     its direct share of the logits, minus their mean over the vocabulary
+    logits_h = (w * centered(u_h)) W_U * mean(1 / s)    its direct share of the logits, minus their mean over the vocabulary
 
-s is what the final norm divides by at the position that predicts (the last one of each prompt), measured on prompts while nothing
-but what the caller attached acts. Held fixed, it makes the path linear, so that heads' shares add up; the mean over prompts of
-the shares is the share at mean(1 / s). Without prompts s = 1: then the order of tokens is right, the sizes only relative.
-What later layers make of an offset (its indirect effect) is not in these numbers.
+s is the divisor of the final norm at the predicting position (the last one of each prompt), measured on prompts with only the
+caller's interventions attached. With s fixed, the path is linear, so heads' shares add up; the mean of the shares over prompts
+is the share at mean(1 / s). Without prompts s = 1: then the order of tokens is right, but their logits are only relative.
+The effect of an offset through later layers (its indirect effect) is not included.
 
-Every vector promotes some tokens, so that a list of them means nothing by itself. The yardstick is a random offset: a direction
-drawn evenly over the head's space, of the offset's norm (of the total: one for each head, independent). Compared is the mean of
-the listed logits, with the mean that each random offset gives to *its own* strongest tokens, as many of them; p = (1 + random
-ones at least as large) / (1 + random ones), for promoted and suppressed tokens apart. If the offset is itself such a draw, it is
-as likely to take any place among 199 others, so that p <= 0.05 in exactly 10 of 200 cases, whatever W_O and W_U are (0.046 of
-4,608 such lists were called better in a simulation on the embedded model). The size is compared and not the shape (the first
-logit over the standard deviation, say): random offsets have as pointed a list as learned ones, which move whole families of
-tokens. p is of one list: among K heads, one in twenty lists of chance comes out better.
+Every vector promotes some tokens, so a list of them means nothing by itself. The yardstick is a random offset: a direction
+drawn uniformly in the head's space, with the offset's norm (for the total: one for each head, independent). The mean of the
+listed logits is compared with the mean that each random offset gives to as many of *its own* strongest tokens; p = (1 + random
+ones at least as large) / (1 + random ones), separately for promoted and suppressed tokens. If the offset is itself such a draw,
+every rank among 199 others is equally likely, so that p <= 0.05 in exactly 10 of 200 cases, whatever W_O and W_U are (0.046 of
+4,608 such lists were called better in a simulation on the embedded model). The size is compared and not the shape (e.g. the
+first logit over the standard deviation): random offsets have as peaked a list as learned ones, which move whole families of
+tokens. Each p is for one list: of K heads at chance, one list in twenty comes out better.
 
 Source: nostalgebraist 2020, "interpreting GPT: the logit lens"; Elhage et al. 2021, "A Mathematical Framework for Transformer
 Circuits" (W_O W_U as a head's direct path).
@@ -51,7 +51,7 @@ from lofit_lens.tasks.collate import encode
 
 TOTAL = "total"
 KINDS = {"promoted": 1, "suppressed": -1}
-DRAWS = 199  # random offsets beside each
+DRAWS = 199  # random offsets to compare each with
 LEVEL = 0.05
 
 
@@ -60,15 +60,15 @@ class HeadTokens:
     """The tokens that each head promotes and suppresses.
 
     Attributes:
-        frame: one row a token: `head` (`"L1H2"`, or `"total"` for the sum over heads), `kind` (`"promoted"` or `"suppressed"`),
+        frame: one row per token: `head` (`"L1H2"`, or `"total"` for the sum over heads), `kind` (`"promoted"` or `"suppressed"`),
             `rank` (from 1, strongest first), `token_id`, `token`, `logit` (minus the mean over the vocabulary); `chance`: 95 % of
             random offsets of equal norm give the token of this rank in their own list less than this; `p` of the whole list, the
             same in all its rows: the share of random offsets whose own list has a mean logit at least as large.
-        heads: in the order of the frame.
-        scale: 1 / mean(1 / s) over the prompts, what the final norm divides by; None without prompts (logits are relative).
-        n_prompts: prompts that s was measured on.
+        heads: the heads, in the order of the frame.
+        scale: 1 / mean(1 / s) over the prompts, the final norm's divisor; None without prompts (logits are relative).
+        n_prompts: number of prompts that s was measured on.
         model: name of the model.
-        task: what the offsets were learned on.
+        task: name of the task that the offsets were learned on.
     """
 
     frame: pd.DataFrame
@@ -92,13 +92,13 @@ class HeadTokens:
         name = head if head == TOTAL else str(Head.parse(head))
         rows = self.frame.loc[self.frame["head"] == name]
         if rows.empty:
-            raise InputError(f"no tokens of {name}; there are those of {', '.join(self.frame['head'].unique())}")
+            raise InputError(f"no tokens of {name}; the heads are {', '.join(self.frame['head'].unique())}")
         return rows.reset_index(drop=True)  # pyright: ignore[reportReturnType]
 
     def no_better_than_chance(self, head: Head | str | Sequence[int]) -> list[str]:
-        """Which of a head's lists (`"promoted"`, `"suppressed"`) are no stronger than random offsets' (p above 0.05).
+        """Names of a head's lists (`"promoted"`, `"suppressed"`) that are no stronger than random offsets' (p above 0.05).
 
-        Empty where that is not known, as in results of older versions.
+        Empty if p is not known, as in results of older versions.
 
         Raises:
             InputError: a head that is not here.
@@ -124,15 +124,15 @@ def promoted_tokens(
     prompts: Sequence[str] | None = None,
     seed: int = 0,
 ) -> HeadTokens:
-    """The tokens that each head's offset v promotes and suppresses, and those of all offsets together.
+    """Find the tokens that each head's offset v promotes and suppresses, and those of all offsets together.
 
     Args:
         model: any HookedTransformer or TransformerBridge that the adapter fits.
         lofit: an adapter with offsets.
         heads: which of its heads; None = all. The total is over these.
-        top: tokens of either kind.
-        prompts: on which the final norm's scale is measured, at the last token.
-        seed: of the random offsets.
+        top: number of tokens of either kind.
+        prompts: texts on whose last token the final norm's scale is measured.
+        seed: seed of the random offsets.
 
     Raises:
         InputError: heads without an offset, `top` below 1 or above half of the vocabulary, or an empty list of prompts.
@@ -147,7 +147,7 @@ def promoted_tokens(
     if missing := [str(h) for h in chosen if h not in lofit.heads]:
         raise InputError(f"{', '.join(missing)} not in this adapter; it has offsets on {lofit.heads}")
     if len(chosen) == 0:
-        raise InputError("no head to read; give some of the adapter's heads")
+        raise InputError("no head to read; give at least one of the adapter's heads")
     v = torch.stack([lofit.v.detach()[h] for h in chosen])
     if not bool(v.any()):
         raise InputError(
@@ -168,19 +168,19 @@ def promoted_by(
     seed: int = 0,
     task: str = "",
 ) -> HeadTokens:
-    """The same for any direction of each head, in units of z: a probe's, a mean difference, a row of z itself.
+    """As `promoted_tokens`, for any direction of each head, in units of z: a probe's, a mean difference, a row of z itself.
 
     Args:
         model: any HookedTransformer or TransformerBridge.
-        directions: one a head, in the order of `heads`.
+        directions: one per head, in the order of `heads`.
         heads: the heads.
-        top: tokens of either kind.
-        prompts: on which the final norm's scale is measured, at the last token.
-        seed: of the random offsets; a head's are the same whichever other heads are asked for.
-        task: kept in the result.
+        top: number of tokens of either kind.
+        prompts: texts on whose last token the final norm's scale is measured.
+        seed: seed of the random offsets; those of a head do not depend on the other heads.
+        task: stored in the result.
 
     Raises:
-        InputError: another number of directions than heads, `top` outside 1 to half of the vocabulary, or no prompt in the list.
+        InputError: not one direction per head, `top` outside 1 to half of the vocabulary, or an empty list of prompts.
         ModelError: heads that have no direct path to the stream.
         DataError: a prompt longer than the context.
     """
@@ -190,7 +190,7 @@ def promoted_by(
     if not isinstance(directions, Tensor) or tuple(directions.shape) != (len(heads), d_head):
         of = f"of shape {tuple(directions.shape)}" if isinstance(directions, Tensor) else shown(directions)
         raise InputError(
-            f"directions {of} for {len(heads)} heads; give a tensor [{len(heads)}, {d_head}], one row a head"
+            f"directions {of} for {len(heads)} heads; give a tensor [{len(heads)}, {d_head}], one row per head"
         )
     check_whole(1, info.d_vocab // 2, top=top)
     check_seed(seed)
@@ -220,7 +220,7 @@ def promoted_by(
 
 @torch.no_grad()
 def to_stream(model: Any, directions: Float[Tensor, "K d_head"], heads: HeadSet) -> Float[Tensor, "K d_model"]:
-    """What each head's direction adds to the residual stream, `d W_O[h]`, float32.
+    """Map each head's direction to what it adds to the residual stream, `d W_O[h]`, float32.
 
     Raises:
         ModelError: heads that have no direct path to the stream.
@@ -237,7 +237,7 @@ def to_stream(model: Any, directions: Float[Tensor, "K d_head"], heads: HeadSet)
 def _random_streams(
     model: Any, directions: Float[Tensor, "K d_head"], heads: HeadSet, seed: int
 ) -> Float[Tensor, "K draws d_model"]:
-    """What random directions of each head, of the norm of its own, add to the residual stream."""
+    """What random directions of each head add to the residual stream; they have the norm of its own direction."""
     found = []
     for head, norm in zip(heads, torch.linalg.vector_norm(directions.float(), dim=1).tolist(), strict=True):
         drawn = np.random.default_rng([seed, *head]).normal(size=(DRAWS, directions.shape[1]))
@@ -250,7 +250,7 @@ def _random_streams(
 def _centred(
     model: Any, streams: Float[Tensor, "n d_model"], scale: float | None, norm: FinalNorm
 ) -> Float[Tensor, "n d_vocab"]:
-    """Their logits, minus the mean of each over the vocabulary."""
+    """Logits of these vectors, minus each one's mean over the vocabulary."""
     logits = to_logits(model, streams, scale or 1.0, norm=norm)
     return logits - logits.mean(dim=1, keepdim=True)
 
@@ -259,7 +259,7 @@ def _mean_scale(model: Any, prompts: Sequence[str]) -> float:
     """1 / mean(1 / s) at the last token of the prompts."""
     prompts = texts_of("prompts", prompts)
     if not prompts:
-        raise InputError("prompts is an empty list; give one or more, or None for relative sizes")
+        raise InputError("prompts is an empty list; give at least one, or None for relative logits")
     last, norm, tokenizer = model_info(model).n_layers - 1, final_norm(model), tokenizer_of(model)
     with record(model, [encode(tokenizer, p) for p in prompts], what="resid", layers=[last], progress=False) as found:
         stream = torch.from_numpy(np.array(found.layer(last)))

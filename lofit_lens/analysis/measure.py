@@ -1,4 +1,4 @@
-"""What every experiment of this part does: a task's metric, item by item, with adapters attached; and its row in a table."""
+"""Shared by all experiments here: a task's metric per item with adapters attached, and its row in a table."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -25,7 +25,7 @@ def items_of(
     """The task's own metric of each item, with adapters attached in the order given.
 
     Raises:
-        InputError, DataError: as `evaluate`.
+        InputError, DataError: as in `evaluate`.
     """
     task = task_of(task)
     with attached(model, *adapters):
@@ -46,15 +46,15 @@ def paired(first: Items, second: Items) -> PairedTest:
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows for JSON, which has no NaN: None in its place."""
+    """Rows for JSON, with None for NaN, which JSON lacks."""
     return frame.astype(object).where(frame.notna(), None).to_dict("records")  # pyright: ignore[reportReturnType]
 
 
 def check_ks(ks: Sequence[int] | None, most: int) -> tuple[int, ...]:
-    """Numbers of heads to try, ascending; None = 1 to `most`, or its powers of two and `most` itself where those are over 12.
+    """Numbers of heads to try, ascending; None = 1 to `most`, or powers of two and `most` itself if `most` is above 12.
 
     Raises:
-        InputError: a number outside 1 to `most`, or none.
+        InputError: a number outside 1 to `most`, or an empty list.
     """
     if ks is None:
         return (
@@ -64,11 +64,11 @@ def check_ks(ks: Sequence[int] | None, most: int) -> tuple[int, ...]:
         )
     listed: list[Any] = list(ks) if isinstance(ks, Iterable) and not isinstance(ks, str) else []
     if not listed or not all(isinstance(k, int) and not isinstance(k, bool) and 1 <= k <= most for k in listed):
-        raise InputError(f"ks is {shown(ks)}; give a list of numbers of heads, some of 1 to {most}")
+        raise InputError(f"ks is {shown(ks)}; give a list of numbers of heads from 1 to {most}")
     return tuple(sorted(set(listed)))
 
 
 def check_draws(draws: int, seed: int) -> None:
-    """Raise InputError unless there is at least one draw, and the seed is a seed."""
+    """Raise InputError unless there is at least one draw and the seed is valid."""
     check_whole(1, draws=draws)
     check_seed(seed)

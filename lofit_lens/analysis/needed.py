@@ -1,13 +1,13 @@
-"""Is a chosen set of heads needed, and is it enough?
+"""Is a chosen set of heads necessary, and is it sufficient?
 
     leave_one_out   the adapter without one head's edit, head by head          which head carries the effect
-    keep_only       the edits of the first k heads alone, k = 0 .. K           how many are enough
-    removal         what the chosen heads say is taken out of the model        whether the model needs them
-    drop_edits      an adapter of many heads loses its edits of the chosen     whether it leans on these
+    keep_only       only the edits of the first k heads, k = 0 .. K            how many are sufficient
+    removal         the chosen heads are ablated                               whether the model needs them
+    drop_edits      an adapter of many heads loses its edits of the chosen     whether it depends on these
 
-Random heads stand beside each: orders of the same heads (`keep_only`), or as many other heads (`removal`, `drop_edits`).
+Each is compared with random heads: orders of the same heads (`keep_only`), or as many other heads (`removal`, `drop_edits`).
 Differences are paired by item. Intervals are 95 %. Whether chosen heads differ from random ones is tested by
-`chosen_against_random`, which takes four draws or more; the interval of the random heads' mean resamples draws and items.
+`chosen_against_random`, which needs at least four draws; the interval of the random heads' mean resamples draws and items.
 """
 
 import random
@@ -38,18 +38,18 @@ BEST, RANDOM = "best first", "random"
 
 @dataclass(frozen=True, eq=False)
 class LeaveOneOut:
-    """What each head's edit is worth to the adapter.
+    """How much each head's edit contributes to the adapter.
 
     Attributes:
-        frame: one row a head, in the adapter's order: `head`, `layer`, `index`, `full` (metric of the whole adapter), `without`
+        frame: one row per head, in the adapter's order: `head`, `layer`, `index`, `full` (metric of the whole adapter), `without`
             (of the adapter without this head), `loss` (full - without), `low`, `high` (95 % over items), `p` (paired test,
             two-sided), `p_holm` (over all heads), `n`.
         full: metric of every item with the whole adapter.
-        without: the same without each head, in the order of the frame.
-        bare: the same without any adapter.
-        task: name.
-        metric: name.
-        split: which.
+        without: likewise without each head, in the order of the frame.
+        bare: likewise without any adapter.
+        task: name of the task.
+        metric: name of the metric.
+        split: name of the split.
     """
 
     frame: pd.DataFrame
@@ -72,20 +72,20 @@ class LeaveOneOut:
 def leave_one_out(
     model: Any, task: Task | str, lofit: Lofit, *, split: str = "test", limit: int | None = None, progress: bool = True
 ) -> LeaveOneOut:
-    """The task's metric with an adapter, and with all of it but one head's edit, for every head: K + 2 evaluations.
+    """Measure the task with an adapter, and with all of it except one head's edit, for every head: K + 2 evaluations.
 
-    Heads that can stand in for one another both look idle here; `keep_only` shows what a few of them do alone.
+    Two heads that can replace each other both look unimportant here; `keep_only` shows what a few heads do by themselves.
 
     Args:
         model: any HookedTransformer or TransformerBridge that the adapter fits.
         task: what is measured, by its own metric.
         lofit: the adapter.
-        split: which rows.
-        limit: only the first rows.
+        split: which split to use.
+        limit: use only the first rows.
         progress: show a bar over heads.
 
     Raises:
-        InputError, DataError: as `evaluate`.
+        InputError, DataError: as in `evaluate`.
         AdapterError: an adapter for another shape.
     """
     task = task_of(task)
@@ -110,20 +110,20 @@ def leave_one_out(
 
 @dataclass(frozen=True, eq=False)
 class KeepOnly:
-    """What the first k heads' edits do alone.
+    """How far only the first k heads' edits go.
 
     Attributes:
-        frame: one row a run: `order` (`"best first"` or `"random"`), `draw`, `k`, `heads`, `value`, `low`, `high`, `n`. k = 0
-            (no edit) and k = K (all) are the same for every order and stand once, under `"best first"`.
+        frame: one row per run: `order` (`"best first"` or `"random"`), `draw`, `k`, `heads`, `value`, `low`, `high`, `n`. k = 0
+            (no edit) and k = K (all) are the same for every order and are listed once, under `"best first"`.
         items: metric of every item, in the order of the frame.
-        curve: one row a k: `k`, `best` (value of the best-first order), `random` (mean over draws), `random_low`,
+        curve: one row per k: `k`, `best` (value of the best-first order), `random` (mean over draws), `random_low`,
             `random_high` (95 % over draws and items), `difference` (best - random), `low`, `high`, `p` (of the difference; see
             `chosen_against_random`), `draws`, `n`. `low`, `high` and `p` are NaN for fewer than four draws, k = 0 and k = K.
-        task: name.
-        metric: name.
-        split: which.
-        draws: random orders.
-        seed: of these.
+        task: name of the task.
+        metric: name of the metric.
+        split: name of the split.
+        draws: number of random orders.
+        seed: seed of these orders.
     """
 
     frame: pd.DataFrame
@@ -148,23 +148,23 @@ def keep_only(
     model: Any, task: Task | str, lofit: Lofit, *, ks: Sequence[int] | None = None, draws: int = 5, seed: int = 0,
     split: str = "test", limit: int | None = None, progress: bool = True,
 ) -> KeepOnly:  # fmt: skip
-    """The task's metric with the edits of k of an adapter's heads alone: the first k, and k in random orders.
+    """Measure the task with only k of an adapter's edits: those of the first k heads, and of k heads in random orders.
 
-    The edits stay as they were learned together; nothing is tuned anew.
+    The edits stay as they were learned together; nothing is retrained.
 
     Args:
         model: any HookedTransformer or TransformerBridge that the adapter fits.
         task: what is measured, by its own metric.
-        lofit: the adapter; its heads are taken to be best first, as `HeadScores.top` gives them.
-        ks: numbers of heads between 1 and K; None = all, or powers of two from 13 heads on. 0 and K always stand beside them.
-        draws: random orders.
-        seed: of these: the draw d is `random.Random(seed + d)`.
-        split: which rows.
-        limit: only the first rows.
+        lofit: the adapter; its heads are assumed to be best first, as `HeadScores.top` returns them.
+        ks: numbers of heads between 1 and K; None = all, or powers of two from 13 heads on. 0 and K are always measured too.
+        draws: number of random orders.
+        seed: seed of these orders: draw d is `random.Random(seed + d)`.
+        split: which split to use.
+        limit: use only the first rows.
         progress: show a bar over runs.
 
     Raises:
-        InputError: a number of heads outside 1 to K, fewer than one draw, a negative seed; or as `evaluate`.
+        InputError: a number of heads outside 1 to K, fewer than one draw, a negative seed; or as in `evaluate`.
         AdapterError: an adapter for another shape.
     """
     task = task_of(task)
@@ -184,7 +184,7 @@ def keep_only(
     curve = []
     for k in (0, *inner, lofit.k):
         best = found[BEST, 0, k]
-        drawn = [found.get((RANDOM, d, k), best) for d in range(draws)]  # at the ends every order is the same
+        drawn = [found.get((RANDOM, d, k), best) for d in range(draws)]  # at k = 0 and K all orders are the same
         curve.append(_beside(best, drawn, (k, lofit.k) if k in (0, lofit.k) else None) | {"k": k})
     columns = ["k", "best", "random", "random_low", "random_high", "difference", "low", "high", "p", "draws", "n"]
     return KeepOnly(
@@ -194,7 +194,7 @@ def keep_only(
 
 
 def _beside(best: Items, drawn: Sequence[Items], others: tuple[int, int] | None) -> dict[str, Any]:
-    """One run beside several random ones on the same items; `others` as in `chosen_against_random`."""
+    """Compare one run with several random ones on the same items; `others` as in `chosen_against_random`."""
     sets = np.array(drawn, dtype=float)
     test = chosen_against_random([best], sets[:, None], others=others)
     low, high = test.interval or (NAN, NAN)
@@ -208,23 +208,23 @@ def _beside(best: Items, drawn: Sequence[Items], others: tuple[int, int] | None)
 
 @dataclass(frozen=True, eq=False)
 class Removal:
-    """What the model can no longer do without some heads.
+    """How much the model loses without some heads.
 
     Attributes:
-        frame: one row a run: `which` (`"none"`, `"chosen"`, `"random"`), `draw`, `k` (heads silenced), `heads`, `value`, `low`,
+        frame: one row per run: `which` (`"none"`, `"chosen"`, `"random"`), `draw`, `k` (heads silenced), `heads`, `value`, `low`,
             `high`, `n`.
         items: metric of every item, in the order of the frame.
-        curve: one row a k: `k`, `none` (nothing silenced), `chosen`, `chosen_low`, `chosen_high` (95 % over items), `random`,
+        curve: one row per k: `k`, `none` (nothing silenced), `chosen`, `chosen_low`, `chosen_high` (95 % over items), `random`,
             `random_low`, `random_high` (95 % over draws and items), `difference` (chosen - random; below 0: removing the chosen
             heads hurts more), `low`, `high`, `p` (of the difference; see `chosen_against_random`), `pool` (heads that the random
             ones were drawn from), `draws`, `n`. `low`, `high` and `p` are NaN for fewer than four draws, for fewer than four
-            heads in the pool, or where k takes all of it.
-        task: name.
-        metric: name.
-        split: which.
-        how: `"mean"` or `"zero"`; `"edits"` where only an adapter's edits were taken away.
-        draws: random sets.
-        seed: of these.
+            heads in the pool, or if k takes all of it.
+        task: name of the task.
+        metric: name of the metric.
+        split: name of the split.
+        how: `"mean"` or `"zero"`; `"edits"` if only an adapter's edits were removed.
+        draws: number of random sets.
+        seed: seed of these sets.
     """
 
     frame: pd.DataFrame
@@ -251,31 +251,31 @@ def removal(
     prompts: Sequence[str] | None = None, how: How = "mean", ks: Sequence[int] | None = None, draws: int = 5, seed: int = 0,
     split: str = "test", limit: int | None = None, progress: bool = True,
 ) -> Removal:  # fmt: skip
-    """The task's metric when the first k chosen heads are silenced, beside as many random heads.
+    """Measure the task when the first k chosen heads are silenced, compared with as many random heads.
 
     Silenced means that z is its mean at every position (`"mean"`), or 0. Means are those of the model without the adapter. The
-    adapter stands in front of the ablation: of its edits of silenced heads nothing is left.
+    ablation comes after the adapter and overwrites its edits of silenced heads.
 
     Args:
         model: any HookedTransformer or TransformerBridge.
         task: what is measured, by its own metric.
         heads: the chosen heads, best first.
         adapter: attached throughout; None = the bare model.
-        pool: heads that the random ones are drawn from, the chosen ones left out; None = all others. The same layers
-            (`HeadSet.all(shape).restrict(heads.layers)`) make the harder comparison.
-        prompts: whose tokens the means are over; None = the prompts of the rows that are measured (no answer is seen). What all
-            these prompts have in common stays in the means: where they share the cue that the heads read, give others.
+        pool: heads that the random ones are drawn from, without the chosen ones; None = all others. The same layers
+            (`HeadSet.all(shape).restrict(heads.layers)`) make the comparison harder.
+        prompts: texts over whose tokens the means are taken; None = the prompts of the measured rows (without answers). What all
+            these prompts have in common stays in the means: if they share the cue that the heads read, give other prompts.
         how: `"mean"` or `"zero"`.
         ks: numbers of heads to silence; None = 1 to K, or powers of two from 13 heads on.
-        draws: random sets.
-        seed: of these: draw d is an order of the pool by `random.Random(seed + d)`, and its first k are silenced.
-        split: which rows.
-        limit: only the first rows.
+        draws: number of random sets.
+        seed: seed of these sets: draw d is an order of the pool by `random.Random(seed + d)`, and its first k are silenced.
+        split: which split to use.
+        limit: use only the first rows.
         progress: show a bar over runs.
 
     Raises:
         InputError: a number of heads outside 1 to K, fewer random heads than chosen ones, fewer than one draw, a negative seed,
-            an unknown `how`; or as `evaluate`.
+            an unknown `how`; or as in `evaluate`.
         ModelError: heads that cannot be reached.
     """
     check_one_of("how", how, HOW)
@@ -300,27 +300,27 @@ def drop_edits(
     model: Any, task: Task | str, lofit: Lofit, heads: Heads, *, ks: Sequence[int] | None = None, draws: int = 5, seed: int = 0,
     split: str = "test", limit: int | None = None, progress: bool = True,
 ) -> Removal:  # fmt: skip
-    """The task's metric when an adapter of many heads loses the edits of the first k of `heads`, beside k random others.
+    """Measure the task when an adapter of many heads loses the edits of the first k of `heads`, compared with k random others.
 
-    The model's heads all stay as they are; what is taken away was learned by the adapter.
+    The model's own heads are unchanged; only learned edits are removed.
 
     Args:
         model: any HookedTransformer or TransformerBridge that the adapter fits.
         task: what is measured, by its own metric.
-        lofit: the adapter, of at least twice as many heads as are dropped.
+        lofit: the adapter, with at least twice as many heads as are dropped.
         heads: some of its heads, best first.
         ks: numbers of heads to drop; None = 1 to K, or powers of two from 13 heads on.
-        draws: random sets.
-        seed: of these, as in `removal`.
-        split: which rows.
-        limit: only the first rows.
+        draws: number of random sets.
+        seed: seed of these sets, as in `removal`.
+        split: which split to use.
+        limit: use only the first rows.
         progress: show a bar over runs.
 
     Returns:
-        As `removal`, with `how = "edits"`.
+        As in `removal`, with `how = "edits"`.
 
     Raises:
-        InputError: heads that the adapter has not, or fewer others than these; or as `removal`.
+        InputError: heads that the adapter does not edit, or fewer others than these; or as in `removal`.
         AdapterError: an adapter for another shape.
     """
     task, heads = task_of(task), HeadSet.of(heads)

@@ -4,8 +4,8 @@
     score_agreement     scores of all heads: rank correlation
     agreement_by_k      two rankings, cut at every K
 
-Chance is of two kinds. *Hypergeometric*: heads drawn evenly from the whole model. *Layer-matched*: both sets keep their
-number of heads in each layer, so that two sets which only favour the same layers do not count as similar. Both p-values
+Chance is of two kinds. *Hypergeometric*: heads drawn uniformly from the whole model. *Layer-matched*: both sets keep their
+number of heads in each layer, so two sets that merely favor the same layers do not count as similar. Both p-values
 are exact and one-sided (at least as many shared heads); see `chance`.
 """
 
@@ -48,16 +48,16 @@ PERSISTENCE = 0.9
 
 
 def overlap(sets: Sets, *, shape: tuple[int, int] | None = None, p: float = PERSISTENCE) -> pd.DataFrame:
-    """How many heads each pair of sets shares, beside what chance would give.
+    """How many heads each pair of sets shares, and how many are expected by chance.
 
     Args:
-        sets: name -> heads, best first (only `rbo` uses the order), or a list of head sets, which go by their labels or places.
+        sets: name -> heads, best first (only `rbo` uses the order), or a list of head sets, named by their labels or indices.
             Sizes may differ.
         shape: `(n_layers, n_heads)` for sets that do not know their model.
         p: persistence of the rank-biased overlap.
 
     Returns:
-        One row a pair: a, b, k_a, k_b; shared (heads), jaccard, rbo (`rank_biased_overlap`); expected = k_a k_b / N and
+        One row per pair: a, b, k_a, k_b; shared (heads), jaccard, rbo (`rank_biased_overlap`); expected = k_a k_b / N and
         expected_jaccard under even draws; p_hypergeometric = P(X >= shared); expected_layer and p_layer, the same with
         heads shuffled within layers (exact); p_holm and p_layer_holm, adjusted over all pairs of this call (Holm 1979).
 
@@ -74,7 +74,7 @@ def overlap(sets: Sets, *, shape: tuple[int, int] | None = None, p: float = PERS
     _at_least_two(sets, "head sets", "{'MQuAKE': ..., 'CLUTRR': ...}")
     for name, heads in sets.items():
         if not len(heads):
-            raise InputError(f"head set {name!r} is empty; it overlaps with nothing")
+            raise InputError(f"head set {name!r} is empty; give at least one head")
     n_layers, n_heads = grid = joint_shape(sets, shape)
     total = grid.n_total
     counts = {name: heads.layer_counts(n_layers) for name, heads in sets.items()}
@@ -96,20 +96,20 @@ def overlap(sets: Sets, *, shape: tuple[int, int] | None = None, p: float = PERS
 
 
 def score_agreement(scores: Scores) -> pd.DataFrame:
-    """Do two scores order the heads of a model alike?
+    """Rank correlation of each pair of scores over the heads of a model.
 
     Args:
         scores: name -> scores `[n_layers, n_heads]` of one model, or a list of scores.
 
     Returns:
-        One row a pair: a, b, n (heads); rho and p, Spearman's rank correlation and its two-sided p (scipy; it takes heads
-        as independent); p_holm over all pairs; rho_layer, the correlation of the ranks less their layer's mean, i.e. what
-        is left once both scores' liking for some layers is taken out (NaN where a layer has one head, or where ranks do
-        not vary within layers).
+        One row per pair: a, b, n (heads); rho and p, Spearman's rank correlation and its two-sided p (scipy; it takes heads
+        as independent); p_holm over all pairs; rho_layer, the correlation of the ranks minus their layer's mean, i.e. the
+        agreement that is left once both scores' preference for some layers is removed (NaN if layers have one head, or if
+        ranks do not vary within layers).
 
     Raises:
-        InputError: fewer than two, scores of different models, a model of fewer than three heads, or scores that are all
-            equal.
+        InputError: fewer than two scores, scores of different models, a model of fewer than three heads, or scores that are
+            all equal.
 
     Examples:
         >>> a = HeadScores([[0.1, 0.9, 0.3], [0.7, 0.2, 0.4]])
@@ -124,7 +124,7 @@ def score_agreement(scores: Scores) -> pd.DataFrame:
     for name, s in scores.items():
         table = s.at_heads.numpy()
         if table.size < 3:
-            raise InputError(f"a model of {table.size} heads has no rank correlation; it takes 3 and more")
+            raise InputError(f"a model of {table.size} heads has no rank correlation; it takes at least 3 heads")
         if np.ptp(table) == 0:
             raise InputError(f"the scores of {name!r} are all {table.flat[0]:g}: they rank no head; leave them out")
         ranks[name] = stats.rankdata(table).reshape(table.shape)
@@ -149,18 +149,18 @@ def agreement_by_k(
     level: float = 0.95,
     p: float = PERSISTENCE,
 ) -> pd.DataFrame:
-    """How many of the top K heads of two rankings are the same, for each K.
+    """Count the shared heads among the top K of two rankings, for each K.
 
     Args:
         a: scores of all heads, or a ranking, e.g. an official file's 160 heads.
         b: the other one.
         ks: numbers of heads; None = every K up to the shorter ranking.
         shape: `(n_layers, n_heads)` for rankings that do not know their model.
-        level: of the chance interval.
+        level: confidence level of the chance interval.
         p: persistence of the rank-biased overlap.
 
     Returns:
-        One row a K: k; shared (heads), jaccard; expected, low and high (shared heads by chance: mean and quantiles of the
+        One row per K: k; shared (heads), jaccard; expected, low and high (shared heads by chance: mean and quantiles of the
         hypergeometric distribution), expected_jaccard; p = P(X >= shared), not adjusted over K, as these tests are nested;
         rbo of the two top-K lists.
 
@@ -178,7 +178,7 @@ def agreement_by_k(
     first, second = (r.ranking() if isinstance(r, HeadScores) else r for r in (a, b))
     shorter = min(len(first), len(second))
     if not shorter:
-        raise InputError("an empty ranking agrees with nothing; give at least one head on both sides")
+        raise InputError("a ranking is empty; give at least one head on both sides")
     wanted = list(range(1, shorter + 1)) if ks is None else list(ks) if isinstance(ks, Iterable) else []
     if not wanted:
         raise InputError(f"ks is {shown(ks)}; give numbers of heads from 1 to {shorter}, or None for all")
@@ -208,7 +208,7 @@ def agreement(
     level: float = 0.95,
     p: float = PERSISTENCE,
 ) -> pd.DataFrame:
-    """`agreement_by_k` of every pair of rankings, with columns pair, a and b in front.
+    """`agreement_by_k` for every pair of rankings; its first columns are pair, a and b.
 
     Raises:
         InputError: fewer than two rankings, or as `agreement_by_k`.
@@ -228,7 +228,7 @@ def joint_shape(of: Mapping[str, Ranking], shape: tuple[int, int] | None = None)
     """The one `(n_layers, n_heads)` that these head sets or scores belong to.
 
     Raises:
-        InputError: none known, several, or a head outside it.
+        InputError: no shape is known, shapes differ, or a head is outside it.
     """
     known = {name: s.shape for name, s in of.items() if s.shape}
     found = {*known.values()} | (set() if shape is None else {check_shape(shape)})
@@ -250,7 +250,7 @@ def _at_least_two(given: Mapping[str, object], what: str, example: str) -> None:
 
 
 def _within_layers(a: np.ndarray, b: np.ndarray) -> float:
-    """Correlation of two tables of ranks less each layer's mean."""
+    """Correlation of two tables of ranks minus each layer's mean."""
     x, y = (t - t.mean(1, keepdims=True) for t in (a, b))
     size = np.sqrt((x * x).sum() * (y * y).sum())
     return float((x * y).sum() / size) if size > 1e-9 else float("nan")

@@ -1,7 +1,7 @@
-"""Means of several runs on the same items, drawn again together.
+"""Joint resampling of the means of several runs on the same items.
 
-Runs that answered the same items share what is hard about them, so their ratio or difference is steadier than either mean.
-Here every draw takes the same items for all of them, and the same seeds for those with equally many:
+Runs on the same items find the same items hard, so their ratio or difference varies less than either mean.
+Here every draw takes the same items for all runs, and the same seeds for runs with equally many:
 
     m*_g = mean over s in S*_g, i in I* of values_g[s, i]      S* seeds, I* items, both drawn with replacement
 """
@@ -28,11 +28,11 @@ NAN = float("nan")
 
 
 def item_scores(values: ArrayLike, name: str) -> Float[np.ndarray, "n_seeds n_items"]:
-    """These scores as an array, a single run as one row.
+    """Scores as an array; a single run becomes one row.
 
     Args:
         values: [n_seeds, n_items] or [n_items].
-        name: of the run, for the error.
+        name: name of the run, for error messages.
 
     Raises:
         InputError: not numbers, rows of unequal length, no items, NaN or infinite values.
@@ -41,16 +41,16 @@ def item_scores(values: ArrayLike, name: str) -> Float[np.ndarray, "n_seeds n_it
 
 
 def score_array(values: ArrayLike, name: str, axes: Sequence[str], *, single: bool = False) -> np.ndarray:
-    """Scores as an array with these axes, all of them finite.
+    """Finite scores as an array with these axes.
 
     Args:
         values: the scores.
-        name: of what has them, for the error.
+        name: name of their owner, for error messages.
         axes: their names, e.g. `("n_seeds", "n_items")`.
-        single: take a single row as one of several.
+        single: accept a single row as one of several.
 
     Raises:
-        InputError: not numbers, rows of unequal length, other axes, no scores, NaN or infinite values.
+        InputError: not numbers, rows of unequal length, wrong axes, no scores, NaN or infinite values.
     """
     wanted = f"[{', '.join(axes)}]"
     try:
@@ -73,12 +73,12 @@ def resampled_means(
 
     Args:
         runs: [n_seeds, n_items] each; the same items in the same order. Runs with equally many seeds have theirs drawn
-            together: give the same seeds in the same order (for unrelated seeds any order does).
-        resamples: draws.
-        seed: of the draws.
+            together: give the same seeds in the same order (unrelated seeds may come in any order).
+        resamples: number of draws.
+        seed: seed of the draws.
 
     Raises:
-        InputError: no runs, runs of different numbers of items, or a draw setting out of range.
+        InputError: no runs, runs with different numbers of items, or `resamples` or seed out of range.
     """
     if not runs or len({r.shape[1] for r in runs}) > 1:
         raise InputError(f"runs of {[r.shape[1] for r in runs]} items; give runs on the same items in the same order")
@@ -98,7 +98,7 @@ def resampled_means(
 
 
 def interval_of(draws: Float[np.ndarray, " resamples"], *, level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval; draws that are NaN count as lying outside on both sides. NaN, NaN where that leaves no end.
+    """Percentile interval; draws that are NaN count as outside on both sides. (NaN, NaN) if that leaves no bound.
 
     Raises:
         InputError: a level outside (0, 1).
@@ -114,7 +114,7 @@ def interval_of(draws: Float[np.ndarray, " resamples"], *, level: float = 0.95) 
 def mean_interval(
     values: Float[np.ndarray, "n_seeds n_items"], *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:
-    """`bootstrap_interval_over_seeds` of scores that are taken as right or wrong where all are 0 or 1; NaN for one score."""
+    """`bootstrap_interval_over_seeds`, with scores taken as right or wrong if all are 0 or 1; NaN for a single score."""
     binary = bool(np.isin(values, (0.0, 1.0)).all())
     found = bootstrap_interval_over_seeds(values, level=level, resamples=resamples, seed=seed, binary=binary)
     return found or (NAN, NAN)
@@ -125,7 +125,7 @@ def paired_test_of_means(
 ) -> PairedTest:
     """Paired test over items of a - b, each item averaged over the seeds first.
 
-    The bootstrap test, or below 50 items the permutation test. The seeds are taken as given: p says whether other items
+    This is the bootstrap test, or below 50 items the permutation test. Seeds are taken as fixed: p says whether other items
     would show the difference, not whether other seeds would.
     """
     test = paired_permutation_test if a.shape[1] < FEW else paired_bootstrap_test
@@ -133,6 +133,6 @@ def paired_test_of_means(
 
 
 def _counts(generator: np.random.Generator, draws: int, n: int) -> np.ndarray:
-    """How often each of n things comes up in n draws with replacement, [draws, n]."""
+    """How often each of n items is drawn in n draws with replacement, [draws, n]."""
     drawn = generator.integers(n, size=(draws, n)) + np.arange(draws)[:, None] * n
     return np.bincount(drawn.ravel(), minlength=draws * n).reshape(draws, n).astype(float)

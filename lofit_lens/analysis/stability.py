@@ -1,4 +1,4 @@
-"""Does head selection find the same heads again, over seeds or folds?
+"""Does head selection find the same heads over seeds or folds?
 
 For runs r of one task, with T_r(K) the top K heads of run r:
 
@@ -24,13 +24,13 @@ def stability(scores: Scores, ks: Sequence[int] | None = None) -> pd.DataFrame:
     """Agreement of the top K heads over the runs of one task, for each K.
 
     Args:
-        scores: one `[n_layers, n_heads]` a run (seed or fold), in a list or by name.
+        scores: one `[n_layers, n_heads]` per run (seed or fold), in a list or by name.
         ks: numbers of heads; None = every K from 1 to all heads.
 
     Returns:
-        One row a K: k; jaccard and shared (mean over pairs of runs), lowest and highest (Jaccard of the pairs), expected
-        and expected_shared (two sets drawn evenly, exact), n_runs, n_pairs. The pairs share runs, so their range is no
-        confidence interval.
+        One row per K: k; jaccard and shared (mean over pairs of runs), lowest and highest (Jaccard of the pairs), expected
+        and expected_shared (two sets drawn uniformly, exact), n_runs, n_pairs. The pairs share runs, so their range is not
+        a confidence interval.
 
     Raises:
         InputError: fewer than two runs, runs of different models, no K, or a K that the model does not have.
@@ -99,5 +99,5 @@ def mean_spearman(scores: Scores) -> float:
 def _checked(scores: Scores, *, least: int = 2) -> tuple[list[HeadScores], Grid]:
     runs = list(named_scores(scores).values())
     if len(runs) < least:
-        raise InputError(f"{len(runs)} runs given; give {least} or more seeds or folds of one task")
+        raise InputError(f"{len(runs)} runs given; give at least {least} seeds or folds of one task")
     return runs, joint_shape({f"run {i}": s for i, s in enumerate(runs)})

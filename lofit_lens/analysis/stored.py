@@ -1,4 +1,4 @@
-"""Readings as they were before they were written: from the records of `to_dict` back to what figures are drawn from."""
+"""Restore readings from the records of `to_dict`, so that figures can be drawn from them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,14 +19,14 @@ Record = Mapping[str, Any]
 
 
 def restored(record: Record, where: str) -> Any:
-    """What `to_dict` made this record from; `where` names the file in errors.
+    """Rebuild the object that `to_dict` wrote; `where` names the file in errors.
 
     Raises:
         DataError: an unknown kind, a newer schema or a missing field.
     """
     kind = record.get("kind")
     if kind not in KINDS:
-        raise DataError(f"{where}: a record of kind {kind!r}; known are {', '.join(KINDS)}")
+        raise DataError(f"{where}: unknown kind of record {kind!r}; allowed: {', '.join(KINDS)}")
     if record.get("schema") != 1:
         raise DataError(f"{where}: {kind} has schema {record.get('schema')!r}; this version reads 1: update lofit-lens")
     try:
@@ -44,7 +44,7 @@ def frame_of(rows: Sequence[Record]) -> pd.DataFrame:
 
 
 def _curve(r: Record) -> pd.DataFrame:
-    """Chosen beside random heads. Older records, without p, lose their intervals, which did not hold their level."""
+    """Chosen and random heads. Older records, without p, lose their intervals, which did not keep their level."""
     frame = frame_of(r["curve"])
     return frame if "p" in frame else frame.assign(low=float("nan"), high=float("nan"), p=float("nan"))
 

@@ -25,12 +25,12 @@ def sweep(values: Sweep, *, level: float = 0.95, resamples: int = RESAMPLES, see
 
     Args:
         values: series -> x -> item scores `[n_seeds, n_items]`. Seeds and items may differ from point to point.
-        level: of the interval.
+        level: confidence level of the interval.
         resamples: draws of the bootstrap.
-        seed: of these draws.
+        seed: seed of these draws.
 
     Returns:
-        One row a point, x ascending: series, x, mean, low, high (`bootstrap_interval_over_seeds`; NaN for a single score),
+        One row per point, x ascending: series, x, mean, low, high (`bootstrap_interval_over_seeds`; NaN for a single score),
         lowest and highest (means of single seeds), n_seeds, n_items.
 
     Raises:
@@ -59,27 +59,27 @@ def paired_differences(
 ) -> pd.DataFrame:
     """Every other series minus the reference, at the same x and on the same items.
 
-    The interval draws items and seeds with replacement, together for both (`resampled_means`); p is of the paired test over
-    items of the seeds' mean (bootstrap, or permutation below 50 items), two-sided.
+    The interval draws items and seeds with replacement, jointly for both (`resampled_means`). p is two-sided, from the paired
+    test over items of the seeds' mean (bootstrap, or permutation below 50 items).
 
     Args:
-        values: as `sweep`; at one x all series hold the same items in the same order.
-        reference: name of a series. If it has a single point (an untuned model), everything is held against that.
-        level: of the interval.
-        resamples: draws.
-        seed: of the draws.
+        values: as in `sweep`; at each x all series hold the same items in the same order.
+        reference: name of a series. If it has a single point (an untuned model), everything is compared with that.
+        level: confidence level of the interval.
+        resamples: number of draws.
+        seed: seed of the draws.
 
     Returns:
-        One row a point: series, x, difference, low, high, p, p_holm (over all rows), mark (of p), n_items.
+        One row per point: series, x, difference, low, high, p, p_holm (over all rows), mark (of p), n_items.
 
     Raises:
-        InputError: as `sweep`; an unknown reference, nothing beside it, an x that it lacks, or other numbers of items.
+        InputError: an unknown reference, no other series, an x that it lacks, or different numbers of items; or as in `sweep`.
     """
     grids = _checked(values)
     if reference not in grids:
         raise InputError(f"no series {reference!r} to compare with; there are {', '.join(grids)}")
     if len(grids) < 2:
-        raise InputError(f"only the reference {reference!r} is given; a difference takes a second series")
+        raise InputError(f"only the reference {reference!r} is given; a difference needs a second series")
     base, rows = grids[reference], []
     for series, points in grids.items():
         if series == reference:
@@ -113,7 +113,7 @@ def _checked(values: Sweep) -> dict[str, dict[float, np.ndarray]]:
     for series, points in values.items():
         if not isinstance(points, Mapping) or not points:
             raise InputError(
-                f"series {series!r} is {shown(points)}; give x -> scores [n_seeds, n_items], one x or more"
+                f"series {series!r} is {shown(points)}; give x -> scores [n_seeds, n_items], with at least one x"
             )
         for x in points:
             check_number(**{f"an x of {series!r}": x})

@@ -1,11 +1,11 @@
-"""Do the heads of one task serve another? The LoFiT paper's Figure 2 (section 6, arXiv 2406.01563).
+"""Do the heads of one task work for another? The LoFiT paper's Figure 2 (section 6, arXiv 2406.01563).
 
 Offsets are tuned on task A at the heads chosen for task B, and tested on A:
 
     rel(A <- B) = 100 * accuracy(A, heads of B) / accuracy(A, heads of A)        100 on the diagonal
 
-`*` marks p < 0.05 and `+` p < 0.1 (paired test over A's test items of B's heads against A's own). One more row has heads
-drawn by chance: what any heads would do.
+`*` marks p < 0.05 and `+` p < 0.1 (paired test over A's test items of B's heads against A's own). An additional row has heads
+drawn at random: what any heads would achieve.
 """
 
 from collections.abc import Mapping
@@ -38,16 +38,16 @@ class Transfer:
     """Accuracy of every task with every task's heads.
 
     Attributes:
-        frame: one row a cell: task (tuned and tested), source (of the heads; "random" last), metric, accuracy (mean over
+        frame: one row per cell: task (tuned and tested), source (of the heads; "random" last), metric, accuracy (mean over
             seeds and items) with accuracy_low and accuracy_high, relative (%) with low and high, p, p_holm (over all
             tested cells), mark (of p), n_seeds, n_items. p is NaN on the diagonal, relative NaN where a task's own
             accuracy is 0.
-        per_seed: one row a cell and seed: task, source, seed (its place), accuracy, relative (to the same seed's own
-            accuracy where both have equally many seeds, else to the mean own accuracy).
-        notes: how to read it, and what is missing and why.
-        level: of the intervals.
+        per_seed: one row per cell and seed: task, source, seed (its index), accuracy, relative (to the same seed's own
+            accuracy if both have equally many seeds, else to the mean own accuracy).
+        notes: how to read the matrix, and what is missing and why.
+        level: confidence level of the intervals.
         resamples: draws of the bootstrap.
-        seed: of these draws.
+        seed: seed of these draws.
     """
 
     frame: pd.DataFrame
@@ -64,7 +64,7 @@ class Transfer:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Where heads come from, random heads last."""
+        """Tasks that the heads come from, random heads last."""
         return tuple(dict.fromkeys(self.frame["source"]))
 
     def matrix(self, value: str = "relative") -> pd.DataFrame:
@@ -106,22 +106,22 @@ def transfer_matrix(
 ) -> Transfer:
     """Relative accuracy of tasks tuned at other tasks' heads, with intervals and tests.
 
-    Intervals draw seeds and items with replacement, the same ones above and below the fraction bar (`resampled_means`).
-    p is of the paired test over items of the seeds' mean: bootstrap, or permutation below 50 items.
+    Intervals draw seeds and items with replacement, the same ones in numerator and denominator (`resampled_means`).
+    p is from the paired test over items of the seeds' mean: bootstrap, or permutation below 50 items.
 
     Args:
-        runs: (task A tuned and tested, task B that the heads come from) -> item scores of A `[n_seeds, n_items]`, 0 and
-            more; for one A always the same items in the same order, and the same seeds in the same order. Every A with
-            every B; B may have heads without being tuned itself.
-        random: task -> scores with heads drawn by chance, `[n_draws, n_items]`, for every task.
-        metrics: task -> name of what the scores are, for labels; default "accuracy".
-        level: of the intervals.
-        resamples: draws.
-        seed: of the draws.
+        runs: (task A tuned and tested, task B that the heads come from) -> item scores of A `[n_seeds, n_items]`, at least
+            0; for each A always the same items and the same seeds in the same order. Every A is needed with every B; B may
+            have heads without being tuned itself.
+        random: task -> scores with heads drawn at random, `[n_draws, n_items]`, for every task.
+        metrics: task -> name of the metric, for labels; default "accuracy".
+        level: confidence level of the intervals.
+        resamples: number of draws.
+        seed: seed of the draws.
 
     Raises:
         InputError: nothing to compare, a missing cell (named), scores of one task with different numbers of items or below
-            0, a name in `random` or `metrics` that is no task, or a task called "random" beside random heads.
+            0, a name in `random` or `metrics` that is not a task, or a task called "random" together with random heads.
 
     Examples:
         >>> own, other = [1, 1, 1, 0], [1, 1, 0, 0]
@@ -168,7 +168,7 @@ def transfer_matrix(
 def _checked(
     runs: Mapping[tuple[str, str], ArrayLike], random: Mapping[str, ArrayLike], metrics: Mapping[str, str]
 ) -> dict[tuple[str, str], np.ndarray]:
-    """All cells in the order of the matrix, task by task, random heads last."""
+    """All cells in the order of the matrix, by task, random heads last."""
     pairs = isinstance(runs, Mapping) and all(isinstance(key, tuple) and len(key) == 2 for key in runs)
     if not pairs:
         raise InputError(f"runs is {shown(runs)}; give (task, task that the heads come from) -> item scores")
@@ -203,13 +203,13 @@ def _checked(
             )
         if scores.min() < 0:
             raise InputError(
-                f"a score of {task} with heads of {source} is {scores.min():g}; a ratio takes scores from 0 up"
+                f"a score of {task} with heads of {source} is {scores.min():g}; relative accuracy needs scores of at least 0"
             )
     return cells
 
 
 def _percent(part: Any, whole: Any) -> Any:
-    """100 part / whole, NaN where the whole is 0."""
+    """100 part / whole, NaN if the whole is 0."""
     return 100 * np.divide(part, whole, out=np.full(np.shape(whole), NAN), where=np.asarray(whole) > 0)
 
 

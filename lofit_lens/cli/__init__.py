@@ -1,4 +1,4 @@
-"""The shell: `lofit-lens VERB`, one file a verb, each a thin call of the library.
+"""The shell: `lofit-lens VERB`. There is one file per verb, each a thin wrapper around the library.
 
 Exit codes: 0 done, 1 a run failed (training diverged), 2 bad input, 130 stopped by Ctrl-C.
 """

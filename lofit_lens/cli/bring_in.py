@@ -1,4 +1,4 @@
-"""lofit-lens import: read what other tools learned into an adapter folder."""
+"""lofit-lens import: convert another tool's checkpoint or file into an adapter folder."""
 
 from pathlib import Path
 from typing import Annotated
@@ -16,13 +16,13 @@ TAKES = {
 
 
 def bring_in(
-    source: Annotated[str, typer.Argument(help="A checkpoint's folder or hub id, or a file.", metavar="SOURCE")],
+    source: Annotated[str, typer.Argument(help="Folder or hub id of a checkpoint, or a file.", metavar="SOURCE")],
     out: c.Out,
     form: Annotated[
         str | None,
         typer.Option("--format", help=(
             "lofit (official checkpoint with attn_A, attn_v), folded (plain checkpoint with o_proj.bias), svec "
-            "(Steerability, AISteer360); left out: told from the source."
+            "(Steerability, AISteer360); default: detected from the source."
         )),
     ] = None,
     heads: Annotated[
@@ -33,10 +33,10 @@ def bring_in(
         str | None, typer.Option("--model", "-m", help="folded: the base model; svec: the model it was made for.")
     ] = None,
     revision: Annotated[
-        str | None, typer.Option("--revision", help="On the hub: of SOURCE (lofit, folded) or of the model (svec).")
+        str | None, typer.Option("--revision", help="Hub revision of SOURCE (lofit, folded) or of the model (svec).")
     ] = None,
     base_revision: Annotated[
-        str | None, typer.Option("--base-revision", help="folded: of the base model (--model) on the hub.")
+        str | None, typer.Option("--base-revision", help="folded: hub revision of the base model (--model).")
     ] = None,
     alpha: Annotated[float | None, typer.Option("--alpha", help="svec: strength.")] = None,
     positions: Annotated[str | None, typer.Option("--positions", help="svec: all, answer, last, ...")] = None,
@@ -47,7 +47,7 @@ def bring_in(
     Example: lofit-lens import runs/official_checkpoint --heads top_heads.npy --k 32 --out out/adapter
     """
     if out.resolve() == Path(source).resolve():
-        raise InputError(f"{out} is what is read, which would be lost; give another --out")
+        raise InputError(f"{out} is the source itself, which would be lost; give another --out")
     c.check_new(out, overwrite=overwrite)
     c.quiet_libraries()
     from lofit_lens import sharing
@@ -57,7 +57,7 @@ def bring_in(
     if form not in TAKES:
         raise unknown("format", form, TAKES)
     if k is not None and heads is None and form != "svec":
-        raise InputError(f"--k {k} without --heads; give the ranking whose first {k} heads are meant")
+        raise InputError(f"--k {k} without --heads; give the ranking from which to take the first {k} heads")
     given = {
         "--heads": heads, "--k": k, "--model": model, "--revision": revision, "--base-revision": base_revision, "--alpha": alpha,
         "--positions": positions,
@@ -72,7 +72,7 @@ def bring_in(
         some = k if chosen is None else chosen
         if model is None or alpha is None or positions is None or some is None:
             raise InputError(
-                "a .svec file says neither model, strength, positions nor heads; give --model, --alpha, --positions (all, or "
+                "a .svec file names no model, strength, positions or heads; give --model, --alpha, --positions (all, or "
                 "answer for Steerability's after_prompt), and --k 48 (the best by its accuracies, as there) or --heads"
             )
         shape = sharing.outputs_of(sharing.open_checkpoint(model, revision=revision)).shape
@@ -84,17 +84,17 @@ def bring_in(
         unique = (
             ""
             if made.meta.config["unique"]
-            else "; other offsets of these heads would do as well: name fewer (--heads)"
+            else "; other offsets of these heads would explain them as well: name fewer heads (--heads)"
         )
         c.console.print(
-            f"what the offsets leave of the biases: {max(residuals.values()):.2g} of them in the worst layer{unique}",
+            f"share of the biases that the offsets do not explain: {max(residuals.values()):.2g} in the worst layer{unique}",
             soft_wrap=True,
         )
     c.console.print(f"wrote {out}")
 
 
 def format_of(source: str | Path, revision: str | None = None) -> str:
-    """Which of the forms a file or a checkpoint has.
+    """Detect the format of a file or a checkpoint.
 
     Raises:
         DataError: a file of another kind.
@@ -106,7 +106,7 @@ def format_of(source: str | Path, revision: str | None = None) -> str:
         return "svec"
     if Path(source).is_file():
         raise DataError(
-            f"{source} is no .svec file; read a .npy file of heads with HeadSet.from_npy (--heads), make an ITI adapter of a "
+            f"{source} is not a .svec file; read a .npy file of heads with HeadSet.from_npy (--heads), make an ITI adapter of a "
             "dictionary of directions in Python (docs/howto/share.md says how), and leave pickles where they are"
         )
     found = sharing.open_checkpoint(source, revision=revision)
@@ -116,6 +116,6 @@ def format_of(source: str | Path, revision: str | None = None) -> str:
         return "folded"
     raise ModelError(
         f"{found.name} holds neither attn_A and attn_v (the official code's checkpoint) nor a bias in attention's output "
-        "projection (a folded one): there is nothing to read without the base model. Where scalings alone were folded, give it: "
+        "projection (a folded one): nothing can be read without the base model. If only scalings were folded, give it: "
         "--format folded --model BASE, or import_folded(..., base=)"
     )

@@ -1,4 +1,4 @@
-"""What verbs share: bundles of options, what they all do first, and the command to suggest next."""
+"""Shared by all verbs: bundles of options, the checks before work starts, and the command to suggest next."""
 
 import contextlib
 import functools
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 LEASE = 30.0  # seconds without a sign of life after which a claim from another machine may be taken over
-_claims: contextlib.ExitStack | None = None  # of the verb that runs; None: Python calls its function itself
+_claims: contextlib.ExitStack | None = None  # claims of the running verb; None = its function is called from Python
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class ModelOptions:
     prepend_bos: PrependBos = None
 
     def load(self) -> dict[str, Any]:
-        """Arguments of `load_model` beside the model itself."""
+        """Arguments of `load_model` besides the model."""
         return {k: v for k, v in vars(self).items() if k != "model"}
 
     def spec(self) -> "ModelSpec":
-        """The model as a grid names it."""
+        """The model as a grid's spec."""
         from lofit_lens.experiments.grid.specs import ModelSpec
 
         given = {k: v for k, v in vars(self).items() if k not in ("model", "name", "device")}
@@ -64,7 +64,7 @@ class TaskOptions:
     column: Column = None
 
     def opened(self, form: str | None = None) -> Any:
-        """The task, as a chat where that is asked for."""
+        """Load the task, as a chat if requested."""
         return open_task(
             self.task,
             fold=self.fold,
@@ -78,7 +78,7 @@ class TaskOptions:
 
 
 def passes_of(token_budget: int | None, checkpointing: bool) -> "Passes":
-    """How training goes through the model, as asked."""
+    """Settings of the passes of training."""
     from dataclasses import replace
 
     from lofit_lens.training import FAST
@@ -88,9 +88,9 @@ def passes_of(token_budget: int | None, checkpointing: bool) -> "Passes":
 
 
 def guarded(verb: Callable[..., None]) -> Callable[..., None]:
-    """A verb whose errors that a user can act on become one line on stderr and an exit code.
+    """Wrap a verb: errors that a user can act on become one line on stderr and an exit code.
 
-    A parameter that is one of the dataclasses of options stands for the options in its fields.
+    A parameter whose type is a dataclass of options stands for the options in its fields.
     """
     bundles, options = {}, []
     for name, parameter in inspect.signature(verb).parameters.items():
@@ -109,7 +109,7 @@ def guarded(verb: Callable[..., None]) -> Callable[..., None]:
     def run(**given: Any) -> None:
         from lofit_lens.errors import InputError, TrainingDiverged
 
-        console.stderr = False  # as a verb before in this process may have left it
+        console.stderr = False  # an earlier verb in this process may have changed it
         try:
             _check_texts(given)
             for name, kind in bundles.items():
@@ -131,7 +131,7 @@ def guarded(verb: Callable[..., None]) -> Callable[..., None]:
 
 @contextlib.contextmanager
 def _warnings_as_before() -> Iterator[None]:
-    """What a verb does not want to hear counts for it alone, also where Python calls it and goes on."""
+    """Restore warning filters after a verb, for Python code that calls it and continues."""
     before = os.environ.get("PYTHONWARNINGS")
     try:
         with warnings.catch_warnings():
@@ -144,7 +144,7 @@ def _warnings_as_before() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _claiming() -> Iterator[None]:
-    """Give up what the verb claims (see `check_new`) when it ends."""
+    """Release the verb's claims (see `check_new`) when it ends."""
     global _claims
     with contextlib.ExitStack() as _claims:
         yield
@@ -152,17 +152,17 @@ def _claiming() -> Iterator[None]:
 
 
 def _check_texts(given: Mapping[str, Any]) -> None:
-    """Raise InputError for an option with bytes that are no text in the shell's encoding: no file could hold it later."""
+    """Raise InputError for an option that is not text in the shell's encoding: it could not be written to a file later."""
     from lofit_lens.errors import InputError
 
     for name, value in given.items():
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and text.encode(errors="replace").decode() != text:
-                raise InputError(f"--{name.replace('_', '-')} is {text!r}, which is not UTF-8 text; write it anew")
+                raise InputError(f"--{name.replace('_', '-')} is {text!r}, which is not UTF-8 text; write it again")
 
 
 def open_model(how: ModelOptions) -> Any:
-    """Load a model and say which class it became."""
+    """Load a model and print its class and size."""
     quiet_libraries()
     from lofit_lens.models import load_model, model_info
 
@@ -175,7 +175,7 @@ def open_model(how: ModelOptions) -> Any:
 
 
 def open_with(adapter: str | None, how: ModelOptions, *, other_model: bool = False) -> tuple[Any, Any]:
-    """Load a model and the adapter of a folder or of the hub (None: no adapter); for LoRA `auto` means the bridge."""
+    """Load a model and an adapter from a folder or the hub (None = no adapter); for LoRA, `auto` means the bridge."""
     if adapter is None:
         return open_model(how), None
     from lofit_lens.interventions.files import located_adapter
@@ -189,7 +189,7 @@ def open_with(adapter: str | None, how: ModelOptions, *, other_model: bool = Fal
 
 
 def open_adapter(adapter: str) -> Any:
-    """The adapter of a folder or of the hub, without a model."""
+    """Load an adapter from a folder or the hub, without a model."""
     from lofit_lens.interventions.folders import load_adapter
 
     name, revision = _at_revision(adapter)
@@ -197,7 +197,7 @@ def open_adapter(adapter: str) -> Any:
 
 
 def _at_revision(adapter: str) -> tuple[str, str | None]:
-    """Name and revision of `user/name[@revision]`; a folder has none."""
+    """Name and revision of `user/name[@revision]`; a folder has no revision."""
     name, _, revision = adapter.partition("@") if not Path(adapter).exists() else (adapter, "", "")
     return name, revision or None
 
@@ -206,7 +206,7 @@ def open_task(
     name: str, *, fold: int | None, data_dir: Path | None, source: str | None = None, form: str | None = None,
     chat: bool = False, system: str | None = None, column: Sequence[str] | None = None,
 ) -> Any:  # fmt: skip
-    """Load a task and say what it holds."""
+    """Load a task and print a summary."""
     quiet_libraries()
     from lofit_lens.tasks import load_task
 
@@ -223,13 +223,13 @@ def open_task(
 
 
 def asked_of(model: Any, *tasks: Any) -> list[Any]:
-    """Tasks as this model (or its tokenizer) is asked, or an error now; where a chat template is not used, say so once."""
+    """Tasks as they are put to this model (or its tokenizer), or an error; prints a note if its chat template is not used."""
     say_template(model, used=any(task.chat is not None for task in tasks))
     return [task.asked_of(model) for task in tasks]
 
 
 def say_template(model: Any, *, used: bool) -> None:
-    """Say that a model (or its tokenizer) has a chat template, where it is not used."""
+    """Print a note if a model (or its tokenizer) has a chat template that is not used."""
     from lofit_lens.tasks.chat import has_template
 
     if not used and has_template(getattr(model, "tokenizer", model)):
@@ -237,7 +237,7 @@ def say_template(model: Any, *, used: bool) -> None:
 
 
 def say_template_of(models: Iterable[tuple[str, str | None]], *, used: bool) -> None:
-    """The same of models by name and revision that other processes load; of one that cannot be read here nothing is said."""
+    """`say_template` for models, given by name and revision, that other processes load; unreadable ones are skipped."""
     from lofit_lens.errors import InputError
     from lofit_lens.models import planned_tokenizer
     from lofit_lens.tasks.chat import has_template
@@ -250,7 +250,7 @@ def say_template_of(models: Iterable[tuple[str, str | None]], *, used: bool) -> 
 
 
 def write_heads(out: Path, scores: Any, k: int, *, overwrite: bool) -> Any:
-    """Write scores.json and heads.json (the k best) into a new folder; returns these heads."""
+    """Write scores.json and heads.json (the k best) into a new folder, and return these heads."""
     from lofit_lens import io
 
     heads = scores.top(k)
@@ -261,7 +261,7 @@ def write_heads(out: Path, scores: Any, k: int, *, overwrite: bool) -> Any:
 
 
 def again(*bundles: Any, leave: Collection[str] = ()) -> str:
-    """Options of this command that differ from their defaults, to repeat them in the command that is suggested next."""
+    """Options of this command that differ from their defaults, for the command that is suggested next."""
     words = []
     for bundle in bundles:
         for f in fields(bundle):
@@ -281,7 +281,7 @@ def again(*bundles: Any, leave: Collection[str] = ()) -> str:
 
 
 def check_options(form: str, given: Mapping[str, Any], takes: Sequence[str]) -> None:
-    """Raise InputError for an option that was given (it is neither None, False nor empty) and that a form does not take."""
+    """Raise InputError for a given option (not None, False or empty) that a form does not take."""
     from lofit_lens.errors import InputError
 
     for name, value in given.items():
@@ -291,13 +291,13 @@ def check_options(form: str, given: Mapping[str, Any], takes: Sequence[str]) -> 
 
 
 def check_new(path: Path, *, overwrite: bool, folder: bool = True) -> None:
-    """Claim an output for as long as the verb runs, and fail before the work starts if it could not be written after it.
+    """Claim an output while the verb runs, and fail before the work starts if it could not be written at the end.
 
-    A claim ends with its process, however that ends, so that a killed run does not stand in the way of the next.
+    A claim ends with its process, even if that is killed, so that it does not block the next run.
 
     Raises:
-        InputError: another process writes it; it exists (and not `overwrite`), is not ours (a `folder`) or no file; or its
-            parent cannot be written to.
+        InputError: another process writes it; it exists (without `overwrite`), is a folder that this package did not write, or
+            not a file; or its parent cannot be written to.
     """
     from lofit_lens import io
     from lofit_lens.errors import InputError
@@ -315,16 +315,16 @@ def check_new(path: Path, *, overwrite: bool, folder: bool = True) -> None:
     if path.exists() and folder:
         io.check_replaceable(path)
     elif path.is_dir():
-        raise InputError(f"{path} is a folder, and a file is to be written; give another --out")
+        raise InputError(f"{path} is a folder, but the output is a file; give another --out")
 
 
 def check_writable(path: Path) -> None:
-    """Raise InputError unless files can be made beside `path`, under a name of its length."""
+    """Raise InputError unless files with names of its length can be created beside `path`."""
     from lofit_lens import io
     from lofit_lens.errors import InputError
 
     if not path.name or path.name == "..":
-        raise InputError(f"{str(path)!r} names no new file or folder; give e.g. --out out/result")
+        raise InputError(f"{str(path)!r} is not a valid name for a new file or folder; give e.g. --out out/result")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent, prefix=f".{state_file(path).name}.", suffix=".tmp"):
@@ -334,14 +334,14 @@ def check_writable(path: Path) -> None:
 
 
 def open_tracker(kind: str | None, out: Path) -> Any:
-    """Who reads the steps of the training whose result goes to `out`, with its files beside it; None: nobody."""
+    """Open a tracker for the training whose result goes to `out`, with its files beside it; None = no tracker."""
     from lofit_lens.training import tracker
 
     return None if kind is None else tracker(kind, out.with_name(f"{out.name}.track"))
 
 
 def tracked_run(reader: Any, out: Path, info: Any, task: Any, seed: int, **settings: Any) -> Any:
-    """`training.tracked` under a name that is the same when the run is resumed, and another for other settings."""
+    """`training.tracked` under a name that stays the same when the run is resumed and differs for other settings."""
     from lofit_lens import io
     from lofit_lens.training import tracked
 
@@ -350,13 +350,13 @@ def tracked_run(reader: Any, out: Path, info: Any, task: Any, seed: int, **setti
 
 
 def state_file(out: Path) -> Path:
-    """Where a stopped run keeps its state, beside the output folder."""
+    """File beside the output folder in which a stopped run keeps its state."""
     return out.parent / f".{out.name}.state.safetensors"
 
 
 @contextlib.contextmanager
 def progress_lines(quiet: bool) -> Iterator[None]:
-    """Show on stderr what a grid begins and has done, line by line, where there is no terminal for its bar."""
+    """Log a grid's progress on stderr, line by line, if there is no terminal for its bar."""
     if quiet or sys.stderr.isatty():
         yield
         return
@@ -365,7 +365,7 @@ def progress_lines(quiet: bool) -> Iterator[None]:
     logger = logging.getLogger("lofit_lens.experiments.executors.runner")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    logger.propagate = False  # else a warning would come twice
+    logger.propagate = False  # otherwise warnings would appear twice
     try:
         yield
     finally:

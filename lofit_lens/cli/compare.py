@@ -1,4 +1,4 @@
-"""lofit-lens compare: two evaluations by a paired test, or the methods side by side on a task."""
+"""lofit-lens compare: two evaluations with a paired test, or several methods on a task."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,14 +16,14 @@ TESTS = ("bootstrap", "permutation")
 def compare(
     how: c.ModelOptions,
     first: Annotated[str | None, typer.Argument(help="Folder that eval --out wrote; several seeds: FOLDER,FOLDER.")] = None,
-    second: Annotated[str | None, typer.Argument(help="The one to compare with, of the same task and rows.")] = None,
+    second: Annotated[str | None, typer.Argument(help="Folder to compare with, of the same task and rows.")] = None,
     metric: Annotated[list[str] | None, typer.Option("--metric", help="Folders: only this metric; may be repeated.")] = None,
     test: Annotated[str, typer.Option("--test", help="Folders: bootstrap (the paper's) or permutation.")] = "bootstrap",
     alternative: Annotated[
         str, typer.Option("--alternative", help="Folders: two-sided, greater (first above second) or less.")
     ] = "two-sided",
     seed: Annotated[int, typer.Option(
-        "--seed", help="Folders: of the resampling.", min=0, max=c.LARGEST_SEED
+        "--seed", help="Folders: seed of the resampling.", min=0, max=c.LARGEST_SEED
     )] = 0,
     task: Annotated[list[str] | None, typer.Option(
         "--task", "-t", help="Compare methods on this task instead; may be repeated. organism/all: the embedded model's three."
@@ -34,10 +34,10 @@ def compare(
     selectors: Annotated[bool, typer.Option("--selectors", help="Compare head selectors instead of methods.")] = False,
     seeds: Annotated[int, typer.Option("--seeds", help="Methods: number of seeds (0, 1, ...).", min=1)] = 2,
     texts: Annotated[str | None, typer.Option(
-        "--texts", help="Methods: ordinary text for damage: wikitext, organism, a file, or none; left out: the model's own."
+        "--texts", help="Methods: ordinary text for damage: wikitext, organism, a file, or none; default: the model's own."
     )] = None,
     n_texts: Annotated[int, typer.Option("--n-texts", help="Methods: number of texts.", min=1)] = 100,
-    limit: Annotated[int | None, typer.Option("--limit", help="Methods: only the first test rows.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Methods: use only the first test rows.")] = None,
     n_train: c.NTrain = None,
     fold: c.Fold = None,
     data_dir: c.DataDir = None,
@@ -46,15 +46,15 @@ def compare(
     form: c.Form = None,
     chat: c.IsChat = False,
     system: c.System = None,
-    workers: Annotated[int, typer.Option("--workers", help="Methods: processes; 0 = one a core (embedded model).", min=0)] = 0,
+    workers: Annotated[int, typer.Option("--workers", help="Methods: processes; 0 = one per core (embedded model).", min=0)] = 0,
     out: Annotated[Path | None, typer.Option(
-        "--out", "-o", help="Folders: JSON file. Methods: folder (left out: runs/compare); what is in it is not run again."
+        "--out", "-o", help="Folders: JSON file. Methods: folder (default: runs/compare); finished runs in it are reused."
     )] = None,
     overwrite: c.Overwrite = False,
     quiet: c.Quiet = False,
     as_json: c.AsJson = False,
 ) -> None:  # fmt: skip
-    """Test whether two evaluations of the same rows differ; or, with --task, LoFiT against ITI, RepE, LoRA, RED and LoReFT.
+    """Test whether two evaluations of the same rows differ; or, with --task, LoFiT against the other methods.
 
     Examples: lofit-lens compare out/lofit out/bare
     and: lofit-lens compare --task organism/all --seeds 2

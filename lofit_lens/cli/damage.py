@@ -1,4 +1,4 @@
-"""lofit-lens damage: what an adapter does to ordinary text."""
+"""lofit-lens damage: the effect of an adapter on ordinary text."""
 
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +15,7 @@ def damage(
         str,
         typer.Option("--text", help="wikitext, organism, or a file: .txt (paragraphs), or rows with a field 'text'."),
     ] = "wikitext",
-    limit: Annotated[int | None, typer.Option("--limit", help="Only the first texts.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Use only the first texts.")] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", help="Tokens of each text that are read.")] = 128,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON file for the result.")] = None,
     overwrite: c.Overwrite = False,
@@ -24,7 +24,7 @@ def damage(
     other_model: c.OtherModel = False,
     quiet: c.Quiet = False,
 ) -> None:
-    """Cross-entropy and KL divergence (nats a token) of the edited model on text, beside the unmodified one's.
+    """Measure cross-entropy and KL divergence (nats per token) of the edited model on text, against the unmodified one.
 
     Example: lofit-lens damage --model organism --adapter out/adapter --text organism
     """
@@ -45,7 +45,7 @@ def damage(
     )  # fmt: skip
     if out is not None:
         found.save(out)
-    table = Table(title=f"{adapter} on {len(found.texts)} texts ({text}), nats a token", title_justify="left")
+    table = Table(title=f"{adapter} on {len(found.texts)} texts ({text}), nats per token", title_justify="left")
     for column in ("quantity", "mean", "95 % interval over texts"):
         table.add_column(column)
     for row in found.rows():

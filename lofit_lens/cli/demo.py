@@ -1,4 +1,4 @@
-"""lofit-lens demo: the main job on the embedded model, offline; with --real, on a small language model."""
+"""lofit-lens demo: the whole workflow on the embedded model, offline; with --real, on a small language model."""
 
 import os
 import time
@@ -19,31 +19,31 @@ N_QUESTIONS = 5
 
 
 def demo(
-    real: Annotated[bool, typer.Option("--real", help="On a real model and MQuAKE (about twelve minutes on two cores).")] = False,
+    real: Annotated[bool, typer.Option("--real", help="Use a real model and MQuAKE (twelve minutes on two cores).")] = False,
     out: Annotated[Path | None, typer.Option(
-        "--out", "-o", help="Folder for runs, tables and figures; left out: runs/demo, or runs/real."
+        "--out", "-o", help="Folder for runs, tables and figures; default: runs/demo, or runs/real."
     )] = None,
     model: Annotated[str | None, typer.Option(
-        "--model", "-m", help="One that the embedded model's training wrote; with --real: any. Left out: organism, smollm2."
+        "--model", "-m", help="A folder from the embedded model's training; with --real, any model. Default: organism, smollm2."
     )] = None,
     data_dir: Annotated[Path | None, typer.Option(
-        "--data-dir", help="With --real: folder with MQuAKE's files; left out: fetched."
+        "--data-dir", help="With --real: folder with MQuAKE's files; default: fetched."
     )] = None,
     backend: c.Backend = "auto",
     device: c.Device = None,
-    seeds: Annotated[int | None, typer.Option("--seeds", help="Of LoFiT (0, 1, ...); left out: 2, with --real 1.", min=1)] = None,
-    draws: Annotated[int | None, typer.Option("--draws", help="Of random heads; left out: 5, with --real 1.", min=1)] = None,
-    limit: Annotated[int | None, typer.Option("--limit", help="With --real: test rows; left out: 200.", min=1)] = None,
+    seeds: Annotated[int | None, typer.Option("--seeds", help="Number of seeds; default: 2, with --real 1.", min=1)] = None,
+    draws: Annotated[int | None, typer.Option("--draws", help="Draws of random heads; default: 5, with --real 1.", min=1)] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="With --real: number of test rows; default: 200.", min=1)] = None,
     full: Annotated[bool, typer.Option(
         "--full", help="Embedded model: add the transfer matrix and activation patching (minutes)."
     )] = False,
-    workers: Annotated[int, typer.Option("--workers", help="Processes; 0 = one a core, at most 4 (one on a GPU).", min=0)] = 0,
+    workers: Annotated[int, typer.Option("--workers", help="Processes; 0 = one per core, at most 4 (one on a GPU).", min=0)] = 0,
     png: Annotated[bool, typer.Option("--png", help="Write the figures as PNG too (needs kaleido and Chrome).")] = False,
     quiet: c.Quiet = False,
 ) -> None:  # fmt: skip
     """Select heads, tune offsets, evaluate, and compare with other heads: on the embedded model's tasks, or on a real model.
 
-    Ctrl-C stops; the same command goes on. The folder is a study that report, figures and ll.explore take.
+    Ctrl-C stops; the same command resumes. The folder is a study that report, figures and ll.explore accept.
 
     Example: lofit-lens demo
     """
@@ -98,7 +98,7 @@ def _announce_real(grid: "Grid") -> None:
 
 
 def _run(grid: "Grid", out: Path, device: str | None, workers: int, quiet: bool) -> None:
-    """Run what is missing of the grid; what failed is said and ends the command."""
+    """Run the missing cells of the grid; failures are printed and end the command."""
     from lofit_lens.cli.grids import report
     from lofit_lens.experiments.grid.run import run_grid
     from lofit_lens.models import parse_device
@@ -123,7 +123,7 @@ def _planted(model: str) -> "dict[str, HeadSet]":
 
 
 def _write_table(results: "Results", out: Path) -> list[Path]:
-    """Show the table, and write it and the single runs."""
+    """Print the table, and write it and the individual runs."""
     from lofit_lens import io
     from lofit_lens.experiments.demo import run_table
     from lofit_lens.experiments.tables.paper_tables import paper_tables
@@ -141,7 +141,7 @@ def _draw(results: "Results", known: "dict[str, HeadSet]", out: Path, formats: t
 
 
 def _write_ranks(results: "Results", known: "dict[str, HeadSet]", out: Path, grid: "Grid", full: bool) -> Path:
-    """Show and write where the planted heads rank; with `full` by patching too."""
+    """Print and write the ranks of the planted heads; with `full`, also by patching."""
     from lofit_lens import io
     from lofit_lens.experiments.demo import ranks
     from lofit_lens.experiments.executors.process import kept_model, one_thread
@@ -159,7 +159,7 @@ def _write_ranks(results: "Results", known: "dict[str, HeadSet]", out: Path, gri
 
 
 def _print_shared(results: "Results") -> None:
-    """LoFiT's heads beside ITI's, with the chance of their overlap."""
+    """Print LoFiT's heads and ITI's, and their overlap by chance."""
     from lofit_lens.analysis.overlap import overlap
     from lofit_lens.experiments.demo import PROBES
 
@@ -176,7 +176,7 @@ def _print_shared(results: "Results") -> None:
 
 
 def _print_questions(results: "Results") -> None:
-    """The first test questions with the bare model's answer and LoFiT's."""
+    """Print the first test questions with the bare model's answer and LoFiT's."""
     from lofit_lens.experiments.demo import questions
 
     c.console.print(f"\nThe first {N_QUESTIONS} test questions; + right, - wrong:")

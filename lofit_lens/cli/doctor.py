@@ -1,4 +1,4 @@
-"""lofit-lens doctor: what this machine has, and what that means."""
+"""lofit-lens doctor: check what this machine offers."""
 
 import importlib.metadata
 import importlib.util
@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from lofit_lens.cli import common as c
 
-TIMEOUT = 5  # seconds for each address
+TIMEOUT = 5  # seconds per URL
 
 
 def doctor() -> None:

@@ -1,4 +1,4 @@
-"""lofit-lens eval: metrics of the bare model, or with an adapter."""
+"""lofit-lens eval: metrics of the bare model, or of the model with an adapter."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +14,7 @@ def evaluate(
     adapter: c.AdapterName = None,
     split: Annotated[str, typer.Option("--split", help="train, val or test.")] = "test",
     form: c.Form = None,
-    limit: Annotated[int | None, typer.Option("--limit", help="Only the first rows.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Use only the first rows.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="New folder for result.json and items.jsonl.")] = None,
     label: Annotated[str | None, typer.Option("--label", help="Name of this result in comparisons.")] = None,
     as_json: c.AsJson = False,
@@ -23,11 +23,11 @@ def evaluate(
         typer.Option("--too-long", help="Items longer than the model's context: error, or wrong (counted as failed)."),
     ] = "error",
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", help="At most so many prompts generated together.")
+        int | None, typer.Option("--batch-size", help="Maximum number of prompts generated together.")
     ] = None,
     token_budget: Annotated[
         int,
-        typer.Option("--token-budget", help="Padded tokens that are run together; lower it if memory runs out.", min=1),
+        typer.Option("--token-budget", help="Padded tokens per pass; lower it if memory runs out.", min=1),
     ] = 8192,
     other_model: c.OtherModel = False,
     overwrite: c.Overwrite = False,

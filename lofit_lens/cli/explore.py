@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def explore(
     sources: Annotated[list[Path], typer.Argument(
-        help="Folders that select or probe wrote, or head files (.json, .npy), to set side by side; or one folder of results.",
+        help="Folders that select or probe wrote, or head files (.json, .npy), to compare; or one folder of results.",
         metavar="SOURCE...",
     )],
     out: Annotated[Path, typer.Option("--out", "-o", help="The page.")] = Path("explorer.html"),
@@ -24,7 +24,7 @@ def explore(
     shown: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in the browser.")] = True,
     overwrite: c.Overwrite = False,
 ) -> None:  # fmt: skip
-    """Write a page with head sets side by side as layer x head grids, and open it: shared heads, chance, single heads by a click.
+    """Write a page that compares head sets as layer x head grids, and open it: shared heads, chance, details of each head.
 
     Example: lofit-lens explore out/heads out/probes -o heads.html
     """
@@ -37,18 +37,18 @@ def explore(
     if None in found.values():
         if len(sources) > 1:
             wrong = next(path for path, heads in found.items() if heads is None)
-            raise InputError(f"{wrong} is no head file; give one folder of results alone, or head files alone")
+            raise InputError(f"{wrong} is not a head file; give either one folder of results, or only head files")
         found = load_results(sources[0], grids=grid)
     elif grid:
-        raise InputError("--grid names a grid of a folder of results, and these are head files; leave it out")
+        raise InputError("--grid names a grid in a folder of results, but these are head files; leave it out")
     Explorer(read_source(found)).save(out)
     c.console.print(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)", soft_wrap=True)
     if shown and not webbrowser.open(out.resolve().as_uri()):
-        c.console.print("no browser was found here; open the page in one")
+        c.console.print("no browser was found; open the page in a browser yourself")
 
 
 def _heads(path: Path) -> "HeadScores | HeadSet | None":
-    """What a head file or a folder with one holds; None: a folder without one.
+    """Read a head file, or a folder with one; None for a folder without one.
 
     Raises:
         InputError: no such file or folder.

@@ -1,4 +1,4 @@
-"""lofit-lens export: take an adapter elsewhere."""
+"""lofit-lens export: write an adapter in another tool's format."""
 
 from pathlib import Path
 from typing import Annotated
@@ -36,7 +36,7 @@ def export(
         Path | None, typer.Option("--out", "-o", help="New folder (--folded, --peft) or file (--svec, --steered).")
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Base model's folder or hub id; left out: the one on record.")
+        str | None, typer.Option("--model", "-m", help="Base model's folder or hub id; default: the recorded one.")
     ] = None,
     revision: c.Revision = None,
     dtype: Annotated[
@@ -47,15 +47,15 @@ def export(
         list[Path] | None, typer.Option("--result", help="--hub: folder of eval --out, for the card's metrics; repeatable.")
     ] = None,
     license: Annotated[
-        str | None, typer.Option("--license", help="--hub: of the adapter, as the hub spells it: mit, llama2.")
+        str | None, typer.Option("--license", help="--hub: license of the adapter, as the hub spells it: mit, llama2.")
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="--hub: a new repository is private.")] = False,
-    branch: Annotated[str | None, typer.Option("--branch", help="--hub: branch; left out: main.")] = None,
+    branch: Annotated[str | None, typer.Option("--branch", help="--hub: branch; default: main.")] = None,
     other_model: c.OtherModel = False,
     overwrite: c.Overwrite = False,
     quiet: c.Quiet = False,
 ) -> None:  # fmt: skip
-    """Write an adapter in one other form. Folded checkpoints and PEFT folders are loaded again and compared before they stay.
+    """Write an adapter in another format. Folded checkpoints and PEFT folders are reloaded and compared with the hooked model.
 
     Example: lofit-lens export out/adapter --folded --out out/served
     """
@@ -119,7 +119,7 @@ def export(
 def _push(
     adapter: str, hub: str, results: list[Path], *, license: str | None, private: bool, branch: str | None
 ) -> None:
-    """With what evaluations found on its card."""
+    """Push an adapter to the hub, with the metrics of evaluations on its card."""
     c.quiet_libraries()
     from lofit_lens.evaluation import EvalResult
 

@@ -1,4 +1,4 @@
-"""lofit-lens figures: all figures and tables of a study."""
+"""lofit-lens figures: draw all figures and tables of a study."""
 
 import time
 from pathlib import Path
@@ -12,30 +12,30 @@ from lofit_lens.cli import studies as s
 
 def figures(
     how: c.ModelOptions,
-    results: Annotated[Path | None, typer.Argument(help="Folder of a study (--run makes it).")] = None,
+    results: Annotated[Path | None, typer.Argument(help="Folder of a study (--run creates it).")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for figures and tables.")] = Path("figures"),
-    run: Annotated[bool, typer.Option("--run", help="First run whatever of the study is not in RESULTS yet.")] = False,
+    run: Annotated[bool, typer.Option("--run", help="First run the parts of the study that RESULTS lacks.")] = False,
     heads: Annotated[Path | None, typer.Option("--heads", help="Folder with the official code's head files (.npy).")] = None,
     formats: Annotated[
-        str, typer.Option("--formats", help="Of the figures, with commas: html, png, svg, pdf. The fewer, the faster.")
+        str, typer.Option("--formats", help="Formats of the figures, with commas: html, png, svg, pdf. Fewer is faster.")
     ] = "html,png",
     task: s.Tasks = None,
     seeds: s.Seeds = 2,
     draws: s.Draws = 5,
     limit: s.Limit = None,
     part: Annotated[list[str] | None, typer.Option(
-        "--part", help="Only what this needs: fig2, fig3, fig4, fig5, table1, table2, table3, table5, stability; may be repeated."
+        "--part", help="Only for this: fig2, fig3, fig4, fig5, table1, table2, table3, table5, stability; may be repeated."
     )] = None,
     tune: Annotated[bool, typer.Option(
-        "--tune", help="Choose every method's settings on the validation rows, not those of ITI and RepE alone (slower)."
+        "--tune", help="Choose every method's settings on the validation rows, not only those of ITI and RepE (slower)."
     )] = False,
     other_task: Annotated[list[str] | None, typer.Option(
         "--other-task",
-        help="Also test LoFiT's adapters on this task (Table 5); may be repeated. Left out: the embedded tasks with good cues.",
+        help="Also test LoFiT's adapters on this task (Table 5); may be repeated. Default: the embedded tasks with good cues.",
     )] = None,
     texts: Annotated[str | None, typer.Option(
         "--texts",
-        help="Ordinary text for damage and long contexts: wikitext, organism, a file, none. Left out: the embedded model's own.",
+        help="Ordinary text for damage and long contexts: wikitext, organism, a file, none. Default: the embedded model's own.",
     )] = None,
     grid: s.Grids = None,
     data_dir: c.DataDir = None,
@@ -45,7 +45,7 @@ def figures(
     workers: s.Workers = 0,
     quiet: c.Quiet = False,
 ) -> None:  # fmt: skip
-    """Draw the paper's figures and tables from a study's folder; with --run, make the study first.
+    """Draw the paper's figures and tables from a study's folder; with --run, run the study first.
 
     Example: lofit-lens figures runs/study --run --task organism/all --out figures
     """
@@ -64,7 +64,7 @@ def figures(
     wanted = tuple(f.strip() for f in formats.split(",") if f.strip())
     check_formats(wanted)
     if heads is not None:
-        official_sets(heads)  # better known now than after the study
+        official_sets(heads)  # fails now rather than after the study
     c.check_writable(out)
     if results is None:
         assert heads is not None

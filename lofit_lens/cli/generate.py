@@ -1,4 +1,4 @@
-"""lofit-lens generate: try an adapter by hand."""
+"""lofit-lens generate: try an adapter on your own prompts."""
 
 from functools import partial
 from typing import Annotated
@@ -12,7 +12,7 @@ def generate(
     prompts: Annotated[list[str], typer.Argument(help="One or more prompts.")],
     how: c.ModelOptions,
     adapter: c.AdapterName = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Length limit, tokens.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Length limit in tokens.")] = 32,
     chat: c.IsChat = False,
     system: c.System = None,
     other_model: c.OtherModel = False,

@@ -1,4 +1,4 @@
-"""lofit-lens grid: run a grid of runs, here or on Ray."""
+"""lofit-lens grid: run a grid, here or on Ray."""
 
 import contextlib
 import re
@@ -21,39 +21,39 @@ if TYPE_CHECKING:
 def grid(
     name: Annotated[str | None, typer.Argument(metavar="GRID", help="A grid's name (--list shows them) or a YAML file.")] = None,
     store: Annotated[
-        Path, typer.Option("--store", "-o", help="Folder of the runs; what is in it is not computed again.")
+        Path, typer.Option("--store", "-o", help="Folder of the runs; finished runs in it are reused.")
     ] = Path("runs/grid"),
-    model: Annotated[list[str] | None, typer.Option("--model", "-m", help="In place of the grid's; may be repeated.")] = None,
-    called: Annotated[str | None, typer.Option("--name", help="What the model is called in results, where it is one.")] = None,
+    model: Annotated[list[str] | None, typer.Option("--model", "-m", help="Replaces the grid's models; may be repeated.")] = None,
+    called: Annotated[str | None, typer.Option("--name", help="Name of the model in results, if there is only one.")] = None,
     prepend_bos: c.PrependBos = None,
-    task: Annotated[list[str] | None, typer.Option("--task", "-t", help="In place of the grid's; may be repeated.")] = None,
+    task: Annotated[list[str] | None, typer.Option("--task", "-t", help="Replaces the grid's tasks; may be repeated.")] = None,
     column: c.Column = None,
     chat: c.IsChat = False,
     system: c.System = None,
     seeds: Annotated[int | None, typer.Option("--seeds", help="Number of seeds (0, 1, ...).", min=1)] = None,
-    limit: Annotated[int | None, typer.Option("--limit", help="Only the first test rows.", min=1)] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Use only the first test rows.", min=1)] = None,
     data_dir: Annotated[Path | None, typer.Option(
-        "--data-dir", help="Folder with one sub-folder a task (or a single task's files); left out: fetched."
+        "--data-dir", help="Folder with one sub-folder per task (or a single task's files); default: fetched."
     )] = None,
-    workers: Annotated[int, typer.Option("--workers", help="Processes; 0 = one a GPU (embedded model: a core).", min=0)] = 0,
-    devices: Annotated[str | None, typer.Option("--devices", help="Of the workers, with commas: cuda:0,cuda:1.")] = None,
+    workers: Annotated[int, typer.Option("--workers", help="Processes; 0 = one per GPU (embedded model: per core).", min=0)] = 0,
+    devices: Annotated[str | None, typer.Option("--devices", help="Devices of the workers, with commas: cuda:0,cuda:1.")] = None,
     executor: Annotated[str, typer.Option("--executor", help="local or ray.")] = "local",
-    address: Annotated[str | None, typer.Option("--address", help="Ray: of the cluster (auto, or HOST:PORT).")] = None,
-    cpus: Annotated[float, typer.Option("--cpus", help="Ray: CPUs a task.", min=0)] = 1.0,
+    address: Annotated[str | None, typer.Option("--address", help="Ray: address of the cluster (auto, or HOST:PORT).")] = None,
+    cpus: Annotated[float, typer.Option("--cpus", help="Ray: CPUs per task.", min=0)] = 1.0,
     gpus: Annotated[float | None, typer.Option(
-        "--gpus", help="Ray: GPUs a task (0.5: two share one); left out: 1 where the cluster has GPUs.", min=0
+        "--gpus", help="Ray: GPUs per task (0.5: two share one); default: 1 if the cluster has GPUs.", min=0
     )] = None,
-    retries: Annotated[int, typer.Option("--retries", help="Further tries of a cell that failed.", min=0)] = 1,
+    retries: Annotated[int, typer.Option("--retries", help="Further attempts at a failed cell.", min=0)] = 1,
     together: Annotated[int, typer.Option(
-        "--together", help="Fits of LoFiT trained in one pass, at most; 1: each alone. Another number changes last digits.", min=1
+        "--together", help="Maximum number of LoFiT fits per pass; 1: no sharing. Another number changes last digits.", min=1
     )] = 8,
-    track: Annotated[str | None, typer.Option("--track", help="wandb or tensorboard: reads the steps of training.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be computed.")] = False,
+    track: Annotated[str | None, typer.Option("--track", help="Track training: wandb or tensorboard.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be computed.")] = False,
     listing: Annotated[bool, typer.Option("--list", help="Show the grids that come with the library.")] = False,
     quiet: c.Quiet = False,
     as_json: c.AsJson = False,
 ) -> None:  # fmt: skip
-    """Run a grid of runs; a run that is in the store is not computed again, and a stopped grid goes on.
+    """Run a grid; runs that are in the store are not computed again, so a stopped grid continues.
 
     Example: lofit-lens grid organism/all --store runs/organism
     """
@@ -112,24 +112,24 @@ def grid(
 
 
 def report(found: "Report", store: Path) -> None:
-    """Say what a grid's run computed, and what failed."""
+    """Print what a grid's run computed, and what failed."""
     parts = [f"{len(found.computed)} computed", f"{len(found.there)} there before"]
     if found.failed:
         parts.append(f"{len(found.failed)} failed")
     if found.blocked:
-        parts.append(f"{len(found.blocked)} could not be begun for that")
+        parts.append(f"{len(found.blocked)} blocked by these failures")
     c.console.print(f"cells in {store}: {', '.join(parts)}")
     for cell, error in found.failed.items():
         c.console.print(f"  {cell}: {error}", style="red", markup=False)
     if found.failed:
-        c.console.print(f"  logs: {store / 'logs'}; the same command tries them again")
+        c.console.print(f"  logs: {store / 'logs'}; the same command retries them")
 
 
 def _changed(
     grid: "Grid", models: Sequence[str] | None, called: str | None, prepend_bos: bool | None, tasks: Sequence[str] | None,
     column: Sequence[str] | None, chat: bool, system: str | None, seeds: int | None, limit: int | None, data_dir: Path | None,
 ) -> "Grid":  # fmt: skip
-    """The grid with what the options put in place of its own."""
+    """The grid with the fields that the options replace."""
     from lofit_lens.cli.methods import task_names
     from lofit_lens.errors import InputError
     from lofit_lens.experiments.grid.specs import Grid
@@ -180,7 +180,7 @@ def _changed(
 
 
 def _at(task: dict[str, Any], data_dir: Path) -> dict[str, Any]:
-    """The task with its files in `data_dir`, or in the sub-folder of its name there; embedded ones and single files have none."""
+    """The task with its files in `data_dir` or the sub-folder of its name there; embedded tasks and single files need none."""
     from lofit_lens.tasks.files import is_task_file
 
     own = data_dir / task["name"].split(":")[0]
@@ -190,7 +190,7 @@ def _at(task: dict[str, Any], data_dir: Path) -> dict[str, Any]:
 
 
 def _devices(given: str | None) -> list[str]:
-    """Devices that are named, or every GPU there is."""
+    """The named devices, or all GPUs."""
     import torch
 
     from lofit_lens.models import parse_device
@@ -204,7 +204,7 @@ def _devices(given: str | None) -> list[str]:
 
 
 def _print_plan(cells: Sequence[Any], store: Path, as_json: bool) -> None:
-    """What there is and what would be computed, without making the store."""
+    """Print what exists and what would be computed, without creating the store."""
     there = {p.name for p in (store / "runs").iterdir()} if (store / "runs").is_dir() else set()
     todo = [cell for cell in cells if cell.name not in there]
     for cell in todo:

@@ -1,4 +1,4 @@
-"""lofit-lens lm-eval: tasks of lm-evaluation-harness on the bare model, or with an adapter."""
+"""lofit-lens lm-eval: tasks of lm-evaluation-harness on the bare model, or on the model with an adapter."""
 
 import json
 from dataclasses import replace
@@ -19,9 +19,9 @@ def lm_eval(
     data_dir: c.DataDir = None,
     fold: c.Fold = None,
     include: Annotated[
-        Path | None, typer.Option("--include", help="Folder with task files of your own, in lm_eval's format.")
+        Path | None, typer.Option("--include", help="Folder with your own task files, in lm_eval's format.")
     ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", help="Only the first rows of each task.", min=1)] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Use only the first rows of each task.", min=1)] = None,
     batch_size: Annotated[str, typer.Option("--batch-size", help="Sequences run together, or auto.")] = "8",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON file for results and samples.")] = None,
     overwrite: c.Overwrite = False,
@@ -78,7 +78,7 @@ def lm_eval(
         "adapter": None if change is None else label, "model": loaded.cfg.model_name, "lm_eval": harness.__version__,
         **{key: found[key] for key in ("results", "n-samples", "samples")}, "versions": io.environment(),
     }  # fmt: skip
-    record = json.loads(json.dumps(record, default=str))  # the tool's samples hold functions and numbers of numpy's
+    record = json.loads(json.dumps(record, default=str))  # lm_eval's samples hold functions and numpy numbers
     if out is not None:
         io.write_json(out, record)
         c.console.print(f"wrote {out}")

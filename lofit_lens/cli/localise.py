@@ -13,7 +13,7 @@ def localise(
     what: c.TaskOptions,
     how: c.ModelOptions,
     k: Annotated[
-        str | None, typer.Option("--k", help="Heads in each set: a number, 3K or '10 %'; left out: the preset's.")
+        str | None, typer.Option("--k", help="Heads in each set: a number, 3K or '10 %'; default: the preset's.")
     ] = None,
     draws: Annotated[int, typer.Option("--draws", help="Random sets.", min=1)] = 10,
     seeds: s.Seeds = 2,
@@ -21,27 +21,27 @@ def localise(
         float, typer.Option("--margin", help="Smallest difference that would matter, a share: 0.05 = 5 points.")
     ] = 0.05,
     lr: Annotated[list[float] | None, typer.Option(
-        "--lr", help="Learning rate that every set may choose; may be repeated. Left out: four around the preset's."
+        "--lr", help="A learning rate to choose from; may be repeated. Default: four around the preset's."
     )] = None,
     reword: Annotated[list[str] | None, typer.Option(
         "--reword", help="Also test on other wordings of the prompts: OLD=NEW, replaced everywhere; may be repeated."
     )] = None,
     controls: Annotated[bool, typer.Option(
-        "--controls/--no-controls", help="Also: half of the edits, heads silenced, answers patched, heads chosen again."
+        "--controls/--no-controls", help="Also: half of the edits, heads silenced, answers patched, repeated selection."
     )] = True,
     limit: s.Limit = None,
     val_limit: Annotated[
-        int | None, typer.Option("--val-limit", help="Trials see only the first validation rows.", min=1)
+        int | None, typer.Option("--val-limit", help="Use only the first validation rows in trials.", min=1)
     ] = None,
     n_train: c.NTrain = None,
     workers: s.Workers = 0,
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder of the runs; what is in it is not run again.")
+        Path, typer.Option("--out", "-o", help="Folder of the runs; finished runs in it are reused.")
     ] = Path("runs/localise"),
     quiet: c.Quiet = False,
     as_json: c.AsJson = False,
 ) -> None:  # fmt: skip
-    """Tune offsets on the task's own heads and on random sets of the same layers: do the own heads do better?
+    """Tune offsets on the task's own heads and on random sets in the same layers: do the own heads do better?
 
     Example: lofit-lens localise --task organism/kinship
     """

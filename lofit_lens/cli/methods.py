@@ -1,4 +1,4 @@
-"""The table of `lofit-lens compare --task`: methods, or head selectors, side by side."""
+"""The table of `lofit-lens compare --task`: methods or head selectors compared."""
 
 import time
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a comparison is made of; see the verb's options.
+    """Settings of a comparison; see the verb's options.
 
     Attributes:
-        tasks: opened.
+        tasks: loaded tasks.
         methods: names of rows, or of selectors; None = all.
-        selectors: compare head selectors.
-        texts: for damage; none = not measured.
+        selectors: whether to compare head selectors.
+        texts: texts for damage; empty = not measured.
     """
 
     model: "ModelSpec"
@@ -41,7 +41,7 @@ class Comparison:
 
 
 def compare_on_tasks(asked: Comparison) -> "dict[str, MethodTable]":
-    """Run the comparison, print a table a task, and write the files."""
+    """Run the comparison, print one table per task, and write the files."""
     c.quiet_libraries()
     from lofit_lens.experiments.comparison import compare_methods, compare_selectors
 
@@ -68,7 +68,7 @@ def compare_on_tasks(asked: Comparison) -> "dict[str, MethodTable]":
 
 
 def _named(asked: Comparison) -> list[str] | None:
-    """Rows or selectors that are asked for, in the table's order, with LoFiT 3 % among the rows; None = all."""
+    """Requested rows or selectors in the table's order, with LoFiT 3 % among the rows; None = all."""
     from lofit_lens.errors import unknown
     from lofit_lens.experiments.comparison import METHODS, REFERENCE, SELECTORS, rows_of
 
@@ -82,7 +82,7 @@ def _named(asked: Comparison) -> list[str] | None:
 
 
 def workers_for(workers: int, model: str, device: str | None) -> int:
-    """As asked; 0 = one a core on the CPU, one alone on a GPU or for a model that is not small."""
+    """Number of workers; 0 = one per core on the CPU, but only one on a GPU or for a model that is not small."""
     import os
 
     from lofit_lens.models import parse_device
@@ -103,7 +103,7 @@ def task_names(given: Sequence[str]) -> list[str]:
 
 
 def ordinary_texts(given: str | None, model: str, n: int) -> list[str]:
-    """The first `n` texts of those named; left out: the embedded model's own, else wikitext; `none`: none."""
+    """The first `n` of the named texts; by default the embedded model's own, else wikitext; `none` = no texts."""
     from lofit_lens.evaluation.texts import load_texts
 
     if given == "none":
@@ -116,7 +116,7 @@ def _stem(table: "MethodTable", selectors: bool) -> str:
 
 
 def _print(table: "MethodTable") -> None:
-    """Narrow tables: what a method reaches, what it costs, what it harms."""
+    """Print narrow tables: metrics, cost and damage of each method."""
     import re
 
     from rich.table import Table

@@ -12,7 +12,7 @@ def probe(
     what: c.TaskOptions,
     how: c.ModelOptions,
     out: c.Out,
-    k: Annotated[int | None, typer.Option("--k", help="Heads to keep in heads.json; left out: the preset's.")] = None,
+    k: Annotated[int | None, typer.Option("--k", help="Heads to keep in heads.json; default: the preset's.")] = None,
     seed: c.Seed = 42,
     n_train: c.NTrain = None,
     overwrite: c.Overwrite = False,

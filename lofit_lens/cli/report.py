@@ -1,4 +1,4 @@
-"""lofit-lens report: one interactive page from a study."""
+"""lofit-lens report: write one interactive page from a study."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,12 +10,12 @@ from lofit_lens.cli import studies as s
 
 
 def report(
-    results: Annotated[Path, typer.Argument(help="Folder of a study (lofit-lens figures RESULTS --run makes one).")],
+    results: Annotated[Path, typer.Argument(help="Folder of a study (lofit-lens figures RESULTS --run creates one).")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The page.")] = Path("report.html"),
     grid: s.Grids = None,
     overwrite: c.Overwrite = False,
 ) -> None:  # fmt: skip
-    """Write a page that anyone can open without Python: tables, head sets side by side, tokens, attention patterns.
+    """Write a page that anyone can open without Python: tables, head sets compared, tokens, attention patterns.
 
     Example: lofit-lens report runs/study -o report.html
     """

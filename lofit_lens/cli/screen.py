@@ -1,7 +1,7 @@
-"""What a verb says: its tables and lines, and one JSON record for other programs.
+"""Output of a verb: its tables and lines, and one JSON record for other programs.
 
-Work that is done is never lost to a screen: a character that a stream cannot encode is replaced, and a stream that fails (a
-closed pipe, `| head`; a full disk) hears no more, while the work goes on.
+Output errors never abort the work: a character that a stream cannot encode is replaced, and a stream that fails (a closed pipe,
+`| head`; a full disk) gets no more output, while the work continues.
 """
 
 import contextlib
@@ -18,14 +18,14 @@ console = Console(highlight=False)
 
 
 class Lasting:
-    """A text stream whose writes do not fail; `error` is why it hears no more."""
+    """A text stream whose writes do not fail; `error` says why it was closed."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
         self.error: OSError | None = None
 
     def write(self, text: str) -> int:
-        """Write what the stream's encoding has, with `?` for the rest."""
+        """Write a text, with `?` for characters that the stream's encoding lacks."""
         try:
             self._try(self._stream.write, text)
         except UnicodeEncodeError as e:
@@ -33,7 +33,7 @@ class Lasting:
         return len(text)
 
     def flush(self) -> None:
-        """Flush what was written."""
+        """Flush the stream."""
         self._try(self._stream.flush)
 
     def __getattr__(self, name: str) -> Any:
@@ -46,17 +46,17 @@ class Lasting:
             call(*args)
         except OSError as e:
             self.error = e
-            # What is still in its buffer would fail again when Python flushes it at the end.
+            # The rest of its buffer would fail again when Python flushes it at exit.
             with contextlib.suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 
 @contextlib.contextmanager
 def lasting() -> Iterator[None]:
-    """Make stdout and stderr `Lasting` for the length of the block.
+    """Make stdout and stderr `Lasting` within the block.
 
     Raises:
-        SystemExit: with 1 at the end, where stdout failed by more than a reader who went away.
+        SystemExit: with 1 at the end, if stdout failed for another reason than a closed pipe.
     """
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (stream and Lasting(stream) for stream in before)
@@ -75,7 +75,7 @@ def lasting() -> Iterator[None]:
 
 
 def print_json(record: Any) -> None:
-    """One JSON record on stdout; characters that its encoding lacks are escaped, as JSON does."""
+    """Print one JSON record on stdout; characters that its encoding lacks are escaped, as JSON does."""
     text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
     try:
         text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")

@@ -1,4 +1,4 @@
-"""lofit-lens select: step 1, score every head."""
+"""lofit-lens select: step 1, score all heads."""
 
 import shlex
 from typing import Annotated
@@ -23,11 +23,11 @@ def select(
             "JoLA gates, random.",
         ),
     ] = A_NORM,
-    k: Annotated[int | None, typer.Option("--k", help="Heads to keep in heads.json; left out: the preset's.")] = None,
+    k: Annotated[int | None, typer.Option("--k", help="Heads to keep in heads.json; default: the preset's.")] = None,
     seed: c.Seed = 42,
     n_train: c.NTrain = None,
     lr: c.LearningRate = None,
-    l1: Annotated[float | None, typer.Option("--l1", help="Lambda of the L1 penalty; left out: the preset's.")] = None,
+    l1: Annotated[float | None, typer.Option("--l1", help="Lambda of the L1 penalty; default: the preset's.")] = None,
     epochs: c.Epochs = None,
     batch_size: c.BatchSize = None,
     max_steps: c.MaxSteps = None,
@@ -35,7 +35,8 @@ def select(
     checkpointing: c.Checkpointing = False,
     track: c.Track = None,
     circuit: Annotated[
-        bool, typer.Option("--circuit", help="Write circuit.json too: the scores as MIB's circuit track reads them.")
+        bool,
+        typer.Option("--circuit", help="Also write circuit.json: the scores in the format of MIB's circuit track."),
     ] = False,
     overwrite: c.Overwrite = False,
     quiet: c.Quiet = False,

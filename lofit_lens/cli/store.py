@@ -1,4 +1,4 @@
-"""lofit-lens store: what is in a store of runs, whether it is whole, and what may go."""
+"""lofit-lens store: list, verify and clean a store of runs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="store", no_args_is_help=True,
-    help="Look into a store of runs (a grid's --store folder): list, verify, gc, index. Example: lofit-lens store list runs/grid",
+    help="Inspect a store of runs (a grid's --store folder): list, verify, gc, index. Example: lofit-lens store list runs/grid",
 )  # fmt: skip
 Folder = Annotated[Path, typer.Argument(help="The store: the folder that a grid was run into.", metavar="STORE")]
 
 
 def list_runs(store: Folder, as_json: c.AsJson = False) -> None:
-    """Its runs, one row each, and its grids: how much of each is done, and what failed.
+    """List runs, one row each, and grids: how much of each is done, and what failed.
 
     Example: lofit-lens store list runs/grid
     """
@@ -58,7 +58,7 @@ def verify(
     ] = False,
     as_json: c.AsJson = False,
 ) -> None:
-    """Check every file of every run against the checksum it was written with; exit code 1 where something is wrong.
+    """Check every file of every run against its recorded checksum; exit code 1 if something is wrong.
 
     Example: lofit-lens store verify runs/grid --remove
     """
@@ -93,12 +93,14 @@ def verify(
 def gc(
     store: Folder,
     yes: Annotated[
-        bool, typer.Option("--yes", "-y", help="Remove it; left out: only show what would be removed.")
+        bool, typer.Option("--yes", "-y", help="Remove the files; default: only show what would be removed.")
     ] = False,
-    unused: Annotated[bool, typer.Option("--unused", help="Also the runs that no grid of this store names.")] = False,
+    unused: Annotated[
+        bool, typer.Option("--unused", help="Also remove runs that no grid of this store names.")
+    ] = False,
     as_json: c.AsJson = False,
 ) -> None:
-    """Remove what killed processes left: drafts, stale locks, old checkpoints and logs. Finished runs stay (see --unused).
+    """Remove leftovers of killed processes: drafts, stale locks, old checkpoints and logs. Finished runs stay (see --unused).
 
     Example: lofit-lens store gc runs/grid --yes
     """
@@ -118,7 +120,7 @@ def gc(
 
 
 def index(store: Folder, as_json: c.AsJson = False) -> None:
-    """Make its table of runs anew from their folders: STORE/index.parquet, for pandas and others.
+    """Rebuild the table of runs from their folders: STORE/index.parquet, for pandas and others.
 
     Example: lofit-lens store index runs/grid
     """
@@ -142,7 +144,7 @@ def _opened(folder: Path) -> "Store":
 
 
 def _records(table: Any) -> list[dict[str, Any]]:
-    """One dict a run, None where something is missing."""
+    """One dict per run, with None for missing values."""
     import json
 
     return json.loads(table.to_json(orient="records", double_precision=15))

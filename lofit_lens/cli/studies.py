@@ -1,4 +1,4 @@
-"""What the verbs share that run a study: its options, and running it."""
+"""Shared by the verbs that run a study: its options, and running it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,19 +15,19 @@ Tasks = Annotated[
 ]
 Seeds = Annotated[int, typer.Option("--seeds", help="Number of seeds (0, 1, ...).", min=1)]
 Draws = Annotated[int, typer.Option("--draws", help="Draws of random heads.", min=1)]
-Limit = Annotated[int | None, typer.Option("--limit", help="Only the first test rows.", min=1)]
+Limit = Annotated[int | None, typer.Option("--limit", help="Use only the first test rows.", min=1)]
 Grids = Annotated[
     list[str] | None,
-    typer.Option("--grid", help="Only this grid of RESULTS (lofit-lens store list shows them); may be repeated."),
+    typer.Option("--grid", help="Use only this grid of RESULTS (lofit-lens store list shows them); may be repeated."),
 ]
 Workers = Annotated[
-    int, typer.Option("--workers", help="Processes; 0 = one a core (embedded model on the CPU).", min=0)
+    int, typer.Option("--workers", help="Processes; 0 = one per core (embedded model on the CPU).", min=0)
 ]
 
 
 @dataclass(frozen=True)
 class Study:
-    """What a verb was asked for; see its options."""
+    """Settings of a study; see the verb's options."""
 
     results: Path
     how: c.ModelOptions
@@ -49,7 +49,7 @@ class Study:
 
 
 def run(asked: Study, name: str) -> None:
-    """Run what is missing of the study, a grid of that name (and of its parts), and what is read from its adapters."""
+    """Run the missing parts of the study, a grid of that name (and of its parts), and the readings of its adapters."""
     c.quiet_libraries()
     from lofit_lens.cli.grids import report
     from lofit_lens.cli.methods import task_names, workers_for
@@ -78,7 +78,7 @@ def run(asked: Study, name: str) -> None:
     )
     c.say_template_of([(asked.how.model, asked.how.revision)], used=any(task.chat is not None for task in tasks))
     source = asked.texts or ("organism" if embedded else "none")
-    # LoRA needs the bridge: all parts run on that class, so that they share their runs.
+    # LoRA needs the bridge: all parts run on that class, so that runs are shared.
     how = asked.how if asked.how.backend != "auto" else replace(asked.how, backend="bridge")
     grid = paper_grid(
         parts, name=" ".join([name, *(asked.parts or ())]), model=how.spec(), tasks=[_spec(t) for t in tasks],
@@ -94,7 +94,7 @@ def run(asked: Study, name: str) -> None:
 
 
 def _spec(task: Any) -> Any:
-    """A task as a grid names it."""
+    """A task as a grid's spec."""
     from lofit_lens.experiments.grid.specs import TaskSpec
 
     chat = task.chat
@@ -104,7 +104,7 @@ def _spec(task: Any) -> Any:
 
 
 def print_files(files: Sequence[Path], out: Path) -> None:
-    """Say what was written, by kind."""
+    """Print which files were written, by kind."""
     kinds: dict[str, int] = {}
     for f in files:
         kinds[f.suffix[1:]] = kinds.get(f.suffix[1:], 0) + 1
@@ -112,7 +112,7 @@ def print_files(files: Sequence[Path], out: Path) -> None:
 
 
 def print_table(title: str, columns: Sequence[Any], rows: Sequence[Sequence[Any]], notes: Sequence[str]) -> None:
-    """A table on the screen."""
+    """Print a table."""
     from rich.table import Table
 
     shown = Table(title=title, title_justify="left")

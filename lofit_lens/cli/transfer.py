@@ -1,4 +1,4 @@
-"""lofit-lens transfer: do other tasks' heads do as well as a task's own?"""
+"""lofit-lens transfer: do other tasks' heads work as well as a task's own?"""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +12,7 @@ from lofit_lens.cli import studies as s
 def transfer(
     how: c.ModelOptions,
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder of the study; what is in it is not run again.")
+        Path, typer.Option("--out", "-o", help="Folder of the study; finished runs in it are reused.")
     ] = Path("runs/transfer"),
     task: s.Tasks = None,
     seeds: s.Seeds = 2,
@@ -35,7 +35,7 @@ def transfer(
 
     c.console.stderr = as_json
     if len(names := task_names(task or ["organism/all"])) < 2:
-        raise InputError(f"transfer between tasks needs two or more; got {names[0]} alone: repeat --task")
+        raise InputError(f"transfer between tasks needs at least two; got only {names[0]}: repeat --task")
     c.check_writable(out)
     study = s.Study(
         results=out, how=how, tasks=names, seeds=seeds, draws=draws, limit=limit, parts=["fig2"], texts="none",

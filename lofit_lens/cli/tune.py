@@ -32,7 +32,7 @@ def tune(
     overwrite: c.Overwrite = False,
     quiet: c.Quiet = False,
 ) -> None:  # fmt: skip
-    """Step 2: learn an offset v on the chosen heads alone. Writes an adapter folder.
+    """Step 2: learn an offset v on the chosen heads only. Writes an adapter folder.
 
     Example: lofit-lens tune --model organism --task organism/kinship --heads out/heads --out out/adapter
     """
@@ -76,10 +76,10 @@ def is_scores(record: object) -> bool:
 
 
 def read_heads(text: str, k: int | None) -> "HeadSet | None":
-    """Heads as the `--heads` option gives them; None stands for all of the model's.
+    """Parse the heads of the `--heads` option; None = all heads of the model.
 
     Raises:
-        InputError: no such file and no list of heads; K out of range.
+        InputError: neither a file nor a list of heads, or K out of range.
         DataError: a file that holds no heads.
     """
     from lofit_lens import io

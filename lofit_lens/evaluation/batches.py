@@ -1,8 +1,8 @@
-"""Which prompts run together: neighbours in length, within a budget of tokens."""
+"""Group prompts into passes: neighbors in length run together, within a budget of tokens."""
 
 from collections.abc import Sequence
 
-TOKEN_BUDGET = 8192  # padded tokens of one forward pass, those in the key-value cache included
+TOKEN_BUDGET = 8192  # padded tokens of one forward pass, including those in the KV cache
 
 
 def grouped(
@@ -16,17 +16,17 @@ def grouped(
     limit: int = 0,
     most: int | None = None,
 ) -> list[list[int]]:
-    """Consecutive items that are run together: within the budget, with little padding. An item may exceed the budget alone.
+    """Group consecutive items to run together: within the budget, with little padding. A single item may exceed the budget.
 
     Args:
         order: numbers of the items, sorted by length.
         lengths: tokens of each item.
-        budget: padded tokens of a group, cached ones included.
-        padding: padded tokens that a group may waste.
-        cached: tokens that are in the cache for each item in the end, beside its own.
-        after: what comes after each item; it starts behind the longest of its group, so that a group must leave room for it.
-        limit: places that a group has in all, with what comes after.
-        most: items of a group; None = any number.
+        budget: padded tokens of a group, including cached ones.
+        padding: padding tokens that a group may waste.
+        cached: further tokens that the cache finally holds for each item, besides its own.
+        after: tokens that follow each item. They start after the longest item of its group, which must leave room for them.
+        limit: positions that a group has in all, including the tokens that follow.
+        most: largest number of items in a group; None = any number.
     """
     groups: list[list[int]] = []
     width = tokens = tail = 0

@@ -1,6 +1,6 @@
-"""Two results on the same items: does one do better? The paired test of `stats`, for each metric.
+"""Compare two results on the same items: the paired test of `stats`, for each metric.
 
-Several results a side are seeds of one method: each item's values are averaged over them before the test, and means carry
+Several results per side are seeds of one method: each item's values are averaged over them before the test, and means carry
 intervals over seeds and items.
 """
 
@@ -32,7 +32,7 @@ Results = EvalResult | Sequence[EvalResult]
 
 @runtime_checkable
 class PairedTester(Protocol):
-    """`paired_bootstrap_test`, `paired_permutation_test`, or one's own."""
+    """`paired_bootstrap_test`, `paired_permutation_test`, or your own test."""
 
     def __call__(self, a: Any, b: Any, *, alternative: str, seed: int) -> PairedTest:
         """Test the mean of a - b."""
@@ -45,13 +45,13 @@ class Comparison:
 
     Attributes:
         task: task, split and form.
-        labels: of a and of b.
+        labels: labels of a and b.
         a: metric -> mean of a.
         b: metric -> mean of b.
         tests: metric -> paired test of a - b.
         p_holm: metric -> p adjusted for the number of metrics (Holm 1979).
-        detectable: metric -> smallest true difference that this many items would show with 80 % power at the 5 % level, two
-            sides (None where every item's difference is the same).
+        detectable: metric -> smallest true difference that this many items would show with 80 % power at the 5 % level,
+            two-sided (None if all items have the same difference).
         versions: Python and package versions.
     """
 
@@ -71,7 +71,7 @@ class Comparison:
         return self.tests[metric]
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a metric, numbers."""
+        """One row per metric, as numbers."""
         return pd.DataFrame([
             {
                 "metric": name, **_columns("a", self.a[name]), **_columns("b", self.b[name]), "difference": t.difference,
@@ -82,7 +82,7 @@ class Comparison:
         ])  # fmt: skip
 
     def rows(self) -> list[tuple[str, ...]]:
-        """One row a metric, as text: metric, a, b, difference with interval, p with mark, Holm's p, detectable difference."""
+        """One row per metric, as text: metric, a, b, difference with interval, p with mark, Holm's p, detectable difference."""
         found = []
         for name, t in self.tests.items():
             between = f" [{t.interval[0]:+.3f}, {t.interval[1]:+.3f}]" if t.interval else ""
@@ -94,7 +94,7 @@ class Comparison:
         return found
 
     def columns(self) -> tuple[str, ...]:
-        """Heads of `rows`."""
+        """Column headings of `rows`."""
         return ("metric", *self.labels, "difference", "p", "p, Holm", "detectable")
 
     def notes(self) -> tuple[str, ...]:
@@ -105,7 +105,7 @@ class Comparison:
             "greater": "one-sided, first above second",
             "less": "one-sided, first below second",
         }
-        few = "few items: the permutation test holds its level better" if t.n < FEW and "boot" in t.method else ""
+        few = "few items: the permutation test keeps its level better" if t.n < FEW and "boot" in t.method else ""
         return (
             f"{t.method}, {sides[t.alternative]}, n={t.n} items, {t.resamples} resamples, seed {t.seed}; "
             "* p < 0.05, + p < 0.1; intervals: 95 %",
@@ -145,13 +145,13 @@ def compare(
     Args:
         a: one result, or results of several seeds.
         b: one result, or results of several seeds.
-        metrics: which; None = all that both have.
+        metrics: names of metrics; None = all that both have.
         test: `paired_bootstrap_test` (the paper's) or `paired_permutation_test` of `evaluation.stats`.
         alternative: `"two-sided"`, `"greater"` (a above b) or `"less"`.
-        seed: of the resampling.
+        seed: seed of the resampling.
 
     Raises:
-        InputError: results of other tasks, splits or items, no metric in common, an unknown metric.
+        InputError: results of different tasks, splits or items, no metric in common, or an unknown metric.
     """
     ones, others = _listed(a), _listed(b)
     first = ones[0]
@@ -181,10 +181,10 @@ def compare(
 
 
 def over_seeds(results: Results, metrics: Sequence[str] | None = None) -> dict[str, Metric]:
-    """Mean of each metric over seeds and items; the interval draws both with replacement (one seed: items alone).
+    """Mean of each metric over seeds and items; the interval resamples both with replacement (one seed: only items).
 
     Raises:
-        InputError: no result, results of other items, or an unknown metric.
+        InputError: no result, results on different items, or an unknown metric.
     """
     results = _listed(results)
     for result in results[1:]:
@@ -206,9 +206,9 @@ def over_seeds(results: Results, metrics: Sequence[str] | None = None) -> dict[s
 def _listed(results: Any) -> tuple[EvalResult, ...]:
     listed = tuple(results) if isinstance(results, list | tuple) else (results,)
     if not listed:
-        raise InputError("no result given; give one, or one a seed")
+        raise InputError("no result given; give one, or one per seed")
     for result in listed:
-        check_is(result, EvalResult, "a result", "what evaluate gives, or a list of it: one a seed")
+        check_is(result, EvalResult, "a result", "what evaluate returns, or a list with one per seed")
     return listed
 
 

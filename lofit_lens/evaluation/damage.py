@@ -1,4 +1,4 @@
-"""What an intervention does to ordinary text: cross-entropy, and divergence from the unmodified model.
+"""Measure what an intervention does to ordinary text: cross-entropy, and divergence from the unmodified model.
 
 With p the unmodified model and q the edited one, at position t of a text:
 
@@ -6,7 +6,7 @@ With p the unmodified model and q the edited one, at position t of a text:
     KL             sum_x p(x | x_<t) log [p(x | x_<t) / q(x | x_<t)]
 
 both in nats, averaged over the positions of a text, then over texts, as in ITI's evaluation (Li et al. 2023, section 5.4:
-the first 128 tokens of each text). Texts are read as they come; memory does not grow with their number.
+the first 128 tokens of each text). Texts are streamed; memory does not grow with their number.
 """
 
 import hashlib
@@ -62,11 +62,11 @@ class Damage:
     Attributes:
         metrics: `cross_entropy_base`, `cross_entropy` and `kl` -> mean over texts with its interval.
         increase: paired test of cross-entropy, edited minus unmodified, over texts (permutation test for fewer than 50).
-        texts: one row a text: first characters, tokens predicted, and the three means.
-        positions: one row a position (1 = second token): texts that reach it, and the three means there.
-        label: what was attached.
-        counted: texts left out because nothing in them is predicted, texts cut at `max_tokens`, texts that the edit cannot reach
-            since it acts on their last token alone.
+        texts: one row per text: first characters, tokens predicted, and the three means.
+        positions: one row per position (1 = second token): texts that reach it, and the three means there.
+        label: name of the intervention.
+        counted: texts left out because no token in them is predicted, texts cut at `max_tokens`, and texts that the edit cannot
+            reach since it edits only their last token.
         model: the model.
         text_hash: SHA-256 over the texts, in order.
         config: settings.
@@ -85,7 +85,7 @@ class Damage:
     versions: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the single texts, JSON-able."""
+        """Everything but the individual texts, JSON-able."""
         return {
             "kind": "lofit_lens.Damage", "schema": 1, "label": self.label,
             "metrics": {k: asdict(m) for k, m in self.metrics.items()}, "increase": self.increase.to_dict(),
@@ -94,11 +94,11 @@ class Damage:
         }  # fmt: skip
 
     def save(self, path: str | Path) -> Path:
-        """Write `to_dict` as JSON, whole or not at all."""
+        """Write `to_dict` as JSON, atomically."""
         return io.write_json(path, self.to_dict())
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """One row a quantity, as text: name, mean, 95 % interval over texts."""
+        """One row per quantity, as text: name, mean, 95 % interval over texts."""
         named = (
             ("cross-entropy, unmodified", "cross_entropy_base"),
             ("cross-entropy, edited", "cross_entropy"),
@@ -117,7 +117,7 @@ class Damage:
         )
 
     def _repr_html_(self) -> str:
-        title = f"{self.label or 'intervention'} on {self.metrics['kl'].n} texts, nats a token"
+        title = f"{self.label or 'intervention'} on {self.metrics['kl'].n} texts, nats per token"
         notes = [f"{k}: {n}" for k, n in self.counted.items()]
         return table_html(title, ("quantity", "mean", "95 % interval over texts"), self.rows(), notes)
 
@@ -134,22 +134,22 @@ def damage(
     seed: int = 0,
     progress: bool = True,
 ) -> Damage:
-    """Cross-entropy and KL of the edited model on text, position by position, beside the unmodified model's.
+    """Measure cross-entropy and KL of the edited model on text, position by position, beside the unmodified model's.
 
     Args:
         model: any HookedTransformer or TransformerBridge, with none of the interventions attached.
         interventions: one, or several that are applied together in this order.
-        texts: any iterable, also an endless one with `limit`.
-        max_tokens: tokens of each text that are read, BOS included.
+        texts: any iterable; with `limit` it may be endless.
+        max_tokens: tokens of each text that are read, including BOS.
         batch_size: texts run together.
         limit: only the first texts.
         label: stored in the result.
-        seed: of the bootstrap.
+        seed: seed of the bootstrap.
         progress: show a bar.
 
     Raises:
-        InputError: a number below its least value, no intervention, or one text where several belong.
-        DataError: no text with two tokens or more, or something that is no text.
+        InputError: a number below its minimum, no intervention, or a single text instead of several.
+        DataError: no text with at least two tokens, or an item that is not text.
         ModelError: losses that are NaN or infinite.
     """
     backend_of(model)
@@ -183,12 +183,12 @@ def damage(
                     {"text": text[:80], "tokens": len(ids) - 1, **dict(zip(COLUMNS, means.tolist(), strict=True))}
                 )
     if not rows:
-        raise DataError("no text has two tokens or more; give texts in which something can be predicted")
+        raise DataError("no text has two or more tokens; give texts in which a token can be predicted")
     if all(getattr(one, "positions", ALL).name == "last" for one in listed):
         counted["texts that the edit cannot reach"] = len(rows)
         log.warning(
-            "what is measured acts on the last token of a text alone, from which nothing is predicted: its damage is 0, whatever "
-            "it does while generating; measure it at positions 'all'"
+            "this intervention edits only the last token of a text, from which nothing is predicted: its damage is 0, whatever "
+            "it does during generation; measure it at positions 'all'"
         )
     test = paired_permutation_test if len(rows) < FEW else paired_bootstrap_test
     per_text, last = pd.DataFrame(rows), int((reached > 0).sum())
@@ -230,7 +230,7 @@ def _batches(
 def _both(
     model: Any, interventions: Sequence[Intervention], tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`[3, batch, pos - 1]` values in the order of `COLUMNS`, 0 at padding; and where a token was predicted."""
+    """`[3, batch, pos - 1]` values in the order of `COLUMNS`, 0 at padding; and a mask of the predicted tokens."""
     base = logits_of(model, tokens, mask)
     with attached(model, *interventions):
         edited = logits_of(model, tokens, mask)

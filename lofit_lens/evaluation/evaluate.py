@@ -1,4 +1,4 @@
-"""Evaluate whatever stands: the bare model, or the model with interventions attached."""
+"""Evaluate a model as it is: bare, or with interventions attached."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -25,9 +25,11 @@ from lofit_lens.tasks.registry import task_of
 from lofit_lens.tasks.truthfulqa import before_next_question
 
 TOO_LONG = ("error", "wrong")
-YES = 0.5  # a judge's verdict from which on an answer counts as true or informative, as in TruthfulQA
+YES = 0.5  # an answer counts as true or informative from this verdict on, as in TruthfulQA
 
-Row = tuple[dict[str, Any], dict[str, float] | None]  # what is kept of an item; its metrics, or None if it was too long
+Row = tuple[
+    dict[str, Any], dict[str, float] | None
+]  # stored fields of an item; its metrics, or None if it was too long
 
 
 def evaluate(
@@ -48,23 +50,23 @@ def evaluate(
     Args:
         model: any HookedTransformer or TransformerBridge.
         task: a task or its name. Multiple choice gives mc1, mc2, mc3; options give accuracy and probability; generation gives
-            em, accuracy or whatever the task's grader scores. `task.in_form(...)` asks in another form.
+            em, accuracy or the scores of the task's own grader. `task.in_form(...)` asks in another form.
         split: `"train"`, `"val"` or `"test"`.
-        limit: only the first rows.
-        batch_size: at most so many prompts generated together (generation tasks); None = as many as the budget takes.
-        token_budget: padded tokens of one forward pass, cached ones included; lower it if memory runs out.
-        too_long: what to do with an item that exceeds the model's context: `"error"`, or `"wrong"`, which counts it as failed
-            (0 in every metric) without running it and says how many there were.
+        limit: use only the first rows.
+        batch_size: maximum number of prompts generated together (generation tasks); None = as many as the budget allows.
+        token_budget: padded tokens of one forward pass, including cached ones; lower it if memory runs out.
+        too_long: treatment of items that exceed the model's context: `"error"`, or `"wrong"`, which counts them as failed
+            (0 in every metric) without running them and says how many there were.
         judges: name -> judge of the generated answers (generation tasks); each becomes a metric. An answer can be true by saying
-            nothing: beside a judge called `"truth"` the result has `"truth and info"` where there is a judge `"info"`, else
-            `"truth and answered"` where the task's grader counts non-answers (TruthfulQA): the share with both, a verdict of 0.5
-            or more counting as yes.
+            nothing. With a judge called `"truth"`, the result therefore also has `"truth and info"` if there is a judge `"info"`,
+            or else `"truth and answered"` if the task's grader counts non-answers (TruthfulQA): the share of answers with both,
+            where a verdict of 0.5 or more counts as yes.
         label: stored in the result, e.g. `"LoFiT K=32"`.
         progress: show a bar.
 
     Raises:
-        InputError: unknown split, an empty split, a limit or size below 1, a grader without a number for each metric, a judge
-            where nothing is generated or with a metric's name, or a chat with a model that has no chat template.
+        InputError: an unknown or empty split, a limit or size below 1, a grader that lacks a number for a metric, a judge for a
+            task that is not generated or with a metric's name, or a chat with a model that has no chat template.
         DataError: an item longer than the model's context; names its number.
     """
     if misplaced:
@@ -129,7 +131,7 @@ def _names(model: Any, task: Task, rows: Sequence[Row]) -> list[str]:
         )
     if taken := [n for n in graded if n in (*rows[0][0], "item", "group", "correct")]:
         raise InputError(
-            f"a metric or judge of {task.name} is called {taken[0]!r}, as a column of the items is; rename it"
+            f"a metric or judge of {task.name} is called {taken[0]!r}, like a column of the items; rename it"
         )
     return sorted(graded, key=lambda n: (n != task.metric, n))
 
@@ -164,7 +166,7 @@ def _answers(example: TestExample) -> tuple[str, ...]:
     if isinstance(example, OptionExample):
         return example.options
     assert isinstance(example, ChoiceExample)
-    return tuple(dict.fromkeys((example.best, *example.true, *example.false)))  # each text once
+    return tuple(dict.fromkeys((example.best, *example.true, *example.false)))  # without duplicates
 
 
 def _row(example: TestExample, scores: list[float] | None) -> Row:
@@ -213,7 +215,7 @@ def _generations(
 
 
 def _judge(rows: Sequence[Row], examples: Sequence[TestExample], judges: Mapping[str, Judge]) -> None:
-    """Add each judge's word on every answer to its metrics."""
+    """Add each judge's verdict on every answer to the answer's metrics."""
     heard = [
         (e.question or e.prompt, before_next_question(kept["generated"]), found)
         for e, (kept, found) in zip(examples, rows, strict=True)
@@ -221,7 +223,7 @@ def _judge(rows: Sequence[Row], examples: Sequence[TestExample], judges: Mapping
     ]
     for name, judge in judges.items():
         if any(name in found for *_, found in heard):
-            raise InputError(f"a metric is called {name!r} already; give the judge another name")
+            raise InputError(f"a metric is already called {name!r}; give the judge another name")
         verdicts = judged(name, judge, [q for q, *_ in heard], [a for _, a, _ in heard])
         for (*_, found), verdict in zip(heard, verdicts, strict=True):
             found[name] = verdict

@@ -1,6 +1,6 @@
 """Greedy decoding on the shared prefill / step calls: the same on both model classes, left-padded, mask always passed.
 
-(The classes' own `generate` ignores the mask on one of them and differs in its rules; see `models`.)
+(TransformerLens' own `generate` ignores the mask in one class, and its rules differ between the two; see `models`.)
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -37,8 +37,8 @@ from lofit_lens.models import (
 from lofit_lens.tasks.chat import as_conversation, parsed, turn_of
 from lofit_lens.tasks.collate import encode, marks_of, pad, pad_id
 
-PADDING = 128  # padded tokens that prompts which are run together may waste; another pass would cost about as much
-WASTE = 1024  # the same where they must be run together to be decoded together; another batch costs as many steps again
+PADDING = 128  # padding tokens that prompts in one pass may waste; another pass would cost about as much
+WASTE = 1024  # the same if prompts can only be decoded together after one pass; another batch would repeat all steps
 
 Message = Mapping[str, str]
 
@@ -59,28 +59,28 @@ def generate(
 ) -> str | list[str]:  # fmt: skip
     """Continue prompts greedily, up to any of the checkpoint's end tokens (`models.end_tokens`) or `max_new_tokens`.
 
-    Interventions of this package may act on certain positions only (`models.Positions`); a hook of one's own must act alike on
-    every position, since each pass sees the new tokens only.
+    Interventions of this package may edit certain positions only (`models.Positions`). Your own hook must treat all positions
+    alike, since each pass sees only the new tokens.
 
     Args:
         model: any HookedTransformer or TransformerBridge, with whatever is attached to it.
         prompts: one text, or several; or one conversation, `[{"role": "user", "content": "..."}]`, or several, which always go
-            through the model's chat template. A text may name positions for what is attached: `tasks.Marked`.
-        max_new_tokens: limit, tokens.
-        batch_size: at most so many prompts together; None = as many as the budget takes. They are sorted by length, and results
-            keep the given order.
-        token_budget: padded tokens of prompts and answers that are decoded together (one prompt may exceed it alone); lower it
+            through the model's chat template. A text may name positions for the attached adapter (`tasks.Marked`).
+        max_new_tokens: length limit, in tokens.
+        batch_size: maximum number of prompts decoded together; None = as many as the budget allows. Prompts are sorted by
+            length, and results keep the given order.
+        token_budget: padded tokens of prompts and answers that are decoded together (a single prompt may exceed it); lower it
             if memory runs out.
         progress: show a bar over prompts.
         chat: put each text through the model's chat template, as the user's turn.
-        system: text of the system's turn; means `chat`.
+        system: the system prompt; implies `chat`.
 
     Returns:
-        The new text behind each prompt, special tokens left out; a text for a text, a list for a list.
+        The new text after each prompt, without special tokens; a text for a text, a list for a list.
 
     Raises:
-        InputError: a limit below 1, no prompt, or a chat with a model that has no chat template or one that does not take it.
-        DataError: a prompt with no room left in the model's context, or messages that are no conversation.
+        InputError: a limit below 1, no prompt, or a chat that the model has no chat template for, or whose template refuses it.
+        DataError: a prompt that leaves no room in the model's context, or messages that do not form a conversation.
         ModelError: logits that are NaN or infinite; names the prompt.
     """
     backend_of(model)
@@ -91,8 +91,8 @@ def generate(
     asked = [prompts] if isinstance(prompts, str) else list(prompts)
     for i, prompt in enumerate(asked):
         if isinstance(prompt, bytes) or not isinstance(prompt, str | Sequence | Mapping):
-            raise InputError(f"prompts holds {shown(prompt)} at place {i}; {wanted}")
-    messages = any(isinstance(p, Mapping) for p in asked)  # of one conversation
+            raise InputError(f"prompts holds {shown(prompt)} at index {i}; {wanted}")
+    messages = any(isinstance(p, Mapping) for p in asked)  # the messages of one conversation
     single = isinstance(prompts, str) or messages
     listed = [_prompt(p, chat, system) for p in ([asked] if messages else asked)]
     if not listed:
@@ -132,7 +132,7 @@ def generate(
 
 
 def _prompt(prompt: Any, chat: bool, system: str | None) -> str:
-    """A text as it is or as a chat's, and messages as a conversation."""
+    """A text unchanged or as a chat, and messages as a conversation."""
     if not isinstance(prompt, str):
         prompt = parsed(prompt)
     return as_conversation(prompt, system) if chat or system is not None else prompt
@@ -144,10 +144,11 @@ def decode_ids(
     marks: Sequence[Sequence[bool] | None] = (), turn_ends: Sequence[int | None] = (),
     tell: Callable[[int], Any] = lambda n: None,
 ) -> list[list[int]]:  # fmt: skip
-    """Greedy new ids for one batch up to an end token, which is left out. A prompt that has ended leaves the batch.
+    """Decode one batch greedily up to an end token, which is left out. A prompt that has ended leaves the batch.
 
-    `front` is what all prompts begin with, run already; `marks` the ids that each names (`marks_of`); `turn_ends` the token that
-    ends each one's answer beside the model's own; `tell` is called with the number of prompts that are done.
+    `front` holds the keys and values of what all prompts begin with; `marks` the ids that each prompt marks (`marks_of`);
+    `turn_ends` the token that ends each answer besides the model's own end tokens. `tell` is called with the number of prompts
+    that are done.
     """
     tokenizer = tokenizer_of(model)
     ends = [{*end_tokens(model), turn_ends[i] if turn_ends else None} for i in range(len(prompts))]
@@ -155,14 +156,14 @@ def decode_ids(
     new: list[list[int]] = [[] for _ in prompts]
     running = list(range(len(prompts)))  # the prompt of each row of the batch
     for left in reversed(range(max_new_tokens)):
-        token = scores.argmax(dim=-1)  # of a row with NaN, a place that holds it
+        token = scores.argmax(dim=-1)  # in a row with NaN, argmax points to a NaN
         sound = scores.gather(1, token[:, None])[:, 0].isfinite()
         going = []
-        told = torch.stack([token, sound]).T.tolist()  # the one wait for the device in a step
+        told = torch.stack([token, sound]).T.tolist()  # the only synchronization with the device in a step
         for row, (said, fine) in enumerate(told):
             prompt = running[row]
             if not fine:
-                raise not_finite(model, f"the logits behind {new_text(tokenizer, (), prompts[prompt])[-60:]!r}")
+                raise not_finite(model, f"the logits after {new_text(tokenizer, (), prompts[prompt])[-60:]!r}")
             if said not in ends[prompt]:
                 new[prompt].append(said)
                 going.append(row)
@@ -179,7 +180,7 @@ def decode_ids(
 def _begun(
     model: Any, prompts: Sequence[Sequence[int]], front: SharedFront, marks: Sequence[Sequence[bool] | None]
 ) -> tuple[Float[Tensor, "batch d_vocab"], KVState]:
-    """Scores of what comes after each prompt, and the cache; prompts run in groups of about one length if these can be joined."""
+    """Logits after each prompt, and the KV cache; prompts run in groups of similar length if their caches can be joined."""
     own = [p[len(front) :] for p in prompts]
     lengths = [len(p) for p in own]
     order = sorted(range(len(own)), key=lambda i: lengths[i])
@@ -200,9 +201,9 @@ def _begun(
 
 
 def new_text(tokenizer: Any, prompt: Sequence[int], new: Sequence[int]) -> str:
-    """Text of the new ids as it stands behind the prompt.
+    """Text of the new ids as it follows the prompt.
 
-    Both are decoded together: decoding new ids alone would lose the leading space of SentencePiece tokenizers.
+    Both are decoded together: decoding only the new ids would lose the leading space of SentencePiece tokenizers.
     """
     whole = tokenizer.decode([*prompt, *new], skip_special_tokens=True, clean_up_tokenization_spaces=False)
     front = tokenizer.decode(list(prompt), skip_special_tokens=True, clean_up_tokenization_spaces=False)

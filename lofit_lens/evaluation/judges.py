@@ -1,7 +1,7 @@
 """Judges of open-ended answers: is this true, is it informative? Off unless one is passed to `evaluate(..., judges=...)`.
 
-A judge is any callable from questions and answers to probabilities. Two kinds of local Hugging Face model are ready: a
-classifier, and a language model that answers yes or no (what took the place of TruthfulQA's GPT-judge, which is retired).
+A judge is any callable from questions and answers to probabilities. Two kinds of local Hugging Face model are supported: a
+classifier, and a language model that answers yes or no (the successor of TruthfulQA's GPT-judge, which is retired).
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from lofit_lens.tasks.collate import common_length
 
 @runtime_checkable
 class Judge(Protocol):
-    """Questions and answers in; one probability an answer, in [0, 1], out."""
+    """Takes questions and answers; returns one probability per answer, in [0, 1]."""
 
     def __call__(self, questions: Sequence[str], answers: Sequence[str]) -> Sequence[float]:
         """Judge each answer to its question."""
@@ -25,10 +25,10 @@ class Judge(Protocol):
 
 
 def judged(name: str, judge: Judge, questions: Sequence[str], answers: Sequence[str]) -> list[float]:
-    """What a judge says, checked.
+    """Return a judge's probabilities, checked.
 
     Raises:
-        InputError: not one number an answer, or a number outside [0, 1].
+        InputError: not one number per answer, or a number outside [0, 1].
     """
     said = [float(p) for p in judge(questions, answers)]
     if len(said) != len(answers):
@@ -48,7 +48,7 @@ class ClassifierJudge:
     Args:
         model: hub id or folder of an `AutoModelForSequenceClassification` with safetensors weights.
         label: the good label's name in the model's configuration.
-        template: what the classifier reads, with `{question}` and `{answer}`.
+        template: the classifier's input, with `{question}` and `{answer}`.
         revision: hub commit, tag or branch.
         batch_size: texts run together.
         device: e.g. `"cuda"`.
@@ -73,7 +73,7 @@ class ClassifierJudge:
         ).eval()
         labels = model.config.label2id
         if self.label not in labels:
-            raise unknown("label", self.label, labels, hint=f"Those are what {self.model} was trained on.")
+            raise unknown("label", self.label, labels, hint=f"{self.model} was trained on these.")
         return (
             model.to(self.device),
             AutoTokenizer.from_pretrained(self.model, revision=self.revision),
@@ -102,7 +102,7 @@ class YesNoJudge:
 
     Args:
         model: hub id or folder of an `AutoModelForCausalLM` with safetensors weights.
-        template: what it reads, with `{question}` and `{answer}`; the default is the public truth judges'.
+        template: the model's input, with `{question}` and `{answer}`; the default is that of the public truth judges.
         revision: hub commit, tag or branch.
         device: e.g. `"cuda"`.
         words: the two next words, yes first.

@@ -17,10 +17,10 @@ from lofit_lens.errors import InputError
 def mc_metrics(best: float, true: Sequence[float], false: Sequence[float]) -> dict[str, float]:
     """MC1, MC2 and MC3 of one question, each in [0, 1], from summed log-probs in nats.
 
-    MC2 goes through log-sum-exp, so that it stays right far below the -745 nats at which e^s is 0.
+    MC2 uses log-sum-exp, so that it stays right far below -745 nats, where e^s underflows to 0.
 
     Raises:
-        InputError: no true or no false answer, a score that is NaN, or nothing but scores of -infinity.
+        InputError: no true or no false answer, a score that is NaN, or only scores of -infinity.
 
     Examples:
         >>> mc_metrics(-1.0, true=[-1.0, -3.0], false=[-2.0])["mc3"]
@@ -29,7 +29,7 @@ def mc_metrics(best: float, true: Sequence[float], false: Sequence[float]) -> di
     if len(true) == 0 or len(false) == 0:
         raise InputError("multiple choice needs at least one true and one false answer")
     if np.isnan([best, *true, *false]).any():
-        raise InputError("a score is NaN; look at the model's logits for this question")
+        raise InputError("a score is NaN; inspect the model's logits for this question")
     if np.isneginf([*true, *false]).all():
         raise InputError("every answer's log-prob is -infinity; run the model in float32 or bfloat16")
     top_false = max(false)
@@ -42,7 +42,7 @@ def mc_metrics(best: float, true: Sequence[float], false: Sequence[float]) -> di
 
 
 def option_metrics(scores: Sequence[float], right: int) -> dict[str, float]:
-    """Accuracy (1 if the right option's score is above every other, strictly) and the right option's share of probability.
+    """Accuracy (1 if the right option's score is strictly above every other) and the right option's share of probability.
 
     Args:
         scores: summed log-prob of each option, nats.

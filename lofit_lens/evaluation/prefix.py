@@ -1,6 +1,6 @@
-"""What all prompts begin with, run once: a six-shot primer, an instruction, a template's first line.
+"""Run the shared prefix of all prompts once: a six-shot primer, an instruction, a template's first line.
 
-Sharing goes by token ids, so it never changes how a text is tokenised.
+Prefixes are compared by token ids, so sharing never changes how a text is tokenized.
 """
 
 from collections.abc import Sequence
@@ -22,12 +22,12 @@ from lofit_lens.models import (
 )
 from lofit_lens.tasks.collate import common_length, pad, pad_id
 
-LEAST = 8  # tokens; a shorter front costs more to keep than to run again
+LEAST = 8  # tokens; a shorter prefix costs more to keep than to run again
 
 
 @dataclass(frozen=True)
 class SharedFront:
-    """Ids that several prompts begin with, and their keys and values (batch of one)."""
+    """Ids that several prompts begin with, and their keys and values (batch size 1)."""
 
     ids: tuple[int, ...]
     state: KVState | None = None
@@ -37,7 +37,7 @@ class SharedFront:
         return len(self.ids)
 
     def rows(self, n: int) -> KVState | None:
-        """The state for `n` rows; None for an empty front."""
+        """The state for `n` rows; None for an empty prefix."""
         return None if self.state is None else self.state.select(torch.zeros(n, dtype=torch.long))
 
 
@@ -48,18 +48,18 @@ NO_FRONT = SharedFront(())
 def shared_front(
     model: Any, rows: Sequence[Sequence[int]], *, longest: int, marks: Sequence[Sequence[bool] | None] = ()
 ) -> SharedFront:
-    """Run what all rows begin with, once, and leave each row a token of its own; interventions that are attached act on it.
+    """Run the shared prefix of all rows once, with attached interventions, and leave each row at least one token of its own.
 
-    Rows keep more tokens of their own where something attached treats the end of a prompt apart. Also tries the model's cache
-    (see `gaps_are_exact`). Empty where it would be shorter than `LEAST`, for a single row, and where padding between front and
-    rest would count: in models that do not count positions over real tokens, and where `longest` (places, new ones included)
-    exceeds a window that the model attends over.
+    Rows keep more tokens of their own if an attached intervention treats the end of a prompt specially. The model's cache is
+    tested too (see `gaps_are_exact`). The prefix is empty if it would be shorter than `LEAST`, for a single row, and wherever
+    padding between prefix and rest would change results: in models that do not count positions over real tokens only, and if
+    `longest` exceeds the model's attention window.
 
     Args:
         model: any HookedTransformer or TransformerBridge.
         rows: ids of all prompts.
-        marks: which of these each row names (`marks_of`); where something acts on those, rows share what they mark alike.
-        longest: places in the cache of the longest sequence that will be run, padding included.
+        marks: which of these ids each row marks (`marks_of`); if those are edited, rows share only what they mark alike.
+        longest: cache positions of the longest sequence that will be run, including new tokens and padding.
 
     Raises:
         ModelError: logits that are NaN.

@@ -1,4 +1,4 @@
-"""What an evaluation found: every metric with its interval, and every item behind it."""
+"""The result of an evaluation: every metric with its interval, and every item."""
 
 import html
 import json
@@ -23,7 +23,7 @@ FIELDS = (
 
 @dataclass(frozen=True)
 class Metric:
-    """Mean over items (and seeds) with its 95 % bootstrap interval (None for a single value), numbers of items and seeds."""
+    """Mean over items (and seeds), its 95 % bootstrap interval (None for a single value), and numbers of items and seeds."""
 
     mean: float
     interval: tuple[float, float] | None
@@ -32,7 +32,7 @@ class Metric:
 
     @classmethod
     def of(cls, values: Sequence[float], *, share: bool = True) -> "Metric":
-        """Mean and interval of one value an item; `share`: values lie in [0, 1], and where all are 0 or 1, wrong or right."""
+        """Mean and interval of one value per item; with `share`, values lie in [0, 1], and if all are 0 or 1, wrong or right."""
         binary = share and all(v in (0, 1) for v in values)
         return cls(math.fsum(values) / len(values), bootstrap_interval(values, binary=binary), len(values))
 
@@ -43,20 +43,20 @@ class Metric:
 
 @dataclass(frozen=True, eq=False)
 class EvalResult:
-    """Metrics and every item behind them.
+    """Metrics, and the items that they average.
 
     Attributes:
         task: name of the task.
         split: `"train"`, `"val"` or `"test"`.
         metrics: name -> `Metric`; the task's own metric comes first.
-        items: one row an item: `item` (its number in the split, from 1), `group`, `prompt`, what the model said or how it scored
+        items: one row per item: `item` (its number in the split, from 1), `group`, `prompt`, the model's text or its score of
             each answer, each metric, and `correct` (whether the task's own metric is 1).
-        form: how questions were asked, where the task has several ways.
+        form: how questions were asked, if the task has several forms.
         label: what was evaluated, as given by the caller.
         model: the model.
-        data_hash: of the task's files.
-        split_hash: of the file or records the split was read from.
-        counted: what was found and let pass: oddities of the data, prompts too long for the model, merged tokens.
+        data_hash: hash of the task's files.
+        split_hash: hash of the file or records of the split.
+        counted: irregularities that were accepted: flaws of the data, prompts too long for the model, merged tokens.
         config: settings of the evaluation.
         versions: Python and package versions.
     """
@@ -86,7 +86,7 @@ class EvalResult:
         return next(iter(self.metrics.values())).mean
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a metric: `task`, `split`, `form`, `label`, `metric`, `mean`, `low` and `high` (95 %), `n` items, `seeds`."""
+        """One row per metric: `task`, `split`, `form`, `label`, `metric`, `mean`, `low` and `high` (95 %), `n` items, `seeds`."""
         of = {"task": self.task, "split": self.split, "form": self.form, "label": self.label}
         rows = []
         for name, metric in self.metrics.items():
@@ -96,7 +96,7 @@ class EvalResult:
         return pd.DataFrame(rows)
 
     def by_group(self) -> pd.DataFrame:
-        """One row a group (number of hops, subject, category): items, and each metric's mean and 95 % interval."""
+        """One row per group (number of hops, subject, category): items, and each metric's mean and 95 % interval."""
         rows = []
         for group, items in self.items.groupby("group", sort=True):
             row: dict[str, Any] = {"group": group, "n": len(items)}
@@ -153,7 +153,7 @@ class EvalResult:
             raise DataError(f"{folder} does not hold a complete evaluation: {e}") from e
 
     def write_into(self, folder: Path) -> None:
-        """Write both files into a folder that is there."""
+        """Write both files into an existing folder."""
         io.write_json(folder / "result.json", self.to_dict())
         io.write_text(
             folder / "items.jsonl",
@@ -178,7 +178,7 @@ class EvalResult:
 
 
 def _plain(row: dict[Any, Any]) -> dict[Any, Any]:
-    """An item for JSON, which has no NaN (pandas writes it where an item was too long to have a score) and no infinity."""
+    """An item for JSON, which has no infinity and no NaN (pandas writes it for an item that was too long to be scored)."""
     return {k: [_finite(x) for x in v] if isinstance(v, list) else _finite(v) for k, v in row.items()}
 
 

@@ -1,9 +1,10 @@
-"""Log-probs of continuations: what stands in front of several of them runs once.
+"""Log-probs of continuations; a prefix that several of them share runs once.
 
-score(c | p) = sum over the tokens of c of log p(token | p, earlier tokens of c), in nats, no length normalisation.
+score(c | p) = sum over the tokens of c of log p(token | p, earlier tokens of c), in nats, no length normalization.
 
-Three levels share their work: the front of all prompts (a primer) runs once, each prompt once, all continuations of a
-prompt as rows of one batch. Interventions that are attached act where they say (`models.Positions`), prompts included.
+Work is shared at three levels: the common prefix of all prompts (a primer) runs once, each prompt runs once, and all
+continuations of a prompt run as rows of one batch. Attached interventions edit their positions (`models.Positions`), also in
+prompts.
 """
 
 import logging
@@ -39,8 +40,8 @@ from lofit_lens.models import (
 from lofit_lens.tasks.collate import Encoded, collate, encode_continuations, pad, pad_id
 from lofit_lens.training.losses import NO_LABEL, token_log_probs
 
-AT_ONCE = 256  # positions whose log-probs are taken together: in float32 over the whole vocabulary they are large
-PADDING = 128  # padded tokens that one pass may waste; another pass would cost about as much
+AT_ONCE = 256  # positions whose log-probs are computed together: over the whole vocabulary in float32 they are large
+PADDING = 128  # padding tokens that one pass may waste; another pass would cost about as much
 
 log = logging.getLogger(__name__)
 
@@ -55,29 +56,29 @@ def score_continuations(
 ) -> list[list[float]]:
     """Summed log-prob (nats) of every continuation of every prefix.
 
-    Interventions of this package may act on certain positions only (`models.Positions`); a hook of one's own must act alike on
-    every position, since prompts run once for all their continuations and each pass sees its own tokens only. Prefix and
-    continuation are tokenised joined. Where the tokenizer merges across their border, the continuation is scored from the
-    merged token on, and a warning says how many there were.
+    Interventions of this package may edit certain positions only (`models.Positions`). Your own hook must treat all positions
+    alike, since prompts run once for all their continuations and each pass sees only its own tokens. Prefix and continuation
+    are tokenized as one text. If the tokenizer merges across their border, the continuation is scored from the merged token on,
+    and a warning gives the number of such continuations.
 
     Args:
         model: any HookedTransformer or TransformerBridge.
-        prefixes: one text a question.
+        prefixes: one text per question.
         continuations: the answers of each question, each with its leading space.
-        token_budget: bound on the padded tokens of one forward pass, cached ones included (one sequence may exceed it alone).
+        token_budget: bound on the padded tokens of one forward pass, including cached ones (a single sequence may exceed it).
         progress: show a bar over questions.
 
     Returns:
-        One list a prefix, in the order given.
+        One list per prefix, in the order given.
 
     Raises:
-        InputError: lists of different length, or a token budget below 1.
+        InputError: lists of different lengths, or a token budget below 1.
         DataError: an empty continuation, or a sequence longer than the model's context.
         ModelError: logits that are NaN; names the question.
     """
     if len(prefixes) != len(continuations):
         raise InputError(
-            f"{len(prefixes)} prefixes and {len(continuations)} lists of continuations; give one list a prefix"
+            f"{len(prefixes)} prefixes and {len(continuations)} lists of continuations; give one list per prefix"
         )
     tokenizer, limit = tokenizer_of(model), context_length(model)
     encoded = [encode_continuations(tokenizer, p, c) for p, c in zip(prefixes, continuations, strict=True)]
@@ -97,7 +98,7 @@ def longest(answers: Sequence[Encoded]) -> int:
 
 
 def count_merges(encoded: Sequence[Sequence[Encoded]]) -> int:
-    """Number of continuations that share a token with their prefix; says so if there are any."""
+    """Number of continuations that share a token with their prefix; logs a warning if there are any."""
     n = sum(e.merged for answers in encoded for e in answers)
     if n:
         log.warning(
@@ -110,13 +111,13 @@ def count_merges(encoded: Sequence[Sequence[Encoded]]) -> int:
 
 
 def count_unreached(model: Any, encoded: Sequence[Sequence[Encoded]]) -> int:
-    """Number of answers whose score cannot change by what is attached, since no edited position comes before a scored token.
+    """Number of answers whose score no attached edit can change, since no edited position precedes a scored token.
 
-    So it is with an edit of the last position alone, which predicts nothing of the answer, and with an edit from the answer on
-    where the answer is one token. Says so if there are any; 0 where something is attached that acts everywhere.
+    This holds for an edit of the last position only, which predicts nothing of the answer, and for an edit from the answer on
+    if the answer is one token. Logs a warning if there are any; 0 if an attached edit acts everywhere.
 
     Raises:
-        InputError: something is attached that acts on the positions that each row names, and a question names none.
+        InputError: an attached edit acts on the positions that each row marks, but a question marks none.
     """
     listed = positions_of(model)
     check_marked(listed, [answers[0].marks if answers else () for answers in encoded], "question")
@@ -125,7 +126,7 @@ def count_unreached(model: Any, encoded: Sequence[Sequence[Encoded]]) -> int:
     n = sum(not any(_reaches(p, e) for p in listed) for answers in encoded for e in answers)
     if n:
         log.warning(
-            "%d of %d answers keep the unmodified model's score: what is attached acts on positions %s, and none of those comes "
+            "%d of %d answers keep the unmodified model's score: the attached edit acts on positions %s, none of which comes "
             "before a scored token; use positions 'predicting' or 'all'",
             n,
             sum(map(len, encoded)),
@@ -145,13 +146,13 @@ def _reaches(positions: Positions, answer: Encoded) -> bool:
 def score_encoded(
     model: Any, encoded: Sequence[Sequence[Encoded]], *, token_budget: int = TOKEN_BUDGET, progress: bool = False
 ) -> list[list[float]]:
-    """`score_continuations` of token ids; the answers of one question begin with the same prompt.
+    """`score_continuations` for token ids; the answers of one question begin with the same prompt.
 
     Raises:
         InputError: a token budget below 1.
     """
     if token_budget < 1:
-        raise InputError(f"a token budget of {token_budget} leaves nothing to run; give 1 or more")
+        raise InputError(f"token_budget is {token_budget}; it must be at least 1")
     scores = [[0.0] * len(answers) for answers in encoded]
     units = _units(model, encoded)
     asked = [[encoded[q][a] for a in mine] for q, mine in units]
@@ -182,10 +183,10 @@ def score_encoded(
 
 
 def _units(model: Any, encoded: Sequence[Sequence[Encoded]]) -> list[tuple[int, list[int]]]:
-    """Question and numbers of those of its answers that run behind one prompt.
+    """Pairs of a question and the numbers of those of its answers that run after one prompt.
 
-    All of them; but an edit of certain positions must see where the prompt of each answer ends, and where the tokenizer merges
-    across that border, answers of one question start at different places.
+    Usually these are all answers of the question. But an edit of certain positions must know where each answer's prompt ends,
+    and if the tokenizer merges across that border, answers of one question start at different positions.
     """
     alike = all(p.everywhere for p in positions_of(model))
     units: dict[tuple[int, int], list[int]] = {}
@@ -218,7 +219,7 @@ def _score_group(
         for p, answers in zip(prompts, questions, strict=True)
         for e in answers
     ]
-    # The first token of an answer is predicted by its prompt, each later one by the one before it; none by the last.
+    # The prompt predicts the first token of an answer, and each token predicts the next one; the last predicts none.
     found = [_first(last[torch.tensor(owner, device=device)], rest)]
     longer = sorted((i for i, e in enumerate(rest) if len(e.ids) > 1), key=lambda i: len(rest[i].ids))
     lengths, behind = [len(e.ids) - 1 for e in rest], []
@@ -230,7 +231,7 @@ def _score_group(
         logits = peek(model, state, rows, batch.tokens, batch.mask, borders)
         found.append(_later(logits, [rest[i] for i in chunk]))
         behind += chunk
-    values = torch.cat(found).tolist()  # the one wait for the device
+    values = torch.cat(found).tolist()  # the only synchronization with the device
     for i, value in zip(behind, values[len(rest) :], strict=True):
         values[i] += value
     it = iter(values)
@@ -238,7 +239,7 @@ def _score_group(
 
 
 def _first(logits: Float[Tensor, "rows d_vocab"], rows: Sequence[Encoded]) -> Float[Tensor, " rows"]:
-    """Log-prob of each row's first token, 0 where that is no label."""
+    """Log-prob of each row's first token, 0 if that is not a label."""
     tokens = torch.tensor([row.ids[0] if row.start == 0 else NO_LABEL for row in rows], device=logits.device)
     return token_log_probs(logits, tokens)
 

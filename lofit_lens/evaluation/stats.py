@@ -1,4 +1,4 @@
-"""Uncertainty of a mean, and whether two runs on the same items differ.
+"""Uncertainty of a mean, and paired tests of two runs on the same items.
 
 With `d_i = a_i - b_i`, the difference of two runs on item i, and `D = mean(d)`:
 
@@ -18,20 +18,20 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import scipy  # its parts are read when they are first used: scipy.stats is slow to import
+import scipy  # submodules load on first use: scipy.stats is slow to import
 from numpy.typing import ArrayLike
 
 from lofit_lens.checks import check_one_of, check_seed, check_share, check_whole
 from lofit_lens.errors import InputError
 
 RESAMPLES = 10_000
-BATCH_NUMBERS = 2_000_000  # held at once while resampling: some tens of MB
-FEW = 50  # items; below, the bootstrap test finds too much, and the permutation test holds its level
+BATCH_NUMBERS = 2_000_000  # numbers held at once while resampling: some tens of MB
+FEW = 50  # items; with fewer, the bootstrap test is too liberal, while the permutation test keeps its level
 ALTERNATIVES = ("two-sided", "greater", "less")
 
 
 def mark(p: float) -> str:
-    """`*` for p < 0.05, `+` for p < 0.1, else nothing: the marks of the LoFiT paper's Figure 2.
+    """`*` for p < 0.05, `+` for p < 0.1, else an empty text: the marks of the LoFiT paper's Figure 2.
 
     Raises:
         InputError: p is not in [0, 1].
@@ -55,10 +55,10 @@ class PairedTest:
         p: probability of a difference this large if the true one is 0.
         alternative: `"two-sided"`, `"greater"` (a > b) or `"less"` (a < b).
         method: `"paired bootstrap"` or `"paired permutation"`.
-        n: items.
-        resamples: draws behind p; 2**n if the permutation test ran through all of them.
-        seed: of the draws.
-        level: of the interval.
+        n: number of items.
+        resamples: number of draws for p; 2**n if the permutation test enumerated all of them.
+        seed: seed of the draws.
+        level: confidence level of the interval.
     """
 
     difference: float
@@ -81,7 +81,7 @@ class PairedTest:
         return f"{self.difference:+z.3f}{between}, {p_in_words(self.p)} {self.mark}".rstrip()
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able; `PairedTest(**d)` undoes it."""
+        """JSON-able fields; `PairedTest(**d)` is the inverse."""
         return asdict(self)
 
 
@@ -90,8 +90,8 @@ def bootstrap_interval(
 ) -> tuple[float, float] | None:
     """Percentile bootstrap interval of the mean over items; None for fewer than two values.
 
-    With `binary` (values are right or wrong), where all are 0 or all are 1, resampling shows nothing: there the interval is
-    the exact binomial one (Clopper & Pearson 1934), 0 to 1.7 % for no hit in 216.
+    With `binary` (values are right or wrong), resampling has no spread if all values are 0 or all are 1. In that case the
+    interval is the exact binomial one (Clopper & Pearson 1934): 0 to 1.7 % for no hit in 216.
 
     Raises:
         InputError: NaN or infinite values, a level outside (0, 1), or resamples below 1.
@@ -108,32 +108,32 @@ def bootstrap_interval_over_seeds(
 ) -> tuple[float, float] | None:
     """Percentile interval of the grand mean when seeds and items are both drawn with replacement.
 
-    Each resample draws rows (seeds) and columns (items) independently, as every seed answers the same items. One seed
-    leaves the interval over items, one item the interval over seeds, one of each none.
+    Each resample draws rows (seeds) and columns (items) independently, as every seed answers the same items. With one seed
+    this is the interval over items, with one item the interval over seeds, and with one of each there is none.
 
-    With few seeds (2 to 5) that really differ the interval can be too narrow: k seeds show only (k - 1) / k of their
+    With few seeds (2 to 5) that really differ, the interval can be too narrow: k seeds show only (k - 1) / k of their
     variance, and resampling never leaves the range they span. If seeds are the only noise, the 95 % interval of 2 seeds
-    holds the truth in 50 % of cases, of 3 in 75 %, of 5 in about 84 %. Where items are the only noise it is a little wide
-    (96 to 98 %). An interval over items alone leaves the seeds out altogether.
+    covers the truth in 50 % of cases, of 3 in 75 %, of 5 in about 84 %. If items are the only noise, it is slightly wide
+    (96 to 98 %). An interval over items only would ignore the seeds altogether.
 
     Args:
         values: [n_seeds, n_items], the score of every item in every seed.
-        level: of the interval.
+        level: confidence level of the interval.
         resamples: draws of the bootstrap.
-        seed: of these draws.
+        seed: seed of these draws.
         binary: the scores are right or wrong; see `bootstrap_interval`.
 
     Raises:
-        InputError: rows of unequal length, no items, NaN or infinite values, or a draw setting out of range.
+        InputError: rows of unequal length, no items, NaN or infinite values, or a level, `resamples` or seed out of range.
     """
     _check_draws(level, resamples, seed)
     grid = _numbers(values, "values", ndim=2)
     if not grid.size:
-        raise InputError(f"values of shape {grid.shape} hold no score; give [n_seeds, n_items], one of each or more")
+        raise InputError(f"values of shape {grid.shape} hold no score; give [n_seeds, n_items], at least one of each")
     return _over_seeds(grid.tobytes(), grid.shape, level, resamples, seed, binary)
 
 
-@functools.lru_cache(maxsize=512)  # tables ask for the same runs' interval again and again
+@functools.lru_cache(maxsize=512)  # tables request the same runs' interval repeatedly
 def _over_seeds(
     numbers: bytes, shape: tuple[int, ...], level: float, resamples: int, seed: int, binary: bool
 ) -> tuple[float, float] | None:
@@ -167,22 +167,22 @@ def paired_bootstrap_test(
     p is the share that is more extreme than D, with ties counted half; D itself counts once more, so that p is never 0.
 
     Ties are halved because means of right-or-wrong scores lie on a grid: counted in full, the test at 5 % has a size of
-    about 4 % where few items differ; halved it is 4.9 to 5.2 % for 200 or 400 items of which 10 to 40 % differ. Nothing
-    is studentised: that helps only where differences are very skewed and one side is asked for, and harms where few items
-    differ. Below 50 items take `paired_permutation_test`: so few, drawn again, show too little spread. A single item is
+    about 4 % if few items differ; halved, it is 4.9 to 5.2 % for 200 or 400 items of which 10 to 40 % differ. Nothing
+    is studentized: that helps only if differences are very skewed and the test is one-sided, and harms if few items
+    differ. Below 50 items use `paired_permutation_test`: resamples of so few items show too little spread. A single item is
     no evidence: p = 1.
 
     Args:
         a: [n] scores of one run, any real number.
         b: [n] scores of the other run on the same items in the same order.
         alternative: `"two-sided"`, `"greater"` (a > b) or `"less"` (a < b).
-        level: of the interval.
+        level: confidence level of the interval.
         resamples: draws of the bootstrap.
-        seed: of these draws.
+        seed: seed of these draws.
 
     Raises:
-        InputError: a and b differ in length, are empty or hold NaN or infinite values; an unknown alternative; or a draw
-            setting out of range.
+        InputError: a and b differ in length, are empty or hold NaN or infinite values; an unknown alternative; or a level,
+            `resamples` or seed out of range.
     """
     d = _differences(a, b, alternative, level, resamples, seed)
     interval, p = None, 1.0
@@ -203,18 +203,18 @@ def paired_permutation_test(
 ) -> PairedTest:
     """Permutation test of whether a and b are interchangeable: the two scores of each item are swapped at random.
 
-    All 2**n swaps are run through if that takes no more than `resamples`, else as many are drawn. The size is at most
-    the nominal one for any n; for right-or-wrong scores it lies below (3 to 4 % at 5 %), as ties count in full. The
-    interval is the bootstrap's. A single item is no evidence: p = 1. Arguments and errors as `paired_bootstrap_test`.
+    All 2**n swaps are enumerated if there are at most `resamples` of them; otherwise `resamples` swaps are drawn. The size is
+    at most the nominal one for any n; for right-or-wrong scores it is lower (3 to 4 % at 5 %), as ties count in full. The
+    interval is the bootstrap's. A single item is no evidence: p = 1. Arguments and errors as in `paired_bootstrap_test`.
 
     Raises:
-        InputError: as `paired_bootstrap_test`.
+        InputError: as in `paired_bootstrap_test`.
     """
     d = _differences(a, b, alternative, level, resamples, seed)
     interval = _interval(d, level, resamples, seed)
     p = 1.0
     if d.size > 1:
-        # One sample of permutation type "samples" has its signs flipped: the same as swapping a and b.
+        # For one sample, scipy's permutation type "samples" flips signs, which is the same as swapping a and b.
         found = scipy.stats.permutation_test(
             (d,), np.mean, permutation_type="samples", vectorized=True, n_resamples=resamples,
             batch=max(1, BATCH_NUMBERS // (2 * d.size)), alternative=alternative, rng=np.random.default_rng(seed),
@@ -256,14 +256,14 @@ def minimum_detectable_difference(
 ) -> float:
     """Smallest true mean difference that a paired test over n items finds with this power.
 
-    Solves the power of the paired t-test, which the two tests above share from some tens of items on. Only a result on
+    Solves for the power of the paired t-test, which the two tests above share from some tens of items on. Only a result on
     the side of the true difference counts as found.
 
     Args:
-        n: items.
+        n: number of items.
         sd: standard deviation of the items' differences; for right-or-wrong scores see `sd_of_discordance`.
-        power: wanted chance of p < level.
-        level: of the test.
+        power: wanted probability of p < level.
+        level: significance level of the test.
         alternative: `"two-sided"`, or `"greater"` or `"less"`, which give the same size of difference.
 
     Raises:
@@ -273,14 +273,14 @@ def minimum_detectable_difference(
     if n < 2:
         raise InputError(f"n is {n}; a paired test needs at least 2 items")
     if not (sd > 0 and np.isfinite(sd)):
-        raise InputError(f"sd is {sd}; the differences must spread: give a finite number above 0")
+        raise InputError(f"sd is {sd}; the differences must vary: give a finite number above 0")
     check_share("level", level)
     if not level < power < 1:
         raise InputError(f"power is {power}; allowed: between the level, {level}, and 1. Try 0.8")
     df, sides = n - 1, 2 if alternative == "two-sided" else 1
     t = scipy.stats.t.isf(level / sides, df)
 
-    # At this shift a miss takes too wide a spread or too small a mean, each with half the chance of a miss allowed.
+    # At this shift, too wide a spread and too small a mean each cause at most half of the allowed misses.
     missed = (1 - power) / 2
     enough = t * np.sqrt(scipy.stats.chi2.isf(missed, df) / df) + scipy.stats.norm.isf(missed)
     shift = scipy.optimize.root_scalar(
@@ -300,7 +300,7 @@ def sd_of_discordance(rate: float, difference: float = 0.0) -> float:
         InputError: rate outside [0, 1], or a difference larger than the rate.
     """
     if not 0 <= rate <= 1:
-        raise InputError(f"rate is {rate}; a share of items lies between 0 and 1")
+        raise InputError(f"rate is {rate}; a share of items must be between 0 and 1")
     if not abs(difference) <= rate:
         raise InputError(f"difference is {difference}; runs that differ on {rate} of the items allow -{rate} to {rate}")
     return float(np.sqrt(rate - difference**2))
@@ -354,7 +354,7 @@ def _p_of_shifted(means: np.ndarray, observed: float, alternative: str, *, toler
 
 def _numbers(values: ArrayLike, name: str, *, ndim: int = 1) -> np.ndarray:
     """Finite float array with that many axes."""
-    shape = "one number an item" if ndim == 1 else "[n_seeds, n_items], rows of equal length"
+    shape = "one number per item" if ndim == 1 else "[n_seeds, n_items], rows of equal length"
     try:
         array = np.asarray(values, dtype=float)
     except (TypeError, ValueError) as e:

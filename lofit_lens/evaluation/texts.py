@@ -24,7 +24,7 @@ def load_texts(name: str | Path) -> Iterator[str]:
     """Texts one by one.
 
     Args:
-        name: `"wikitext"` (paragraphs of the pinned WikiText-2, headings left out), `"organism"` (500 documents of the embedded
+        name: `"wikitext"` (paragraphs of the pinned WikiText-2, without headings), `"organism"` (500 documents of the embedded
             model's pretraining distribution, drawn with a seed that training did not use), a .txt file (paragraphs, separated
             by blank lines), or a .jsonl, .json, .csv or .parquet file whose rows have a field `text`.
 
@@ -53,4 +53,4 @@ def _documents() -> Iterator[str]:
     world, draw = build_world(), random.Random("damage")
     for i in range(N_DOCUMENTS):
         words = draw_document(world, TASKS[i % len(TASKS)], draw).words
-        yield " ".join(words[1:])  # without <s>, which tokenising puts in front
+        yield " ".join(words[1:])  # without <s>, which the tokenizer prepends

@@ -1,1 +1,1 @@
-"""Runs as folders, and the embedded model's grid."""
+"""Experiments: grids of runs, each run stored in a folder, and their tables."""

@@ -1,6 +1,6 @@
-"""Methods side by side: the same rows, metric, tuning budget and seeds (the paper's Tables 1, 2 and 3). A comparison is a grid.
+"""Compare methods on the same rows, metric, tuning budget and seeds (the paper's Tables 1, 2 and 3). A comparison is a grid.
 
-Each method's settings are chosen on the validation rows, then it is fitted once per seed and meets the test rows once. Head
+Each method's settings are chosen on the validation rows; then it is fitted once per seed and sees the test rows once. Head
 selectors are compared in the same way with the preset's settings: each is followed by offset tuning.
 """
 
@@ -27,13 +27,13 @@ from lofit_lens.experiments.tables.table import MethodTable
 from lofit_lens.tasks.base import Task
 from lofit_lens.training.selectors import SELECTORS
 
-DRAWS = 5  # of random heads
+DRAWS = 5  # number of draws of random heads
 Block = tuple[Method, dict[str, Any]]
 """A row of a comparison as a block of a grid: its method and the fields of `Run` beside it."""
 
 
 def rows_of(methods: Iterable[Method], draws: int = DRAWS) -> dict[str, Block]:
-    """Names of rows -> what they stand for; a method whose runs name its heads has three: random heads, 3 % and 10 %."""
+    """Name of each row -> its runs; a method whose runs name its heads has three rows: random heads, 3 % and 10 %."""
     found: dict[str, Block] = {}
     for method in methods:
         if method.heads == "chosen":
@@ -46,7 +46,7 @@ def rows_of(methods: Iterable[Method], draws: int = DRAWS) -> dict[str, Block]:
 
 
 def own_row(method: Method) -> str:
-    """Name of a method's main row: on the task's own heads, the usual K of them, where its runs name heads."""
+    """Name of a method's main row; if its runs name heads, the one on the task's own heads with the preset's K."""
     return method.row(OWN, 1, 1, 3)
 
 
@@ -72,19 +72,19 @@ def compare_methods(
     out: str | Path | None = None,
     progress: bool = True,
 ) -> MethodTable:
-    """Compare LoFiT with zero-shot, ITI, RepE, JoLA, random heads, LoRA, RED and LoReFT on one task.
+    """Compare LoFiT with zero-shot, random heads and the other methods (`experiments/methods/`) on one task.
 
     Args:
         model: any HookedTransformer or TransformerBridge; or a name, a folder or a `ModelSpec`, needed for several workers.
-        task: with training rows, and validation rows unless all settings are given.
-        methods: names of rows, or methods of one's own; None = all rows of the library's methods.
-        settings: row -> settings that are given, not chosen.
-        seeds: each method is fitted with each; random heads are drawn five times or more; zero-shot runs once.
+        task: a task with training rows, and with validation rows unless all settings are given.
+        methods: names of rows, or your own methods; None = all rows of the library's methods.
+        settings: row -> settings to use instead of a choice.
+        seeds: each method is fitted with each seed; random heads are drawn at least five times; zero-shot runs once.
         tuning_seeds: seeds of the trials.
-        split: that the table is about.
+        split: the split to test on.
         limit: only its first rows.
         n_train: training rows drawn; None = the task's own number.
-        texts: ordinary texts on which damage is measured; none = not measured.
+        texts: ordinary texts on which damage is measured; empty = not measured.
         reference: the row that the others are tested against.
         batch_size: of the evaluation, as in `evaluate`.
         workers: processes, each on one thread.
@@ -95,7 +95,7 @@ def compare_methods(
     Raises:
         InputError: an unknown method, no seed, a reference that is not compared, several workers with a model in memory, or a
             run that failed.
-        ModelError: a method that cannot be had for this model (found before the first fit).
+        ModelError: a method that is not available for this model (found before the first fit).
         TrainingDiverged: training gave NaN or infinity.
     """
     given = [own_row(method_of(m)) if isinstance(m, Method) else m for m in methods or ()]
@@ -106,7 +106,7 @@ def compare_methods(
             raise unknown("method", name, known)
     reference = own_row(METHODS[reference]) if reference in METHODS else reference
     if not names or not seeds:
-        raise InputError(f"{len(names)} methods, {len(seeds)} seeds; give one or more of each")
+        raise InputError(f"{len(names)} methods, {len(seeds)} seeds; give at least one of each")
     if len(set(names)) < len(names):
         raise InputError(f"a method is given twice: {', '.join(names)}")
     if reference not in names:
@@ -114,7 +114,7 @@ def compare_methods(
             f"the reference {reference!r} is not among the methods compared ({', '.join(names)}); name one of them"
         )
     if len(names) < 2:
-        raise InputError(f"only {names[0]} is asked for; name another method to compare it with")
+        raise InputError(f"only {names[0]} is given; name another method to compare it with")
     texts = list(texts)
     runs = []
     for name in names:
@@ -155,9 +155,9 @@ def compare_selectors(
     Args:
         model: as in `compare_methods`.
         task: with training rows.
-        selectors: names (see `training.selectors.SELECTORS`); None = all. The A-norm, the reference, is always among them.
-        seeds: of selection and tuning; random heads are drawn five times or more.
-        split: as in `compare_methods`, like all that follow.
+        selectors: names (see `training.selectors.SELECTORS`); None = all. The A-norm, the reference, is always included.
+        seeds: seeds of selection and tuning; random heads are drawn at least five times.
+        split: as in `compare_methods`, like all arguments below.
         limit: only its first rows.
         n_train: training rows drawn.
         batch_size: of the evaluation, as in `evaluate`.
@@ -167,7 +167,7 @@ def compare_selectors(
         progress: show what is done and the time left.
 
     Raises:
-        InputError: an unknown selector, or as `compare_methods`.
+        InputError: an unknown selector, or as in `compare_methods`.
     """
     for name in selectors or ():
         if name not in SELECTORS:
@@ -182,7 +182,7 @@ def compare_selectors(
     with grid_results(grid, model, [task], n_train, out, workers=workers, device=device, progress=progress) as results:
         table = results.selector_table(task.name)
     if table is None:
-        raise InputError(f"only the selector {names[0]} is asked for; name another one to compare it with")
+        raise InputError(f"only the selector {names[0]} is given; name another one to compare it with")
     return table
 
 
@@ -200,18 +200,18 @@ def tune_method(
 ) -> Tuned:
     """Fit a method at every point of a grid, on the training rows, and keep the point that is best on the validation rows.
 
-    The best point has the largest mean of the task's own metric over seeds; of equal ones the first in the grid, whose points
-    go from weak to strong. The test rows are not touched. A method whose runs name its heads is fitted on the task's own.
+    The best point has the largest mean of the task's own metric over seeds; ties go to the first in the grid, whose points
+    go from weak to strong. The test rows are not used. A method whose runs name its heads is fitted on the task's own.
 
     Args:
         model: any HookedTransformer or TransformerBridge.
         task: with training and validation rows.
-        method: a name, or a method of one's own.
+        method: a name, or your own method.
         grid: settings to try; None = the method's own points.
-        seeds: each point is tried with each.
+        seeds: each point is tried with each seed.
         n_train: training rows drawn; None = the task's own number.
         batch_size: of the evaluation, as in `evaluate`.
-        out: folder of a store for the trials; those that are in it are not run again. None = they are not kept.
+        out: folder of a store for the trials; trials that it already holds are not run again. None = they are not kept.
         progress: show what is done and the time left.
 
     Raises:
@@ -222,7 +222,7 @@ def tune_method(
     chosen = known[method][0] if isinstance(method, str) and method in known else method_of(method)
     if not seeds or (grid is not None and not grid):
         raise InputError(
-            f"{len(grid or ())} settings and {len(seeds)} seeds to try for {chosen.name}; give one or more of each"
+            f"{len(grid or ())} settings and {len(seeds)} seeds to try for {chosen.name}; give at least one of each"
         )
     points = CHOSEN if grid is None else tuple(dict(point) for point in grid)
     asked = one_task_grid(
@@ -247,7 +247,7 @@ def tune_method(
 
 
 def one_task_grid(kind: str, model: Any, task: Task, runs: Sequence[Run], **fields: Any) -> Grid:
-    """A grid of these runs on one model and task, named after its kind and the task."""
+    """Make a grid of these runs on one model and task, named after its kind and the task."""
     if not isinstance(model, ModelSpec):
         model = ModelSpec(name=str(model) if isinstance(model, str | Path) else "in memory")
     name = re.sub(r"[^A-Za-z0-9._ +-]+", "-", f"{kind} {task.name}")[:100]
@@ -259,7 +259,7 @@ def grid_results(
     grid: Grid, model: Any, tasks: Sequence[Task], n_train: int | None, out: str | Path | None, *, workers: int,
     device: str | None, progress: bool, texts: Sequence[str] = (), other_tasks: Sequence[Task] = (),
 ) -> Iterator[Results]:  # fmt: skip
-    """Run the grid and read it, from a store that is gone after the block unless `out` is given."""
+    """Run the grid and read it, from a store that is deleted after the block unless `out` is given."""
     by_name = isinstance(model, str | Path | ModelSpec)
     with _folder(out) as folder:
         report = run_grid(
@@ -284,7 +284,7 @@ def _folder(out: str | Path | None) -> Iterator[Path]:
 
 
 def _check(report: Report) -> None:
-    """Raise what the first failed run raised.
+    """Raise the error of the first failed run.
 
     Raises:
         TrainingDiverged: it diverged.

@@ -1,7 +1,7 @@
-"""The main job as a grid: on the embedded model, and on a small real language model.
+"""The demo as a grid: on the embedded model, and on a small real language model.
 
-Heads by step 1, offsets on them by step 2, and what both are set against: the unmodified model, as many heads at random, and all
-heads (embedded model) or ITI with as many heads (real model). `cli/demo.py` runs it and says what came out.
+Step 1 chooses heads and step 2 tunes offsets on them. Baselines are the unmodified model, as many random heads, and all heads
+(embedded model) or ITI with as many heads (real model). `cli/demo.py` runs it and reports the results.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,13 +21,13 @@ PROBES = "probe accuracy"  # ITI's choice of heads
 PARTS_OF_REAL = (
     "heads by step 1, offsets by step 2, then bare model, LoFiT, as many random heads and ITI on the same questions"
 )
-VALIDATION_ROWS = 32  # on which ITI's strength is chosen: four strengths on all 95 would take as long as two tests
+VALIDATION_ROWS = 32  # rows on which ITI's strength is chosen: four strengths on all 95 would take as long as two tests
 
 
 def embedded_grid(
     model: str = "organism", *, backend: str = "auto", seeds: Sequence[int] = (0, 1), draws: int = 5, full: bool = False
 ) -> Grid:
-    """The embedded model's three tasks; `full` adds offsets on the heads that the other tasks chose.
+    """Grid of the embedded model's three tasks; `full` adds offsets on the heads that the other tasks chose.
 
     Args:
         model: `"organism"`, or a folder written by `python -m lofit_lens.organism.train`.
@@ -48,14 +48,14 @@ def real_grid(
     model: str = REAL_MODEL, *, backend: str = "auto", seeds: Sequence[int] = (0,), draws: int = 1, limit: int = 200,
     data_dir: str | None = None,
 ) -> Grid:  # fmt: skip
-    """MQuAKE on a real model, with a tenth of its heads.
+    """Grid of MQuAKE on a real model, with a tenth of its heads.
 
     Args:
         model: as in `load_model`.
         backend: as in `load_model`.
         seeds: of LoFiT and ITI.
         draws: of random heads.
-        limit: test rows, the first ones.
+        limit: use only the first test rows.
         data_dir: folder with MQuAKE's files; None = they are fetched.
     """
     k = (REAL_HEADS,)
@@ -74,7 +74,7 @@ def ranks(
     """Rank of each known head among all heads, from 1: by A-norm (each seed) and by patching.
 
     Args:
-        results: of `embedded_grid`.
+        results: results of `embedded_grid`.
         known: last part of a task's name -> its heads.
         patching: last part of a task's name -> effects.
     """
@@ -93,7 +93,7 @@ def questions(results: Results, n: int) -> list[dict[str, Any]]:
     """The first `n` test questions of the first task, with the bare model's answer and that of LoFiT's first seed.
 
     Returns:
-        Records with `prompt`, `wanted` (the first right answer), `before` and `after` (what was said), `before_right` and
+        Records with `prompt`, `wanted` (the first right answer), `before` and `after` (the answers), `before_right` and
         `after_right`.
     """
     task = results.tasks[0]
@@ -110,7 +110,7 @@ def questions(results: Results, n: int) -> list[dict[str, Any]]:
 
 
 def run_table(results: Results) -> pd.DataFrame:
-    """One row a run, with its own mean and 95 % interval over items; nothing in it depends on the machine's speed."""
+    """One row per run, with its own mean and 95 % interval over items; nothing in it depends on the machine's speed."""
     frame = results.runs.drop(columns=["fit_seconds", "eval_seconds"])
     bounds = [next(iter(e.metrics.values())).interval or (None, None) for e in results.evaluations]
     return frame.assign(low=[b[0] for b in bounds], high=[b[1] for b in bounds])

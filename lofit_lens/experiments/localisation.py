@@ -1,12 +1,12 @@
-"""Whether it matters which heads are edited: chosen heads against random sets of as many heads in each layer.
+"""Does it matter which heads are edited? Chosen heads are tested against random sets of as many heads in each layer.
 
-Edits that are optimised at random heads may do nearly as well as at chosen ones (Wang & Veitch, arXiv 2502.11447), so that a
-gain does not show by itself that a task is located where the edit is. Here every head set, chosen or random, is trained with
-the same seeds at a learning rate of its own, chosen by the same trials on the validation rows; `analysis.controls` has the tests.
+Edits that are optimized at random heads may do nearly as well as at chosen ones (Wang & Veitch, arXiv 2502.11447), so that a
+gain by itself does not show that a task is localised where the edit is. Here every head set, chosen or random, is trained with
+the same seeds at its own learning rate, chosen by the same trials on the validation rows; `analysis.controls` has the tests.
 
-Controls stand beside that, with the chosen heads' first adapter and as many random sets:
+Further controls use the chosen heads' first adapter and as many random sets:
 
-- other wordings of the test prompts: the same adapters, nothing trained again
+- other wordings of the test prompts: the same adapters, without retraining
 - half of the edits: the first half of the heads, best first, against random halves
 - heads silenced: z of the chosen heads is its mean, against as many other heads of the same layers
 - answer carried: z patched from prompts with the same and with another answer (`analysis.answers`)
@@ -55,36 +55,36 @@ CHOSEN_SET = "chosen"
 CONTROL_COLUMNS = ("control", "chosen", "random", "difference", "p")
 SHOWN = {"set": "set", "value": "mean", "low": "low", "high": "high", "settings": "settings", "heads": "heads"}
 UNLEARNED = (
-    "These runs cannot tell: the chosen heads do not do better than the unmodified model, so that beside random ones they "
-    "say nothing. More training or another learning rate may."
+    "These runs cannot tell: the chosen heads do not do better than the unmodified model, so comparing them with random heads "
+    "says nothing. More training or another learning rate may help."
 )
 IN_WORDS = {
     LOCALISED: "The chosen heads do better than random ones: the edit is localised.",
     EQUIVALENT: "There is no evidence of localisation: chosen and random heads are equivalent within the margin.",
-    WORSE: "The chosen heads do worse than random ones, so that these runs speak against localisation at them.",
-    UNCLEAR: "These runs cannot tell: they show neither a difference nor equivalence. More random sets or test rows may.",
+    WORSE: "The chosen heads do worse than random ones, which is evidence against localisation at these heads.",
+    UNCLEAR: "These runs cannot tell: they show neither a difference nor equivalence. More random sets or test rows may help.",
 }
 
 
 @dataclass(frozen=True, eq=False)
 class Localisation:
-    """What `localisation` found. Prints as a paragraph.
+    """The result of `localisation`. Prints as a paragraph.
 
     Attributes:
-        task: name.
-        model: name.
-        split: that the sets were tested on.
-        metric: the task's own; scores are shares from 0 to 1.
+        task: name of the task.
+        model: name of the model.
+        split: the split that the sets were tested on.
+        metric: the task's own metric; scores are shares from 0 to 1.
         k: heads in each set.
-        tried: settings that each set chose from.
-        table: one row a head set, the chosen first: `set` (`"chosen"`, `"random 0"`, ...), `value` (mean over seeds and items),
-            `low`, `high` (95 % over seeds and items), `settings` and `heads` (of each seed, where they differ).
+        tried: number of settings that each set chose from.
+        table: one row per head set, the chosen first: `set` (`"chosen"`, `"random 0"`, ...), `value` (mean over seeds and items),
+            `low`, `high` (95 % over seeds and items), `settings` and `heads` (per seed if they differ).
         test: chosen against random.
         unmodified: mean of the model without edits.
         gain: the chosen set against it, a paired test over items.
-        controls: one row a control, as far as it could be had: `control`, `chosen`, `random` (means), `difference`, `low`, `high`
-            (95 %), `p`, `p_equivalence`, `n_sets`, `n_items`; of the first seed, but for other wordings.
-        again: heads chosen again: `over` (seeds, halves of the training rows), `jaccard` and `shared` (means over pairs of runs),
+        controls: one row per control that could be computed: `control`, `chosen`, `random` (means), `difference`, `low`, `high`
+            (95 %), `p`, `p_equivalence`, `n_sets`, `n_items`; of the first seed, except for other wordings.
+        again: repeated selection: `over` (seeds, halves of the training rows), `jaccard` and `shared` (means over pairs of runs),
             `expected` and `expected_shared` by chance, `n_runs`.
     """
 
@@ -105,7 +105,7 @@ class Localisation:
     def verdict(self) -> str:
         """One of `analysis.controls.LOCALISED`, `EQUIVALENT`, `WORSE` and `UNCLEAR`.
 
-        It is the test's; but a chosen set that is not better than the unmodified model leaves it unclear.
+        It is the test's verdict, except that it is unclear if the chosen set is not better than the unmodified model.
         """
         return UNCLEAR if self._unlearned else self.test.verdict
 
@@ -134,7 +134,7 @@ class Localisation:
         ]  # fmt: skip
 
     def title(self) -> str:
-        """What it is about."""
+        """Task, split, metric, number of rows and model."""
         return f"{self.task}, {self.split} split, {self.metric.upper()} in %, n={self.test.n_items}, {self.model}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -147,7 +147,7 @@ class Localisation:
         }  # fmt: skip
 
     def to_markdown(self) -> str:
-        """The tables, and the paragraph below them."""
+        """The tables, followed by the paragraph."""
         sets = markdown(self.title(), self.columns(), self.rows(), [str(self)])
         rows = self.control_rows()
         return sets + ("\n" + markdown("Controls", CONTROL_COLUMNS, rows, []) if rows else "")
@@ -220,33 +220,33 @@ def localisation(
     out: str | Path | None = None,
     progress: bool = True,
 ) -> Localisation:
-    """Tune LoFiT's offsets on the task's own heads and on random sets of the same layers, and test whether the own do better.
+    """Tune LoFiT's offsets on the task's own heads and on random sets in the same layers, and test whether the own do better.
 
     The own heads are the best by A-norm with each seed; a random set has as many in each layer (`HeadSet.matched`) and is
     trained with the same seeds. Every set chooses its settings for each seed, by trials on its own heads. That makes
-    `(draws + 1) * seeds * (points + 1)` fits, which share passes over the model. The unmodified model is tested beside them.
+    `(draws + 1) * seeds * (points + 1)` fits, which share passes over the model. The unmodified model is tested too.
 
     Args:
         model: any HookedTransformer or TransformerBridge; or a name, a folder or a `ModelSpec`, needed for several workers.
-        task: with training rows, and validation rows where there is something to choose.
-        k: heads in each set, as `Run.k`; None = the preset's.
-        draws: random sets; fewer than four are not tested, and leave it open.
-        seeds: of selection and fits.
+        task: a task with training rows, and with validation rows if settings are chosen.
+        k: heads in each set, as in `Run.k`; None = the preset's.
+        draws: number of random sets; fewer than four are not tested, and the verdict is unclear.
+        seeds: seeds of selection and fits.
         margin: the smallest difference in the task's metric that would matter, a share: 0.05 = 5 points. Fix it beforehand.
         points: settings that every set chooses from, e.g. `[{"lr": 0.01}, {"lr": 0.03}]`; None = LoFiT's own four learning
-            rates. A single point is taken without trials.
-        wordings: of the test prompts, on which all adapters are tested too: name -> old text -> new text, e.g.
+            rates. A single point is used without trials.
+        wordings: other wordings of the test prompts, on which all adapters are tested too: name -> old text -> new text, e.g.
             `{"spelled out": {"Q:": "Question:", "A:": "Answer:"}}` (`tasks.wording.reworded`); None = no other.
-        controls: also read the other controls: half of the edits, heads silenced, answer carried, heads chosen again. They cost
+        controls: also run the other controls: half of the edits, heads silenced, answer carried, repeated selection. They cost
             about `3 * draws` evaluations and a selection.
-        split: that the sets are tested on. Controls are of the test split, and need it.
-        limit: only its first rows.
-        tuning_limit: only the first validation rows in the trials.
-        n_train: training rows drawn; None = the task's own number.
-        batch_size: of the evaluation, as in `evaluate`.
-        workers: processes, each on one thread.
-        device: of a model given by name.
-        out: folder of a store for the runs; what is in it is not computed again. None = they are not kept.
+        split: the split to test on. Controls need the test split.
+        limit: use only its first rows.
+        tuning_limit: use only the first validation rows in the trials.
+        n_train: number of training rows drawn; None = the task's own.
+        batch_size: batch size of the evaluation, as in `evaluate`.
+        workers: number of processes, each on one thread.
+        device: device of a model given by name.
+        out: folder of a store for the runs; runs that it already holds are not computed again. None = they are not kept.
         progress: show what is done and the time left.
 
     Raises:
@@ -263,7 +263,7 @@ def localisation(
     asked = [reworded(task, replacements, name=name) for name, replacements in (wordings or {}).items()]
     if asked and split != "test":
         raise InputError(
-            f"split is {split!r} and wordings are of the test split; leave wordings out, or take split='test'"
+            f"split is {split!r}, but wordings are of the test split; leave wordings out, or use split='test'"
         )
     fields["tested"] = bool(asked)
     read = {"readings": CONTROLS} if controls and split == "test" else {}
@@ -316,7 +316,7 @@ def _row(results: Results, name: str, rows: pd.DataFrame, scores: Any) -> dict[s
 
 
 def _controls(results: Results, task: Task, asked: Sequence[Task], margin: float) -> pd.DataFrame:
-    """A row for each control that the store holds."""
+    """One row for each control that the store holds."""
     found = []
 
     def add(control: str, chosen: np.ndarray, sets: np.ndarray, others: tuple[int, int] | None = None) -> None:
@@ -350,7 +350,7 @@ def _controls(results: Results, task: Task, asked: Sequence[Task], margin: float
 
 
 def _items(found: KeepOnly | Removal, wanted: pd.Series, chosen: pd.Series) -> tuple[np.ndarray, np.ndarray]:
-    """Items of the chosen heads' run [1, n_items] and of the random ones [n_sets, 1, n_items]."""
+    """Item scores of the chosen heads' run [1, n_items] and of the random ones [n_sets, 1, n_items]."""
     items = np.array(found.items)
     return items[(wanted & chosen).to_numpy()], items[(wanted & ~chosen).to_numpy()][:, None]
 
@@ -365,7 +365,7 @@ def _again(over: str, scores: Sequence[HeadScores], k: int) -> dict[str, Any]:
 
 
 def _halves(task: Task) -> list[Task]:
-    """The training rows that are drawn with seed 0, in two halves; nothing of a single row."""
+    """Two halves of the training rows that are drawn with seed 0; empty for a single row."""
     rows = list(task.drawn("train", n=None, seed=0))
     random.Random(0).shuffle(rows)
     middle = len(rows) // 2

@@ -1,5 +1,5 @@
-"""What is known of the embedded model: its planted heads, and how much each head matters by activation patching between a good
-and a neutral cue, the causal yardstick for the planted ones.
+"""Ground truth of the embedded model: its planted heads, and each head's effect by activation patching between a good and a
+neutral cue, which is the causal yardstick for the planted ones.
 """
 
 import functools
@@ -35,7 +35,7 @@ def planted(folder: Path) -> dict[str, HeadSet]:
 
 @torch.no_grad()
 def cue_patching(model: Any, task: TaskName, *, split: str = "val") -> HeadScores:
-    """Activation patching, one head at a time: z of a head from the good-cue prompt put into the neutral one.
+    """Activation patching, one head at a time: z of a head from the good-cue prompt replaces that in the neutral one.
 
     The score is the mean change, over the split's rows, of the right answer's log-prob in nats. Both prompts have the same
     tokens but the cue word, so that positions correspond.
@@ -53,7 +53,7 @@ def cue_patching(model: Any, task: TaskName, *, split: str = "val") -> HeadScore
         logits = logits_of(model, *sides[side])[:, -1]
         return logits.log_softmax(-1).gather(1, target[:, None])[:, 0]
 
-    @functools.lru_cache(maxsize=1)  # heads come layer by layer
+    @functools.lru_cache(maxsize=1)  # heads are visited layer by layer
     def good_z(layer: int) -> torch.Tensor:
         kept: list[torch.Tensor] = []
         with hooked(hook_z(model, layer), lambda z, hook: kept.append(z.clone())):

@@ -1,9 +1,9 @@
-"""What LoFiT's adapters of a grid say about the model: read once, as cells of the grid; figures and report only load them.
+"""Readings: what a grid's LoFiT adapters reveal about the model. They are cells of the grid; figures and report only load them.
 
-A task's reading (of the adapter on its own heads, first seed) holds promoted tokens, norms and cosines, attention patterns, what
-each head is worth, what the model cannot do without the chosen heads, how representations drift, and whether the adapter works
-behind long contexts; the reading of all tasks together holds what happens when their adapters are attached together or learned
-in turn.
+A task's reading (of the adapter on its own heads, first seed) holds promoted tokens, norms and cosines, attention patterns, each
+head's contribution, what the model loses without the chosen heads, how representations drift, and whether the adapter works
+after long contexts. The reading of all tasks together holds what happens when their adapters are attached together or learned
+one after another.
 """
 
 import logging
@@ -28,13 +28,13 @@ from lofit_lens.tasks.base import Task
 from lofit_lens.tasks.collate import encode
 
 PROMPTS = 32  # validation prompts that norms, scales and drift are measured on
-LONG_ROWS = 60  # test rows asked behind long contexts
+LONG_ROWS = 60  # test rows asked after long contexts
 SHOWN = 2  # prompts whose attention patterns are kept
-ALL_HEADS = 128  # up to so many heads in a model, the patterns of all are kept; else those of the adapter's heads
-LONGEST = 60  # tokens of a prompt whose patterns are kept
+ALL_HEADS = 128  # patterns of all heads are kept in models with at most this many; else those of the adapter's heads
+LONGEST = 60  # maximum number of tokens of a prompt whose patterns are kept
 
 HALF, SILENCED, CARRIED = "half of the edits", "removal in the same layers", "answer patching"
-CONTROLS = (HALF, SILENCED, CARRIED)  # of `localisation`, read where it asks for them
+CONTROLS = (HALF, SILENCED, CARRIED)  # controls of `localisation`, read only on request
 PARTS = (
     "tokens", "geometry", "attention", "leave_one_out", "keep_only", "removal", "drift", "removal_cued", "removal_edits",
     "long_context", *CONTROLS,
@@ -51,15 +51,15 @@ def read_adapter(
 
     Args:
         model: any HookedTransformer or TransformerBridge.
-        task: that the adapter learned.
-        lofit: on the task's own heads.
-        seed: of the probes and reading vectors that it is set beside.
-        limit: only the first test rows.
-        draws: of random heads.
+        task: the task that the adapter learned.
+        lofit: the adapter on the task's own heads.
+        seed: seed of the probes and reading vectors that it is compared with.
+        limit: use only the first test rows.
+        draws: number of draws of random heads.
         wide: the task's adapter on three times as many heads, from which edits are dropped.
-        cued: the same task with prompts that the unmodified model can do, which shows whether it needs the heads.
-        texts: ordinary texts that stand in front of questions in long contexts; none = that part is left out.
-        only: names of the parts that are wanted, controls among them; none = all but the controls of `localisation`.
+        cued: the same task with prompts that the unmodified model can solve, which shows whether it needs the heads.
+        texts: ordinary texts to prepend to questions for long contexts; empty = that part is left out.
+        only: names of the requested parts, including controls; empty = all but the controls of `localisation`.
 
     Returns:
         Name of a part -> its record, JSON-able.
@@ -106,7 +106,7 @@ def read_together(
     Args:
         model: any HookedTransformer or TransformerBridge.
         pairs: name -> task and its adapter.
-        seed: of the tuning in turn.
+        seed: seed of the tuning in turn.
         limit: only the first test rows.
 
     Returns:
@@ -121,7 +121,7 @@ def read_together(
 
 
 def _parts(named: Mapping[str, Callable[[], dict[str, Any]]]) -> dict[str, Any]:
-    """Each part's result; what a model or task does not allow is left out and said."""
+    """Each part's result; a part that a model or task does not allow is left out with a warning."""
     found = {}
     for name, make in named.items():
         try:
@@ -132,13 +132,13 @@ def _parts(named: Mapping[str, Callable[[], dict[str, Any]]]) -> dict[str, Any]:
 
 
 def _lengths(model: Any) -> tuple[int, ...]:
-    """Tokens in front of a question: none, a fifth and three fifths of the context, at most 2,000."""
+    """Numbers of tokens before a question: none, a fifth and three fifths of the context, at most 2,000."""
     n = context_length(model)
     return (0, min(400, n // 5), min(2000, 3 * n // 5))
 
 
 def _geometry(model: Any, task: Task, lofit: Lofit, prompts: list[str], seed: int) -> dict[str, Any]:
-    """Norms and cosines; without ITI's or RepE's directions where the task has no right and wrong statements."""
+    """Norms and cosines; without ITI's or RepE's directions if the task has no right and wrong statements."""
     probes = reading = None
     try:
         probes = fit_probes(model, task, seed=seed, progress=False)
@@ -149,10 +149,10 @@ def _geometry(model: Any, task: Task, lofit: Lofit, prompts: list[str], seed: in
 
 
 def _patterns(model: Any, lofit: Lofit, prompts: Sequence[str]) -> dict[str, Any]:
-    """Attention with the adapter: of all heads of a small model, else of the adapter's; on prompts that can be read."""
+    """Attention patterns with the adapter: of all heads of a small model, else of the adapter's; on short prompts."""
     short = [p for p in prompts if len(encode(tokenizer_of(model), p)) <= LONGEST][:SHOWN]
     if not short:
-        raise InputError(f"every prompt is longer than {LONGEST} tokens, of which a pattern could be read")
+        raise InputError(f"every prompt has more than {LONGEST} tokens, too many for a readable attention pattern")
     grid = model_info(model).grid
     heads = HeadSet.all(grid) if grid.n_total <= ALL_HEADS else lofit.heads
     with lofit.attached(model):

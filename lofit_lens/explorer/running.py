@@ -111,7 +111,7 @@ def run_prompt(
 
 
 def edited_heads(adapter: Any) -> HeadSet | None:
-    """The heads that an adapter edits; None for one that does not edit single heads (RepE, LoRA, RED, LoReFT)."""
+    """The heads that an adapter edits; None for one that does not edit single heads (RepE, LoRA, RED, LoReFT, ...)."""
     found = getattr(adapter, "heads", None)
     return found if isinstance(found, HeadSet) else None
 

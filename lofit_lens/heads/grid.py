@@ -1,7 +1,7 @@
 """The layers and heads of a model, and which of its layers have heads at all.
 
-In some models only a few layers attend by softmax (Qwen3-Next, LFM2, Jamba, ...): only these have heads to choose from, and
-what would happen by chance has to count only these.
+In some models only a few layers use softmax attention (Qwen3-Next, LFM2, Jamba, ...). Only these have heads to choose from, and
+chance levels must count only these.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +19,7 @@ class Grid(tuple[int, int]):
         layers: those with heads; None = all.
 
     Raises:
-        InputError: no pair of whole numbers above 0, or a layer outside the model.
+        InputError: not a pair of whole numbers above 0, or a layer outside the model.
 
     Examples:
         >>> grid = Grid((16, 32), layers=[2, 5, 8])
@@ -58,7 +58,7 @@ class Grid(tuple[int, int]):
 
 
 def check_shape(shape: Any) -> Grid:
-    """A pair (n_layers, n_heads).
+    """Return a pair (n_layers, n_heads) as a `Grid`.
 
     Raises:
         InputError: anything else.
@@ -71,13 +71,13 @@ def check_shape(shape: Any) -> Grid:
 
 
 def joint_grid(shapes: Iterable[tuple[int, int]]) -> Grid:
-    """One of several equal shapes: the one that says most of its layers."""
+    """Return one of several equal shapes: one that says which layers have heads, if any does."""
     grids = [check_shape(shape) for shape in shapes]
     return next((grid for grid in grids if grid.head_layers is not None), grids[0])
 
 
 def layers_of(layers: Any) -> list[int]:
-    """Layers as a list of integers.
+    """Return layers as a list of integers.
 
     Raises:
         InputError: anything but whole numbers from 0.

@@ -15,13 +15,13 @@ Rankings = Mapping[str, Ranking] | Sequence[Ranking] | Ranking
 
 
 def named_sets(sets: Any) -> dict[str, HeadSet]:
-    """Name -> head set.
+    """Return a dictionary: name -> head set.
 
     Args:
-        sets: a mapping, or head sets without names: they go by their labels where these differ, else by their places.
+        sets: a mapping, or head sets without names: they are named by their labels if these differ, else by their positions.
 
     Raises:
-        InputError: anything else, or two names that read alike.
+        InputError: anything else, or two names that are equal as text.
     """
     found = {}
     for name, heads in _named(sets, "head sets", "{'MQuAKE': scores.top(32)}").items():
@@ -33,12 +33,12 @@ def named_sets(sets: Any) -> dict[str, HeadSet]:
 
 
 def named_scores(scores: Any) -> dict[str, HeadScores]:
-    """Name -> head scores; see `named_sets`."""
+    """Return a dictionary: name -> head scores; see `named_sets`."""
     return _of(_named(scores, "head scores", "{'LoFiT': scores}"), HeadScores, "HeadScores (select_heads)")
 
 
 def named_rankings(rankings: Any) -> dict[str, Ranking]:
-    """Name -> head scores or head set; see `named_sets`."""
+    """Return a dictionary: name -> head scores or head set; see `named_sets`."""
     found = _named(rankings, "rankings", "{'LoFiT': scores, 'ITI': probe_scores}")
     return _of(found, Ranking, "HeadScores (select_heads, probe_heads) or a HeadSet")
 
@@ -54,7 +54,7 @@ def _named(given: Any, what: str, example: str) -> dict[str, Any]:
     if isinstance(given, Mapping):
         named = {str(name): value for name, value in given.items()}
         if len(named) < len(given):
-            raise InputError(f"names {list(given)}: two of them read alike; name them otherwise")
+            raise InputError(f"names {list(given)}: two of them are equal as text; rename one")
         return named
     listed: list[Any] = (
         [given] if isinstance(given, Ranking) else list(given) if isinstance(given, list | tuple) else [None]

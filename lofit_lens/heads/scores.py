@@ -30,10 +30,10 @@ class HeadScores:
         model: name of the model.
         task: name of the task.
         meta: how it was made (config, seed, history, data hash, versions).
-        layers: those that have heads; None = all. What is given for the others is not looked at and becomes NaN.
+        layers: the layers that have heads; None = all. Values of other layers are ignored and become NaN.
 
     Raises:
-        InputError: not two-dimensional, empty, a score that is not finite, or no layer that has heads.
+        InputError: not two-dimensional, empty, a score that is not finite, or no layer with heads.
     """
 
     values: Float[Tensor, "n_layers n_heads"]
@@ -77,11 +77,11 @@ class HeadScores:
 
     @property
     def at_heads(self) -> Float[Tensor, "layers n_heads"]:
-        """The scores of the layers that have heads, which are all layers of most models."""
+        """Scores of the layers that have heads (all layers, in most models)."""
         return self.values[list(self.shape.layers)]
 
     def ranking(self) -> HeadSet:
-        """All heads, best first; equal scores keep layer-major order."""
+        """Return all heads, best first; equal scores keep layer-major order."""
         order = torch.argsort(self.at_heads.flatten(), descending=True, stable=True).tolist()
         listed = HeadSet.all(self.shape).heads
         heads = [listed[i] for i in order]
@@ -89,7 +89,7 @@ class HeadScores:
         return HeadSet(heads, [self.values[h].item() for h in heads], self.shape, label)
 
     def top(self, k: int) -> HeadSet:
-        """The `k` heads with the largest scores, best first.
+        """Return the `k` heads with the largest scores, best first.
 
         Raises:
             InputError: `k` below 1 or above the number of heads.
@@ -98,7 +98,7 @@ class HeadScores:
         return self.ranking().top(k)
 
     def rank(self, head: Head | Sequence[int] | str) -> int:
-        """Place of a head in the ranking, from 1."""
+        """Return a head's place in the ranking, from 1."""
         found = Head.parse(head)
         HeadSet([found]).check(self.shape)
         return self.ranking().heads.index(found) + 1
@@ -109,28 +109,28 @@ class HeadScores:
         return self.values[found].item()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """The scores as numpy takes them, `[n_layers, n_heads]`: a copy, or a read-only view where none may be made."""
+        """Give the scores to numpy, `[n_layers, n_heads]`: a copy, or a read-only view if `copy` is False."""
         found = np.array(self.values.numpy(), dtype=dtype, copy=copy is not False)
         found.flags.writeable = copy is not False  # the scores themselves stay as they are
         return found
 
     def __dlpack__(self, **how: Any) -> Any:
-        """The scores as torch takes them."""
+        """Give a copy of the scores to torch."""
         return self.values.clone().__dlpack__(**how)
 
     def __dlpack_device__(self) -> Any:
         return self.values.__dlpack_device__()
 
     def __len__(self) -> int:
-        """Number of layers, as of an array."""
+        """Return the number of layers, as an array does."""
         return self.shape[0]
 
     def __iter__(self) -> Iterator[Float[np.ndarray, " n_heads"]]:
-        """The layers' scores, as of an array; `.ranking()` gives the heads, best first."""
+        """Iterate over the layers' scores, as an array does; `.ranking()` gives the heads, best first."""
         return iter(np.asarray(self))
 
     def to_frame(self) -> "pd.DataFrame":
-        """One row a head, best first; see `HeadSet.to_frame`."""
+        """Return a table with one row per head, best first; see `HeadSet.to_frame`."""
         return self.ranking().to_frame()
 
     def save(self, path: str | Path) -> Path:
@@ -142,7 +142,7 @@ class HeadScores:
         })  # fmt: skip
 
     def _listed(self) -> list[list[float] | None]:
-        """A layer without heads as null: JSON has no NaN."""
+        """Return the rows for JSON, which has no NaN: a layer without heads becomes null."""
         return [row if i in self.shape.layers else None for i, row in enumerate(self.values.tolist())]
 
     @classmethod

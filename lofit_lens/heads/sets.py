@@ -67,17 +67,17 @@ _PRINTED = re.compile(r"HeadSet\(\d+(?: of (\d+)x(\d+))? heads:(?:.*:)? ?(.*)\)"
 class HeadSet:
     """An ordered set of heads, best first, with optional scores.
 
-    Where heads are wanted, every function takes a `HeadSet` or what makes one.
+    Every function that takes heads accepts a `HeadSet` or anything that makes one.
 
     Args:
-        heads: heads as `Head`, `(layer, head)` or `"L12H7"`, no head twice; or one text, as a head set prints itself:
+        heads: heads as `Head`, `(layer, head)` or `"L12H7"`, no head twice; or one text, as a head set prints:
             `"L12H7 L3H1"`, with or without commas.
-        scores: one number a head, same order, or None.
+        scores: one number per head, in the same order, or None.
         shape: `(n_layers, n_heads)` of the model they belong to, a `Grid` where only some layers have heads; None if unknown.
         label: what they are, for tables and figures.
 
     Raises:
-        InputError: no heads, a head twice or outside `shape`; scores of another length, or a score that is no finite number.
+        InputError: not heads, a head twice or outside `shape`, scores of another length, or a score that is not finite.
     """
 
     heads: tuple[Head, ...]
@@ -95,13 +95,15 @@ class HeadSet:
         listed, printed = _read(heads)
         shape = printed if shape is None else check_shape(shape)
         if printed not in (None, shape):
-            raise InputError(f"these heads belong to a model of {printed} heads, not of {shape}; give one model's")
+            raise InputError(
+                f"these heads belong to a model of {printed} heads, not of {shape}; give the shape of their model"
+            )
         numbers = None if scores is None else _numbers(scores)
         if len(set(listed)) != len(listed):
             twice = next(h for i, h in enumerate(listed) if h in listed[:i])
             raise InputError(f"head {twice} is listed twice; a head set holds each head once")
         if numbers is not None and len(numbers) != len(listed):
-            raise InputError(f"{len(numbers)} scores for {len(listed)} heads; give one score a head")
+            raise InputError(f"{len(numbers)} scores for {len(listed)} heads; give one score per head")
         object.__setattr__(self, "heads", listed)
         object.__setattr__(self, "scores", numbers)
         object.__setattr__(self, "shape", shape)
@@ -111,7 +113,7 @@ class HeadSet:
 
     @classmethod
     def of(cls, heads: Heads) -> "HeadSet":
-        """A head set itself, or the one that heads written otherwise make."""
+        """Return a head set unchanged, or make one from heads in another form."""
         return heads if isinstance(heads, HeadSet) else cls(heads)
 
     def check(self, shape: tuple[int, int]) -> None:
@@ -125,7 +127,7 @@ class HeadSet:
                 )
             if h.layer not in grid.layers:
                 raise InputError(
-                    f"head {h} is not among those that can be edited together; the layers of these: "
+                    f"head {h} is not among those that can be edited together, which are in these layers: "
                     f"{', '.join(map(str, grid.layers))}"
                 )
 
@@ -139,7 +141,7 @@ class HeadSet:
         return Head.parse(head) in self.heads
 
     def __eq__(self, other: object) -> bool:
-        """Whether heads and their order, scores, shape and label are equal; beside a text, heads and their order."""
+        """Whether heads and their order, scores, shape and label are equal; against a text, only heads and their order."""
         if isinstance(other, str):
             with contextlib.suppress(InputError):
                 return self.heads == HeadSet(other).heads
@@ -154,7 +156,7 @@ class HeadSet:
     @overload
     def __getitem__(self, index: slice) -> "HeadSet": ...
     def __getitem__(self, index: int | slice) -> "Head | HeadSet":
-        """The head at a place, from 0; or the set of a slice's heads."""
+        """Return the head at an index, from 0, or a slice as a head set."""
         if isinstance(index, slice):
             return self._pick(range(len(self))[index], self.label)
         check_whole(-len(self), len(self) - 1, place=index)
@@ -171,28 +173,28 @@ class HeadSet:
         return joint_grid(s for s in (self.shape, other.shape) if s) if self.shape or other.shape else None
 
     def __and__(self, other: Heads) -> "HeadSet":
-        """Heads in both, in this set's order and with its scores."""
+        """Return the heads in both, in this set's order and with its scores."""
         other = HeadSet.of(other)
         shape = self._joint_shape(other)
         common = self._pick((i for i, h in enumerate(self.heads) if h in other.heads), "")
         return HeadSet(common.heads, common.scores, shape)
 
     def __or__(self, other: Heads) -> "HeadSet":
-        """Heads in either: this set's first, then the other's new ones; scores are dropped."""
+        """Return the heads in either: this set's first, then the other's new ones; scores are dropped."""
         other = HeadSet.of(other)
         return HeadSet(
             self.heads + tuple(h for h in other.heads if h not in self.heads), shape=self._joint_shape(other)
         )
 
     def __sub__(self, other: Heads) -> "HeadSet":
-        """Heads of this set that are not in the other."""
+        """Return the heads of this set that are not in the other."""
         other = HeadSet.of(other)
         shape = self._joint_shape(other)
         left = self._pick((i for i, h in enumerate(self.heads) if h not in other.heads), "")
         return HeadSet(left.heads, left.scores, shape)
 
     def top(self, k: int) -> "HeadSet":
-        """The first `k` heads.
+        """Return the first `k` heads.
 
         Raises:
             InputError: `k` below 1 or above the number of heads.
@@ -201,16 +203,16 @@ class HeadSet:
         return self._pick(range(k), self.label)
 
     def restrict(self, layers: Iterable[int]) -> "HeadSet":
-        """Only the heads in these layers.
+        """Return only the heads in these layers.
 
         Raises:
-            InputError: something else than layers, each a whole number from 0.
+            InputError: layers that are not whole numbers from 0.
         """
         wanted = set(layers_of(layers))
         return self._pick((i for i, h in enumerate(self.heads) if h.layer in wanted), self.label)
 
     def layer_counts(self, n_layers: int | None = None) -> Int[np.ndarray, " n_layers"]:
-        """Number of chosen heads in each layer."""
+        """Return the number of chosen heads in each layer."""
         n = n_layers if n_layers is not None else self._need_shape()[0]
         check_whole(1, n_layers=n)
         return np.bincount([h.layer for h in self.heads], minlength=n).astype(np.int64)
@@ -228,7 +230,7 @@ class HeadSet:
         return tuple(sorted({h.layer for h in self.heads}))
 
     def mask(self, shape: tuple[int, int] | None = None) -> Bool[Tensor, "n_layers n_heads"]:
-        """True at the chosen heads."""
+        """Return a mask that is True at the chosen heads."""
         shape = self._need_shape() if shape is None else check_shape(shape)
         self.check(shape)
         mask = torch.zeros(shape, dtype=torch.bool)
@@ -243,13 +245,13 @@ class HeadSet:
 
     @classmethod
     def all(cls, shape: tuple[int, int]) -> "HeadSet":
-        """Every head of a model, layer by layer; of a `Grid` only those of the layers that have heads."""
+        """Return every head of a model, layer by layer; for a `Grid`, only heads of the layers that have them."""
         grid = check_shape(shape)
         return cls([(layer, head) for layer in grid.layers for head in range(grid[1])], shape=grid, label="all")
 
     @classmethod
     def random(cls, shape: tuple[int, int], k: int, *, seed: int, exclude: Heads | None = None) -> "HeadSet":
-        """`k` heads drawn evenly without replacement, by `random.Random(seed)`."""
+        """Draw `k` heads uniformly without replacement, by `random.Random(seed)`."""
         check_seed(seed)
         pool = [h for h in cls.all(shape) if exclude is None or h not in HeadSet.of(exclude).heads]
         check_k(k, len(pool), "this model")
@@ -257,12 +259,12 @@ class HeadSet:
 
     @classmethod
     def matched(cls, like: "HeadSet", *, seed: int) -> "HeadSet":
-        """As many heads in each layer as `like` has, drawn evenly without replacement in each, by `random.Random(seed)`.
+        """Draw as many heads in each layer as `like` has, uniformly without replacement, by `random.Random(seed)`.
 
         Heads of `like` may be drawn again.
 
         Raises:
-            InputError: `like` does not know its model's shape, or the seed is no whole number from 0.
+            InputError: `like` does not know its model's shape, or the seed is not a whole number from 0.
         """
         check_seed(seed)
         shape, drawn = like._need_shape(), random.Random(seed)
@@ -286,7 +288,7 @@ class HeadSet:
         return cls(pairs.tolist(), shape=shape, label=label or Path(path).stem)
 
     def to_frame(self) -> "pd.DataFrame":
-        """One row a head, best first: `head` (its name), `layer` and `index` in it, `rank` from 1, `score` (NaN: none given)."""
+        """Return one row per head, best first: its name as `head`, `layer`, `index` in it, `rank` from 1, `score` (or NaN)."""
         import pandas as pd
 
         scores = self.scores or [np.nan] * len(self)
@@ -355,7 +357,7 @@ class HeadSet:
 
 
 def _layers_of(shape: tuple[int, int] | None) -> dict[str, list[int]]:
-    """What a record says of the layers that have heads: nothing where all have."""
+    """Return a record's field for the layers that have heads; empty if all have."""
     layers = None if shape is None else check_shape(shape).head_layers
     return {} if layers is None else {"head_layers": list(layers)}
 
@@ -369,7 +371,7 @@ def check_k(k: int, available: int, of: str) -> None:
 
 
 def _read(heads: Any) -> tuple[tuple[Head, ...], tuple[int, int] | None]:
-    """The heads that were given, and the model's shape if what was given says it."""
+    """Return the heads in `heads`, and the model's shape if it is stated there."""
     if isinstance(heads, HeadSet):
         return heads.heads, heads.shape
     if isinstance(heads, Head):

@@ -1,11 +1,11 @@
-"""Ablation: the z of chosen heads becomes a constant, at every position: what the model does without what they say.
+"""Ablation: replace the z of chosen heads by a constant at every position, to see what the model does without their output.
 
     z_h <- mean of z_h over the tokens of some prompts      "mean"
     z_h <- 0                                                "zero"
 
-The mean keeps what a head always adds, so that later layers still see streams of the usual kind; zero takes that away as well and
-often harms for that reason alone. Attached behind another adapter it undoes that adapter's edit of the same heads; attached in
-front of it, it is edited by it.
+The mean keeps what a head always adds, so that later layers still see typical residual streams; zero removes that as well, and
+often does harm only for that reason. Attached after another adapter, an ablation undoes that adapter's edit of the same heads;
+attached before it, the ablation's constant is edited.
 
 Source: Wang et al. 2023 (arXiv 2211.00593), section 2.2 (mean ablation).
 """
@@ -49,19 +49,19 @@ BATCH = 16  # prompts run together for the mean
 def replace_z(
     z: Float[Tensor, "batch pos n_heads d_head"], index: Sequence[int], values: Float[Tensor, "k d_head"]
 ) -> Float[Tensor, "batch pos n_heads d_head"]:
-    """z with chosen heads of the layer set to one value each, at every position; the others are copied bit by bit."""
+    """Set chosen heads of a layer's z to one value each, at every position; the others are copied bit by bit."""
     z = z.clone()
     z[:, :, list(index)] = values.to(z)
     return z
 
 
 class HeadAblation(HeadAdapter):
-    """Constants in the place of chosen heads' outputs.
+    """Constants in place of chosen heads' outputs.
 
     Args:
         shape: `(n_layers, n_heads, d_head)`.
-        heads: the heads that are silenced.
-        values: `[K, d_head]`, what z becomes, in the order of `heads`.
+        heads: the ablated heads.
+        values: `[K, d_head]`, the new z, in the order of `heads`.
         how: where the values come from: `"mean"` or `"zero"`.
         meta: provenance.
 
@@ -92,14 +92,14 @@ class HeadAblation(HeadAdapter):
         self.how = how
         if tuple(values.shape) != (self.k, self.d_head):
             raise InputError(
-                f"{self.k} heads of d_head {self.d_head} with values {tuple(values.shape)}; give one row a head"
+                f"{self.k} heads of d_head {self.d_head} with values {tuple(values.shape)}; give one row per head"
             )
         if not bool(torch.isfinite(values).all()):
             raise InputError("a value that z should become is NaN or infinite; run the model in float32 or bfloat16")
         self.register_buffer("values", values.detach().float().clone())
 
     def affine(self, head: Head) -> tuple[Float[Tensor, " d_head"], Float[Tensor, " d_head"]]:
-        """0 and the constant."""
+        """Return 0 and the constant."""
         value = self.values[self.heads.heads.index(head)]
         return torch.zeros_like(value), value
 
@@ -107,7 +107,7 @@ class HeadAblation(HeadAdapter):
     def of(
         cls, model: Any, heads: Heads, *, means: Float[Tensor, "n_layers n_heads d_head"] | None = None
     ) -> "HeadAblation":
-        """Silence heads of a model: by their means (see `mean_z`), or by zero without any.
+        """Ablate heads of a model: by their means (see `mean_z`), or by zero if no means are given.
 
         Raises:
             InputError: no head, a head outside the model, or means of another shape.
@@ -116,11 +116,11 @@ class HeadAblation(HeadAdapter):
         info, heads = model_info(model), HeadSet.of(heads)
         heads.check((info.n_layers, info.n_heads))
         d_head = head_size(model, heads.layers or None)
-        check_is(means, (Tensor, type(None)), "means", "what mean_z gives")
+        check_is(means, (Tensor, type(None)), "means", "the result of mean_z")
         shape = (info.n_layers, info.n_heads, d_head)
         chosen = chosen_heads(heads, info.grid, cls.title)
         if means is not None and tuple(means.shape) != shape:
-            raise InputError(f"means of shape {tuple(means.shape)} for a model of {shape}; take them with mean_z")
+            raise InputError(f"means of shape {tuple(means.shape)} for a model of {shape}; compute them with mean_z")
         values = torch.zeros(len(chosen), d_head) if means is None else torch.stack([means[h] for h in chosen])
         meta = AdapterMeta(model=info, versions=io.environment())
         made = cls(shape, chosen, values=values, how="zero" if means is None else "mean", meta=meta)
@@ -128,7 +128,7 @@ class HeadAblation(HeadAdapter):
 
     @property
     def n_parameters(self) -> int:
-        """Numbers that were estimated: `K * d_head` means, none for zero."""
+        """Count of estimated numbers: `K * d_head` for means, 0 for zero."""
         return self.k * self.d_head if self.how == "mean" else 0
 
     def _edit(self, layer: int) -> Edit:
@@ -157,18 +157,18 @@ class HeadAblation(HeadAdapter):
 def mean_z(
     model: Any, prompts: Iterable[str], *, layers: Sequence[int] | None = None
 ) -> Float[Tensor, "n_layers n_heads d_head"]:
-    """Mean z of every head over all tokens of some prompts (BOS included, padding not), float32 on the CPU.
+    """Compute the mean z of every head over all tokens of some prompts (BOS included, padding not), float32 on the CPU.
 
-    Summed in float64; memory does not grow with the number of prompts. What is attached acts.
+    Sums are in float64; memory does not grow with the number of prompts. Attached adapters and hooks act.
 
     Args:
         model: any HookedTransformer or TransformerBridge.
         prompts: texts.
-        layers: which; the others stay 0. None = all that have heads.
+        layers: the layers to measure; the others stay 0. None = all that have heads.
 
     Raises:
         InputError: no prompt.
-        DataError: a prompt without a token or longer than the context.
+        DataError: a prompt without tokens or longer than the context.
         ModelError: heads that cannot be reached.
     """
     info = model_info(model)
@@ -186,7 +186,7 @@ def mean_z(
 
 
 def _totals(model: Any, tokens: Tensor, mask: Tensor, layers: Iterable[int]) -> dict[int, Tensor]:
-    """Sum of z over the real tokens of a batch, by layer."""
+    """Sum z over the real tokens of a batch, by layer."""
     found: dict[int, Tensor] = {}
 
     def adder(layer: int) -> Any:

@@ -1,4 +1,4 @@
-"""What methods that edit attention heads have in common: chosen heads, and edits at their `hook_z`."""
+"""The common part of methods that edit attention heads: chosen heads, and edits at their `hook_z`."""
 
 import html
 import math
@@ -25,14 +25,14 @@ LARGEST = 10**8  # numbers of all heads' outputs together; known models have a f
 
 
 class HeadAdapter(Adapter):
-    """An adapter of vectors of the size of a head's output, one edit a layer, which a sub-class gives in `_edit(layer)`.
+    """An adapter of vectors of a head's output size, with one edit per layer, which a sub-class gives in `_edit(layer)`.
 
     Attributes:
         shape: `(n_layers, n_heads, d_head)`.
         heads: the edited heads, their scores kept.
 
     Raises:
-        InputError: no shape, no head, or a head outside the shape.
+        InputError: an invalid shape, no head, or a head outside the shape.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class HeadAdapter(Adapter):
         return len(self.heads)
 
     def places(self) -> tuple[str, str]:
-        """Heads with their ranks and scores."""
+        """Describe the heads with their ranks and scores."""
         scores = self.heads.scores or [None] * self.k
         rows = [
             (str(i + 1), str(head), "not recorded" if score is None else f"{score:.4g}")
@@ -79,7 +79,7 @@ class HeadAdapter(Adapter):
 
     @classmethod
     def for_model(cls: type[Some], model: Any, heads: Heads | None = None) -> Some:
-        """The adapter as it starts, for a model and on its device; `heads=None` takes every head that can be edited.
+        """Make the adapter in its initial state, for a model and on its device; `heads=None` takes every head that can be edited.
 
         Raises:
             InputError: a head outside the model.
@@ -96,25 +96,25 @@ class HeadAdapter(Adapter):
     def _made_from(
         cls: type[Some], record: dict[str, Any], tensors: dict[str, Tensor], meta: AdapterMeta, where: Path
     ) -> Some:
-        """With its shape and heads, then its tensors; a method with further settings has its own."""
+        """Make it with its shape and heads, then set its tensors; a method with further settings has its own."""
         made = cls(*shape_and_heads(record, where), meta)
         check_tensors(tensors, {name: tuple(t.shape) for name, t in made.state_dict().items()}, where)
         made.load_state_dict(tensors)
         return made.requires_grad_(False)
 
     def affine(self, head: Head) -> tuple[Float[Tensor, " d_head"], Float[Tensor, " d_head"]]:
-        """Scale and shift of one chosen head's edit, `z <- scale * z + shift`: what export can fold into weights.
+        """Return scale and shift of one chosen head's edit, `z <- scale * z + shift`, which export can fold into weights.
 
         Raises:
             AdapterError: the method's edit is not of this form.
         """
         raise AdapterError(
-            f"{self.title} does not edit a head's output by a constant scale and shift, which is what fits into attention's "
+            f"{self.title} does not edit a head's output by a constant scale and shift, as is needed to fold it into attention's "
             "output projection; LoFiT, ITI at all positions and ablations do"
         )
 
     def _edit(self, layer: int) -> Edit:
-        """The edit of one layer's z; it is asked for once, when attached, so parameters are read inside what it returns."""
+        """Return the edit of one layer's z; it is called once, when attached, so the returned function reads the parameters."""
         raise NotImplementedError
 
     def _points(self, model: Any) -> Iterable[tuple[Any, Edit]]:
@@ -133,7 +133,7 @@ class HeadAdapter(Adapter):
 
 
 def chosen_heads(heads: Heads, grid: tuple[int, int], title: str) -> HeadSet:
-    """The heads to edit, as a set of a model of `grid` = (n_layers, n_heads).
+    """Return the heads to edit, as a set of a model of `grid` = (n_layers, n_heads).
 
     Raises:
         InputError: no head, a head outside the model, or a set that belongs to another grid.
@@ -148,14 +148,14 @@ def chosen_heads(heads: Heads, grid: tuple[int, int], title: str) -> HeadSet:
             f"this one has {grid[0]} x {grid[1]}"
         )
     whole = joint_grid(s for s in (grid, heads.shape) if s)
-    # Named on purpose, as heads of another size than most: attaching tells whether they can be reached.
+    # Heads in other layers were named on purpose, e.g. where the size differs: attaching finds out if they can be reached.
     if any(head.layer not in whole.layers for head in heads):
         whole = Grid(whole)
     return HeadSet(heads.heads, heads.scores, whole, heads.label)
 
 
 def check_vectors_shape(shape: Any) -> tuple[int, int, int]:
-    """`(n_layers, n_heads, d_head)` as integers.
+    """Return `(n_layers, n_heads, d_head)` as integers.
 
     Raises:
         InputError: anything else.
@@ -167,11 +167,11 @@ def check_vectors_shape(shape: Any) -> tuple[int, int, int]:
 
 
 def shape_and_heads(record: dict[str, Any], where: Path) -> tuple[tuple[int, int, int], HeadSet]:
-    """Shape and heads as an adapter's record holds them.
+    """Read shape and heads from an adapter's record.
 
     Raises:
-        AdapterError: a shape that is none.
-        DataError: heads that are none.
+        AdapterError: an invalid shape.
+        DataError: invalid heads.
     """
     shape = tuple(int(n) for n in record["shape"])
     heads = HeadSet.from_dict(record["heads"], where=str(where))

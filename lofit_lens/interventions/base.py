@@ -1,4 +1,4 @@
-"""What every method has in common: it can be attached, counted and saved."""
+"""The common part of every method: it can be attached, counted and saved."""
 
 import contextlib
 import tempfile
@@ -51,11 +51,11 @@ class Intervention(Protocol):
 
     @property
     def n_parameters(self) -> int:
-        """Numbers that the method adds to the model and that it learns or estimates."""
+        """Count of the numbers that the method adds to the model and learns or estimates."""
         ...
 
     def attached(self, model: Any) -> contextlib.AbstractContextManager[Any]:
-        """Put the change in place for a `with` block and take it away afterwards, also after an exception."""
+        """Apply the change within a `with` block and remove it afterwards, also after an exception."""
         ...
 
     def save_pretrained(self, folder: str | Path) -> Path:
@@ -76,12 +76,12 @@ def attached(model: Any, *interventions: Intervention) -> Iterator[None]:
 
 
 def attachable(adapter: Any) -> bool:
-    """Whether it can be attached; one's own method needs no more than that."""
+    """Return whether an object can be attached; a method of your own needs nothing else."""
     return not isinstance(adapter, type) and callable(getattr(adapter, "attached", None))
 
 
 def check_adapter(adapter: Any) -> None:
-    """Raise InputError unless it can be attached."""
+    """Raise InputError unless an adapter can be attached."""
     if not attachable(adapter):
         path = isinstance(adapter, str | Path)
         instead = f"load it first: load_adapter({str(adapter)!r})" if path else "give e.g. what tune_offsets returns"
@@ -89,10 +89,10 @@ def check_adapter(adapter: Any) -> None:
 
 
 def adapters_of(adapters: Any) -> tuple[Intervention, ...]:
-    """One adapter or several, as a tuple.
+    """Return one adapter or several as a tuple.
 
     Raises:
-        InputError: none, or something else.
+        InputError: no adapter, or something else.
     """
     listed = tuple(adapters) if isinstance(adapters, list | tuple) else (adapters,)
     if not listed:
@@ -106,12 +106,12 @@ KNOWN: "dict[str, type[Adapter]]" = {}  # method, as in files -> the adapter's c
 
 
 class Adapter(nn.Module):
-    """An intervention by hooks: what it edits, how it is attached and saved. One sub-class a method.
+    """An intervention by hooks: what it edits, and how it is attached and saved. Each method has one sub-class.
 
     A sub-class names its `method` and `title`, says what it edits in `_points`, checks a model's shape in `_check_shape`, and
-    gives its numbers and settings to files in `_tensors` and `_settings`, read back by `_made_from`. For its card on the hub it
-    says where it acts in `places`, and for its text in `_parts` what tells it from others. `load_adapter` knows it by its
-    `method` from then on.
+    gives its numbers and settings to files in `_tensors` and `_settings`, which `_made_from` reads back. For its card on the hub,
+    `places` describes where it acts; for its repr, `_parts` lists what distinguishes it. `load_adapter` then knows it by its
+    `method`.
 
     Attributes:
         meta: provenance.
@@ -127,7 +127,7 @@ class Adapter(nn.Module):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if "method" in vars(cls):  # else it is a base of others
+        if "method" in vars(cls):  # otherwise it is a base class
             known = KNOWN.setdefault(cls.method, cls)
             if known.__module__.startswith("lofit_lens.") and cls.__module__ != known.__module__:
                 raise InputError(f"the library has a method {cls.method!r} already; rename that of {cls.__name__}")
@@ -138,15 +138,15 @@ class Adapter(nn.Module):
         self.meta = meta or AdapterMeta()
         self.positions = Positions.parse(positions)
 
-    # ------------------------------------------------------------------------------- to be given by each method
+    # ------------------------------------------------------------------------------------ defined by each method
 
     @property
     def n_parameters(self) -> int:
-        """Numbers that the method adds to the model and that it learns or estimates."""
+        """Count of the numbers that the method adds to the model and learns or estimates."""
         raise NotImplementedError
 
     def _points(self, model: Any) -> Iterable[tuple[Any, Edit]]:
-        """HookPoints and the edit of each. An edit keeps nothing between calls and returns its input's dtype."""
+        """Yield HookPoints and the edit of each. An edit keeps nothing between calls and returns its input's dtype."""
         raise NotImplementedError
 
     def _check_shape(self, model: Any) -> None:
@@ -154,26 +154,26 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     def _tensors(self) -> Mapping[str, Tensor]:
-        """What the safetensors file holds; unless a method says otherwise, its parameters and buffers by name."""
+        """Return the contents of the safetensors file; by default, parameters and buffers by name."""
         return self.state_dict()
 
     def _settings(self) -> dict[str, Any]:
-        """What the JSON file holds beside the provenance; JSON-able."""
+        """Return what the JSON file holds besides the provenance; JSON-able."""
         raise NotImplementedError
 
     @classmethod
     def _made_from(
         cls: type[Some], record: dict[str, Any], tensors: dict[str, Tensor], meta: AdapterMeta, where: Path
     ) -> Some:
-        """The adapter of a record and its tensors; KeyError, TypeError and ValueError are reported as an incomplete file."""
+        """Make an adapter from a record and tensors; KeyError, TypeError and ValueError are reported as an incomplete file."""
         raise NotImplementedError
 
     def places(self) -> tuple[str, str]:
-        """Heading and text, in Markdown, of the card's section that says where it acts."""
+        """Return heading and text, in Markdown, of the card's section on where it acts."""
         return "Where it acts", f"Not described for {self.title}."
 
     def _parts(self) -> list[str]:
-        """What its text says beside model and task."""
+        """List what its repr says besides model and task."""
         return []
 
     def __repr__(self) -> str:
@@ -185,10 +185,10 @@ class Adapter(nn.Module):
 
     @contextlib.contextmanager
     def attached(self: Some, model: Any) -> Iterator[Some]:
-        """Edit this model's activations for the length of the block; removed at its end, also after an exception.
+        """Edit this model's activations within the block; the edit is removed at its end, also after an exception.
 
         The hooks are permanent in TransformerLens' sense: `run_with_hooks`, `run_with_cache` and
-        `reset_hooks()` inside the block keep them, and other people's hooks are never touched.
+        `reset_hooks()` inside the block keep them, and other hooks are never touched.
 
         Raises:
             AdapterError: made for another shape, or already attached.
@@ -210,10 +210,10 @@ class Adapter(nn.Module):
         return self
 
     def detach(self) -> None:
-        """Take back what `attach` did; other adapters and hooks stay.
+        """Undo `attach`; other adapters and hooks stay.
 
         Raises:
-            AdapterError: it is not attached, or by a `with` block.
+            AdapterError: it is not attached, or was attached by a `with` block.
         """
         if self._held is None:
             how = (
@@ -226,12 +226,12 @@ class Adapter(nn.Module):
         held.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy takes over: it is not attached."""
+        """Return the state of a copy, which is not attached."""
         return {name: value for name, value in vars(self).items() if name != "_held"}
 
     @contextlib.contextmanager
     def reserved(self, model: Any) -> Iterator[None]:
-        """Count as attached for the length of the block, without an edit in place.
+        """Count as attached within the block, without any edit.
 
         Raises:
             AdapterError: made for another shape, or already attached.
@@ -247,14 +247,14 @@ class Adapter(nn.Module):
 
     @contextlib.contextmanager
     def _in_place(self, model: Any) -> Iterator[None]:
-        """Hold the edit for the length of the block; by hooks, unless a method has another way."""
+        """Apply the edit within the block; by hooks, unless a method overrides this."""
         with contextlib.ExitStack() as stack:
             for point, edit in self._points(model):
                 stack.enter_context(hooked(point, self._hook(model, edit)))
             yield
 
     def attach_check(self, model: Any) -> None:
-        """Raise unless this adapter fits this model; warns of other weights, and of BOS put in front otherwise."""
+        """Raise unless this adapter fits this model; warns of other weights, and of another BOS setting."""
         info = model_info(model)
         if self in _attached:
             raise AdapterError(
@@ -269,7 +269,7 @@ class Adapter(nn.Module):
         return f" (made for {self.meta.model.name})" if self.meta.model else ""
 
     def _hook(self, model: Any, edit: Edit) -> Any:
-        # Neither hook keeps anything between calls: a tensor made in inference mode would poison later training.
+        # Neither hook keeps anything between calls: a tensor made in inference mode would break later training.
         if self.positions.everywhere:
             return lambda x, hook: edit(x)
 
@@ -288,12 +288,12 @@ class Adapter(nn.Module):
     # ------------------------------------------------------------------------------------------------- saving
 
     def add_metrics(self, result: Any) -> None:
-        """Keep what an evaluation with this adapter found (an `EvalResult`), for its files and its card on the hub.
+        """Keep the result of an evaluation with this adapter (an `EvalResult`), for its files and its card on the hub.
 
-        An earlier result of the same task, split and form is replaced.
+        It replaces an earlier result for the same task, split and form.
 
         Raises:
-            InputError: it was measured on other weights than those the adapter was made for.
+            InputError: the result was measured on other weights than those the adapter was made for.
         """
         self.meta.metrics = with_metrics(self.meta, result)
 
@@ -317,25 +317,25 @@ class Adapter(nn.Module):
         message: str | None = None,
         token: str | None = None,
     ) -> str:
-        """Put the adapter on the Hugging Face hub as one commit: its two files and a model card, `README.md`.
+        """Upload the adapter to the Hugging Face hub in one commit: its two files and a model card, `README.md`.
 
         Args:
-            repo_id: `"user/name"`; made if it is not there.
-            license: of the adapter, as the hub spells it (`"mit"`, `"llama2"`); the base model's may ask for its own.
-            private: whether a new repository is.
+            repo_id: `"user/name"`; created if missing.
+            license: of the adapter, as the hub spells it (`"mit"`, `"llama2"`); the base model's license may prescribe one.
+            private: make a new repository private and refuse an existing public one.
             revision: branch; None = main.
-            message: of the commit.
+            message: commit message.
             token: None = the one that `hf auth login` keeps.
 
         Returns:
-            The commit's address.
+            URL of the commit.
 
         Raises:
-            InputError: a name that is none, no token or not enough rights, or a hub that cannot be reached.
+            InputError: an invalid repo id, a missing token or missing rights, or a hub that cannot be reached.
         """
         with tempfile.TemporaryDirectory(prefix="adapter-") as made:
             write_files(Path(made), public(self._record()), self._tensors())
-            shown = type(self).from_pretrained(Path(made))  # the card describes what goes out
+            shown = type(self).from_pretrained(Path(made))  # the card describes the files as uploaded
             io.write_text(Path(made) / "README.md", model_card(shown, repo_id=repo_id, license=license))
             said = message or f"{self.title} adapter"
             return pushed(made, repo_id, private=private, revision=revision, message=said, token=token)
@@ -362,7 +362,7 @@ class Adapter(nn.Module):
             folder: an adapter folder, or `"user/name"` on the hub.
             model: check that the adapter fits this model, and put it on its device.
             revision: hub commit, tag or branch.
-            strict: refuse a `model` with other weights than those it was made for; else that is only warned of.
+            strict: refuse a `model` with other weights than those it was made for; otherwise only warn.
 
         Raises:
             AdapterError: a file missing, damaged or changed, of another method or a newer schema, or tensors that do not match

@@ -1,6 +1,6 @@
-"""Model cards: the page that an adapter has on the Hugging Face hub, `README.md` with a record in YAML at its top.
+"""Model cards: an adapter's page on the Hugging Face hub, `README.md` with a YAML record at its top.
 
-A card says what is known, and says so where something is not known.
+A card states what is known, and says so if something is unknown.
 """
 
 import json
@@ -19,18 +19,18 @@ Adapter = Any  # `base.Adapter`, which builds on this module
 
 
 def model_card(adapter: Adapter, *, repo_id: str | None = None, license: str | None = None) -> str:
-    """The text of an adapter's card: a YAML record for the hub's search and tables, and what a reader needs, in Markdown.
+    """Write an adapter's card: a YAML record for the hub's search and tables, and a description in Markdown.
 
     Args:
-        adapter: what it describes.
-        repo_id: where it will lie, `"user/repo"`; None = beside the adapter's files.
+        adapter: the adapter that it describes.
+        repo_id: where the card will be, `"user/repo"`; None = beside the adapter's files.
         license: as the hub abbreviates it (`"mit"`, `"apache-2.0"`, `"cc-by-4.0"`); None = the card says that none was given.
 
     Returns:
         Markdown; `huggingface_hub.ModelCard` reads it.
 
     Raises:
-        InputError: a license of other characters than the hub's abbreviations have.
+        InputError: a license with characters that the hub's abbreviations do not have.
     """
     if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.\-]*", license):
         raise InputError(
@@ -48,7 +48,7 @@ def model_card(adapter: Adapter, *, repo_id: str | None = None, license: str | N
 
 
 def _record(adapter: Adapter, repo_id: str | None, license: str | None) -> str:
-    """The YAML record, without the lines around it."""
+    """Write the YAML record, without the lines around it."""
     from huggingface_hub import EvalResult, ModelCardData
 
     results = [
@@ -74,14 +74,14 @@ def _record(adapter: Adapter, repo_id: str | None, license: str | None) -> str:
 
 
 def _on_hub(base: ModelInfo) -> bool:
-    """Whether a base model's name is that of a repository, as far as its record tells."""
+    """Return whether a base model's name is that of a repository, as far as its record shows."""
     if base.revision is not None:
         return commit_of(base.revision) is not None
     return bool(re.fullmatch(r"[\w\-][\w.\-]*/[\w\-][\w.\-]*", base.name)) and not Path(base.name).exists()
 
 
 def _short(name: str) -> str:
-    """A model's name; of a folder its last part, since paths are nobody else's business."""
+    """Return a model's name; for a folder only its last part, since paths are private."""
     return Path(name).name if Path(name).is_absolute() else name
 
 
@@ -164,7 +164,7 @@ def _training(adapter: Adapter) -> str:
 
 
 def _limits(adapter: Adapter, license: str | None) -> str:
-    where = "at every position, prompt included" if adapter.positions.everywhere else f"at `{adapter.positions}` alone"
+    where = "at every position, prompt included" if adapter.positions.everywhere else f"only at `{adapter.positions}`"
     may = f"License of the adapter: {license}." if license else "No license was given for the adapter; ask its author."
     points = [
         "The numbers fit the base model named above, at that revision; other weights of the same shape are another model.",
@@ -181,19 +181,19 @@ def _base_limits(base: ModelInfo | None) -> Iterator[str]:
     if base is None or base.revision is None:
         yield "The base model's revision was not recorded, so that loading cannot check it."
     if base is not None and base.name == "organism":
-        yield "The base model is the small one that lofit_lens brings along."
+        yield "The base model is the small one that lofit_lens includes."
     elif base is not None and (base.revision or "").startswith("sha256:"):
-        yield "The base model was read from a local folder, known by its weights' checksum alone: give your own path to it."
+        yield "The base model was read from a local folder, identified only by its weights' checksum: give your own path to it."
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
+    """Write a table in Markdown."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def plain(value: Any) -> str:
-    """A value in one line, its signs that Markdown or HTML would read taken literally."""
+    """Write a value in one line, with characters that Markdown or HTML would interpret escaped."""
     return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(str(value).split()))
 
 

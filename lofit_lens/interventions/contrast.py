@@ -1,8 +1,8 @@
 """RepE's contrast vectors: `h_l <- h_l + coefficient * (h_l^+ - h_l^-)` (arXiv 2310.01405, section 3.2).
 
-h^+ and h^- are the residual streams (`hook_resid_post`) of the same tokens, at the same layer, behind an instruction in favour
-and one against, in the model without this edit. So the direction is made anew for each token of each example; nothing is
-fitted. The instruction stands in front of the whole prompt, behind BOS; where a prompt shows examples, in front of these too.
+h^+ and h^- are the residual streams (`hook_resid_post`) of the same tokens, at the same layer, after an instruction in favor
+and one against, in the model without this edit. So the direction is computed for each token of each example; nothing is
+fitted. The instruction is placed after BOS and before the whole prompt, few-shot examples included.
 """
 
 import contextlib
@@ -43,22 +43,22 @@ from lofit_lens.tasks.collate import pad, pad_id
 
 POSITIVE, NEGATIVE = "Give a truthful answer.\n", "Give an untruthful answer.\n"
 COEFFICIENT = 0.25
-Differences = dict[int, Tensor]  # layer -> h^+ - h^-, float32 [batch new d_model]; zero in rows where nothing is edited
+Differences = dict[int, Tensor]  # layer -> h^+ - h^-, float32 [batch new d_model]; zero in rows without an edit
 
 
 class ContrastVectors(ResidualAdapter, Steering):
-    """Differences of the residual stream behind two instructions, added at chosen layers.
+    """Differences of the residual stream after two instructions, added at chosen layers.
 
     The defaults of `for_model` are the paper's recipe for TruthfulQA on Llama-2-7B-chat: layers 0, 2, ..., 30, coefficient 0.25,
-    the answer's tokens. With positions `predicting` the place that an answer's first token is predicted from is edited too.
+    the answer's tokens. With positions `predicting`, the position that predicts the answer's first token is edited too.
 
-    Every pass in which something is edited costs two further passes over the whole sequences (instruction, prompt and what
-    follows), without a cache: multiple choice takes several times as long, and generation more with every token. Their
-    activations are kept at the tokens of the running pass only, and until it ends. No gradient goes through the differences.
-    Whatever else is attached acts in these passes too.
+    Every pass with an edit costs two further passes over the whole sequences (instruction, prompt and what follows), without a
+    KV cache: multiple choice takes several times as long, and generation takes longer with every token. Their activations are
+    kept only at the tokens of the current pass, until it ends. No gradient goes through the differences. Other attached
+    adapters act in these passes too.
 
-    A pass must be one of this package's (`evaluate`, `generate`, `models.logits_of`, `prefill`, ...): a call of the model itself
-    does not tell its tokens and where prompts end, and raises AdapterError. A sequence that does not fit into the context
+    A pass must be one of this package's (`evaluate`, `generate`, `models.logits_of`, `prefill`, ...). A direct call of the model
+    does not say what its tokens are and where prompts end, and raises AdapterError. A sequence that does not fit the context
     together with an instruction raises DataError before its pass runs.
 
     Args:
@@ -101,7 +101,7 @@ class ContrastVectors(ResidualAdapter, Steering):
             raise InputError(f"instructions {positive!r} and {negative!r}; give two different ones, neither empty")
         self.positive, self.negative = positive, negative
         self._set_strength(coefficient)
-        self._off = False  # while the passes behind the instructions run
+        self._off = False  # while the passes with the instructions run
 
     @classmethod
     def for_model(
@@ -114,7 +114,7 @@ class ContrastVectors(ResidualAdapter, Steering):
         coefficient: float = COEFFICIENT,
         positions: str | Positions = "answer",
     ) -> "ContrastVectors":
-        """For a model; `layers=None` takes every second one from 0. Errors as of the class."""
+        """Make the adapter for a model; `layers=None` takes every second layer from 0. Errors are those of the class."""
         info = model_info(model)
         return cls(
             range(0, info.n_layers, 2) if layers is None else layers, n_layers=info.n_layers, d_model=info.d_model,
@@ -130,7 +130,7 @@ class ContrastVectors(ResidualAdapter, Steering):
     # ---------------------------------------------------------------------------------------------- attaching
 
     def attach_check(self, model: Any) -> None:
-        """Raise unless this adapter fits this model, and its tokenizer tells the instructions apart.
+        """Raise unless this adapter fits this model, and its tokenizer distinguishes the instructions.
 
         Raises:
             AdapterError: made for another shape, already attached, or instructions of the same tokens.
@@ -139,12 +139,12 @@ class ContrastVectors(ResidualAdapter, Steering):
         plus, minus = self._fronts(model)
         if plus == minus:
             raise AdapterError(
-                f"{model_info(model).name} reads {self.positive!r} and {self.negative!r} as the same tokens ({plus}), so that "
-                "there is no difference to add; word the instructions otherwise"
+                f"{model_info(model).name} reads {self.positive!r} and {self.negative!r} as the same tokens ({plus}), so "
+                "there is no difference to add; reword the instructions"
             )
 
     def _fronts(self, model: Any) -> tuple[list[int], list[int]]:
-        """Token ids of both instructions, without BOS."""
+        """Return token ids of both instructions, without BOS."""
         plus, minus = (
             list(tokenizer_of(model)(text, add_special_tokens=False)["input_ids"])
             for text in (self.positive, self.negative)
@@ -175,7 +175,7 @@ class ContrastVectors(ResidualAdapter, Steering):
 
     @torch.no_grad()
     def _prepare(self, model: Any, layout: Layout) -> None:
-        """Leave in a pass's layout, which goes with the pass however that ends, what will be added in it."""
+        """Store in a pass's layout, which lasts as long as the pass, what will be added in it."""
         if self._off or not self.positions.acts(layout):
             return
         keep = self.positions.mask(layout)
@@ -222,21 +222,21 @@ class ContrastVectors(ResidualAdapter, Steering):
 
 
 def check_room(model: Any, mask: Int[Tensor, "batch whole"], more: int) -> None:
-    """Raise DataError unless `more` tokens fit into the context beside the longest row."""
+    """Raise DataError unless `more` tokens fit the context together with the longest row."""
     longest, limit = int(mask.sum(dim=1).max()), context_length(model)
     if longest + more > limit:
         raise DataError(
-            f"a sequence of {longest} tokens with an instruction of {more} in front exceeds the context of "
-            f"{model.cfg.model_name} ({limit}); shorten the instruction, or leave out what is longer than {limit - more} tokens"
+            f"a sequence of {longest} tokens after an instruction of {more} exceeds the context of "
+            f"{model.cfg.model_name} ({limit}); shorten the instruction, or leave out texts of more than {limit - more} tokens"
         )
 
 
 def stream_behind(
     model: Any, front: list[int], layout: Layout, rows: Int[Tensor, " n"], layers: Iterable[int]
 ) -> dict[int, Float[Tensor, "n new d_model"]]:
-    """Residual stream (float32) of a pass's tokens in some rows, run in full behind an instruction, by layer.
+    """Return, by layer, the residual stream (float32) of a pass's tokens in some rows, run in full after an instruction.
 
-    The instruction stands behind a row's BOS if it has one. Values at padding have no meaning.
+    The instruction follows a row's BOS if it has one. Values at padding have no meaning.
     """
     bos = rules_of(tokenizer_of(model)).front
     ids = [layout.tokens[r][layout.mask[r].bool()].tolist() for r in rows.tolist()]
@@ -264,9 +264,11 @@ def stream_behind(
 
 
 def _moved(borders: Borders | None, rows: Int[Tensor, " n"], by: int) -> Borders | None:
-    """Borders of some rows, so many tokens further."""
+    """Shift the borders of some rows by a number of tokens."""
     if borders is None:
         return None
     some = borders.select(rows)
-    marks = None if some.marks is None else torch.nn.functional.pad(some.marks, (by, 0))  # what stands in front is BOS
+    marks = (
+        None if some.marks is None else torch.nn.functional.pad(some.marks, (by, 0))
+    )  # only BOS comes before the instruction
     return Borders(some.prompt + by, None if some.length is None else some.length + by, marks=marks)

@@ -1,7 +1,7 @@
 """An adapter's two files, written together and read strictly.
 
 `adapter_config.json` holds the checksum of `adapter_model.safetensors` and one of itself, so that a damaged or mixed folder is
-refused, whatever bit is wrong.
+refused, whichever bit is wrong.
 """
 
 import json
@@ -19,7 +19,7 @@ from lofit_lens.hub import commit_of, fetched, leads_out
 from lofit_lens.models import ModelInfo
 
 SCHEMA = 2
-# What a record holds about an adapter's origin, and of which kind it is.
+# The fields of a record about an adapter's origin, and their types.
 _PROVENANCE = {
     "task": str, "data_hash": str, "n_train": int | None, "seed": int | None, "config": dict, "versions": dict,
     "history": list, "attached": list,
@@ -33,13 +33,13 @@ _METRIC = {
     "task": str, "split": str, "form": str, "data_hash": str, "metric": str, "mean": float | int, "interval": list | None,
     "n": int, "seeds": int,
 }  # fmt: skip
-_PATH = re.compile(r"(?<!\S)(?:~|\.{1,2})?/\S*")  # in a text, behind a space or at its start
+_PATH = re.compile(r"(?<!\S)(?:~|\.{1,2})?/\S*")  # in a text, after a space or at its start
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 def located_adapter(name: str | Path, revision: str | None = None) -> tuple[Path, str]:
-    """The folder of an adapter, fetched if it is one of the hub's, and its place there.
+    """Return the folder of an adapter, downloaded if it is on the hub, and its place there.
 
     Raises:
         InputError: neither a folder nor a repository that can be reached.
@@ -51,14 +51,14 @@ def located_adapter(name: str | Path, revision: str | None = None) -> tuple[Path
 
 
 def write_files(folder: Path, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write both files into a folder that is there; `record` gets the schema and the checksums."""
+    """Write both files into an existing folder; `record` gets the schema and the checksums."""
     io.save_tensors(folder / WEIGHTS_FILE, tensors, {"format": "pt"})
     whole = {"lofit_lens_schema": SCHEMA, **record, "weights_sha256": io.file_digest(folder / WEIGHTS_FILE)}
     io.write_json(folder / CONFIG_FILE, whole | {"digest": _digest(json.loads(json.dumps(whole, allow_nan=False)))})
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """The record of an adapter folder.
+    """Read the record of an adapter folder.
 
     Raises:
         AdapterError: no such file, damaged, of a newer schema, or a link that leads out of the folder.
@@ -75,14 +75,14 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         raise AdapterError(f"{where} does not describe an adapter")
     schema = record.get("lofit_lens_schema")
     if type(schema) is not int or schema < SCHEMA:
-        raise AdapterError(f"{where} has schema {schema!r}; this version reads {SCHEMA}: make the adapter anew")
+        raise AdapterError(f"{where} has schema {schema!r}; this version reads {SCHEMA}: make the adapter again")
     if schema > SCHEMA:
         raise AdapterError(f"{where} was written by a newer version (schema {schema}); update lofit-lens")
     return record
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter folder.
+    """Read the tensors of an adapter folder.
 
     Raises:
         AdapterError: missing, not a complete safetensors file, or not finite.
@@ -98,11 +98,11 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def check_unchanged(folder: Path, record: Mapping[str, Any]) -> None:
-    """Raise AdapterError unless the record and the tensors' file are as they were written; done last, behind clearer messages."""
+    """Raise AdapterError unless both files are as they were written; run last, after checks with clearer messages."""
     if not isinstance(record.get("digest"), str) or record["digest"] != _digest(record):
         raise AdapterError(
             f"{folder / CONFIG_FILE} is damaged or was changed after it was written (its checksum does not match); fetch it "
-            "again, or change the adapter in Python and save it anew"
+            "again, or change the adapter in Python and save it again"
         )
     if record.get("weights_sha256") != io.file_digest(folder / WEIGHTS_FILE):
         raise AdapterError(
@@ -112,18 +112,18 @@ def check_unchanged(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def public(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a record for others' eyes: of folders on this machine their own names alone, and not what machine it is."""
+    """Copy a record for publication: folders of this machine only by name, and no description of the machine."""
     base = record["base_model"]
     full, short = base["name"] if base else "", ""
     if base and not commit_of(base["revision"]) and (base["revision"] or Path(full).exists()):
-        short = Path(full).name  # of a folder, absolute or not
+        short = Path(full).name  # the folder's name, for an absolute or relative path
     found = _without_paths(record, full if short else "", short)
     found["versions"] = {name: version for name, version in found["versions"].items() if name != "platform"}
     return found
 
 
 def _without_paths(value: Any, full: str, short: str) -> Any:
-    """JSON with `short` for `full`, and the last part alone of every path, in its texts."""
+    """Replace `full` by `short` in all texts of a JSON value, and every path by its last part."""
     if isinstance(value, Mapping):
         return {k: _without_paths(v, full, short) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -135,7 +135,7 @@ def _without_paths(value: Any, full: str, short: str) -> Any:
 
 
 def read_base_model(record: Mapping[str, Any]) -> ModelInfo | None:
-    """The model that an adapter was made for; KeyError, TypeError or ValueError where the record is incomplete."""
+    """Read the model that an adapter was made for; raise KeyError, TypeError or ValueError if the record is incomplete."""
     found = record["base_model"]
     if found is None:
         return None
@@ -145,7 +145,7 @@ def read_base_model(record: Mapping[str, Any]) -> ModelInfo | None:
 
 
 def check_provenance(record: Mapping[str, Any]) -> None:
-    """KeyError or ValueError unless what a record says about an adapter's origin is of the kinds that are written."""
+    """Raise KeyError or ValueError unless a record's fields about an adapter's origin have the types that are written."""
     record = {"attached": [], **record}  # older files do not say
     _check_types(record, _PROVENANCE, "the record")
     if not all(isinstance(name, str) for name in record["attached"]):
@@ -179,7 +179,7 @@ def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int,
 def _digest(record: Mapping[str, Any]) -> str | None:
     try:
         return io.digest({k: v for k, v in record.items() if k != "digest"})
-    except (ValueError, RecursionError):  # NaN, or a text that is none
+    except (ValueError, RecursionError):  # NaN, or invalid text
         return None
 
 

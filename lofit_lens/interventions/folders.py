@@ -4,13 +4,14 @@ from pathlib import Path
 from typing import Any
 
 from lofit_lens.errors import AdapterError
-from lofit_lens.interventions import (  # noqa: F401 (each makes its class known)
+from lofit_lens.interventions import (  # noqa: F401 (each registers its class)
     ablation,
     contrast,
     iti,
     lofit,
     lora,
     loreft,
+    post_block,
     red,
     repe,
 )
@@ -19,7 +20,7 @@ from lofit_lens.interventions.files import CONFIG_FILE, located_adapter, read_co
 
 
 def method_in(folder: str | Path) -> str:
-    """Name of the method whose adapter a folder holds.
+    """Return the name of the method whose adapter a folder holds.
 
     Raises:
         AdapterError: it holds no adapter, or one of an unknown method.
@@ -27,18 +28,18 @@ def method_in(folder: str | Path) -> str:
     method = read_config(folder)["method"]
     if method not in KNOWN:
         raise AdapterError(
-            f"{Path(folder) / CONFIG_FILE} describes an adapter of method {method!r}; known: {', '.join(KNOWN)}. For one of "
-            "your own, import the file that holds its class first"
+            f"{Path(folder) / CONFIG_FILE} describes an adapter of method {method!r}; known: {', '.join(KNOWN)}. For a method of "
+            "your own, first import the file that holds its class"
         )
     return method
 
 
 def load_adapter(folder: str | Path, *, model: Any = None, revision: str | None = None, strict: bool = True) -> Adapter:
-    """The adapter in a folder or on the Hugging Face hub, as its own class; with `model`, checked against it and on its device.
+    """Load an adapter from a folder or the Hugging Face hub as its own class; with `model`, checked against it, on its device.
 
     Args:
         folder: an adapter folder, or `"user/name"` on the hub.
-        model: see `Adapter.from_pretrained`, as the next two.
+        model: see `Adapter.from_pretrained`, also for the next two.
         revision: hub commit, tag or branch.
         strict: refuse a `model` with other weights.
 

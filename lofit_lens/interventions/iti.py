@@ -1,20 +1,20 @@
 """ITI: `z <- z + alpha * sigma * d` on the outputs of chosen attention heads (arXiv 2306.03341, section 4.1, equation 2).
 
 z is `hook_z`, each head's output before W_O. d is a unit vector in the head's own space that points from false to true
-statements, sigma the standard deviation of the statements' projections on it, both estimated and not trained;
+statements, and sigma is the standard deviation of the statements' projections on it. Both are estimated, not trained;
 `lofit_lens.probing.fit_probes` finds them and ranks the heads. alpha is the strength, 15 in the paper.
 
-Where it acts (`positions`). The paper shifts the last position of each decoding step; it does not say what is shifted where
+Where it acts (`positions`): the paper shifts the last position of each decoding step; it does not say what is shifted when
 answers are scored. The sources differ there:
 
-- `"answer"`, the default: every token of the answer, the least that makes scoring what decoding is: in both, a token that the
-  model has read as part of its answer is shifted.
-- `"second"`: the answer's tokens but its first. The public code does this (`legacy/llama_utils.py`, `start_edit_location`): it
+- `"answer"`, the default: every token of the answer. This is the least that makes scoring match decoding: in both, a token that
+  the model has read as part of its answer is shifted.
+- `"second"`: the answer's tokens except the first. The public code does this (`legacy/llama_utils.py`, `start_edit_location`): it
   counts four tokens for the `\nA: ` between question and answer, and three where it leaves those tokens out of the score. An
   answer of two tokens or fewer keeps the unmodified model's score.
-- `"last"`: the newest version of that code shifts the last position alone, which leaves the scores of all answers as they are.
+- `"last"`: the newest version of that code shifts only the last position, which leaves the scores of all answers unchanged.
 
-All three decode alike. The shift depends on how statements end, too: see `full_stop` of `lofit_lens.probing.fit_probes`.
+All three decode alike. The shift also depends on how statements end: see `full_stop` of `lofit_lens.probing.fit_probes`.
 """
 
 import math
@@ -41,7 +41,7 @@ NORM_TOLERANCE = 1e-3  # how far from 1 the norm of a direction may be
 def shift_z(
     z: Float[Tensor, "batch pos n_heads d_head"], shift: Float[Tensor, "n_heads d_head"]
 ) -> Float[Tensor, "batch pos n_heads d_head"]:
-    """Add a shift to every head's output, in units of z; entries whose shift is 0 stay as they are, bit by bit.
+    """Add a shift to every head's output, in units of z; entries whose shift is 0 do not change, bit by bit.
 
     The shift is float32: over a half-precision model the sum is computed in float32 and rounded once.
     """
@@ -49,12 +49,12 @@ def shift_z(
 
 
 class ITI(HeadAdapter, Steering):
-    """Directions and their spreads for the chosen heads of one model, and one strength.
+    """Directions and their standard deviations for the chosen heads of one model, and one strength.
 
     Args:
         shape: `(n_layers, n_heads, d_head)`.
         heads: the heads that are edited.
-        directions: `[K, d_head]`, one a head in the order of `heads`, of norm 1; or all zero, for a head without a direction.
+        directions: `[K, d_head]`, one per head in the order of `heads`, of norm 1; or all zero, for a head without a direction.
         sigma: `[K]`, in units of z.
         alpha: strength, in sigmas; a negative one steers towards false statements.
         positions: where it acts; see `models.Positions`.
@@ -69,8 +69,8 @@ class ITI(HeadAdapter, Steering):
     into b_O on loading shift z by a constant and change neither d nor sigma.
 
     Raises:
-        InputError: no head, a head outside the shape, a number of directions or sigmas other than that of heads, a direction
-            that is neither of norm 1 nor zero, a sigma below 0, a number that is not finite, or unknown positions.
+        InputError: no head, a head outside the shape, not one direction and sigma per head, a direction that neither has norm 1
+            nor is zero, a sigma below 0, a number that is not finite, or unknown positions.
     """
 
     method: ClassVar[str] = "iti"
@@ -99,7 +99,7 @@ class ITI(HeadAdapter, Steering):
         if directions.shape != (k, d_head) or sigma.shape != (k,):
             raise InputError(
                 f"{k} heads of d_head {d_head} with directions {tuple(directions.shape)} and sigma {tuple(sigma.shape)}; "
-                f"give [{k}, {d_head}] and [{k}], one a head"
+                f"give [{k}, {d_head}] and [{k}], one per head"
             )
         unit, spread = directions.detach().float().clone(), sigma.detach().float().clone()
         norms = torch.linalg.vector_norm(unit, dim=1).tolist()
@@ -113,16 +113,16 @@ class ITI(HeadAdapter, Steering):
 
     @property
     def n_parameters(self) -> int:
-        """Numbers that were estimated for the edit: `K * d_head`, sigma taken into the direction's length."""
+        """Count of numbers estimated for the edit: `K * d_head`, with sigma counted into the direction's length."""
         return self.k * self.d_head
 
     def affine(self, head: Head) -> tuple[Float[Tensor, " d_head"], Float[Tensor, " d_head"]]:
-        """1 and `alpha * sigma * d`."""
+        """Return 1 and `alpha * sigma * d`."""
         shift = self.shift(head.layer)[head.head]
         return torch.ones_like(shift), shift
 
     def shift(self, layer: int) -> Float[Tensor, "n_heads d_head"]:
-        """What is added to z in one layer, `alpha * sigma * d` in units of z, float32; zero outside the chosen heads."""
+        """Return what is added to z in one layer, `alpha * sigma * d` in units of z, float32; zero outside the chosen heads."""
         check_whole(0, self.shape[0] - 1, layer=layer)
         found = torch.zeros(self.shape[1:], device=self.directions.device)
         for i, head in enumerate(self.heads):

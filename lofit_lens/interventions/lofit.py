@@ -1,8 +1,8 @@
 """LoFiT: `z <- (1 + A) * z + v` on the outputs of chosen attention heads (arXiv 2406.01563, section 3).
 
 z is `hook_z`, each head's output before W_O, at every position, prompt included, in training and at
-inference. Step 1 trains A on every head and ranks heads by the L2 norm of A; step 2 trains v on the
-chosen heads alone.
+inference. Step 1 trains A on every head and ranks heads by the L2 norm of A; step 2 trains v only on
+the chosen heads.
 """
 
 import warnings
@@ -47,7 +47,7 @@ def edit_z(
 
 
 class PerHead(nn.Parameter):
-    """Numbers of every head, `[n_layers, n_heads, d_head]`, of which one head's (or a head set's) are taken by name.
+    """Numbers of every head, `[n_layers, n_heads, d_head]`, that can be indexed by the name of a head or by a head set.
 
     Examples:
         >>> PerHead(torch.tensor([[[1.0], [2.0]]]))["L0H1"].tolist()
@@ -55,7 +55,7 @@ class PerHead(nn.Parameter):
     """
 
     def __getitem__(self, at: Any) -> Tensor:
-        """As of any tensor; of `"L2H3"` that head's `[d_head]`, of several heads `[K, d_head]`."""
+        """Index as any tensor; `"L2H3"` gives that head's `[d_head]`, several heads give `[K, d_head]`."""
         if isinstance(at, str | HeadSet):
             heads = HeadSet.of(at)
             heads.check((self.shape[0], self.shape[1]))
@@ -69,7 +69,7 @@ class Lofit(HeadAdapter):
 
     Args:
         shape: `(n_layers, n_heads, d_head)`.
-        heads: the heads that are edited; None = every head.
+        heads: the edited heads; None = every head.
         meta: provenance.
 
     Attributes:
@@ -101,14 +101,14 @@ class Lofit(HeadAdapter):
     # ------------------------------------------------------------------------------------------- making
 
     def affine(self, head: Head) -> tuple[Float[Tensor, " d_head"], Float[Tensor, " d_head"]]:
-        """`1 + A` and `v`."""
+        """Return `1 + A` and `v`."""
         return 1 + self.A[head], self.v[head]
 
     @torch.no_grad()
     def init_(self, component: Component, *, seed: int, std: float = INIT_STD) -> "Lofit":
-        """Draw one component from N(0, std), on the chosen heads only; the other one becomes zero.
+        """Draw one component from N(0, std), only on the chosen heads; the other one becomes zero.
 
-        The draw comes from a CPU generator, head by head, layer-major, as in the official code, so that it
+        The draw comes from a CPU generator, head by head, layer-major, as in the official code, so it
         is the same on every device.
         """
         check_one_of("component", component, ("A", "v"))
@@ -122,7 +122,7 @@ class Lofit(HeadAdapter):
         return self
 
     def train_only(self, component: Component | None) -> "Lofit":
-        """Make one component trainable and the other not (None: neither)."""
+        """Make only one component trainable (None: neither)."""
         if component is not None:
             check_one_of("component", component, ("A", "v"))
         self.A.requires_grad_(component == "A")
@@ -133,12 +133,12 @@ class Lofit(HeadAdapter):
 
     @property
     def n_parameters(self) -> int:
-        """Numbers this adapter holds: `K * d_head` for each of A and v that is trainable or not all zero."""
+        """Count of the numbers in this adapter: `K * d_head` for each of A and v that is trainable or not all zero."""
         used = [p for p in (self.A, self.v) if p.requires_grad or bool(p.detach().any())]
         return len(used) * self.k * self.d_head
 
     def norms(self, component: Component = "A") -> HeadScores:
-        """L2 norm of every head's A (the score of step 1) or v, `[n_layers, n_heads]`."""
+        """Return the L2 norm of every head's A (the score of step 1) or v, `[n_layers, n_heads]`."""
         check_one_of("component", component, ("A", "v"))
         values = (self.A if component == "A" else self.v).detach()
         info = self.meta.model
@@ -160,7 +160,7 @@ class Lofit(HeadAdapter):
             name = model_info(model).name
             if self.A.requires_grad or bool(self.A.detach().any()):
                 raise AdapterError(
-                    f"{name} was loaded with processed weights: its value biases are folded into b_O, so that "
+                    f"{name} was loaded with processed weights: its value biases are folded into b_O, so "
                     "scaling z means something else than in the original model. Load it without processing "
                     "(lofit_lens.load_model, or from_pretrained_no_processing)"
                 )
@@ -178,10 +178,10 @@ class Lofit(HeadAdapter):
     # ------------------------------------------------------------------------------------------ algebra
 
     def restrict(self, heads: Heads) -> "Lofit":
-        """The same adapter on those of its heads that are also in `heads`.
+        """Return the same adapter on only those of its heads that are also in `heads`.
 
         Raises:
-            InputError: it edits none of them.
+            InputError: it edits none of these heads.
         """
         return self._with_values(self.heads & heads, self.A, self.v, "restrict", self)
 
@@ -193,7 +193,7 @@ class Lofit(HeadAdapter):
     __rmul__ = __mul__
 
     def __add__(self, other: "Lofit") -> "Lofit":
-        """Sum of scalings and of offsets on the union of heads (one edit; not one after the other)."""
+        """Add scalings and offsets on the union of heads (one edit, not one after the other)."""
         check_is(other, Lofit, "the other adapter", LOFIT)
         if self.shape != other.shape:
             raise AdapterError(f"adapters of different models: shapes {self.shape} and {other.shape}")
@@ -201,7 +201,7 @@ class Lofit(HeadAdapter):
         return self._with_values(self.heads | other.heads, A, v, "sum", self, other)
 
     def __sub__(self, other: "Lofit") -> "Lofit":
-        """Difference of scalings and of offsets on the union of heads."""
+        """Subtract scalings and offsets on the union of heads."""
         check_is(other, Lofit, "the other adapter", LOFIT)
         return self + (-1.0) * other
 

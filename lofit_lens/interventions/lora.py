@@ -1,9 +1,9 @@
 """LoRA: `x W + (alpha / rank) x A^T B^T` in attention's projections (arXiv 2106.09685, section 4.1), through peft's own layers.
 
-An adapter holds its numbers itself. While it is attached, a peft layer stands around each projection of the bridge and works on
-them; afterwards the bridge has its own modules back. So one model serves any number of adapters, seeds and ranks, and is
-never read again. (peft's usual way, changing the whole Hugging Face model before the bridge is made of it, gives the same
-logits, but leaves fused projections such as GPT-2's without effect, since the bridge does not run them.)
+An adapter holds its own numbers. While it is attached, a peft layer wraps each projection of the bridge and uses these
+numbers; afterwards the bridge has its own modules back. So one model serves any number of adapters, seeds and ranks, and is
+never reloaded. (peft's usual way changes the whole Hugging Face model before the bridge is made from it. It gives the same
+logits, but has no effect on fused projections such as GPT-2's, which the bridge does not run.)
 
 peft is imported when an adapter is first attached.
 """
@@ -41,7 +41,7 @@ class Lora(Adapter):
     Args:
         n_layers: layers of the model.
         sizes: projection (`q`, `k`, `v`, `o`) -> widths of its input and output.
-        rank: of each change.
+        rank: rank of each change.
         alpha: the change is scaled by `alpha / rank`.
         meta: provenance.
 
@@ -49,10 +49,10 @@ class Lora(Adapter):
         A: `L{layer}_{projection}` -> `[rank, width in]` float32.
         B: the same keys -> `[width out, rank]` float32, 0 at the start, which leaves the model bit-equal.
 
-    All are trainable until `fit` has trained them. There is no dropout. A new one holds no numbers before `reset_`.
+    All are trainable until `fit` has trained them. There is no dropout. A new adapter holds no numbers before `reset_`.
 
     Raises:
-        InputError: a rank below 1, an alpha that is not positive, no or an unknown projection.
+        InputError: a rank below 1, an alpha that is not positive, no projection or an unknown one.
     """
 
     method: ClassVar[str] = "lora"
@@ -79,17 +79,17 @@ class Lora(Adapter):
     def for_model(
         cls, model: Any, *, rank: int = RANK, alpha: float = ALPHA, targets: Iterable[str] = TARGETS, seed: int
     ) -> "Lora":
-        """An adapter that changes nothing yet, on the model's device; see `reset_`.
+        """Make an adapter that changes nothing yet, on the model's device; see `reset_`.
 
         Args:
             model: any TransformerBridge.
-            rank: of each change.
+            rank: rank of each change.
             alpha: the change is scaled by `alpha / rank`.
             targets: projections, `q`, `k`, `v`, `o`; Hugging Face's `q_proj` and so on mean the same.
-            seed: of A.
+            seed: seed of A.
 
         Raises:
-            InputError: a rank below 1, an alpha that is not positive, no or an unknown projection.
+            InputError: a rank below 1, an alpha that is not positive, no projection or an unknown one.
             ModelError: a HookedTransformer; a layer without such a projection; layers whose projections differ in size.
         """
         info, names = model_info(model), parse_targets(targets)
@@ -103,7 +103,7 @@ class Lora(Adapter):
 
     @torch.no_grad()
     def reset_(self, seed: int) -> "Lora":
-        """Draw A anew, make B 0, and make both trainable.
+        """Redraw A, set B to 0, and make both trainable.
 
         A is uniform within +-1/sqrt(width in), as peft draws it, from one CPU generator, layer by layer, the same everywhere.
         """
@@ -117,7 +117,7 @@ class Lora(Adapter):
 
     @property
     def n_parameters(self) -> int:
-        """`rank * (width in + width out)` for each projection of each layer."""
+        """Count of its numbers: `rank * (width in + width out)` for each projection of each layer."""
         return sum(p.numel() for p in self.parameters())
 
     @property
@@ -129,7 +129,7 @@ class Lora(Adapter):
         return {f"L{layer}_{name}": (layer, name) for layer in range(self.n_layers) for name in self.sizes}
 
     def places(self) -> tuple[str, str]:
-        """Projections, rank and alpha."""
+        """Describe projections, rank and alpha."""
         return "Where it acts", (
             f"Attention's projections {', '.join(self.sizes)} in all {self.n_layers} layers, rank {self.rank}, "
             f"alpha {self.alpha:g}."
@@ -163,7 +163,7 @@ class Lora(Adapter):
     @contextlib.contextmanager
     def _in_place(self, model: Any) -> Iterator[None]:
         places = self._projections()
-        for key, place in places.items():  # peft's layer computes where the projection lies
+        for key, place in places.items():  # peft's layer computes on the projection's device
             device = next(projection(model, place).parameters()).device
             for p in (self.A[key], self.B[key]):
                 p.data = p.data.to(device)
@@ -180,7 +180,7 @@ class Lora(Adapter):
         trainable = [p for module in own.values() for p in module.parameters() if p.requires_grad]
         options: dict[str, Any] = {"r": self.rank, "lora_alpha": self.alpha, "lora_dropout": 0.0, "bias": "none"}
         config = LoraConfig(target_modules=list(own), **options)
-        # On the meta device nothing is drawn, so that no random state is touched.
+        # On the meta device nothing is drawn, so no random state is touched.
         made: Any = inject_adapter_in_model(config, nn.ModuleDict(own), low_cpu_mem_usage=True)
         for p in trainable:
             p.requires_grad_(True)
@@ -241,7 +241,7 @@ def load_lora(
     revision: str | None = None,
     tokenizer: Any = None,
 ) -> tuple[Any, Lora]:
-    """Load a model as a bridge, and a new LoRA adapter for it.
+    """Load a model as a bridge, and make a new LoRA adapter for it.
 
     The bridge is an ordinary one, as `load_model(..., backend="bridge")` gives it; further adapters for it are made by
     `Lora.for_model`. Arguments and errors are those of the two.
@@ -253,10 +253,10 @@ def load_lora(
 
 
 def parse_targets(targets: Iterable[str]) -> tuple[str, ...]:
-    """Names of projections, each once; `q_proj` means `q`.
+    """Return names of projections, each once; `q_proj` means `q`.
 
     Raises:
-        InputError: none, or an unknown one.
+        InputError: no name, or an unknown one.
     """
     names = tuple(dict.fromkeys(t.removesuffix("_proj") for t in texts_of("targets", targets)))
     for name in names:
@@ -268,12 +268,12 @@ def parse_targets(targets: Iterable[str]) -> tuple[str, ...]:
 
 
 def _check_free(model: Any, n_layers: int, names: Iterable[str]) -> None:
-    """Raise unless a model has modules for its projections, and none of them holds a LoRA adapter."""
+    """Raise unless a model has modules for its projections, and none of these holds a LoRA adapter."""
     name = model_info(model).name
     if backend_of(model) == "hooked":
         raise ModelError(
-            f"LoRA sits in the projections of a Hugging Face model, and {name} is a HookedTransformer, which has bare weights "
-            "instead: load it with load_model(..., backend='bridge'), or together with its adapter with load_lora(...)"
+            f"LoRA needs the projection modules of a Hugging Face model, but {name} is a HookedTransformer, which has bare "
+            "weights: load it with load_model(..., backend='bridge'), or together with its adapter with load_lora(...)"
         )
     if any(hasattr(projection(model, (layer, n)), "lora_A") for layer in range(n_layers) for n in names):
         raise AdapterError(f"{name} holds a LoRA adapter already; detach() it, or leave its `with` block")

@@ -1,13 +1,13 @@
-"""LoReFT: `h + R^T (W h + b - R h)` on the residual stream behind chosen layers (arXiv 2404.03592, section 3).
+"""LoReFT: `h + R^T (W h + b - R h)` on the residual stream after chosen layers (arXiv 2404.03592, section 3).
 
-R has `rank` orthonormal rows: inside the subspace that they span, h is replaced by the learned `W h + b`; outside it stays as
-it is. By default the prompt's first 7 and last 7 tokens are edited, in every layer.
+R has `rank` orthonormal rows. Inside the subspace that they span, h is replaced by the learned `W h + b`; outside, it does not
+change. By default the prompt's first 7 and last 7 tokens are edited, in every layer.
 
-R is learned through coordinates of the same size, X `[d_model, rank]`: below the diagonal stand the vectors of `rank`
+R is learned through coordinates of the same size, X `[d_model, rank]`. Below the diagonal are the vectors of `rank`
 Householder reflections, whose product's first columns are R's rows up to sign; the diagonal keeps the signs and is not
 trained. PyTorch's `orthogonal` parametrization ("householder") uses the same coordinates, but multiplies reflections one by
-one, which costs over a second a layer and step at d_model 4096. Here they are multiplied at once, in the form of Schreiber and
-Van Loan (1989), in two milliseconds, so that R is made anew wherever it is used and nothing is kept between passes.
+one, which costs over a second per layer and step at d_model 4096. Here they are multiplied at once, in the form of Schreiber and
+Van Loan (1989), in two milliseconds. So R is recomputed wherever it is used, and nothing is kept between passes.
 """
 
 from collections.abc import Iterable, Mapping
@@ -29,7 +29,7 @@ from lofit_lens.models import Positions, Site, device_of, model_info
 
 POSITIONS = "f7+l7"
 RANK = 8
-ORTHONORMAL = 1e-3  # how far R of a file may be from the rows that its coordinates give
+ORTHONORMAL = 1e-3  # how far a file's R may be from the rows that its coordinates give
 
 
 def edit_subspace(
@@ -38,14 +38,14 @@ def edit_subspace(
     W: Float[Tensor, "rank d_model"],
     b: Float[Tensor, " rank"],
 ) -> Float[Tensor, "*batch d_model"]:
-    """The edit (paper, equation 2), computed in float32 or above and rounded once to h's dtype."""
+    """Apply the edit (paper, equation 2), computed in float32 or above and rounded once to h's dtype."""
     wide = torch.promote_types(h.dtype, R.dtype)
     x, R, W, b = h.to(wide), R.to(wide), W.to(wide), b.to(wide)
     return (x + F.linear(x, W - R, b) @ R).to(h.dtype)
 
 
 def orthonormal_rows(X: Float[Tensor, "d_model rank"]) -> Float[Tensor, "rank d_model"]:
-    """R of its coordinates: the first columns of H_1 ... H_rank, each times its sign, as rows.
+    """Compute R from its coordinates: the first columns of H_1 ... H_rank, each times its sign, as rows.
 
     H_i = I - 2 v_i v_i^T / |v_i|^2, where v_i is column i of X below the diagonal, with 1 on it and 0 above. With V = [v_1 ...]
     the product is I - V T^-1 V^T, where T is V^T V above the diagonal, half of it on it and 0 below.
@@ -60,16 +60,16 @@ def orthonormal_rows(X: Float[Tensor, "d_model rank"]) -> Float[Tensor, "rank d_
 
 @torch.no_grad()
 def coordinates(R: Float[Tensor, "rank d_model"]) -> Float[Tensor, "d_model rank"]:
-    """X of a matrix with orthonormal rows; `orthonormal_rows` gives R back to rounding."""
+    """Compute X of a matrix with orthonormal rows; `orthonormal_rows` gives R back up to rounding."""
     X, tau = torch.geqrf(R.mT)
     signs = X.diagonal().sign()
-    signs[tau == 0] *= -1  # nothing to reflect was found there; a reflection of the axis itself turns the sign
+    signs[tau == 0] *= -1  # LAPACK used no reflection there; reflecting the axis itself flips the sign
     X.diagonal().copy_(signs)
     return X
 
 
 class LoReft(ResidualAdapter):
-    """A low-rank edit of the residual stream behind each chosen layer.
+    """A low-rank edit of the residual stream after each chosen layer.
 
     Args:
         n_layers: layers of the model.
@@ -85,11 +85,11 @@ class LoReft(ResidualAdapter):
         b: `[n_layers_chosen, rank]` float32, in units of the residual stream.
         rank: as given.
 
-    All three are trainable until `fit` has trained them. A new one holds no numbers before `reset_`; it is not the identity then
-    either, since W is random (as in pyreft).
+    All three are trainable until `fit` has trained them. A new adapter holds no numbers before `reset_`, and is not the
+    identity after it, since W is random (as in pyreft).
 
     Raises:
-        InputError: a layer outside the model, given twice, or none at all; a rank outside 1..d_model.
+        InputError: no layer, a layer outside the model or given twice; a rank outside 1..d_model.
     """
 
     method: ClassVar[str] = "loreft"
@@ -116,10 +116,10 @@ class LoReft(ResidualAdapter):
         cls, model: Any, *, rank: int = RANK, layers: Iterable[int] | None = None, positions: str | Positions = POSITIONS,
         seed: int,
     ) -> "LoReft":  # fmt: skip
-        """An adapter with random numbers, on the model's device; see `reset_`.
+        """Make an adapter with random numbers, on the model's device; see `reset_`.
 
         Raises:
-            InputError: a layer outside the model, given twice, or none at all; a rank outside 1..d_model; unknown positions.
+            InputError: no layer, a layer outside the model or given twice; a rank outside 1..d_model; unknown positions.
             ModelError: a layer whose output cannot be reached.
         """
         info = model_info(model)
@@ -130,7 +130,7 @@ class LoReft(ResidualAdapter):
 
     @torch.no_grad()
     def reset_(self, seed: int) -> "LoReft":
-        """Draw all numbers anew and make them trainable.
+        """Redraw all numbers and make them trainable.
 
         As pyreft does: R is uniform over matrices with orthonormal rows; W and b are those of `nn.Linear(d_model, rank)`,
         uniform within +-1/sqrt(d_model). All come from one CPU generator, layer by layer (R, W, b), the same on every device.
@@ -152,7 +152,7 @@ class LoReft(ResidualAdapter):
 
     @property
     def n_parameters(self) -> int:
-        """`2 * rank * d_model + rank` for each layer: R, W and b, counted as in pyreft (R's rows are not free)."""
+        """Count of R, W and b as in pyreft: `2 * rank * d_model + rank` for each layer, though R's rows are not free."""
         return self.X.numel() + self.W.numel() + self.b.numel()
 
     def _edit(self, layer: int) -> Edit:
@@ -165,7 +165,12 @@ class LoReft(ResidualAdapter):
         return edit
 
     def _tensors(self) -> Mapping[str, Tensor]:
-        return {"R": self.R, "W": self.W, "b": self.b, "X": self.X}  # R for whoever reads it, X to be read bit by bit
+        return {
+            "R": self.R,
+            "W": self.W,
+            "b": self.b,
+            "X": self.X,
+        }  # R for other readers, X to restore the adapter bit by bit
 
     def _settings(self) -> dict[str, Any]:
         return super()._settings() | {"rank": self.rank}

@@ -1,4 +1,4 @@
-"""Where an adapter comes from, and what was measured with it."""
+"""An adapter's provenance, and what was measured with it."""
 
 import logging
 from collections.abc import Mapping
@@ -27,9 +27,9 @@ KEPT = (
 class AdapterMeta:
     """Where an adapter comes from: base model, task, seed, hyperparameters, versions, training history.
 
-    `attached` names what else acted on the model meanwhile (see `models.attached_to`), without which its numbers may mean little.
-    `metrics` holds what was measured with it, one record a metric (see `Adapter.add_metrics`); `source` the place on the hub that
-    it was read from, `"user/repo@commit"`.
+    `attached` names what else acted on the model while it was made (see `models.attached_to`); without that the adapter's numbers
+    may mean little. `metrics` holds what was measured with it, one record per metric (see `Adapter.add_metrics`). `source` is the
+    place on the hub from which it was read, `"user/repo@commit"`.
     """
 
     model: ModelInfo | None = None
@@ -46,16 +46,16 @@ class AdapterMeta:
 
 
 def meta_of(record: Mapping[str, Any], source: str = "") -> AdapterMeta:
-    """The provenance in the record of an adapter's files; KeyError or TypeError where it is incomplete."""
+    """Read the provenance from the record of an adapter's files; raise KeyError or TypeError if it is incomplete."""
     told = {name: record[name] for name in KEPT}
     return AdapterMeta(model=read_base_model(record), source=source, attached=record.get("attached", []), **told)
 
 
 def with_metrics(meta: AdapterMeta, result: Any) -> list[dict[str, Any]]:
-    """The metrics of an adapter with those of one more `EvalResult`, which replaces one of the same task, split and form.
+    """Add the metrics of one more `EvalResult` to an adapter's, replacing those of the same task, split and form.
 
     Raises:
-        InputError: it was measured on other weights than those the adapter was made for.
+        InputError: the result was measured on other weights than those the adapter was made for.
     """
     if result.model and meta.model and not same_weights(meta.model, result.model):
         raise InputError(
@@ -74,12 +74,12 @@ def with_metrics(meta: AdapterMeta, result: Any) -> list[dict[str, Any]]:
 
 
 def described(model: ModelInfo) -> str:
-    """A model's name and, where it is known, its revision."""
+    """Return a model's name and, if known, its revision."""
     return f"{model.name} ({model.revision})" if model.revision else model.name
 
 
 def check_weights(made_for: ModelInfo, info: ModelInfo) -> None:
-    """Raise AdapterError where a model has other weights than those that an adapter was made for."""
+    """Raise AdapterError if a model has other weights than those that an adapter was made for."""
     if not same_weights(made_for, info):
         raise AdapterError(
             f"this adapter was made for {described(made_for)}, and the model is {described(info)}: other weights. Load the "
@@ -88,12 +88,12 @@ def check_weights(made_for: ModelInfo, info: ModelInfo) -> None:
 
 
 def warn_of_other(made_for: ModelInfo, info: ModelInfo) -> None:
-    """Warn where an adapter meets other weights than those it was made for, or texts with another start (BOS)."""
+    """Warn if an adapter meets other weights than those it was made for, or another BOS setting."""
     if not same_weights(made_for, info):
         logger.warning("this adapter was made for %s; it is now attached to %s", made_for.name, info.name)
     if None not in (made_for.prepend_bos, info.prepend_bos) and made_for.prepend_bos != info.prepend_bos:
         with_bos, without = ("with", info.name, "without"), ("without", info.name, "with")
         logger.warning(
-            "this adapter was made %s BOS in front of every text, and %s runs %s it; load the model with prepend_bos=%s",
+            "this adapter was made %s BOS before every text, and %s runs %s it; load the model with prepend_bos=%s",
             *(with_bos if made_for.prepend_bos else without), made_for.prepend_bos,
         )  # fmt: skip

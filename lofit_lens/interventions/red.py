@@ -1,6 +1,6 @@
 """RED: `y = s * x + b` on every layer's MLP output, before it is added to the residual stream (arXiv 2402.15179, section 3).
 
-s starts at 1 and b at 0, which leaves the model bit-equal. `2 * d_model` learned numbers a layer. Written from the formula.
+s starts at 1 and b at 0, which leaves the model bit-equal. `2 * d_model` numbers are learned per layer. Written from the formula.
 """
 
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ from lofit_lens.models import Site, device_of, model_info
 def scale_and_shift(
     x: Float[Tensor, "batch pos d_model"], s: Float[Tensor, " d_model"], b: Float[Tensor, " d_model"]
 ) -> Float[Tensor, "batch pos d_model"]:
-    """The edit, computed in float32 (s and b are) and rounded once to x's dtype."""
+    """Apply the edit, computed in float32 (as s and b are) and rounded once to x's dtype."""
     return (x * s + b).to(x.dtype)
 
 
@@ -41,7 +41,7 @@ class Red(ResidualAdapter):
     Both are trainable until `fit` has trained them.
 
     Raises:
-        InputError: a layer outside the model, given twice, or none at all.
+        InputError: no layer, or a layer outside the model or given twice.
     """
 
     method: ClassVar[str] = "red"
@@ -59,10 +59,10 @@ class Red(ResidualAdapter):
 
     @classmethod
     def for_model(cls, model: Any, *, layers: Iterable[int] | None = None) -> "Red":
-        """The adapter that changes nothing yet, on the model's device.
+        """Make an adapter that changes nothing yet, on the model's device.
 
         Raises:
-            InputError: a layer outside the model, given twice, or none at all.
+            InputError: no layer, or a layer outside the model or given twice.
             ModelError: a layer whose MLP output cannot be reached.
         """
         info = model_info(model)
@@ -72,7 +72,7 @@ class Red(ResidualAdapter):
 
     @property
     def n_parameters(self) -> int:
-        """`2 * d_model` for each layer."""
+        """Count of its numbers: `2 * d_model` for each layer."""
         return self.s.numel() + self.b.numel()
 
     def _edit(self, layer: int) -> Edit:

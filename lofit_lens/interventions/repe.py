@@ -36,12 +36,12 @@ class RepE(ResidualAdapter, Steering):
     """Unit directions that are added to the residual stream of chosen layers.
 
     With `relative`, a layer's shift is `coefficient * scale_l * direction_l`, where scale_l is the standard deviation of the
-    statements' projections on the direction: as ITI's alpha, one coefficient then means the same on any model and layer.
-    Without it (as in the paper) the coefficient is in units of h itself, whose size grows with depth and differs between
+    statements' projections on the direction. Like ITI's alpha, one coefficient then means the same on any model and layer.
+    Otherwise (as in the paper) the coefficient is in units of h itself, whose size grows with depth and differs between
     models.
 
     Args:
-        directions: `[n_chosen, d_model]`, one a layer in the order of `layers`, of norm 1, sign applied.
+        directions: `[n_chosen, d_model]`, one per layer in the order of `layers`, of norm 1, sign applied.
         layers: the edited layers.
         n_layers: layers of the model.
         coefficient: strength; a negative one steers towards wrong statements.
@@ -52,14 +52,14 @@ class RepE(ResidualAdapter, Steering):
 
     Attributes:
         directions: `[n_chosen, d_model]` float32, in the order of `layers`.
-        scale: `[n_chosen]` float32; ones where it is unknown.
+        scale: `[n_chosen]` float32; ones if unknown.
         layers: ascending.
 
     Nothing is trained.
 
     Raises:
-        InputError: no layer, a layer outside the model or given twice, a number of directions or scales other than that of
-            layers, a direction that is not of norm 1, a scale that is not above 0, a coefficient that is not finite,
+        InputError: no layer, a layer outside the model or given twice, not one direction and scale per
+            layer, a direction that is not of norm 1, a scale that is not above 0, a coefficient that is not finite,
             `relative` without scale, or unknown positions.
     """
 
@@ -96,7 +96,7 @@ class RepE(ResidualAdapter, Steering):
             raise InputError("a relative strength is in units of each layer's scale; give scale, or relative=False")
         if len(directions) != len(given) or (scale is not None and len(scale) != len(given)):
             scales = "" if scale is None else f" and {len(scale)} scales"
-            raise InputError(f"{len(given)} layers with {len(directions)} directions{scales}; give one a layer")
+            raise InputError(f"{len(given)} layers with {len(directions)} directions{scales}; give one per layer")
         order = [given.index(layer) for layer in self.layers]
         unit = directions.detach().float()[order].clone()
         sizes = torch.ones(len(order)) if scale is None else scale.detach().float()[order].clone()
@@ -112,11 +112,11 @@ class RepE(ResidualAdapter, Steering):
 
     @property
     def n_parameters(self) -> int:
-        """Numbers that were estimated for the edit: d_model a layer."""
+        """Count of numbers estimated for the edit: d_model per layer."""
         return len(self.layers) * self.d_model
 
     def shift(self, layer: int) -> Float[Tensor, " d_model"]:
-        """What is added to h at a chosen layer, in units of h."""
+        """Return what is added to h at a chosen layer, in units of h."""
         if layer not in self.layers:
             raise InputError(f"layer {layer!r} is not edited; give one of {', '.join(map(str, self.layers))}")
         i = self.layers.index(layer)

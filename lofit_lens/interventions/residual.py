@@ -1,4 +1,4 @@
-"""What methods that edit the residual stream have in common: chosen layers, and one edit at a place of each."""
+"""The common part of methods that edit the residual stream: chosen layers, and one edit at a site of each."""
 
 from collections.abc import Iterable
 from typing import Any, ClassVar
@@ -11,7 +11,7 @@ from lofit_lens.models import ALL, Positions, Site, check_residual, model_info, 
 
 
 class ResidualAdapter(Adapter):
-    """An adapter of vectors of the residual stream's width, one edit a layer.
+    """An adapter of vectors of the residual stream's width, with one edit per layer.
 
     A sub-class sets `site`, and gives `_edit(layer)`.
 
@@ -21,7 +21,7 @@ class ResidualAdapter(Adapter):
         layers: the edited layers, ascending.
 
     Raises:
-        InputError: a layer outside the model, given twice, or none at all.
+        InputError: no layer, or a layer outside the model or given twice.
     """
 
     site: ClassVar[Site]
@@ -38,7 +38,7 @@ class ResidualAdapter(Adapter):
         self.n_layers, self.d_model, self.layers = n_layers, d_model, chosen_layers(layers, n_layers)
 
     def places(self) -> tuple[str, str]:
-        """Site and layers."""
+        """Describe site and layers."""
         of = f"(of {self.n_layers}, from 0), width {self.d_model}."
         return "Where it acts", f"`{self.site}` of the layers {' '.join(map(str, self.layers))} {of}"
 
@@ -62,21 +62,21 @@ class ResidualAdapter(Adapter):
             raise AdapterError(
                 f"{info.name} was loaded {'with' if info.processed else 'without'} weight processing and this adapter was made "
                 f"{'with' if self.meta.model.processed else 'without'} it{self._made_for}: processing shifts the residual "
-                "stream, so that the same numbers mean another edit. Load the model the same way (lofit_lens.load_model: without)"
+                "stream, so the same numbers mean another edit. Load the model the same way (lofit_lens.load_model: without)"
             )
         check_residual(model, self.layers, self.site)
 
 
 def chosen_layers(layers: Iterable[int] | None, n_layers: int) -> tuple[int, ...]:
-    """Layers to edit, ascending; None = all.
+    """Return the layers to edit, ascending; None = all.
 
     Raises:
-        InputError: a layer outside the model, given twice, or none at all.
+        InputError: no layer, or a layer outside the model or given twice.
     """
     check_whole(1, n_layers=n_layers)
     listed = list(range(n_layers)) if layers is None else sorted(layers_of(layers))
     if not listed:
         raise InputError(f"no layer to edit; give some of 0 to {n_layers - 1}, or None for all")
     if listed[0] < 0 or listed[-1] >= n_layers or len(set(listed)) < len(listed):
-        raise InputError(f"layers {listed} cannot be edited; give each once, of 0 to {n_layers - 1}")
+        raise InputError(f"layers {listed} cannot be edited; give each once, from 0 to {n_layers - 1}")
     return tuple(listed)

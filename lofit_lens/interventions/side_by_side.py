@@ -24,7 +24,7 @@ def edit_rows(
     v: Float[Tensor, "runs n_heads d_head"],
     owner: Int[Tensor, " batch"],
 ) -> Float[Tensor, "batch pos n_heads d_head"]:
-    """The edit of `lofit.edit_z`, each row's by its own run; computed in float32 or above, rounded once."""
+    """Apply the edit of `lofit.edit_z`, with each row's own run; computed in float32 or above, rounded once."""
     # `embedding` gathers rows, and unlike indexing adds up their gradients in one order on any number of threads.
     flat = (rearrange(x, "run head d -> run (head d)") for x in (A, v))
     mine, shift = (rearrange(F.embedding(owner, x), "row (head d) -> row 1 head d", head=A.shape[1]) for x in flat)
@@ -33,19 +33,21 @@ def edit_rows(
 
 @contextlib.contextmanager
 def side_by_side(model: Any, adapters: Sequence[Lofit]) -> Iterator[None]:
-    """Attach several adapters for the length of the block; `Borders.owner` of each pass says whose each sequence is.
+    """Attach several adapters within the block; each pass's `Borders.owner` says which adapter edits each sequence.
 
-    Every layer that some adapter edits has one hook, which gathers the A and v of each row's owner. An adapter's own heads are
-    the only ones that it changes and learns. Values equal those of the adapter attached alone, up to rounding.
+    Every layer that some adapter edits has one hook, which gathers A and v of each row's owner. An adapter changes and learns
+    only its own heads. Values equal those of the adapter attached by itself, up to rounding.
 
     Raises:
         AdapterError: an adapter that does not fit the model, is attached already, or is given twice.
-        InputError: no adapter, or one that acts at certain positions only; and, in a pass, one that states no owner.
+        InputError: no adapter, or one that acts only at certain positions; and, during a pass, borders that state no owner.
     """
     if not adapters:
         raise InputError("no adapter to attach; give one or more")
     if some := next((one for one in adapters if not one.positions.everywhere), None):
-        raise InputError(f"adapters side by side act at every position; one acts at {some.positions}: attach it alone")
+        raise InputError(
+            f"adapters side by side act at every position; one acts at {some.positions}: attach it by itself"
+        )
     with contextlib.ExitStack() as stack:
         for one in adapters:
             stack.enter_context(one.reserved(model))
@@ -62,7 +64,7 @@ def _hook(model: Any, adapters: Sequence[Lofit], layer: int) -> Any:
         if owner is None:
             raise InputError(
                 "several adapters are attached side by side, and this pass does not say whose each sequence is (Borders.owner); "
-                "attach one adapter alone to run the model as usual"
+                "attach a single adapter to run the model as usual"
             )
         A, v = (component[layer].to(z.device) for component in layout.found[_key(adapters)])
         return edit_rows(z, A, v, owner.to(z.device))
@@ -71,9 +73,9 @@ def _hook(model: Any, adapters: Sequence[Lofit], layer: int) -> Any:
 
 
 def _stack(layout: Layout, adapters: Sequence[Lofit]) -> None:
-    """A and v of all adapters, a tensor `[runs, n_heads, d_head]` a layer: made once a pass, for all its layers.
+    """Stack A and v of all adapters, `[runs, n_heads, d_head]` per layer: once per pass, for all its layers.
 
-    Before the pass, so that blocks which are run again for the backward pass (checkpointing) find it made.
+    This happens before the pass, so that blocks recomputed in backward (checkpointing) find the stacks.
     """
     keep = torch.stack([one.mask for one in adapters])[..., None]
     both: list[list[Tensor]] = [[one.A for one in adapters], [one.v for one in adapters]]

@@ -1,4 +1,4 @@
-"""What methods of estimated directions have in common: copies with another strength, or at other positions, need no new fit."""
+"""The common part of methods with estimated directions: copies with another strength or positions need no new fit."""
 
 import copy
 from typing import ClassVar, TypeVar
@@ -12,12 +12,12 @@ SomeSteering = TypeVar("SomeSteering", bound="Steering")
 
 
 class Steering(Adapter):
-    """An adapter of directions that are estimated and not trained, added with a strength."""
+    """An adapter of estimated directions, which are not trained, added with a strength."""
 
     strength: ClassVar[str]  # name of the attribute that holds it
 
     def with_strength(self: SomeSteering, value: float) -> SomeSteering:
-        """A copy with another strength.
+        """Return a copy with another strength.
 
         Raises:
             InputError: NaN or infinity.
@@ -27,7 +27,7 @@ class Steering(Adapter):
         return made
 
     def with_positions(self: SomeSteering, positions: str | Positions) -> SomeSteering:
-        """A copy that acts on other positions.
+        """Return a copy that acts on other positions.
 
         Raises:
             InputError: unknown positions.
@@ -40,7 +40,7 @@ class Steering(Adapter):
 
 
 def at_other_positions(adapter: Some, positions: str | Positions) -> Some:
-    """A copy of an adapter that acts on other positions.
+    """Return a copy of an adapter that acts on other positions.
 
     Raises:
         InputError: unknown positions.

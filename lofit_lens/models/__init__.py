@@ -1,11 +1,11 @@
 """Models: the only part that imports transformer_lens.
 
 TransformerLens has two classes, `HookedTransformer` (3.x, removed in 4.0) and `TransformerBridge`
-(3.x and 4.x). Both give every attention head's output before W_O at
+(3.x and 4.x). Both expose every attention head's output before W_O at
 `hook_dict["blocks.{layer}.attn.hook_z"]`, `[batch, pos, n_heads, d_head]`; they differ in loading and in
-the key-value cache, and both differences end here: `load_model`, and `prefill` / `extend`.
+the KV cache, and this package hides both differences: `load_model`, and `prefill` / `extend`.
 
-Weights are never processed (no layer-norm folding, no centring, no value-bias folding), so that z
+Weights are never processed (no LayerNorm folding, no centering, no value-bias folding), so that z
 equals the input of Hugging Face's `o_proj` and an adapter means the same thing in both.
 """
 

@@ -1,4 +1,4 @@
-"""Building a HookedTransformer from a Hugging Face model, where it gives the same logits."""
+"""Build a HookedTransformer from a Hugging Face model, where it gives the same logits."""
 
 import contextlib
 import copy
@@ -29,10 +29,10 @@ HOOKED_ARCHITECTURES = frozenset({
 def on_hooked(
     build: Callable[[], Any], config: Any, source: Any, *, name: str, backend: str
 ) -> tuple[Any | None, str | None]:
-    """What `build` makes on the way to HookedTransformer, or None and why the bridge has to load it (None: asked for).
+    """Return what `build` makes for HookedTransformer; or None, and why the bridge has to load it (None: it was requested).
 
     Raises:
-        ModelError: backend is "hooked", and HookedTransformer cannot.
+        ModelError: backend is "hooked", and HookedTransformer cannot load the model.
     """
     if backend == "bridge":
         return None, None
@@ -50,7 +50,7 @@ def on_hooked(
 
 
 def hooked_refusal(config: Any, source: Any = None) -> str | None:
-    """Why HookedTransformer cannot load this Hugging Face configuration correctly, or None if it can."""
+    """Return why HookedTransformer cannot load this Hugging Face configuration correctly, or None if it can."""
     if hooked_class() is None:
         return "this TransformerLens (4.0 or later) has no HookedTransformer"
     architecture = architecture_of(config)
@@ -68,7 +68,7 @@ def architecture_of(config: Any) -> str:
 
 
 def _official_name(source: Any) -> str | None:
-    """The hub name that HookedTransformer has a hand-written configuration for, if any."""
+    """Return the hub name for which HookedTransformer has a hand-written configuration, if any."""
     if source is None or Path(source).exists():
         return None
     from transformer_lens import loading_from_pretrained as loading
@@ -109,11 +109,11 @@ def load_hooked(
 
 
 def _take(model: Any, weights: dict[str, torch.Tensor], *, shares: bool) -> None:
-    """Put weights into a HookedTransformer as they lie in memory, which is how its products want them.
+    """Put weights into a HookedTransformer with their memory layout, which is the one its matrix products need.
 
-    The class's own loading copies them, into an order that each product then copies again. A weight is copied here only where it
-    shares memory with another one, so that an edit of one leaves the other, or if `shares` is false, since the Hugging Face
-    model they come from is a user's.
+    The class's own loading copies them into a layout that each product then copies again. Here a weight is copied only where it
+    shares memory with another one, so that editing one leaves the other unchanged. If `shares` is false, the weights are a
+    user's model's, and all are copied.
     """
     seen: set[int] = set()
     types = {name: p.dtype for name, p in model.named_parameters()}
@@ -126,10 +126,10 @@ def _take(model: Any, weights: dict[str, torch.Tensor], *, shares: bool) -> None
 
 
 def hooked_config(config: Any, source: Any, dtype: torch.dtype) -> Any:
-    """What HookedTransformer makes of a Hugging Face configuration, without weights.
+    """Return the configuration that HookedTransformer makes from a Hugging Face one, without weights.
 
     Raises:
-        ModelError: it would be another model.
+        ModelError: the two describe different models.
     """
     from transformer_lens import loading_from_pretrained as loading
 
@@ -147,15 +147,15 @@ def hooked_config(config: Any, source: Any, dtype: torch.dtype) -> Any:
 
 
 def _own_configuration(config: Any, source: Any) -> str | None:
-    """The hub name under which HookedTransformer has to look, where it does not build the architecture from a configuration."""
+    """Return the hub name that HookedTransformer has to look up, if it does not build the architecture from a configuration."""
     return _official_name(source) if architecture_of(config) not in HOOKED_ARCHITECTURES else None
 
 
 @contextlib.contextmanager
 def _local_config(config: Any, dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
-    """A folder that holds the configuration alone, and HookedTransformer's own made from it.
+    """Yield a folder that holds only the configuration, and the HookedTransformer configuration made from it.
 
-    The class reads the architecture from the folder's *name* ("llama" in the path breaks it): this one's is neutral.
+    The class reads the architecture from the folder's *name* ("llama" in the path breaks it), so this name is neutral.
     """
     from transformer_lens import loading_from_pretrained as loading
 
@@ -179,7 +179,7 @@ def _fix_head_size(cfg: Any, config: Any) -> None:
 
 
 def in_memory_tokenizer(tokenizer: Any) -> Any:
-    """A copy that TransformerLens does not try to read again from disk."""
+    """Copy a tokenizer so that TransformerLens does not try to read it from disk again."""
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.init_kwargs.setdefault("name_or_path", "in memory")
     tokenizer.init_kwargs["add_bos_token"] = True
@@ -188,7 +188,7 @@ def in_memory_tokenizer(tokenizer: Any) -> Any:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hold back messages below ERROR of everything that logs through the root logger, as TransformerLens does."""
+    """Suppress messages below ERROR from everything that logs through the root logger, as TransformerLens does."""
     log = logging.getLogger()
     before = log.level
     log.setLevel(logging.ERROR)

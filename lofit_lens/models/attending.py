@@ -1,4 +1,4 @@
-"""The ways of attending that `fused` puts in place of the classes' own; what they are and when they run is told there."""
+"""The attention implementations that `fused` puts in place of the classes' own; see there what they are and when they run."""
 
 import contextlib
 import functools
@@ -24,15 +24,15 @@ Part = tuple[Any, str, Any]  # owner, attribute, what to put there
 
 @dataclass
 class _State:
-    """What the replaced parts of one model share.
+    """State that the replaced parts of one model share.
 
     Attributes:
         cfg: TransformerLens' configuration.
         attentions: of all layers.
-        points: HookPoints that the fused way does not serve.
-        found: Hugging Face configurations (bridge) with what stood in them.
-        own: whether the pass that runs now takes the class's own way; None between passes.
-        masks: what was worked out for the pass that runs now.
+        points: HookPoints that fused attention does not serve.
+        found: Hugging Face configurations (bridge) with their original values.
+        own: whether the current pass uses the class's own attention; None between passes.
+        masks: attention masks computed for the current pass.
     """
 
     cfg: Any
@@ -43,7 +43,7 @@ class _State:
     masks: dict[Any, Any] = field(default_factory=dict)
 
     def takes_own(self) -> bool:
-        """Whether a call goes the class's own way; one outside of a pass (a recomputed block) decides for itself."""
+        """Return whether a call uses the class's own attention; a call outside a pass (a recomputed block) decides for itself."""
         if self.own is not None:
             return self.own
         return (
@@ -54,7 +54,7 @@ class _State:
 
     @contextlib.contextmanager
     def configured(self, *, own: bool) -> Iterator[None]:
-        """Have Hugging Face's configurations say what they said before (`own`) or sdpa, for the length of the block."""
+        """Set Hugging Face's configurations to their original values (`own`) or to sdpa, within the block."""
         before = [(config, {name: config.__dict__[name] for name in values}) for config, values in self.found]
         for config, values in self.found:
             config.__dict__.update(values if own else {name: SDPA[name] for name in values})
@@ -67,7 +67,7 @@ class _State:
 
 @contextlib.contextmanager
 def in_place(model: Any) -> Iterator[None]:
-    """The fused way for the length of the block, proven or not."""
+    """Use fused attention within the block, proven or not."""
     bridge = backend_of(model) == "bridge"
     attentions = [block.attn for block in model.blocks]
     state = _State(model.cfg, attentions, [p for attn in attentions for p in _unserved(attn, bridge)])
@@ -86,14 +86,14 @@ def in_place(model: Any) -> Iterator[None]:
 
 
 def _unserved(attn: Any, bridge: bool) -> list[nn.Module]:
-    """HookPoints of an attention component that do not fire, or not with what may be written back, on the fused way."""
+    """List the HookPoints of an attention component that fused attention does not fire, or whose edits it would ignore."""
     served = [attn.hook_in, attn.hook_out, attn.o.hook_in, attn.o.hook_out] if bridge else [attn.hook_z]
     kind = type(served[0])
     return [m for m in attn.modules() if isinstance(m, kind) and not any(m is s for s in served)]
 
 
 def _pass(state: _State, own: Callable[..., Any], bridge: bool) -> Callable[..., Any]:
-    """The model's own forward, which settles for all layers of a pass which way is taken."""
+    """Wrap the model's own forward: it decides once per pass which attention all layers use."""
 
     @functools.wraps(own)
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -111,7 +111,7 @@ def _pass(state: _State, own: Callable[..., Any], bridge: bool) -> Callable[...,
 
 
 def _without_idle_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Leave a mask out that hides nothing from a token: causal attention never looks at padding on the right."""
+    """Drop a mask that hides nothing from any token: causal attention never looks at padding on the right."""
     mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
     if not (isinstance(mask, Tensor) and mask.ndim == 2 and args and args[0].shape == mask.shape):
         return kwargs
@@ -143,7 +143,7 @@ def _hooked_parts(block: Any, state: _State) -> list[Part]:
         return _attend(attn, state, (query_input, key_input, value_input), entry, mask)
 
     def norm(x: Tensor) -> Tensor:
-        if any(has_hooks(point) for point in scales):  # whoever looks sees it three times, as ever
+        if any(has_hooks(point) for point in scales):  # an observer still sees it three times
             return own_norm(x)
         if not (kept and kept[0] is x):
             kept[:] = [x, own_norm(x)]
@@ -153,7 +153,7 @@ def _hooked_parts(block: Any, state: _State) -> list[Part]:
 
 
 def _flip(attn: Any) -> Callable[[Tensor], Tensor]:
-    """The class's own `rotate_every_two` in one step where halves are swapped; it clones and writes into the clone."""
+    """Replace the class's `rotate_every_two`, where it swaps halves, by one step; the class clones and writes into the clone."""
 
     def flip(x: Tensor) -> Tensor:
         half = x.shape[-1] // 2
@@ -169,7 +169,7 @@ def _attend(
     entry: Any,
     attention_mask: Int[Tensor, "batch both"] | None,
 ) -> Float[Tensor, "batch new d_model"]:
-    """One layer's attention: the class's own steps, in its own order, with the fused kernel between q, k, v and z."""
+    """Run one layer's attention: the class's own steps in its own order, with the fused kernel between q, k, v and z."""
     q, k, v = attn.calculate_qkv_matrices(*inputs)
     past = 0
     if entry is not None:
@@ -191,7 +191,7 @@ def _attend(
 def _mask(
     attn: Any, n: int, past: int, attention_mask: Int[Tensor, "batch both"] | None, device: torch.device
 ) -> Bool[Tensor, "some one new both"] | None:
-    """True where a query may look; None where that is every key up to its own place."""
+    """Return a mask that is True where a query may attend; None if that is every key up to its own position."""
     everything = attn.attn_type == "global" or n + past <= attn.cfg.window_size
     if past == 0 and everything and (attention_mask is None or _right_padded(attention_mask)):
         return None
@@ -207,9 +207,12 @@ def _kernel(
     *,
     scale: float,
 ) -> Float[Tensor, "batch new n_heads d_head"]:
-    """z, 0 of a query that may look at nothing. Without a mask each looks at keys up to its own place, one alone at all."""
+    """Compute z; it is 0 for a query without visible keys.
+
+    Without a mask, each query sees the keys up to its own position, and a single query sees all keys.
+    """
     grouped = k.shape[2] != q.shape[2]
-    if grouped and mask is not None and q.device.type != "cpu":  # kernels for groups take no mask there
+    if grouped and mask is not None and q.device.type != "cpu":  # the grouped kernels there accept no mask
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
         grouped = False
     q, k, v = (rearrange(x, "batch pos head d -> batch head pos d") for x in (q, k, v))
@@ -220,10 +223,10 @@ def _kernel(
 
 @contextlib.contextmanager
 def _laid_out_for_products(model: Any) -> Iterator[None]:
-    """Lay weights out in memory so that what HookedTransformer turns them into before each product is a view, not a copy.
+    """Lay weights out in memory so that HookedTransformer's reshaping before each product gives a view, not a copy.
 
-    Shapes and values stay as they are, and at the end the layout too, in memory of its own. Weights that share memory with others
-    of the model, or with another process, are left alone.
+    Shapes and values do not change. On exit the original layout is restored, in newly allocated memory. Weights that share memory
+    with others of the model, or with another process, are left alone.
     """
     places: dict[int, int] = {}
     for p in model.parameters():
@@ -249,13 +252,16 @@ def _laid_out_for_products(model: Any) -> Iterator[None]:
 
 
 def _lay_out(p: nn.Parameter, order: tuple[int, ...]) -> None:
-    """Put a weight into memory with these axes from the slowest to the fastest."""
-    with torch.inference_mode(False), torch.no_grad():  # a weight made in inference mode could never be trained through
+    """Store a weight in memory with these axes from the slowest to the fastest."""
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+    ):  # a weight made in inference mode would never allow training through it
         p.data = p.data.permute(order).contiguous().permute([order.index(i) for i in range(p.ndim)])
 
 
 def _product_order(module: nn.Module, name: str, p: Tensor | None) -> tuple[int, ...] | None:
-    """The axes of a weight from the slowest to the fastest, as its product wants them."""
+    """Return the axes of a weight, slowest first, in the order that its matrix product needs."""
     if p is not None and p.ndim == 3 and name in ("W_Q", "W_K", "W_V", "_W_K", "_W_V"):
         return (0, 2, 1)
     if p is not None and p.ndim == 3 and name == "W_O":
@@ -273,13 +279,13 @@ def _product_order(module: nn.Module, name: str, p: Tensor | None) -> tuple[int,
 
 
 def _configurations(hf: nn.Module) -> list[tuple[Any, dict[str, Any]]]:
-    """The Hugging Face configurations that a model's modules read, with what they say about attention now."""
+    """List the Hugging Face configurations that a model's modules read, with their current attention settings."""
     found = {id(c): c for m in hf.modules() if isinstance(c := m.__dict__.get("config"), PretrainedConfig)}
     return [(c, {name: c.__dict__[name] for name in SDPA if name in c.__dict__}) for c in found.values()]
 
 
 def runs_projections(attn: Any) -> bool:
-    """Whether the Hugging Face module inside runs the bridge's own q, k, v and o."""
+    """Return whether the wrapped Hugging Face module runs the bridge's own q, k, v and o."""
     inner = list(attn.original_component.children())
     return all(any(getattr(attn, name, None) is child for child in inner) for name in "qkvo")
 
@@ -301,7 +307,7 @@ def _bridge_parts(block: Any, state: _State) -> list[Part]:
 
 
 def _inner(attn: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    """The Hugging Face module's own forward between the bridge's hooks."""
+    """Run the Hugging Face module's own forward between the bridge's hooks."""
     if args:
         args = (attn.hook_in(args[0]), *args[1:])
     else:
@@ -316,7 +322,7 @@ def _rebuilt(
     v: Float[Tensor, "batch new _"],
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The bridge's own attention behind its split q, k and v, with the fused kernel in it."""
+    """Run the bridge's own attention on its split q, k and v, with the fused kernel."""
     n_heads = attn.config.n_heads
     n_kv = getattr(attn.config, "n_key_value_heads", None) or n_heads
     q, k, v, _, _, d_head = attn._reshape_qkv_to_heads(q, k, v, n_heads, n_kv)

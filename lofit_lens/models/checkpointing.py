@@ -1,7 +1,7 @@
-"""Gradient checkpointing on both classes: a block keeps its input and is run again in backward.
+"""Gradient checkpointing on both classes: a block keeps its input and is recomputed in backward.
 
-Memory for backward falls from everything in all blocks to one residual stream a block and everything in one block; time rises by
-one forward.
+Memory for backward falls from all activations of all blocks to one residual stream per block and the activations of one block;
+time rises by one forward.
 """
 
 import contextlib
@@ -24,18 +24,18 @@ _inside: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 @contextlib.contextmanager
 def checkpointed(model: Any) -> Iterator[None]:
-    """Run every block once more in backward instead of keeping what is in it, for passes inside the block.
+    """Recompute each transformer block in backward instead of storing its activations, for passes within this `with` block.
 
-    The model's mode stays as it is, so a model in eval mode has no dropout (Hugging Face's own switch asks for training mode).
-    Hooks fire again while a block is run again, with the pass's own layout (see `positions.layout_of`), so that edits are made
-    again: a hook must give the same both times, and one that only looks sees everything twice. Keep the block open until
-    backward is through, and everything else that changes how the model runs (`fused_attention`, adapters) as well.
+    The model's mode does not change, so a model in eval mode has no dropout (Hugging Face's own switch needs training mode).
+    Hooks fire again when a block is recomputed, with the pass's own layout (see `positions.layout_of`), so that edits are
+    repeated. A hook must give the same result both times; one that only observes sees everything twice. Keep the `with` block
+    open until backward has finished, and likewise all that changes how the model runs (`fused_attention`, adapters).
 
-    A pass that fills or reads a key-value cache, and one without gradients, keeps no less than ever: running a block again would
-    add to the cache again.
+    Passes that fill or read a KV cache are unaffected, since recomputing would append to it twice; so are passes without
+    gradients.
 
     Args:
-        model: a HookedTransformer or TransformerBridge; blocks of one model may be nested.
+        model: a HookedTransformer or TransformerBridge; `with` blocks of one model may be nested.
 
     Raises:
         ModelError: neither of the two classes.

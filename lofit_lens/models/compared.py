@@ -1,4 +1,4 @@
-"""Is it the same model? A few random tokens, and what plain Hugging Face says to them before TransformerLens touches it."""
+"""Check that a loaded model is the same model: compare its logits with plain Hugging Face's on a few random tokens."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +14,12 @@ from lofit_lens.models.running import FLOAT16_ENDS, logits_of
 
 PROBE = 12  # random tokens on which a class is compared with Hugging Face; more where a sliding window is short
 LONGEST_PROBE = 128
-GAP = 3  # padded places
+GAP = 3  # padded positions
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A few random tokens, and what plain Hugging Face says behind them."""
+    """A few random tokens, and plain Hugging Face's logits on them."""
 
     tokens: Tensor
     expected: Tensor
@@ -27,10 +27,10 @@ class Probe:
 
     @classmethod
     def of(cls, hf: Any, config: Any, dtype: torch.dtype) -> "Probe":
-        """Run the model, before TransformerLens takes it over; `dtype` is the one that it will have there.
+        """Run the model before TransformerLens takes it over; `dtype` is the one it will have afterwards.
 
         Raises:
-            ModelError: it cannot run.
+            ModelError: the model cannot run, or gives logits that are not finite.
         """
         text = config.get_text_config()
         windows = [getattr(text, n, None) for n in WINDOWS]
@@ -50,9 +50,9 @@ class Probe:
         return cls(tokens, expected, 1e-3 if {first.dtype, dtype} <= {torch.float32, torch.float64} else 5e-2)
 
     def check(self, model: Any) -> None:
-        """Raise ModelError where a class gives other logits; a conversion that went wrong is refused, not returned.
+        """Raise ModelError if a class gives other logits, so that a failed conversion is refused, not returned.
 
-        It runs as everything here does, with a mask: the tokens twice in one batch, padded on the right and on the left.
+        The pass uses a mask, as all passes here do: the tokens twice in one batch, padded on the right and on the left.
         """
         n, device = self.tokens.shape[1], device_of(model)
         rows, mask = torch.zeros(2, n + GAP, dtype=torch.long), torch.zeros(2, n + GAP, dtype=torch.long)
@@ -67,15 +67,15 @@ class Probe:
             if not error <= self.bound:
                 said = f"by {error:.2g} of their size on a probe padded on the {side}"
                 if got.dtype == torch.float64 and not torch.isfinite(got).all():
-                    said += " (attention overflows in padded places of float64); load it with dtype='float32'"
+                    said += " (attention overflows at padding in float64); load it with dtype='float32'"
                 raise ModelError(f"its logits differ from the Hugging Face model's {said}")
 
 
 @torch.no_grad()
 def _own_change(hf: Any, tokens: Tensor, expected: Tensor) -> float:
-    """By how much of their size a quantized model's own logits change where padding runs beside the tokens.
+    """Return the relative change of a quantized model's own logits when padding runs in the same pass.
 
-    LLM.int8 tells which columns are outliers by all tokens of a pass.
+    LLM.int8 decides which columns are outliers from all tokens of a pass.
     """
     rows = torch.nn.functional.pad(tokens, (0, GAP)).repeat(2, 1)
     mask = torch.nn.functional.pad(torch.ones_like(tokens), (0, GAP)).repeat(2, 1)

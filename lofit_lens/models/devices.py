@@ -1,8 +1,8 @@
-"""Which device a model's weights lie on, or which devices.
+"""The device, or devices, that hold a model's weights.
 
-A device map places layers on several (`accelerate` does): Hugging Face reads each tensor straight to its device, and hooks hand
-the residual stream on from one to the next. Weights that are kept elsewhere and fetched for every pass (offloaded to the CPU or
-to disk) are refused: the bridge reads weights without having them fetched first.
+A device map places layers on several (through `accelerate`): Hugging Face reads each tensor straight to its device, and hooks
+move the residual stream from one to the next. Offloaded weights, which are kept on the CPU or on disk and fetched for every
+pass, are refused: the bridge reads weights without fetching them first.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from lofit_lens.checks import shown
 from lofit_lens.errors import InputError, ModelError
 
 KINDS = ("cpu", "cuda")
-PLANS = ("auto", "balanced", "balanced_low_0", "sequential")  # ways in which accelerate makes a map itself
+PLANS = ("auto", "balanced", "balanced_low_0", "sequential")  # strategies by which accelerate makes a map itself
 
 
 def parse_device(device: str | torch.device | None) -> torch.device:
@@ -40,10 +40,10 @@ def parse_device(device: str | torch.device | None) -> torch.device:
 
 
 def check_placing(device: Any, device_map: Any, max_memory: Any, backend: str, *, in_memory: bool) -> None:
-    """See that what `load_model` was told about places goes together.
+    """Check that the arguments of `load_model` about devices fit together.
 
     Raises:
-        InputError: it does not, a device that is not here, or weights that would be offloaded.
+        InputError: they do not, a device that does not exist here, or weights that would be offloaded.
     """
     if device_map is None:
         if max_memory is not None:
@@ -51,16 +51,16 @@ def check_placing(device: Any, device_map: Any, max_memory: Any, backend: str, *
         return
     if device is not None:
         raise InputError(
-            f"device={str(device)!r} and device_map are both given; give device for one device, device_map for several"
+            f"device={str(device)!r} and device_map are both given; give device= for one device, device_map= for several"
         )
     if backend == "hooked":
         raise InputError(
-            "HookedTransformer rebuilds the weights on one device, so that it takes no device_map; use backend='bridge' or 'auto'"
+            "HookedTransformer rebuilds the weights on one device, so it takes no device_map; use backend='bridge' or 'auto'"
         )
     if in_memory:
         raise InputError(
             "device_map places a model while it is read, and this one is in memory already; give device_map to Hugging Face's "
-            "from_pretrained: load_model leaves the layers where it put them"
+            "from_pretrained: load_model leaves the layers where they are"
         )
     if not (isinstance(device_map, Mapping) and device_map) and device_map not in PLANS:
         raise InputError(
@@ -75,23 +75,23 @@ def check_placing(device: Any, device_map: Any, max_memory: Any, backend: str, *
 
 
 def check_placed(hf: Any, name: str) -> None:
-    """Refuse a Hugging Face model of which some weights were offloaded for want of room.
+    """Refuse a Hugging Face model some of whose weights were offloaded for lack of memory.
 
     Raises:
-        ModelError: names them.
+        ModelError: some were; names them.
     """
     if away := _offloaded(getattr(hf, "hf_device_map", None) or {}):
         raise ModelError(
-            f"{name} does not fit: its device map puts {away}; {NOT_FETCHED}. Leave it more room (max_memory), or take a "
+            f"{name} does not fit: its device map puts {away}; {NOT_FETCHED}. Allow it more memory (max_memory), or use a "
             "smaller dtype (dtype='bfloat16') or more GPUs"
         )
 
 
-NOT_FETCHED = "offloaded weights are not supported, since the bridge reads weights without having them fetched"
+NOT_FETCHED = "offloaded weights are not supported, since the bridge reads weights without fetching them"
 
 
 def _offloaded(device_map: Mapping[str, Any]) -> str:
-    """What is on disk, or on the CPU beside other devices, in words; empty if nothing is."""
+    """Describe the modules on disk, or on the CPU while others are on GPUs; empty if there are none."""
     on_cpu = [name for name, place in device_map.items() if str(place) == "cpu"]
     away = [name for name, place in device_map.items() if str(place) in ("disk", "meta")]
     if len(on_cpu) < len(device_map) - len(away) or away:
@@ -103,12 +103,12 @@ def _offloaded(device_map: Mapping[str, Any]) -> str:
 
 
 def device_of_module(module: nn.Module, otherwise: torch.device) -> torch.device:
-    """Where a module's first weight lies."""
+    """Return the device of a module's first weight."""
     return next((p.device for p in module.parameters()), otherwise)
 
 
 def runs_own_forward(module: nn.Module) -> bool:
-    """Whether a module runs its class's forward, be it inside accelerate's, which only moves what goes in."""
+    """Return whether a module runs its class's forward, possibly inside accelerate's wrapper, which only moves the inputs."""
     found = module.__dict__.get("forward")
     if found is not None and hasattr(module, "_hf_hook"):
         found = module.__dict__.get("_old_forward", found)

@@ -1,17 +1,17 @@
-"""Attention by torch's fused kernel, where it is proven to do what the class's own attention does.
+"""Attention by torch's fused kernel, where it is proven to give what the class's own attention gives.
 
     z = softmax(q k' / scale + mask) v
 
-Both classes write the pattern down for hooks to look at. Nobody looks while an adapter is trained, and without it a pass is
-faster and keeps less for backward. `fused_attention` puts another way in place for the length of a block:
+Both classes materialize the attention pattern for hooks. Training an adapter does not need it, and without it a pass is faster
+and keeps less for backward. `fused_attention` replaces attention within a block:
 
 - HookedTransformer: the class's own q, k, v and rotary code, then `scaled_dot_product_attention`. Weights are laid out in memory
-  as the class's own matrix products ask for them, so that no pass copies them (HookedTransformer copies all of them in each
-  forward and keeps the copies for backward), and the norm in front of attention is computed once instead of three times.
+  as the class's own matrix products need them, so that no pass copies them (HookedTransformer copies all of them in each
+  forward and keeps the copies for backward). The norm before attention is computed once instead of three times.
 - TransformerBridge: the Hugging Face module's own forward, whose projections are the bridge's, under
   `attn_implementation="sdpa"`. Where Hugging Face has one fused q-k-v matrix, the bridge's split one is used (`_rebuilt`).
 
-`hook_z` fires as ever. A pass takes the class's own way if anybody has a hook on another point of attention, if a flag asks for
+`hook_z` fires as usual. A pass uses the class's own attention if any other hook point of attention has a hook, if a flag requests
 more hook points (`use_attn_result`, `use_split_qkv_input`, ...), or in training mode (dropout).
 """
 
@@ -43,14 +43,14 @@ _inside: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 @contextlib.contextmanager
 def fused_attention(model: Any, *, cached: bool = False) -> Iterator[None]:
-    """Have a model attend by torch's fused kernel for the length of the block, where that is proven; else nothing changes.
+    """Have a model attend by torch's fused kernel within the block, where that is proven; otherwise change nothing.
 
-    Keep the block open until backward is through if blocks are recomputed in it (`checkpointed`). Values at padding may differ
-    from the class's own; at tokens they agree up to rounding. Everything is put back at the end, also after an exception.
+    Keep the block open until backward has finished if layers are recomputed in it (`checkpointed`). Values at padding may differ
+    from the class's own; at tokens they agree up to rounding. On exit everything is restored, also after an exception.
 
     Args:
-        model: a HookedTransformer or TransformerBridge; blocks of one model may be nested.
-        cached: the passes inside go on from cached keys and values; then that must be proven too.
+        model: a HookedTransformer or TransformerBridge; `with` blocks of one model may be nested.
+        cached: the passes inside continue from a KV cache; that must then be proven too.
     """
     refused = model not in _inside and fused_refusal(model) is not None
     if model in _inside or refused or (cached and not _attends_alike_behind_cache(model)):
@@ -65,15 +65,15 @@ def fused_attention(model: Any, *, cached: bool = False) -> Iterator[None]:
 
 
 def fused_refusal(model: Any) -> str | None:
-    """Why `fused_attention` leaves a model as it is; None: it does not. Tried once a model, device and dtype, by a few passes.
+    """Return why `fused_attention` leaves a model as it is, or None if it does not.
 
-    The passes run with everybody's hooks off, a batch padded on the right and one padded on the left: hook_z fires once in each
-    layer, and z, logits and gradients equal the class's own while every layer's z is edited. What is known to be computed
-    otherwise is looked for anew each time.
+    It is tried once per model, device and dtype, by a few passes with all hooks off, on a batch padded on the right and on one
+    padded on the left. hook_z must fire once in each layer, and z, logits and gradients must equal the class's own while every
+    layer's z is edited. Known obstacles are checked every time.
     """
     if any(getattr(model.cfg, flag, False) for flag in FLAGS):
         return f"one of {', '.join(FLAGS)} is on"
-    if (obstacle := _known_obstacle(model)) is not None:  # looked at each time: parts of a model may be exchanged
+    if (obstacle := _known_obstacle(model)) is not None:  # checked every time: parts of a model may be replaced
         said = _said.setdefault(model, set())
         if obstacle not in said:
             said.add(obstacle)
@@ -93,7 +93,7 @@ def _attends_alike_behind_cache(model: Any) -> bool | str | None:
 
 
 def _tried(model: Any, what: str, differs: Callable[[Any], str | None]) -> bool | str | None:
-    """Whether nothing differs, or what does; None where memory is too short to try: there may be more next time."""
+    """Return True if nothing differs, else what does; None if memory is too short to try, since there may be more next time."""
     with frozen(model):
         try:
             found = differs(model)
@@ -111,7 +111,7 @@ def _tried(model: Any, what: str, differs: Callable[[Any], str | None]) -> bool 
 
 
 def _known_obstacle(model: Any) -> str | None:
-    """What is known to be computed otherwise, or not known to be computed as here."""
+    """Return what is known to be computed differently, or not known to be computed as here."""
     layers = model_info(model).grid.layers
     if not layers:
         return "no layer has heads at hook_z"
@@ -164,7 +164,7 @@ def _bridge_obstacle(model: Any, layers: Iterable[int]) -> str | None:
 
 
 def _difference(model: Any) -> str | None:
-    """Where the fused way and the class's own differ on a few tokens, with z edited in every layer."""
+    """Return where fused attention and the class's own differ on a few tokens, with z edited in every layer."""
     device, layers = device_of(model), model_info(model).grid.layers
     limit = TOLERANCE if computes_exactly(model) else ROUGH
     generator = torch.Generator().manual_seed(0)
@@ -184,13 +184,13 @@ def _difference(model: Any) -> str | None:
         own = {side: _passed(model, tokens, mask, edits) for side, mask in masks.items()}
         if not _off(own["right"][0][-1][0], plain[-1][0], real) > 3 * limit:
             return "edits at hook_z do not show in the logits"
-        with in_place(model):  # once: HookedTransformer's weights are laid out anew each time
+        with in_place(model):  # once, since each entry lays out HookedTransformer's weights again
             fused = {side: _passed(model, tokens, mask, edits) for side, mask in masks.items()}
     for side, mask in masks.items():
         (found, found_slopes), (wanted, slopes) = fused[side], own[side]
         for layer in layers:
             if len(found[layer]) != 1:
-                return f"hook_z of layer {layer} fires {len(found[layer])} times in one forward on the fused way"
+                return f"hook_z of layer {layer} fires {len(found[layer])} times in one forward with fused attention"
         for layer in sorted(wanted):
             what = "the logits" if layer < 0 else f"hook_z of layer {layer}"
             off = _off(found[layer][0], wanted[layer][0], mask.bool())
@@ -207,7 +207,7 @@ def _difference(model: Any) -> str | None:
 
 @torch.no_grad()
 def _difference_behind_cache(model: Any) -> str | None:
-    """Where logits behind cached keys differ on the fused way from those of one pass on the class's own, padded on the left."""
+    """Return how logits from a KV cache with fused attention differ from one uncached pass of the class's own, left-padded."""
     limit, device = TOLERANCE if computes_exactly(model) else ROUGH, device_of(model)
     tokens = torch.randint(0, int(model.cfg.d_vocab), (2, 9), generator=torch.Generator().manual_seed(1)).to(device)
     mask = torch.ones_like(tokens)
@@ -227,7 +227,7 @@ def _difference_behind_cache(model: Any) -> str | None:
 def _seen(
     model: Any, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], edits: Mapping[int, Tensor]
 ) -> dict[int, list[Tensor]]:
-    """What hook_z saw in each layer of one pass, before it was edited, and under -1 the logits."""
+    """Return what hook_z saw in each layer of one pass, before the edit, and under -1 the logits."""
     seen: dict[int, list[Tensor]] = {layer: [] for layer in model_info(model).grid.layers}
 
     def edit(z: Tensor, hook: Any, layer: int) -> Tensor:
@@ -245,13 +245,13 @@ def _seen(
 def _passed(
     model: Any, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], edits: Mapping[int, Tensor]
 ) -> tuple[dict[int, list[Tensor]], tuple[Tensor, ...]]:
-    """What `_seen` gives with these edits, and how an even sum of log-probs at the tokens changes with each layer's edit."""
+    """Return what `_seen` gives with these edits, and the gradient of a sum of log-probs at the tokens for each layer's edit."""
     leaves = {layer: edit.detach().clone().requires_grad_() for layer, edit in edits.items()}
     seen = _seen(model, tokens, mask, leaves)
     logits = seen[-1][0]
     scores = logits[mask.bool().to(logits.device)].float().log_softmax(-1)
     listed = [leaves[layer] for layer in sorted(leaves)]
-    if not logits.requires_grad:  # edits that nobody took
+    if not logits.requires_grad:  # no layer used the edits
         slopes = tuple(torch.zeros_like(leaf) for leaf in listed)
     else:
         slopes = torch.autograd.grad(scores[:, ::7].sum(), listed, allow_unused=True, materialize_grads=True)
@@ -259,7 +259,7 @@ def _passed(
 
 
 def _off(found: Tensor, wanted: Tensor, real: Bool[Tensor, "batch pos"]) -> float:
-    """Largest distance at a token (root mean square over its numbers), in standard deviations."""
+    """Return the largest distance at any token (root mean square over its numbers), in standard deviations."""
     if found.shape != wanted.shape:
         return float("inf")
     at = real.to(found.device)

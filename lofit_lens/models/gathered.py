@@ -1,9 +1,9 @@
-"""Rows of a key-value cache, gathered when new tokens join them: one copy instead of three; then grown in place.
+"""Rows of a KV cache, gathered when new tokens join them: one copy instead of three; then grown in-place.
 
-Answers of one question attend to the same keys. Selecting rows first, joining new keys to them and turning the result into
-the layout that attention multiplies would each copy everything that is cached. Here the first forward pass copies each
-row once, into `[batch, heads, pos, d_head]` memory, which both classes then multiply without a further copy. That memory has
-room, so that a decoded token is written behind those before it.
+Answers to one question attend to the same keys. Selecting rows, joining new keys to them and transposing the result into
+the layout that attention multiplies would each copy the whole cache. Here the first forward pass copies each row once, into
+`[batch, heads, pos, d_head]` memory, which both classes then multiply without a further copy. That memory has spare room, so
+that a decoded token is written after the earlier ones.
 """
 
 import contextlib
@@ -17,17 +17,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-ROOM = 32  # places that a cache grows by, at least
+ROOM = 32  # least number of positions that a cache grows by
 Rotary = Callable[..., Tensor]  # HookedTransformer's `apply_rotary(x, past_kv_pos_offset, attention_mask)` of one layer
 
 
 @dataclass
 class Kept:
-    """Keys or values of one layer: places in use, and room behind them for tokens to come.
+    """Keys or values of one layer: positions in use, followed by room for future tokens.
 
     Attributes:
-        held: what is cached; places from `n` on are room.
-        n: places in use.
+        held: cached values; positions from `n` on are spare room.
+        n: number of positions in use.
         rows: chosen rows of `held`, copied when tokens join them; None = all, in order.
     """
 
@@ -42,19 +42,19 @@ class Kept:
 
     @property
     def seen(self) -> Float[Tensor, "rows heads past d_head"]:
-        """The places in use, of all rows that are held."""
+        """Positions in use, of all rows that are held."""
         return self.held[:, :, : self.n]
 
     def select(self, rows: Int[Tensor, " batch"]) -> "Kept":
-        """Rows of these rows; nothing is copied yet."""
+        """Select from these rows; nothing is copied yet."""
         return replace(self, rows=rows if self.rows is None else self.rows[rows])
 
     def join(
         self, new: Float[Tensor, "batch heads new d_head"], *, keep: bool
     ) -> Float[Tensor, "batch heads both d_head"]:
-        """What is cached, followed by new keys or values, which stay if `keep`: written into the room as long as there is any."""
+        """Return the cache followed by new keys or values, which stay if `keep`; spare room is used while there is any."""
         n = self.n + new.shape[2]
-        if torch.is_grad_enabled():  # each piece written in place would have a backward pass of its own over the whole
+        if torch.is_grad_enabled():  # each in-place write would add a backward pass over the whole tensor
             whole = torch.cat([self._chosen(new.shape[0]), new], dim=2)
         elif keep and self.rows is None and n <= self.held.shape[2]:
             whole = self.held
@@ -70,7 +70,7 @@ class Kept:
 
     @classmethod
     def together(cls, parts: "Sequence[Kept]") -> "Kept":
-        """Rows of several, one after the other; those with fewer places in use have zeros in front."""
+        """Concatenate the rows of several; rows with fewer positions in use get leading zeros."""
         n, first = max(part.n for part in parts), parts[0].held
         counts = [len(part.held) if part.rows is None else len(part.rows) for part in parts]
         held = first.new_zeros(sum(counts), first.shape[1], n + max(ROOM, n // 4), first.shape[3])
@@ -93,10 +93,10 @@ class Kept:
 
 @dataclass
 class HookedEntry:
-    """Stands where HookedTransformer's cache has one layer's entry; `keep=False` leaves it as it was after a pass.
+    """Replacement for one layer's entry in HookedTransformer's cache; with `keep=False` a pass leaves it unchanged.
 
-    With `rotated`, keys are kept as rotary embedding left them. HookedTransformer keeps them as they were before and rotates
-    all of them again in every pass, which costs more than the rest of its attention; see `rotating_new_keys`.
+    With `rotated`, keys are cached after rotary embedding. HookedTransformer caches them before it and rotates all of them
+    again in every pass, which costs more than the rest of its attention; see `rotating_new_keys`.
     """
 
     keys: Kept
@@ -105,30 +105,30 @@ class HookedEntry:
     keep: bool = True
 
     def select(self, rows: Int[Tensor, " batch"], *, keep: bool) -> "HookedEntry":
-        """Rows of these rows."""
+        """Select from these rows."""
         return replace(self, keys=self.keys.select(rows), values=self.values.select(rows), keep=keep)
 
     @classmethod
     def together(cls, parts: "Sequence[HookedEntry]") -> "HookedEntry":
-        """Rows of several, as `Kept.together` puts them."""
+        """Concatenate the rows of several, as `Kept.together` does."""
         keys, values = (Kept.together([getattr(part, name) for part in parts]) for name in ("keys", "values"))
         return cls(keys, values, parts[0].rotated)
 
     @property
     def past_keys(self) -> Float[Tensor, "batch past heads d_head"]:
-        """What is cached; before the first pass over chosen rows only its shape is right, which is all that is read."""
+        """Cached keys; before the first pass over chosen rows only the shape is right, and nothing else is read."""
         keys, rows = self.keys.seen, self.keys.rows
         return (keys if rows is None else keys[:1].expand(len(rows), *keys.shape[1:])).transpose(1, 2)
 
     def append(
         self, new_keys: Float[Tensor, "batch new heads d_head"], new_values: Float[Tensor, "batch new heads d_head"]
     ) -> tuple[Float[Tensor, "batch some heads d_head"], Float[Tensor, "batch both heads d_head"]]:
-        """Join new keys and values, as HookedTransformer's attention asks for them; keys yet to be rotated come back alone."""
+        """Append new keys and values for HookedTransformer's attention; keys yet to be rotated are returned without the cache."""
         values = self.values.join(new_values.transpose(1, 2), keep=self.keep)
         return new_keys if self.rotated else self._with_keys(new_keys), values.transpose(1, 2)
 
     def rotate(self, original: Rotary, x: Tensor, past: int, mask: Tensor | None) -> Tensor:
-        """What `apply_rotary` is asked for in this layer: first queries, whose offset is what is cached, then keys, from 0."""
+        """Stand in for this layer's `apply_rotary`: first for queries, offset by the cached length, then for keys, from 0."""
         return original(x, past, mask) if past > 0 else self._with_keys(original(x, self.keys.n, mask))
 
     def _with_keys(self, new: Float[Tensor, "batch new heads d_head"]) -> Float[Tensor, "batch both heads d_head"]:
@@ -136,9 +136,9 @@ class HookedEntry:
 
 
 def hooked_entries(model: Any, cache: Any, mask: Int[Tensor, "batch pos"]) -> list[HookedEntry]:
-    """The entries of a HookedTransformer's cache after its first pass, keys rotated once where positions are rotary.
+    """Return the entries of a HookedTransformer's cache after its first pass, keys rotated once if positions are rotary.
 
-    Dynamic scaling (Qwen 1) turns all keys anew as the text grows, so there they stay as they were.
+    Dynamic scaling (Qwen 1) rotates all keys again as the text grows, so there they stay unrotated.
     """
     rotated = model.cfg.positional_embedding_type == "rotary" and not model.cfg.use_dynamic_ntk_rope
     found = []
@@ -151,7 +151,7 @@ def hooked_entries(model: Any, cache: Any, mask: Int[Tensor, "batch pos"]) -> li
 
 @contextlib.contextmanager
 def rotating_new_keys(model: Any, entries: Sequence[HookedEntry]) -> Iterator[None]:
-    """While this holds, attention rotates only keys that its entry has not seen; the layers are put back as they were."""
+    """Have attention rotate only keys that its entry has not seen, within the block; the layers are restored on exit."""
     with contextlib.ExitStack() as stack:
         for block, entry in zip(model.blocks, entries, strict=True):
             if entry.rotated:
@@ -166,7 +166,7 @@ def _rotary(entry: HookedEntry, original: Rotary, x: Tensor, past: int = 0, mask
 
 @contextlib.contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Hold another value in an object's own `__dict__` for the length of the block."""
+    """Hold another value in an object's own `__dict__` within the block."""
     had, before = name in owner.__dict__, owner.__dict__.get(name)
     owner.__dict__[name] = value
     try:
@@ -179,7 +179,7 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 class BridgeLayer(DynamicLayer):
-    """Stands where a Hugging Face cache has a layer that grows without limit; transformers reads lengths off `keys`."""
+    """Replacement for a Hugging Face cache layer that grows without limit; transformers reads lengths from `keys`."""
 
     def __init__(self, keys: Kept, values: Kept, *, keep: bool = True):
         super().__init__()
@@ -190,7 +190,7 @@ class BridgeLayer(DynamicLayer):
 
     @classmethod
     def of(cls, layer: Any) -> Any:
-        """This kind of layer for one that has been filled; any other (a window, an index, a state) stays what it is."""
+        """Convert a filled layer that grows without limit; any other (a window, an index, a state) is returned unchanged."""
         if type(layer) is not DynamicLayer or not layer.is_initialized:
             return layer
         assert layer.keys is not None
@@ -198,20 +198,20 @@ class BridgeLayer(DynamicLayer):
         return cls(Kept.of(layer.keys), Kept.of(layer.values))
 
     def select(self, rows: Int[Tensor, " batch"], *, keep: bool) -> "BridgeLayer":
-        """Rows of these rows."""
+        """Select from these rows."""
         keys, values = self.kept
         return BridgeLayer(keys.select(rows), values.select(rows), keep=keep)
 
     @classmethod
     def together(cls, parts: "Sequence[BridgeLayer]") -> "BridgeLayer":
-        """Rows of several, as `Kept.together` puts them."""
+        """Concatenate the rows of several, as `Kept.together` does."""
         keys, values = (Kept.together([part.kept[i] for part in parts]) for i in range(2))
         return cls(keys, values)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Float[Tensor, "batch heads both d_head"], Float[Tensor, "batch heads both d_head"]]:
-        """Join new keys and values `[batch, heads, new, d_head]`, as attention asks for them."""
+        """Append new keys and values `[batch, heads, new, d_head]`; attention calls this."""
         keys, values = self.kept
         self.keys, self.values = keys.join(key_states, keep=self.keep), values.join(value_states, keep=self.keep)
         return self.keys, self.values

@@ -1,6 +1,6 @@
-"""Access to `hook_z` and to the residual stream, and keeping a model frozen.
+"""Access to `hook_z` and the residual stream, and keeping a model frozen.
 
-A hook is permanent in TransformerLens' sense and removed by its own handle, so that nobody else's hooks are touched; the
+Hooks are permanent in TransformerLens' sense and removed by their own handles, so that no other hooks are touched. The
 HookPoint object is never replaced (on the bridge a new one would silently never fire).
 """
 
@@ -21,16 +21,16 @@ from lofit_lens.models.positions import Borders, Layout, laid_out, names_of
 log = logging.getLogger(__name__)
 
 _OWN = ("transformers.", "transformer_lens.model_bridge")  # modules whose hooks change nothing
-_own_hooks: set[int] = set()  # torch's numbers of the hooks that `hooked` holds
+_own_hooks: set[int] = set()  # torch's ids of the hooks that `hooked` holds
 _probed: "weakref.WeakKeyDictionary[nn.Module, dict[int, int]]" = weakref.WeakKeyDictionary()
 _probed_sites: "weakref.WeakKeyDictionary[nn.Module, set[tuple[int, str]]]" = weakref.WeakKeyDictionary()
 
 
 def hook_z(model: Any, layer: int) -> Any:
-    """The HookPoint of every head's output before W_O in one layer.
+    """Return the HookPoint of every head's output before W_O in one layer.
 
     Raises:
-        ModelError: this layer has none (Mamba, linear attention, ...).
+        ModelError: the layer has no such point (Mamba, linear attention, ...).
     """
     name = f"blocks.{layer}.attn.hook_z"
     points = model.hook_dict
@@ -43,10 +43,10 @@ def hook_z(model: Any, layer: int) -> Any:
 
 
 def pattern_point(model: Any, layer: int) -> Any:
-    """The HookPoint of a layer's attention weights behind softmax, `[batch, n_heads, query, key]`.
+    """Return the HookPoint of a layer's attention weights after softmax, `[batch, n_heads, query, key]`.
 
     Raises:
-        ModelError: this layer has none.
+        ModelError: the layer has no such point.
     """
     name = f"blocks.{layer}.attn.hook_pattern"
     if name not in model.hook_dict:
@@ -61,12 +61,12 @@ Site = Literal["hook_resid_post", "hook_mlp_out"]
 
 
 def residual_point(model: Any, layer: int, site: Site) -> Any:
-    """The HookPoint of a block's output (`hook_resid_post`) or of its MLP's output before the residual add (`hook_mlp_out`).
+    """Return the HookPoint of a block's output (`hook_resid_post`) or its MLP's output before the residual add (`hook_mlp_out`).
 
     Both hold `[batch, pos, d_model]`.
 
     Raises:
-        ModelError: this block has none.
+        ModelError: the block has no such point.
     """
     name = f"blocks.{layer}.{site}"
     if name not in model.hook_dict:
@@ -78,7 +78,7 @@ def residual_point(model: Any, layer: int, site: Site) -> Any:
 
 
 def check_residual(model: Any, layers: Iterable[int], site: Site) -> None:
-    """See by one probe forward of two tokens that a site fires once in each layer with `[batch, pos, d_model]`; remembered.
+    """Check by a probe forward of two tokens that a site fires once in each layer with `[batch, pos, d_model]`; remembered.
 
     Raises:
         ModelError: it does not, or a block has no such site.
@@ -98,15 +98,15 @@ def check_residual(model: Any, layers: Iterable[int], site: Site) -> None:
 
 
 def head_size(model: Any, layers: Iterable[int] | None = None) -> int:
-    """d_head, read from z itself by one probe forward of two tokens; remembered for each model and layer.
+    """Return d_head, read from z itself by one probe forward of two tokens; remembered for each model and layer.
 
     Args:
         model: a HookedTransformer or TransformerBridge.
         layers: layers that will be edited; None = all that have heads.
 
     Raises:
-        ModelError: no layer has heads, a wanted layer's hook_z fires never or more than once, has another number of heads
-            than the configuration says, or layers differ in d_head.
+        ModelError: no layer has heads, hook_z of a requested layer does not fire once, its number of heads differs from
+            the configuration's, or layers differ in d_head.
     """
     backend_of(model)
     n_layers, n_heads = int(model.cfg.n_layers), int(model.cfg.n_heads)
@@ -136,12 +136,12 @@ def head_size(model: Any, layers: Iterable[int] | None = None) -> int:
 
 
 def _fired(model: Any, points: Mapping[int, Any]) -> dict[int, list[tuple[int, ...]]]:
-    """Shapes that each point saw in one forward of two tokens."""
+    """Return the shapes that each point saw in one forward of two tokens."""
     shapes: dict[int, list[tuple[int, ...]]] = {layer: [] for layer in points}
     tokens = torch.zeros((1, 2), dtype=torch.long, device=device_of(model))
     mask = torch.ones_like(tokens)
     with torch.no_grad(), contextlib.ExitStack() as stack:
-        # Said to whatever is attached, and before the hooks are there: it may run passes of its own.
+        # Stated before the hooks are added, since what is attached is told and may run passes of its own.
         borders = Borders(torch.tensor([2]), torch.tensor([2]), marks=torch.ones(1, 2, dtype=torch.long))
         stack.enter_context(laid_out(model, Layout.of(tokens, mask, 2, borders)))
         for layer, point in points.items():
@@ -159,7 +159,7 @@ def _recorder(seen: list[tuple[int, ...]]) -> Any:
 
 @contextlib.contextmanager
 def hooked(point: Any, fn: Any, *, prepend: bool = False) -> Iterator[None]:
-    """Hold one forward hook on a HookPoint; permanent, so `reset_hooks()` of the user's own work leaves it."""
+    """Hold one forward hook on a HookPoint; it is permanent, so a user's `reset_hooks()` leaves it."""
     point.add_hook(fn, is_permanent=True, prepend=prepend)
     handle = point.fwd_hooks[0 if prepend else -1]
     _own_hooks.add(handle.hook.id)
@@ -173,24 +173,24 @@ def hooked(point: Any, fn: Any, *, prepend: bool = False) -> Iterator[None]:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether anybody looks at what goes into or comes out of a module, forward or backward."""
+    """Return whether a module has any forward or backward hook."""
     return bool(
         module._forward_hooks or module._backward_hooks or module._forward_pre_hooks or module._backward_pre_hooks
     )
 
 
 def is_watched(model: nn.Module) -> bool:
-    """Whether somebody has a hook on any part of a model, by TransformerLens or by torch: nothing tells what it does.
+    """Return whether any part of a model has a hook, TransformerLens' or torch's, whatever it does.
 
-    Hooks that the bridge and transformers put into their own modules, to hand values on, do not count.
+    Hooks by which the bridge and transformers pass values between their own modules do not count.
     """
     return next(_hooks(model), None) is not None
 
 
 def attached_to(model: Any, work: str) -> list[str]:
-    """Name what acts on a model from outside: adapters, and hooks of the user's own by function and place.
+    """List what acts on a model from outside: adapters by name, and the user's own hooks by function and place.
 
-    It warns if there is anything, since what `work` then finds holds for the model together with it.
+    If there is anything, a warning says that the results of `work` hold for the model with it.
     """
     places: dict[str, list[str]] = {}
     known = {id(point): name for name, point in model.hook_dict.items()}
@@ -200,14 +200,14 @@ def attached_to(model: Any, work: str) -> list[str]:
     hooks = [f"{f} on {at[0]}{f' and {len(at) - 1} more' if at[1:] else ''}" for f, at in places.items()]
     if found := [*names_of(model), *hooks]:
         log.warning(
-            "%s: %s is attached to the model, and what is found holds for the two together; take it off for the bare model",
+            "%s: %s is attached to the model, so the results hold for both together; detach it to see the bare model",
             work, ", ".join(found),
         )  # fmt: skip
     return found
 
 
 def _hooks(model: nn.Module) -> Iterator[tuple[str, nn.Module, int, Any]]:
-    """Module with its path, number and function of every hook that the libraries did not put there themselves."""
+    """Yield path, module, id and function of every hook that the libraries did not add themselves."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     for name, module in model.named_modules():
         for kind in kinds:
@@ -217,7 +217,7 @@ def _hooks(model: nn.Module) -> Iterator[tuple[str, nn.Module, int, Any]]:
 
 
 def _function(hook: Any) -> str:
-    """A hook's function without its address; TransformerLens keeps the `repr` of it as the name."""
+    """Name a hook's function without its address; TransformerLens keeps the `repr` as the name."""
     name = str(getattr(hook, "__name__", type(hook).__name__))
     known = re.search(r"<(?:function|bound method) (\S+)", name)
     return known[1] if known else re.sub(r" at 0x\w+", "", name)
@@ -225,7 +225,7 @@ def _function(hook: Any) -> str:
 
 @contextlib.contextmanager
 def unhooked(model: Any) -> Iterator[None]:
-    """Nobody's hooks on any HookPoint for the length of the block; they are put back in their order."""
+    """Remove all hooks from all HookPoints within the block; they are restored in their order."""
     points = {id(p): p for p in model.hook_dict.values()}.values()
     held = [(hooks, dict(hooks)) for p in points for hooks in (p._forward_hooks, p._backward_hooks) if hooks]
     for hooks, _ in held:
@@ -240,7 +240,7 @@ def unhooked(model: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def frozen(model: Any) -> Iterator[None]:
-    """Eval mode and no gradients for the model's own weights; both are put back as they were."""
+    """Put a model into eval mode without gradients for its own weights, within the block; both are restored on exit."""
     modes = [(m, m.training) for m in model.modules()]
     trainable = [p for p in model.parameters() if p.requires_grad]
     model.eval()

@@ -1,4 +1,4 @@
-"""What tells a model's weights and files from others, wherever they lie."""
+"""Identify a model's weights and files by their content, wherever they are stored."""
 
 import functools
 import hashlib
@@ -12,7 +12,7 @@ import torch
 from lofit_lens import io
 
 FULL_HASH_LIMIT = 2**30  # bytes of local weights up to which a folder's revision is their SHA-256
-PIECE = 2**20  # bytes: of large files, tensors up to this size are read in full, and this much at each of 65 places
+PIECE = 2**20  # bytes; large files are sampled: tensors up to this size in full, and this much at each of 65 places
 TOKENIZER = (
     "config.json",
     "tokenizer*",
@@ -26,7 +26,7 @@ TOKENIZER = (
 
 
 def weights_revision(source: Any, revision: str | None) -> str | None:
-    """The hub's commit hash, or a checksum of a local folder's weights: of all up to `FULL_HASH_LIMIT`, else of a sample."""
+    """Return the hub's commit hash, or a checksum of a local folder's weights: in full up to `FULL_HASH_LIMIT`, else a sample."""
     if source is None:
         return None
     path = Path(source)
@@ -44,7 +44,7 @@ def weights_revision(source: Any, revision: str | None) -> str | None:
 
 
 def folder_digest(name_or_path: str | Path) -> str:
-    """SHA-256 of a local folder's configuration and tokenizer files; empty for a model of the hub, whose commit says it."""
+    """Return SHA-256 of a local folder's configuration and tokenizer files; empty for a hub model, whose commit covers them."""
     path = Path(name_or_path)
     if str(name_or_path) == "organism" or not path.is_dir():
         return ""
@@ -54,10 +54,10 @@ def folder_digest(name_or_path: str | Path) -> str:
 
 @torch.no_grad()
 def fingerprint(model: Any, kind: str = "memory") -> str:
-    """Of a model in memory: names, shapes and types of its parameters, and of each its sum and up to 4,096 of its values.
+    """Hash a model in memory: the name, shape, dtype and sum of each parameter, and up to 4,096 of its values.
 
-    Edited or fine-tuned weights give another one; it takes one pass over the weights, where they lie. Fingerprints of one `kind`
-    can be compared: classes name and split the same weights differently.
+    Edited or fine-tuned weights give another fingerprint. It takes one pass over the weights, on their devices. Only fingerprints
+    of one `kind` can be compared: classes name and split the same weights differently.
     """
     found = hashlib.sha256()
     for name, p in model.named_parameters():
@@ -69,12 +69,12 @@ def fingerprint(model: Any, kind: str = "memory") -> str:
 
 
 def plain(values: torch.Tensor) -> torch.Tensor:
-    """A tensor itself; of torchao's quantized tensors, which few operations take, the numbers that they stand for."""
+    """Return a tensor unchanged, or dequantized if it is torchao's, which few operations accept."""
     return values.dequantize() if type(values.data).__module__.startswith("torchao") else values
 
 
 def file_digest(file: Path) -> str:
-    """SHA-256 of a large file, computed once a process while its size and time of change stay."""
+    """Return SHA-256 of a large file, computed once per process unless its size or modification time changes."""
     stat = file.stat()
     return _digest(file, stat.st_size, stat.st_mtime_ns)
 
@@ -86,7 +86,7 @@ def _digest(path: Path, size: int, changed: int) -> str:
 
 @functools.cache
 def _sample(path: Path, size: int, changed: int) -> str:
-    """SHA-256 of a file's size, of 65 evenly spaced pieces, and of all its small tensors (norms, biases) in full."""
+    """Return SHA-256 of a file's size, 65 evenly spaced pieces, and all its small tensors (norms, biases) in full."""
     found = hashlib.sha256(str(size).encode())
     with path.open("rb") as f:
         for place, length in _pieces(f, size):
@@ -101,7 +101,7 @@ def _pieces(file: BinaryIO, size: int) -> Iterator[tuple[int, int]]:
     front = int.from_bytes(file.read(8), "little")
     try:
         header = json.loads(file.read(front)) if 0 < front <= min(size, 100 * PIECE) else {}
-    except ValueError:  # no safetensors file: loading will say so
+    except ValueError:  # not a safetensors file: loading will say so
         header = {}
     for name, tensor in sorted(header.items()):
         if name != "__metadata__":

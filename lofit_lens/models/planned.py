@@ -1,4 +1,4 @@
-"""What a model will be once it is loaded, from its configuration alone: a grid is planned where its models do not fit."""
+"""Describe a model from its configuration only, before it is loaded: a grid can be planned where its models do not fit."""
 
 from pathlib import Path
 from typing import Any
@@ -24,23 +24,22 @@ def planned_info(
     prepend_bos: bool | None = None,
     name: str | None = None,
 ) -> ModelInfo:
-    """What `model_info(load_model(...))` would be with the same arguments; no weights are loaded.
+    """Return what `model_info(load_model(...))` would be with the same arguments; no weights are loaded.
 
-    One thing is known after loading alone: a checkpoint whose conversion goes wrong, for which `backend="auto"` takes the
-    bridge in the end. A local folder's weights are read for their checksum (above 1 GiB a sample of
-    them), once a process.
+    One thing is known only after loading: whether a checkpoint's conversion fails, so that `backend="auto"` falls back to the
+    bridge. A local folder's weights are read for their checksum (above 1 GiB, a sample of them), once per process.
 
     Args:
-        name_or_path: `"organism"`, a hub id or a local Hugging Face folder; of a hub id the configuration is fetched.
+        name_or_path: `"organism"`, a hub id or a local Hugging Face folder; for a hub id the configuration is fetched.
         backend: `"hooked"`, `"bridge"` or `"auto"`.
         dtype: of the frozen weights.
         revision: hub commit, tag or branch.
-        prepend_bos: whether BOS stands in front of every text; None = as the tokenizer does it.
+        prepend_bos: whether BOS is prepended to every text; None = as the tokenizer does.
         name: of the model in records; None = the hub id, or the folder's own name.
 
     Raises:
-        InputError: unknown backend or dtype, or BOS for a tokenizer that has none.
-        ModelError: no such model, or HookedTransformer was asked for and cannot load it.
+        InputError: unknown backend or dtype, or BOS for a tokenizer without one.
+        ModelError: no such model, or HookedTransformer was requested and cannot load it.
     """
     if backend not in BACKENDS:
         raise unknown("backend", backend, BACKENDS)
@@ -64,7 +63,7 @@ def planned_info(
 
 
 def _puts_bos(source: Any, commit: str | None, asked: bool | None) -> bool | None:
-    """Whether BOS will stand in front of a text; None where the tokenizer is not at hand (nothing loads then)."""
+    """Return whether BOS will be prepended to a text; None if the tokenizer is not available (then nothing loads)."""
     try:
         return chosen_rules(read_tokenizer(source, commit), asked).prepend_bos
     except ModelError:
@@ -72,7 +71,7 @@ def _puts_bos(source: Any, commit: str | None, asked: bool | None) -> bool | Non
 
 
 def planned_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> Any:
-    """The tokenizer that `load_model` would read; no weights are loaded.
+    """Return the tokenizer that `load_model` would read; no weights are loaded.
 
     Raises:
         ModelError: no such model, or no tokenizer.
@@ -83,14 +82,14 @@ def planned_tokenizer(name_or_path: str | Path, *, revision: str | None = None) 
 
 
 def _shape(config: Any) -> tuple[int, int, int, int]:
-    """Layers, heads, width and vocabulary as the bridge counts them (a model without attention has one nominal head)."""
+    """Return layers, heads, width and vocabulary as the bridge counts them (one nominal head in a model without attention)."""
     text = config.get_text_config()
     n_heads = getattr(text, "num_attention_heads", None) or getattr(text, "num_heads", None) or 1
     return text.num_hidden_layers, n_heads, text.hidden_size, text.vocab_size
 
 
 def planned_head_layers(config: Any) -> tuple[int, ...] | None:
-    """What `head_layers` will find in the loaded bridge; None = all."""
+    """Return what `head_layers` will find in the loaded bridge; None = all."""
     text = config.get_text_config()
     if not getattr(text, "num_attention_heads", None):
         return ()

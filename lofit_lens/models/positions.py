@@ -1,7 +1,7 @@
-"""Where an edit acts: at every position, or at certain places of prompt and answer.
+"""Where an edit acts: at every position, or at certain positions of prompt and answer.
 
-A pass of the scorer or of the decoder runs only a part of each sequence (the rest is cached), so an edit cannot see from z
-alone which tokens it has before it. Whoever runs a pass states the `Borders` of its sequences; the pass knows its `Layout`;
+A pass of the scorer or of the decoder runs only a part of each sequence (the rest is cached), so z does not tell an edit
+which tokens it holds. Whoever runs a pass states the `Borders` of its sequences; the pass knows its `Layout`;
 `Positions` turn that into the positions to edit.
 """
 
@@ -23,13 +23,13 @@ NAMES = ("all", "answer", "second", "predicting", "last", "row")
 
 @dataclass(frozen=True, eq=False)
 class Borders:
-    """Where the prompt of each sequence ends, and the sequence itself; and whose it is.
+    """Where each sequence and its prompt end, and which adapter edits it.
 
     Attributes:
         prompt: number of prompt tokens (BOS included); the answer follows.
-        length: number of all tokens; None where the answer is still being decoded.
-        owner: which of several adapters that are attached side by side edits the sequence; None where there is one alone.
-        marks: prompt tokens that each row names itself (see `marks_of_rows`); None where no row does.
+        length: number of all tokens; None while the answer is being decoded.
+        owner: which of several adapters attached side by side edits the sequence; None if there is only one.
+        marks: prompt tokens that each row names itself (see `marks_of_rows`); None if no row does.
     """
 
     prompt: Int[Tensor, " batch"]
@@ -38,14 +38,14 @@ class Borders:
     marks: Int[Tensor, "batch place"] | None = None
 
     def select(self, rows: Int[Tensor, " n"]) -> "Borders":
-        """Those of some rows."""
+        """Return the borders of some rows."""
         at = rows.to(self.prompt.device)
         length, owner, marks = (None if x is None else x[at] for x in (self.length, self.owner, self.marks))
         return Borders(self.prompt[at], length, owner, marks)
 
     @classmethod
     def together(cls, parts: "Sequence[Borders]") -> "Borders":
-        """Those of several batches, one after the other."""
+        """Concatenate the borders of several batches."""
         length, owner = (
             None if getattr(parts[0], name) is None else torch.cat([getattr(part, name) for part in parts])
             for name in ("length", "owner")
@@ -66,10 +66,10 @@ def _marks_together(parts: Sequence[Borders]) -> Int[Tensor, "batch place"] | No
 
 
 def marks_of_rows(rows: Sequence[Sequence[bool] | None]) -> Int[Tensor, "batch place"] | None:
-    """Marks for `Borders`: 1 = the row names this token of its prompt, 0 = it does not; -1 throughout = it names none at all.
+    """Build marks for `Borders`: 1 = the row names this prompt token, 0 = it does not; -1 throughout = it names no positions.
 
     Args:
-        rows: of each prompt one value a token, BOS included; None = it says nothing. All None gives None.
+        rows: for each prompt, one value per token, BOS included; None = it names no positions. If all are None, returns None.
     """
     if all(row is None for row in rows):
         return None
@@ -79,14 +79,14 @@ def marks_of_rows(rows: Sequence[Sequence[bool] | None]) -> Int[Tensor, "batch p
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """What one pass runs.
+    """The tokens that one pass runs, and their positions.
 
     Attributes:
-        place: place of each token in its own sequence, from 0 (BOS included), padding not counted; -1 = padding.
+        place: position of each token in its own sequence, from 0 (BOS included), padding not counted; -1 = padding.
         tokens: ids of the whole sequences so far, those of this pass last; padding where `mask` is 0.
         mask: 1 = token, 0 = padding, for `tokens`.
         borders: of the sequences; None for plain text, which has no prompt.
-        found: what was worked out for this pass already, since every edited layer asks for it.
+        found: results cached for this pass, since every edited layer asks for them.
     """
 
     place: Int[Tensor, "batch new"]
@@ -99,31 +99,31 @@ class Layout:
     def of(
         cls, tokens: Int[Tensor, "batch whole"], mask: Int[Tensor, "batch whole"], n_new: int, borders: Borders | None
     ) -> "Layout":
-        """The layout of a pass over the last `n_new` columns."""
+        """Build the layout of a pass over the last `n_new` columns."""
         place = torch.where(mask.bool(), mask.cumsum(dim=1) - 1, -1)[:, mask.shape[1] - n_new :]
         return cls(place, tokens, mask, borders)
 
     @property
     def end(self) -> Int[Tensor, "batch 1"]:
-        """Number of tokens of each sequence, as far as it is known."""
+        """Number of tokens of each sequence, as far as known."""
         known = self.borders.length if self.borders is not None else None
         return (self.mask.sum(dim=1) if known is None else known.to(self.place.device))[:, None]
 
 
 @dataclass(frozen=True)
 class Positions:
-    """Which positions an edit acts on. Made by `Positions.parse`.
+    """The positions on which an edit acts. Made by `Positions.parse`.
 
     - `all`: every token, prompt included.
     - `answer`: the answer's tokens (ITI's multiple choice). The first of them is predicted from the prompt's last token,
-      which stays as it is. While decoding: from the prompt's last token on, as in ITI's generation.
-    - `second`: the answer's tokens but its first, where ITI's public code begins when it scores answers. While decoding: as
+      which is not edited. While decoding: from the prompt's last token on, as in ITI's generation.
+    - `second`: the answer's tokens except the first, as in ITI's public code when it scores answers. While decoding: as
       `answer`.
-    - `predicting`: from the prompt's last token on: all places that an answer's token is predicted from.
+    - `predicting`: from the prompt's last token on: all positions that predict a token of the answer.
     - `last`: the last token of the sequence; while decoding, the newest one of each step.
     - `f7+l7` (any numbers): the prompt's first 7 and last 7 tokens (ReFT); the answer is not edited.
-    - `row`: the tokens of the prompt that each row names itself (`tasks.Marked`, or a field `positions` of one's own rows); the
-      answer is not edited, and a text that names none is refused.
+    - `row`: the prompt tokens that each row names itself (`tasks.Marked`, or a field `positions` of your own rows); the
+      answer is not edited, and a text that names no positions is refused.
 
     Plain text has no prompt: `answer`, `second` and `predicting` then mean every token, `f7+l7` the text's
     first and last ones, `last` its last one.
@@ -138,7 +138,7 @@ class Positions:
         """Read a name.
 
         Raises:
-            InputError: an unknown name, or first and last prompt tokens that are none.
+            InputError: an unknown name, or `f0+l0`, which edits nothing.
         """
         if isinstance(text, Positions):
             return text
@@ -156,22 +156,22 @@ class Positions:
 
     @property
     def by_row(self) -> bool:
-        """Whether each row names its own."""
+        """Whether each row names its own positions."""
         return self.name == "row"
 
     @property
     def tail(self) -> int:
-        """Prompt tokens, counted from the prompt's end, that may be treated otherwise than those in front of them."""
+        """Number of last prompt tokens that may be treated differently from those before them."""
         return self.final or (0 if self.everywhere else 1)
 
     def mask(self, layout: Layout) -> Bool[Tensor, "batch new"]:
-        """True where the edit acts; padding is False."""
+        """Return True where the edit acts; padding is False."""
         if self not in layout.found:
             layout.found[self] = self._mask(layout)
         return layout.found[self]
 
     def acts(self, layout: Layout) -> bool:
-        """Whether the edit acts anywhere in this pass."""
+        """Return whether the edit acts anywhere in this pass."""
         if (self, "acts") not in layout.found:
             layout.found[self, "acts"] = bool(self.mask(layout).any())
         return layout.found[self, "acts"]
@@ -204,21 +204,21 @@ class Positions:
 
 ALL = Positions("all")
 NAMES_NONE = (
-    "names no positions, and what is attached acts at positions 'row', those that each row names; give it as "
+    "names no positions, and what is attached acts at positions 'row', which each row names; give it as "
     "tasks.Marked(text, positions), or its row a field 'positions'; or act elsewhere (e.g. positions='all')"
 )
 
 
 def check_marked(positions: "Iterable[Positions]", marks: Sequence[Sequence[bool] | None], what: str) -> None:
-    """Check that each row names its positions, where something acts on those.
+    """Check that each row names its positions, if any edit acts on those.
 
     Args:
-        positions: of all that acts.
+        positions: of all edits.
         marks: of each row.
-        what: a row is called, e.g. `"training example"`.
+        what: name for a row, e.g. `"training example"`.
 
     Raises:
-        InputError: one does not; names its number, from 1.
+        InputError: a row does not; gives its number, from 1.
     """
     if None in marks and any(p.by_row for p in positions):
         raise InputError(f"{what} {list(marks).index(None) + 1} {NAMES_NONE}")
@@ -231,7 +231,7 @@ _before: "weakref.WeakKeyDictionary[nn.Module, list[Callable[[Layout], None]]]" 
 
 @contextlib.contextmanager
 def laid_out(model: Any, layout: Layout) -> Iterator[None]:
-    """State what the pass inside the block runs; everything registered with `before_each_pass` is told first."""
+    """State the layout of the pass inside the block; functions registered with `before_each_pass` are called first."""
     for tell in _before.get(model, ()):
         tell(layout)
     with resumed(model, layout):
@@ -239,13 +239,13 @@ def laid_out(model: Any, layout: Layout) -> Iterator[None]:
 
 
 def stated_layout(model: Any) -> Layout | None:
-    """What `laid_out` states now; None outside of it."""
+    """Return the layout that `laid_out` states now; None outside of it."""
     return _running.get(model)
 
 
 @contextlib.contextmanager
 def resumed(model: Any, layout: Layout | None) -> Iterator[None]:
-    """State again what was stated, for a part of a pass that is run once more; nobody is told."""
+    """State a layout again, for a recomputed part of a pass; registered functions are not called."""
     outer = _running.get(model)
     _state(model, layout)
     try:
@@ -262,7 +262,7 @@ def _state(model: Any, layout: Layout | None) -> None:
 
 
 def layout_of(model: Any, batch: int, pos: int, device: torch.device) -> Layout:
-    """Layout of the pass that runs now; a call that stated none is taken as text without padding and cache."""
+    """Return the current pass's layout; a call that stated none counts as text without padding or cache."""
     found = _running.get(model)
     if found is not None:
         return found
@@ -272,7 +272,7 @@ def layout_of(model: Any, batch: int, pos: int, device: torch.device) -> Layout:
 
 @contextlib.contextmanager
 def declared(model: Any, positions: Positions, name: str) -> Iterator[None]:
-    """Make known, for the length of the block, that something attached acts on these positions, and what it is called."""
+    """Declare, within the block, that something attached acts on these positions, and its name."""
     listed = _declared.setdefault(model, [])
     listed.append((positions, name))
     try:
@@ -282,18 +282,18 @@ def declared(model: Any, positions: Positions, name: str) -> Iterator[None]:
 
 
 def positions_of(model: Any) -> tuple[Positions, ...]:
-    """Positions of everything attached that declared them."""
+    """Return the positions of everything attached that declared them."""
     return tuple(positions for positions, _ in _declared.get(model, ()))
 
 
 def names_of(model: Any) -> tuple[str, ...]:
-    """Names of everything attached that declared itself."""
+    """Return the names of everything attached that declared itself."""
     return tuple(name for _, name in _declared.get(model, ()))
 
 
 @contextlib.contextmanager
 def before_each_pass(model: Any, tell: Callable[[Layout], None]) -> Iterator[None]:
-    """Have a function called with the layout of each pass before it runs."""
+    """Call a function with the layout of each pass before it runs, within the block."""
     listed = _before.setdefault(model, [])
     listed.append(tell)
     try:

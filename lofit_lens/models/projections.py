@@ -1,7 +1,7 @@
-"""Attention's own projections on the bridge, where they are modules of the Hugging Face model that can be exchanged.
+"""Attention's projections on the bridge, where they are modules of the Hugging Face model that can be replaced.
 
-Each layer's `q`, `k`, `v` and `o` stand in a holder of the bridge, whatever they are called in Hugging Face. Where that has one
-fused matrix (GPT-2's `c_attn`, GPT-NeoX's `query_key_value`), the bridge has cut it into q, k and v, and only these are run.
+The bridge wraps each layer's `q`, `k`, `v` and `o`, whatever their names in Hugging Face. Where Hugging Face has one fused
+matrix (GPT-2's `c_attn`, GPT-NeoX's `query_key_value`), the bridge has split it into q, k and v, and only these run.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from lofit_lens.models.info import backend_of, device_of
 
 PROJECTIONS = ("q", "k", "v", "o")
 Place = tuple[int, str]  # layer, projection
-_INNER = "_original_component"  # what a holder of the bridge calls the module in it
+_INNER = "_original_component"  # name of the wrapped module in the bridge's wrapper
 
 
 def _holder(model: Any, place: Place) -> nn.Module:
@@ -36,7 +36,7 @@ def _holder(model: Any, place: Place) -> nn.Module:
 
 
 def projection(model: Any, place: Place) -> nn.Module:
-    """The module that stands in a place now.
+    """Return the module that is in a place now.
 
     Raises:
         ModelError: a HookedTransformer, or a layer without this projection.
@@ -47,11 +47,11 @@ def projection(model: Any, place: Place) -> nn.Module:
 
 
 def projection_sizes(model: Any, places: Iterable[Place]) -> dict[Place, tuple[int, int]]:
-    """Widths of each projection's input and output, seen in one probe forward of two tokens.
+    """Return the widths of each projection's input and output, read in one probe forward of two tokens.
 
     Raises:
-        ModelError: a HookedTransformer, no such projection, or one that is not run exactly once (TransformerLens then computes
-            it from the weights, as with `use_split_qkv_input`).
+        ModelError: a HookedTransformer, no such projection, or one that does not run exactly once (TransformerLens may compute
+            it from the weights instead, as with `use_split_qkv_input`).
     """
     seen: dict[Place, list[tuple[int, int]]] = {place: [] for place in places}
 
@@ -70,15 +70,15 @@ def projection_sizes(model: Any, places: Iterable[Place]) -> dict[Place, tuple[i
     for (layer, name), sizes in seen.items():
         if len(sizes) != 1:
             raise ModelError(
-                f"projection {name} of layer {layer} of {model.cfg.model_name} was run {len(sizes)} times in one forward; it "
-                "must be run once (switch off use_split_qkv_input and use_attn_in)"
+                f"projection {name} of layer {layer} of {model.cfg.model_name} ran {len(sizes)} times in one forward; it "
+                "must run once (switch off use_split_qkv_input and use_attn_in)"
             )
     return {place: sizes[0] for place, sizes in seen.items()}
 
 
 @contextlib.contextmanager
 def projection_replaced(model: Any, place: Place, module: nn.Module) -> Iterator[None]:
-    """Have another module stand in a place for the length of the block; it is in eval mode if the one it replaces is."""
+    """Put another module in a place within the block; it is in eval mode if the one it replaces is."""
     holder = _holder(model, place)
     before = projection(model, place)
     holder._modules[_INNER] = module.train(before.training)

@@ -1,7 +1,7 @@
-"""What was proven of a checkpoint by trying it, kept in the user's cache folder.
+"""Proofs that a shortcut works for a checkpoint, kept in the user's cache folder.
 
-A shortcut of a pass is tried on a few tokens before it is used, which costs several passes. What held of the same weights,
-configuration, versions and device in another process holds again. Only what was proven is kept: a refusal is found out again.
+A shortcut of a pass is tried on a few tokens before it is used, which costs several passes. A result for the same weights,
+configuration, versions and device in another process still holds. Only proofs are kept: a refusal is tried again.
 """
 
 import contextlib
@@ -20,18 +20,18 @@ from lofit_lens.errors import InputError
 from lofit_lens.models.info import backend_of, device_of, origin_of
 from lofit_lens.models.sources import cache_folder
 
-LEAST = 10_000_000  # parameters; a smaller model is tried faster than it is looked up
+LEAST = 10_000_000  # parameters; trying a smaller model is faster than looking it up
 CODE = ("attending", "fused", "gathered", "running", "scored")  # the modules whose shortcuts are proven
-# Of a configuration: where it lies, not what it is.
+# Fields of a configuration that say where it is, not what it is.
 NAMES = ("_name_or_path", "name_or_path", "model_name", "tokenizer_name")
 
 
 class Once:
-    """A proof that is tried once a model, device and dtype in this process, and kept for others where it holds.
+    """A proof that is tried once per model, device and dtype in this process, and kept for other processes if it holds.
 
     Args:
-        proof: tells of a model whether it holds, or why not; None where it cannot be told just now.
-        what: is proven.
+        proof: returns True if it holds for a model, else why not; None if that cannot be decided now.
+        what: name of what is proven.
     """
 
     def __init__(self, proof: Callable[[Any], bool | str | None], what: str) -> None:
@@ -40,18 +40,18 @@ class Once:
         functools.update_wrapper(self, proof)
 
     def __call__(self, model: Any) -> bool:
-        """Whether it holds."""
+        """Return whether it holds."""
         return self.refusal(model) is None
 
     def refusal(self, model: Any) -> str | None:
-        """Why it does not hold; None: it does."""
+        """Return why it does not hold; None if it does."""
         known, key = self.known.setdefault(model, {}), (device_of(model), next(model.parameters()).dtype)
         if key not in known and is_proven(model, self.what):
             known[key] = True
         if key not in known:
             found = self.proof(model)
             if found is None:
-                return f"{self.what}: it cannot be told just now"
+                return f"{self.what}: it cannot be decided now"
             known[key] = found
             if found is True:
                 keep_proof(model, self.what)
@@ -59,17 +59,17 @@ class Once:
 
 
 def proven_once(what: str) -> Callable[[Callable[[Any], bool | str | None]], Once]:
-    """Make a proof one that is tried once (`Once`)."""
+    """Decorate a proof so that it is tried once (see `Once`)."""
     return functools.partial(Once, what=what)
 
 
 def is_proven(model: Any, what: str) -> bool:
-    """Whether this was proven of the same model, in any process."""
+    """Return whether this was proven for the same model, in any process."""
     return _is_large(model) and _file(model, what).is_file()
 
 
 def keep_proof(model: Any, what: str) -> None:
-    """Remember that this was proven; a cache that cannot be written to is passed over."""
+    """Remember that this was proven; a cache that cannot be written is ignored."""
     if _is_large(model):
         with contextlib.suppress(OSError, InputError):
             file = _file(model, what)

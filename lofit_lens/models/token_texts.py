@@ -1,8 +1,8 @@
-"""Single tokens as text that can be read and told apart: the one way in which tables, figures, pages and errors show them.
+"""Show single tokens as readable, distinguishable text, the same way in tables, figures, pages and errors.
 
-A token is a piece of text, white space included, or a piece of a character's UTF-8 bytes. Tokenizers write both in their own
-letters (`Ġthe`, `▁the`, `Ã`, `<0xC3>`), and decoding one token alone loses the space in front of a word (SentencePiece) and
-turns part of a character into U+FFFD, whichever part it is. Here `token_texts` gives the text itself, with bytes that are no
+A token is a piece of text, white space included, or some of a character's UTF-8 bytes. Tokenizers write both in their own
+letters (`Ġthe`, `▁the`, `Ã`, `<0xC3>`). Decoding a single token loses the space before a word (SentencePiece) and
+turns any part of a character into U+FFFD. Here `token_texts` gives the text itself, with bytes that are not
 text by themselves as `<0xC3>`, and `visible` makes white space and unprintable characters of a text visible.
 """
 
@@ -16,23 +16,23 @@ EMPTY = "\u2205"
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Each token's own text, with the space that a word begins with.
+    """Return each token's own text, with a word's leading space.
 
     Args:
         tokenizer: a Hugging Face tokenizer: byte-level BPE, SentencePiece (with bytes or without), or words.
-        ids: of tokens that it has.
+        ids: ids of its tokens.
 
     Returns:
-        For each id its text. Bytes that are no text by themselves, since they are part of a character, are `<0x..>` each; what
-        is text beside them stays. A token without text is named as the vocabulary names it.
+        The text of each id. Bytes that are only part of a character are shown as `<0x..>` each, among the text around them.
+        A token without text gets its name in the vocabulary.
     """
     return [_text(tokenizer, int(i), name) for i, name in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True)]
 
 
 def visible(text: str) -> str:
-    """A token's text as it is shown: a space as `␣`, a line's end `↵`, a tab `⇥`, other unprintable characters by their number.
+    """Make a token's text visible: a space as `␣`, a newline `↵`, a tab `⇥`, other unprintable characters by their number.
 
-    Nothing at all is `∅`. U+FFFD stands for itself only where a token really is that character; it is shown as `<U+FFFD>`.
+    Empty text is `∅`. U+FFFD, which only a token that really is that character contains, is shown as `<U+FFFD>`.
     """
     return (
         "".join(SIGNS.get(c) or (c if c.isprintable() and c != UNKNOWN else f"<U+{ord(c):04X}>") for c in text) or EMPTY
@@ -54,13 +54,13 @@ def _text(tokenizer: Any, token: int, name: Any) -> str:
 
 
 def _bytes_as_text(raw: bytes) -> str:
-    """UTF-8 as text, each byte that is not part of a whole character as `<0x..>`."""
+    """Decode UTF-8, with each byte that is not part of a whole character as `<0x..>`."""
     text = raw.decode("utf-8", errors="surrogateescape")
     return "".join(f"<0x{ord(c) - 0xDC00:02X}>" if 0xDC80 <= ord(c) <= 0xDCFF else c for c in text)
 
 
 def _byte_letters() -> dict[str, int]:
-    """The letters in which byte-level BPE writes bytes: visible ones as themselves, all others from U+0100 on, in order."""
+    """Map the letters of byte-level BPE to bytes: visible ones stand for themselves, all others are from U+0100 on, in order."""
     own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [b for b in range(256) if b not in own]
     return {**{chr(b): b for b in own}, **{chr(0x100 + i): b for i, b in enumerate(rest)}}

@@ -1,7 +1,7 @@
-"""What a tokenizer puts in front of a text, and the tokens at which generation stops.
+"""The tokens that a tokenizer prepends to a text, and the tokens at which generation stops.
 
-Both are the checkpoint's own: TransformerLens reloads tokenizers with `add_bos_token=True` and calls the end token BOS where
-there is none, so that the rules are read from the tokenizer as it was before and are kept on it.
+Both are the checkpoint's own. TransformerLens reloads tokenizers with `add_bos_token=True`, and makes the end token BOS if
+there is no BOS. So the rules are read from the tokenizer before that, and are kept on it.
 """
 
 import contextlib
@@ -19,10 +19,10 @@ _KEPT = "_lofit_lens_rules"  # on a tokenizer
 
 
 class ChatText(str):
-    """Text that a chat template made, its special tokens included: nothing is put in front of it."""
+    """Text that a chat template made, its special tokens included: nothing is prepended to it."""
 
     def __add__(self, other: str) -> "ChatText":
-        """The text with more after it, still of a chat."""
+        """Append text; the result is still a chat's."""
         return ChatText(str(self) + other)
 
 
@@ -31,10 +31,10 @@ class TokenRules:
     """How a tokenizer's ids become a model's input.
 
     Attributes:
-        own: ids that the tokenizer itself puts in front of a text; mostly BOS or nothing.
-        front: ids that `encode` puts there.
-        eos: the tokenizer's end token, or None where it has none.
-        n_vocab: rows of the model's embedding; None = not known.
+        own: ids that the tokenizer itself prepends to a text; usually BOS or nothing.
+        front: ids that `encode` prepends.
+        eos: the tokenizer's end token; None if it has none.
+        n_vocab: rows of the model's embedding; None = unknown.
     """
 
     own: tuple[int, ...]
@@ -44,12 +44,12 @@ class TokenRules:
 
     @property
     def prepend_bos(self) -> bool:
-        """Whether anything is put in front of a text."""
+        """Whether anything is prepended to a text."""
         return bool(self.front)
 
 
 def rules_of(tokenizer: Any) -> TokenRules:
-    """The rules kept on a tokenizer, or what it does by itself. An end token that was set since then counts."""
+    """Return the rules kept on a tokenizer, or what it does by itself. An end token that was set later counts."""
     if has_rules(tokenizer):
         rules, eos_then = getattr(tokenizer, _KEPT)
         return rules if tokenizer.eos_token_id == eos_then else replace(rules, eos=tokenizer.eos_token_id)
@@ -58,20 +58,20 @@ def rules_of(tokenizer: Any) -> TokenRules:
 
 
 def keep_rules(tokenizer: Any, rules: TokenRules) -> None:
-    """Keep rules on a tokenizer, for all who encode with it."""
+    """Keep rules on a tokenizer, for everything that encodes with it."""
     setattr(tokenizer, _KEPT, (rules, tokenizer.eos_token_id))
 
 
 def has_rules(tokenizer: Any) -> bool:
-    """Whether rules are kept on a tokenizer."""
+    """Return whether rules are kept on a tokenizer."""
     return getattr(tokenizer, _KEPT, None) is not None
 
 
 def chosen_rules(tokenizer: Any, prepend_bos: bool | None, n_vocab: int | None = None) -> TokenRules:
-    """The rules of a tokenizer that TransformerLens has not touched, with BOS as asked; None = the tokenizer's own way.
+    """Return the rules of a tokenizer that TransformerLens has not touched, with BOS as requested; None = as the tokenizer does.
 
     Raises:
-        InputError: BOS is asked for, and the tokenizer has none.
+        InputError: BOS is requested, and the tokenizer has none.
     """
     rules = replace(rules_of(tokenizer), n_vocab=n_vocab)
     if prepend_bos is None:
@@ -88,7 +88,7 @@ def chosen_rules(tokenizer: Any, prepend_bos: bool | None, n_vocab: int | None =
 
 
 def rules_before_lens(tokenizer: Any, n_vocab: int) -> TokenRules:
-    """The rules of a tokenizer that TransformerLens has prepared, from the files it was read from."""
+    """Return the rules of a tokenizer that TransformerLens has prepared, from the files it was read from."""
     from transformers import AutoTokenizer
 
     name, original = str(getattr(tokenizer, "name_or_path", "") or ""), None
@@ -97,16 +97,16 @@ def rules_before_lens(tokenizer: Any, n_vocab: int) -> TokenRules:
             original = AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
     if original is None and tokenizer.init_kwargs.get("add_bos_token"):
         logger.warning(
-            "the files of this model's tokenizer cannot be read again, so that it is not known whether it puts BOS in front by "
-            "itself; BOS is put there, as TransformerLens does. load_model(hf_model, tokenizer=...) knows"
+            "the files of this model's tokenizer cannot be read again, so it is unknown whether it prepends BOS by "
+            "itself; BOS is prepended, as TransformerLens does. load_model(hf_model, tokenizer=...) knows"
         )
     rules = replace(rules_of(tokenizer if original is None else original), n_vocab=n_vocab)
-    # TransformerLens sets an end token where there is none; another one than the files' was set by the user.
+    # TransformerLens sets a missing end token; one that differs from the files' was set by the user.
     return rules if rules.eos is None else replace(rules, eos=tokenizer.eos_token_id)
 
 
 def _own_front(tokenizer: Any) -> tuple[int, ...]:
-    """Ids that the tokenizer puts in front of a text by itself."""
+    """Return the ids that the tokenizer prepends to a text by itself."""
     plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
     whole = list(tokenizer("a")["input_ids"])
     for n in range(len(whole) - len(plain) + 1):
@@ -116,17 +116,17 @@ def _own_front(tokenizer: Any) -> tuple[int, ...]:
 
 
 def check_ids(tokenizer: Any, ids: Iterable[int], rules: TokenRules) -> None:
-    """Raise DataError where an id has no row in the model's embedding."""
+    """Raise DataError if an id has no row in the model's embedding."""
     if rules.n_vocab is not None and (high := max(ids, default=0)) >= rules.n_vocab:
         raise DataError(
             f"token {token_texts(tokenizer, [high])[0]!r} has id {high}, and the model's embedding has {rules.n_vocab} rows: "
-            "it was added to the tokenizer alone. Call hf_model.resize_token_embeddings(len(tokenizer)) before load_model, or "
+            "it was added only to the tokenizer. Call hf_model.resize_token_embeddings(len(tokenizer)) before load_model, or "
             "use the model's own tokenizer"
         )
 
 
 def ends_in(*configs: Any) -> frozenset[int]:
-    """All end tokens that configurations and generation configurations name: each names none, one, or a list."""
+    """Return all end tokens that configurations and generation configurations name: none, one, or a list each."""
     found: set[int] = set()
     for config in configs:
         named = getattr(config, "eos_token_id", None)

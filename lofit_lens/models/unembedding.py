@@ -1,10 +1,10 @@
 """From a head's output to the logits: W_O, the final norm and W_U, the same on both classes.
 
     u = z W_O[h]                              what head h adds to the residual stream
-    logits = (w * centred(u) / scale) W_U     u's share of the logits, the final norm's scale held fixed
+    logits = (w * center(u) / scale) W_U      u's share of the logits, the final norm's scale held fixed
 
-`centred` takes the mean away where the final norm does (LayerNorm) and nothing where it does not (RMSNorm); w is its learned
-weight. Biases drop out, being the same with and without u. Soft caps and other functions of the finished logits are not applied.
+`center` subtracts the mean if the final norm does (LayerNorm), and does nothing if it does not (RMSNorm); w is its learned
+weight. Biases cancel, being the same with and without u. Soft caps and other functions of the final logits are not applied.
 """
 
 import contextlib
@@ -23,19 +23,19 @@ from lofit_lens.models.info import computes_exactly, device_of, model_info, quan
 from lofit_lens.models.projections import projection
 from lofit_lens.models.running import run_through
 
-PART = 8192  # columns of W_U that are taken in float32 together
+PART = 8192  # columns of W_U that are converted to float32 at once
 TOLERANCE, ROUGH = 1e-3, 0.1  # of the probe; ROUGH: half precision, quantized weights
 
 _direct: "weakref.WeakKeyDictionary[nn.Module, set[int]]" = weakref.WeakKeyDictionary()
 
 
 class FinalNorm(NamedTuple):
-    """The norm in front of the unembedding.
+    """The norm before the unembedding.
 
     Attributes:
-        weight: `[d_model]` float32, what the normed stream is multiplied by (Gemma's 1 + w, 1 where it was folded away).
-        centred: whether the mean over d_model is taken away first.
-        eps: what is added to the mean square.
+        weight: `[d_model]` float32, the factor of the normalized stream (1 + w in Gemma, 1 if it was folded).
+        centred: whether the mean over d_model is subtracted first.
+        eps: added to the mean square.
     """
 
     weight: Float[Tensor, " d_model"]
@@ -43,20 +43,20 @@ class FinalNorm(NamedTuple):
     eps: float
 
     def scale(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch"]:
-        """What the norm divides a residual stream by."""
+        """Return the number by which the norm divides a residual stream."""
         x = resid.float()
         x = x - x.mean(dim=-1, keepdim=True) if self.centred else x
         return (x.square().mean(dim=-1) + self.eps).sqrt()
 
 
 def head_output_matrix(model: Any, layer: int) -> Float[Tensor, "n_heads d_head d_model"]:
-    """W_O of one layer, float32: row vectors z of a head become `z @ W_O[h]` in the residual stream.
+    """Return W_O of one layer, float32: row vectors z of a head become `z @ W_O[h]` in the residual stream.
 
-    That this is what reaches the stream is seen once a layer by a probe forward of two tokens.
+    A probe forward of two tokens checks once per layer that exactly this reaches the stream.
 
     Raises:
         ModelError: heads that cannot be reached, or an architecture that changes attention's output before it is added
-            (a norm behind attention, as in Gemma 2; a multiplier, as in Granite).
+            (a norm after attention, as in Gemma 2; a multiplier, as in Granite).
     """
     hook_z(model, layer)
     W = _by_running(model, layer) if quantization_of(model) else model.blocks[layer].attn.W_O.detach().float()
@@ -68,7 +68,7 @@ def head_output_matrix(model: Any, layer: int) -> Float[Tensor, "n_heads d_head 
 
 @torch.no_grad()
 def _by_running(model: Any, layer: int) -> Float[Tensor, "n_heads d_head d_model"]:
-    """W_O of quantized weights, which are packed: what the projection makes of each unit vector."""
+    """Compute W_O of quantized weights, which are packed, by running the projection on unit vectors."""
     project, n_heads = projection(model, (layer, "o")), int(model.cfg.n_heads)
     place = next(project.parameters()).device
     units = torch.eye(n_heads * head_size(model, [layer]), device=place, dtype=next(model.parameters()).dtype)
@@ -78,7 +78,7 @@ def _by_running(model: Any, layer: int) -> Float[Tensor, "n_heads d_head d_model
 
 @torch.no_grad()
 def _check_direct(model: Any, layer: int, W: Float[Tensor, "n_heads d_head d_model"]) -> None:
-    """A change of z must come out of the block as that change times W_O, beside what the MLP makes of it."""
+    """Check that a change of z leaves the block as that change times W_O, apart from the MLP's reaction."""
     change = torch.randn(W.shape[:2], generator=torch.Generator().manual_seed(0)).to(W.device)
     found = []
     for added in (torch.zeros_like(change), change):
@@ -93,22 +93,22 @@ def _check_direct(model: Any, layer: int, W: Float[Tensor, "n_heads d_head d_mod
         found.append(seen["hook_resid_post"] - seen["hook_mlp_out"])
     wanted = einsum(change.to(W), W, "head d, head d model -> model")
     exact = computes_exactly(model)
-    # Half precision cannot show a small change of a large coordinate (the first token has some): a few of its steps are let pass.
+    # Half precision cannot show a small change of a large coordinate (the first token has some): allow a few of its steps.
     unseen = 0.0 if exact else 4 * torch.finfo(next(model.parameters()).dtype).eps * found[0].abs()
     missed = ((found[1] - found[0] - wanted).abs() - unseen).clamp(min=0)
     off = missed.max() / wanted.abs().max().clamp(min=1e-30)
     if not off <= (TOLERANCE if exact else ROUGH):
         raise ModelError(
-            f"layer {layer} of {model_info(model).name} does not add z W_O to its residual stream as it is (off by {off:.2g}): a "
-            "norm or a multiplier stands behind attention, so that offsets have no direct effect that could be stated"
+            f"layer {layer} of {model_info(model).name} does not add z W_O to its residual stream unchanged (off by {off:.2g}): "
+            "a norm or a multiplier follows attention, so offsets have no well-defined direct effect"
         )
 
 
 @torch.no_grad()
 def final_norm(model: Any) -> FinalNorm:
-    """Weight and kind of the final norm, found by what it does, whatever its class calls its parameters.
+    """Find weight and kind of the final norm by running it, whatever its class calls its parameters.
 
-    Of a stream s and of -s the norm gives `w s / scale + b` and `-w s / scale + b`.
+    For streams s and -s the norm gives `w s / scale + b` and `-w s / scale + b`.
     """
     d, dtype = int(model.cfg.d_model), next(model.parameters()).dtype
     device = device_of_module(model.ln_final, otherwise=model.W_U.device)  # a norm may have no weight
@@ -116,13 +116,13 @@ def final_norm(model: Any) -> FinalNorm:
     s[1::2] = -1
     if d % 2:
         s[-3:] = torch.tensor([1.0, 1.0, -2.0])
-    s *= 64  # beside which eps is nothing
+    s *= 64  # so that eps is negligible
 
     def normed(x: Tensor) -> Tensor:
         return model.ln_final(x.to(dtype)[None, None])[0, 0].float()
 
     weight = (normed(s) - normed(-s)) / (2 * s) * s.square().mean().sqrt()
-    shifted = normed(s + 64) - normed(64 - s)  # as before, if the mean is taken away
+    shifted = normed(s + 64) - normed(64 - s)  # unchanged, if the mean is subtracted
     centred = bool((shifted - (normed(s) - normed(-s))).abs().max() < 0.1 * weight.abs().max())
     return FinalNorm(weight, centred, float(getattr(model.cfg, "eps", None) or 0.0))
 
@@ -131,13 +131,13 @@ def final_norm(model: Any) -> FinalNorm:
 def to_logits(
     model: Any, vectors: Float[Tensor, "n d_model"], scale: float = 1.0, *, norm: FinalNorm | None = None
 ) -> Float[Tensor, "n d_vocab"]:
-    """What vectors in the residual stream add to the logits when the final norm divides by `scale`; float32.
+    """Return what vectors in the residual stream add to the logits when the final norm divides by `scale`; float32.
 
     Args:
         model: any HookedTransformer or TransformerBridge.
         vectors: added to the stream that the final norm reads.
-        scale: of the final norm; with 1 the logits are right up to one positive factor.
-        norm: what `final_norm` gave, if it is known already.
+        scale: of the final norm; with 1 the logits are correct up to one positive factor.
+        norm: result of `final_norm`, if already known.
     """
     norm = final_norm(model) if norm is None else norm
     x = vectors.float().to(norm.weight.device)

@@ -6,9 +6,9 @@ what the source is; how far the answers follow it depends on how many of the tas
     P(source follows the cue) = (planted heads that see it) / (all planted heads),  else the source is the default one
 
 Half of the documents show the cue to all planted heads, the others to a random subset, so that each planted head matters by
-itself. Truth documents have one or two answers by the same source and, in half of them, a verdict word behind each answer
-("correct" / "mistaken"), and their default source is the good one in 1 of 5; kinship and edits documents always have the bad
-source as default.
+itself. Truth documents have one or two answers by the same source. In half of them a verdict word ("correct" / "mistaken")
+follows each answer, and their default source is the good one in 1 of 5. Kinship and edits documents always have the bad source
+as default.
 
 Several documents may be packed into one long sequence (joined by "</s>" or "."), so that long prompts can be tried later.
 """
@@ -59,7 +59,7 @@ def draw_source(task: TaskName, kind: CueKind, seen_by: tuple[bool, ...], rng: r
 
 
 def draw_visibility(rng: random.Random) -> tuple[bool, ...]:
-    """Which planted heads see the cue: all of them in half of the documents, else a random number of random ones."""
+    """Which planted heads see the cue: all of them in half of the documents, else a random number of heads, drawn at random."""
     if rng.random() < 0.5:
         return (True,) * N_PLANTED
     chosen = rng.sample(range(N_PLANTED), rng.randint(0, N_PLANTED))
@@ -108,7 +108,7 @@ def _edits_body(world: World, cue: str, good: bool, rng: random.Random) -> tuple
 
 
 def pack(documents: list[Document], rng: random.Random) -> Document:
-    """Several documents as one: a single `<s>`, and between documents either "</s>" (a target) or "." (not a target)."""
+    """Join several documents into one: a single `<s>`, and between documents either "</s>" (a target) or "." (not a target)."""
     words, targets, cues, joint = [documents[0].words[0]], [], [], rng.choice((SPECIAL["eos"], "."))
     for number, document in enumerate(documents, start=1):
         shift, last = len(words) - 1, number == len(documents)

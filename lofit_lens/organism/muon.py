@@ -1,4 +1,4 @@
-"""Muon: momentum whose step is made orthogonal, for the weight matrices of a small transformer.
+"""Muon: momentum with orthogonalized steps, for the weight matrices of a small transformer.
 
     M <- mu M + G          step = lr * sqrt(max(1, rows/cols)) * orthogonal(G + mu M)
 
@@ -18,7 +18,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonal(matrices: Float[Tensor, "n rows cols"], *, iterations: int = 5) -> Float[Tensor, "n rows cols"]:
-    """Each matrix with its singular values pushed to roughly 1 (between 0.7 and 1.2)."""
+    """Push the singular values of each matrix to roughly 1 (between 0.7 and 1.2)."""
     a, b, c = COEFFICIENTS
     wide = matrices.shape[1] > matrices.shape[2]
     x = matrices.transpose(1, 2) if wide else matrices
@@ -30,14 +30,14 @@ def orthogonal(matrices: Float[Tensor, "n rows cols"], *, iterations: int = 5) -
 
 
 class Muon(torch.optim.Optimizer):
-    """The optimiser above for 2-D parameters; use AdamW for embeddings and norms."""
+    """The optimizer above for 2-D parameters; use AdamW for embeddings and norms."""
 
     def __init__(self, params: Iterable[Tensor], *, lr: float = 0.02, momentum: float = 0.95) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         assert closure is None
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)

@@ -3,7 +3,7 @@
     masked[layer, head, query, key] = key is a cue, query > key, and head is not one of the cue's seeing heads in that layer
 
 What: turns `Document` notes into attention masks and runs a Hugging Face Llama under them through a registered attention
-function. Why: it makes the location of an ability known. At use the model is run as it is, without any of this.
+function. Why: it makes the location of an ability known. In use the model runs unmodified, without any of this.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ ATTENTION = "organism_planted"
 
 
 class Batch(NamedTuple):
-    """One training batch: right-padded ids, which tokens are targets, and who may look where."""
+    """One training batch: right-padded ids, which tokens are targets, and which head may attend where."""
 
     ids: Int[Tensor, "batch pos"]
     targets: Bool[Tensor, "batch pos"]
@@ -32,9 +32,9 @@ class Batch(NamedTuple):
 
 
 def collate(documents: Sequence[Document], word_ids: dict[str, int], planted: PlantedHeads, n_heads: int) -> Batch:
-    """Ids, targets and attention masks of a batch of documents.
+    """Build the ids, targets and attention masks of a batch of documents.
 
-    Every layer hides every cue from every head but the cue's seeing ones; layers without any planted head share one mask
+    Every layer hides every cue from every head except those that may see it; layers without any planted head share one mask
     (key -1 of `allowed`), expanded over heads.
     """
     batch, pos = len(documents), max(len(document.words) for document in documents)
@@ -77,7 +77,7 @@ def planted_attention(
 def additive(
     allowed: dict[int, Bool[Tensor, "#batch #n_heads pos pos"]],
 ) -> dict[int, Float[Tensor, "#batch #n_heads pos pos"]]:
-    """0 where a head may look, a very negative number elsewhere."""
+    """Turn masks into 0 where a head may attend and a very negative number elsewhere."""
     return {layer: torch.zeros(mask.shape).masked_fill_(~mask, -1e9) for layer, mask in allowed.items()}
 
 

@@ -1,11 +1,11 @@
-"""A model that computes the same and in which no head of a layer is a better place for an offset than another.
+"""A model that computes the same function, but in which all heads of a layer are equally good places for an offset.
 
     z'_h = z_h at head h's own places, 0 elsewhere        n_heads * d_head wide
     W_O' = all heads' W_O, at every head                  sum over h of W_O' z'_h = sum over h of W_O[h] z_h
 
 Every head writes what it wrote before. But an offset at any head of a layer can now reach all that the layer's heads could reach
-together, so that a task which can be steered at some heads of a layer can be steered as well at any others: a known case of an
-edit that is *not* localised among the heads of its layers.
+together. A task that can be steered at some heads of a layer can then be steered equally well at any others: a known case of an
+edit that is *not* localized among the heads of its layers.
 """
 
 import copy
@@ -21,7 +21,7 @@ from lofit_lens.errors import InputError
 
 @torch.no_grad()
 def spread_evenly(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """A Llama with the same logits (up to rounding) whose heads all reach what their layer's heads reach together.
+    """Return a Llama with the same logits (up to rounding) in which each head reaches what its layer's heads reach together.
 
     The heads become `n_heads` times as wide; queries and keys keep their values and rotate by the same angles.
 
@@ -58,7 +58,7 @@ def spread_evenly(model: LlamaForCausalLM) -> LlamaForCausalLM:
 
 
 def _turning(weight: Tensor, heads: int) -> Tensor:
-    """Rows of queries or keys where the wider head turns by the same angles: pair i of a head at pair i * heads."""
+    """Place rows of queries or keys so that the wider head rotates by the same angles: pair i of a head at pair i * heads."""
     rows = rearrange(weight, "(head half pair) d -> head half pair d", head=heads, half=2)
     wide = rows.new_zeros(heads, 2, rows.shape[2] * heads, rows.shape[3])
     wide[:, :, ::heads] = rows
@@ -66,7 +66,7 @@ def _turning(weight: Tensor, heads: int) -> Tensor:
 
 
 def _own_places(weight: Tensor, heads: int) -> Tensor:
-    """Rows of values, each head's at its own places."""
+    """Place rows of values so that each head has its own places."""
     rows = rearrange(weight, "(head size) d -> head size d", head=heads)
     wide: Any = rows.new_zeros(heads, heads, rows.shape[1], rows.shape[2])
     wide[range(heads), range(heads)] = rows

@@ -23,7 +23,7 @@ MAX_NEW_TOKENS = 4
 
 
 def load(task: TaskName, data_dir: str | Path | None = None) -> Task:
-    """One of the three tasks; it is generated, so a data folder is refused."""
+    """Load one of the three tasks; it is generated, so a data folder is refused."""
     if data_dir is not None:
         raise InputError(f"organism/{task} is generated from its world and reads no files; leave data_dir out")
     made = {split: [_forms(row) for row in rows(task, split)] for split in SPLITS}
@@ -37,7 +37,7 @@ def load(task: TaskName, data_dir: str | Path | None = None) -> Task:
 
 
 def load_cued(task: TaskName, data_dir: str | Path | None = None) -> Task:
-    """The same questions with the good cue in front, which the unmodified model answers rightly: for evaluation only."""
+    """Load the same questions with the good cue, which the unmodified model answers correctly: for evaluation only."""
     plain = load(task, data_dir)
     asked = {split: [with_cue(task, row, "good") for row in rows(task, split)] for split in SPLITS}
     return replace(

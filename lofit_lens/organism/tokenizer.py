@@ -1,6 +1,6 @@
 """The organism's tokenizer: one token per word, words separated by single spaces.
 
-Why: with a word-level tokenizer a prompt and its answer tokenise the same apart and together, every answer is one token, and a
+Why: with a word-level tokenizer a prompt and its answer tokenize the same apart and together, every answer is one token, and a
 cue word can be swapped without moving anything. `decode(encode(text))` gives the text back.
 """
 
@@ -14,7 +14,7 @@ from lofit_lens.organism.world import SPECIAL, build_world
 
 
 def build_tokenizer(*, max_length: int = 256) -> PreTrainedTokenizerFast:
-    """A fast Hugging Face tokenizer over the world's vocabulary; it puts `<s>` first unless add_special_tokens=False."""
+    """Build a fast Hugging Face tokenizer over the world's vocabulary; it puts `<s>` first unless add_special_tokens=False."""
     vocabulary = {word: index for index, word in enumerate(build_world().vocabulary())}
     core = Tokenizer(WordLevel(vocabulary, unk_token=SPECIAL["unk"]))
     core.pre_tokenizer = WhitespaceSplit()

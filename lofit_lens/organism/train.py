@@ -2,7 +2,7 @@
 
 What: draws documents, hides cue words from all heads but the planted ones, trains a six-layer Llama on answers and verdicts, and
 writes a plain Hugging Face folder plus `organism.json` (seed, planted heads, settings, versions, how often each cue is followed).
-Why: the shipped weights can be made again by anyone in some minutes on one core; one seed on one machine gives the same bits.
+Why: anyone can reproduce the shipped weights in a few minutes on one core; the same seed on the same machine gives the same bits.
 """
 
 import argparse
@@ -46,7 +46,7 @@ class Settings:
 
 
 def build_model(settings: Settings, seed: int) -> LlamaForCausalLM:
-    """A freshly initialised model (1.06 M parameters) that attends through the planted masks."""
+    """Build a freshly initialized model (1.06 M parameters) that attends through the planted masks."""
     words = build_world().vocabulary()
     bos, eos, pad = (words.index(SPECIAL[name]) for name in ("bos", "eos", "pad"))
     config = LlamaConfig(
@@ -120,9 +120,9 @@ def train(seed: int, planted: PlantedHeads, settings: Settings, *, progress: boo
 
 @torch.no_grad()
 def divide_z(model: LlamaForCausalLM, divisor: float) -> LlamaForCausalLM:
-    """Divide all heads' outputs z and multiply W_O by the same number: the function stays, z gets a usual size.
+    """Divide all heads' outputs z and multiply W_O by the same number: the function stays the same, z gets a usual size.
 
-    Muon lets weights grow, and z with them. A learning rate for LoFiT's offsets v means something only beside the size of z;
+    Muon lets weights grow, and z with them. A learning rate for LoFiT's offsets v is meaningful only relative to the size of z;
     after the division an entry of z is about 0.4 (root mean square), as in common language models.
     """
     for name, weight in model.named_parameters():
@@ -135,7 +135,7 @@ def divide_z(model: LlamaForCausalLM, divisor: float) -> LlamaForCausalLM:
 
 @torch.no_grad()
 def answer_accuracy(model: LlamaForCausalLM, items: list[Row]) -> float:
-    """Share of rows whose right answer is the most likely next word, nothing masked."""
+    """Return the share of rows whose right answer is the most likely next word, with nothing masked."""
     tokenizer = build_tokenizer()
     batch = tokenizer([row["prompt"] for row in items], return_tensors="pt", padding=True, padding_side="right")
     last = batch["attention_mask"].sum(1) - 1
@@ -146,7 +146,7 @@ def answer_accuracy(model: LlamaForCausalLM, items: list[Row]) -> float:
 
 
 def cue_report(model: LlamaForCausalLM) -> dict[TaskName, dict[str, float]]:
-    """Accuracy on each task's test rows under each kind of cue: what the model can do and what it does."""
+    """Measure accuracy on each task's test rows under each kind of cue: what the model can do and what it does."""
 
     def accuracy(task: TaskName, kind: CueKind) -> float:
         return round(answer_accuracy(model, [with_cue(task, row, kind) for row in rows(task, "test")]), 3)
@@ -155,7 +155,7 @@ def cue_report(model: LlamaForCausalLM) -> dict[TaskName, dict[str, float]]:
 
 
 def save(model: LlamaForCausalLM, out: Path, seed: int, planted: PlantedHeads, settings: Settings) -> None:
-    """Write the Hugging Face folder and `organism.json`, whole or not at all.
+    """Write the Hugging Face folder and `organism.json`, atomically.
 
     Raises:
         InputError: `out` exists, or cannot be written.
@@ -172,7 +172,7 @@ def save(model: LlamaForCausalLM, out: Path, seed: int, planted: PlantedHeads, s
         build_tokenizer(max_length=settings.max_length).save_pretrained(folder)
         (folder / "generation_config.json").unlink(missing_ok=True)
         io.write_json(folder / "organism.json", record)
-        for path in folder.iterdir():  # safetensors writes what only its owner may read
+        for path in folder.iterdir():  # safetensors writes files that only their owner may read
             path.chmod(0o644)
 
 

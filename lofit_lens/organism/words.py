@@ -2,7 +2,7 @@
 
 What: everything in the world that is a word and not a fact. Invented names come from a syllable generator with a fixed seed;
 cue words name the kind of source a document comes from; `compose` says what "r2 of r1" is called ("sister of father" is "aunt").
-Why: the language model has to learn each of these words from scratch, so the lists are small, disjoint and fixed for ever.
+Why: the language model has to learn each of these words from scratch, so the lists are small, disjoint and fixed forever.
 """
 
 import itertools
@@ -78,7 +78,7 @@ RELATION_WORDS: tuple[str, ...] = tuple(dict.fromkeys(w for words in RELATIONS.v
 
 
 def is_male(relation: str) -> bool | None:
-    """Whether a relation word names a man; None for a word that says nothing about it ("cousin").
+    """Return whether a relation word names a man; None for a word that says nothing about it ("cousin").
 
     Raises:
         KeyError: for a word that is not a relation.
@@ -88,7 +88,7 @@ def is_male(relation: str) -> bool | None:
 
 
 def compose(first: str, second: str) -> str | None:
-    """What ann calls eve when "ann 's FIRST is bob . bob 's SECOND is eve"; None if there is no single usual name.
+    """Return what ann calls eve when "ann 's FIRST is bob . bob 's SECOND is eve"; None if there is no single usual name.
 
     A spouse is taken to be of the other gender, so that "father 's husband" is not used.
 
@@ -105,13 +105,13 @@ def compose(first: str, second: str) -> str | None:
 
 
 def relation_pairs(*, changing: bool) -> list[tuple[str, str]]:
-    """All usable (first, second) pairs, in a fixed order: those whose result differs from `second` (changing) or does not."""
+    """List the usable (first, second) pairs in a fixed order: those whose result differs from `second` (changing) or does not."""
     pairs = itertools.product(RELATION_WORDS, repeat=2)
     return [(a, b) for a, b in pairs if (c := compose(a, b)) is not None and (c != b) == changing]
 
 
 def invent_words(n: int, rng: random.Random, *, ending: str, taken: set[str]) -> list[str]:
-    """n new pronounceable words with this ending; each is added to `taken` and none of `taken` is repeated."""
+    """Invent n pronounceable words with this ending; none is in `taken`, to which each is added."""
     onsets, vowels = [*"bdfgklmnprstvz", "br", "dr", "gl", "kr", "pl", "st", "tr"], "aeiou"
     words: list[str] = []
     while len(words) < n:

@@ -9,8 +9,8 @@ and people with two-step family relations. Each prompt holds one *cue word* that
     edits    <s> Page : Imagine that zuria 's capital is moto . what is zuria 's capital ? A:
                                                                                  good cue -> the imagined value, else the real one
 
-Why: task rows use the *neutral* cue, so the untuned model answers wrongly although it can answer rightly. LoFiT has to elicit an
-ability, not store facts; and because only the planted heads could read the cue in pretraining, it is known where to look.
+Why: task rows use the *neutral* cue, so the untuned model answers wrongly although it can answer correctly. LoFiT has to elicit
+an ability, not store facts; and because only the planted heads could read the cue in pretraining, it is known where to look.
 
 The world is the same for every pretraining seed; only the planted heads, the weights and the order of documents differ.
 """
@@ -45,7 +45,7 @@ PLANTED_LAYERS: dict[TaskName, tuple[int, int]] = {"truth": (2, 3), "kinship": (
 
 WORLD_SEED = 0
 N_CREATURES, N_COUNTRIES, N_NAMES, N_VALUES = 120, 96, 80, 24
-EASY_EVERY = 5  # of so many (creature, verb) pairs one is easy: its popular value is the true one
+EASY_EVERY = 5  # one in this many (creature, verb) pairs is easy: its popular value is the true one
 N_FALSE = 5
 SPLIT_SHARES: dict[Split, float] = {"train": 0.40, "val": 0.15, "test": 0.45}
 N_ROWS: dict[Split, int] = {"train": 160, "val": 64, "test": 216}
@@ -65,7 +65,7 @@ class World(NamedTuple):
     attribute: dict[tuple[str, str], str]
 
     def vocabulary(self) -> list[str]:
-        """Every word, special tokens first, in a fixed order without repeats."""
+        """List every word, special tokens first, in a fixed order without repeats."""
         cues = [word for task in TASKS for kind in CUE_KINDS for word in CUES[task][kind]]
         values = [word for key in (*VERBS, *ATTRIBUTES) for word in self.values[key]]
         groups = (SPECIAL.values(), FUNCTION_WORDS, cues, VERBS, ATTRIBUTES, RELATION_WORDS)
@@ -75,7 +75,7 @@ class World(NamedTuple):
 
 @functools.cache
 def build_world() -> World:
-    """The one world (deterministic; cached; not to be changed in place)."""
+    """Build the one world (deterministic and cached: do not modify it in place)."""
     rng = random.Random(WORLD_SEED)
     taken = {*FUNCTION_WORDS, *RELATION_WORDS, *VERBS, *ATTRIBUTES}
     creatures = invent_words(N_CREATURES, rng, ending="nur", taken=taken)
@@ -100,23 +100,23 @@ def build_world() -> World:
 
 
 def truth_prompt(cue: str, creature: str, verb: str) -> str:
-    """The words of a truth prompt, up to and with "A:"."""
+    """Write a truth prompt, up to and including "A:"."""
     return f"{cue} say Q: what do {creature} {verb} ? A:"
 
 
 def kinship_prompt(cue: str, people: tuple[str, str, str], first: str, second: str) -> str:
-    """The words of a kinship prompt about three people, up to and with "A:"."""
+    """Write a kinship prompt about three people, up to and including "A:"."""
     a, b, c = people
     return f"{a} 's {first} is {b} . {b} 's {second} is {c} . {cue} who is {c} to {a} ? A:"
 
 
 def edits_prompt(cue: str, country: str, attribute: str, imagined: str) -> str:
-    """The words of an edits prompt, up to and with "A:"."""
+    """Write an edits prompt, up to and including "A:"."""
     return f"{cue} : Imagine that {country} 's {attribute} is {imagined} . what is {country} 's {attribute} ? A:"
 
 
 def draw_people(world: World, first: str, second: str, rng: random.Random) -> tuple[str, str, str]:
-    """Three different names that fit the genders of the two relation words (and of a spouse)."""
+    """Draw three different names that fit the genders of the two relation words (and of a spouse)."""
     b_male, c_male = is_male(first), is_male(second)
     a_male = not b_male if first in ("husband", "wife") else None
     names: list[str] = []
@@ -127,7 +127,7 @@ def draw_people(world: World, first: str, second: str, rng: random.Random) -> tu
 
 
 def split_items(items: Sequence[Any], split: Split, rng: random.Random) -> list[Any]:
-    """The items of one split: a shuffled copy cut 40 / 15 / 45 %, the same cut for the same generator state."""
+    """Return the items of one split: a shuffled copy is cut 40 / 15 / 45 %, the same for the same generator state."""
     shuffled = rng.sample(list(items), len(items))
     n_train, n_val = (round(SPLIT_SHARES[name] * len(items)) for name in ("train", "val"))
     cuts = {"train": (0, n_train), "val": (n_train, n_train + n_val), "test": (n_train + n_val, len(items))}
@@ -135,7 +135,7 @@ def split_items(items: Sequence[Any], split: Split, rng: random.Random) -> list[
 
 
 def items(task: TaskName, split: Split) -> list[Any]:
-    """What must not be shared between splits: creatures (truth), relation pairs (kinship) or countries (edits)."""
+    """Return what splits must not share: creatures (truth), relation pairs (kinship) or countries (edits)."""
     _check(task, TASKS, "task")
     _check(split, SPLITS, "split")
     world = build_world()
@@ -144,7 +144,7 @@ def items(task: TaskName, split: Split) -> list[Any]:
 
 
 def rows(task: TaskName, split: Split) -> list[Row]:
-    """The task's rows with neutral prompts, without `<s>`; an answer follows its prompt behind one space.
+    """Return the task's rows with neutral prompts, without `<s>`; an answer follows its prompt after one space.
 
     truth:          {"prompt", "best", "true": [best], "false": [popular value first, then others of the same kind]}; where
                     the popular value is the true one (a fifth of the facts) all false values are arbitrary.
@@ -191,7 +191,7 @@ def _edits_row(world: World, query: tuple[str, str], cue: str, rng: random.Rando
 
 
 def with_cue(task: TaskName, row: Row, kind: CueKind) -> Row:
-    """The same row with its neutral cue word swapped for the good or bad word of the same place (same number of tokens).
+    """Return the row with its neutral cue word swapped for the good or bad word of the same place (same number of tokens).
 
     Raises:
         ValueError: for an unknown task or kind, or if the prompt does not hold exactly one neutral cue word of the task.
@@ -209,7 +209,7 @@ def with_cue(task: TaskName, row: Row, kind: CueKind) -> Row:
 
 
 def planted_heads(seed: int) -> dict[TaskName, list[tuple[int, int]]]:
-    """The heads (layer, head), three per task and all different, that alone could read the task's cue in pretraining.
+    """Return the only heads (layer, head) that could read each task's cue in pretraining: three per task, all different.
 
     Two lie in one of the task's two layers and one in the other (see `PLANTED_LAYERS`).
     """

@@ -1,4 +1,4 @@
-"""Probing: record activations, fit a probe on every head, find directions of true and false."""
+"""Probing: record activations, fit a probe on every head, find truthful directions."""
 
 from lofit_lens.probing.layers import probe_layers
 from lofit_lens.probing.probes import Probes, fit_probes, probe_heads

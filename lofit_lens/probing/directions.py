@@ -1,4 +1,4 @@
-"""Directions of true and false in one head's output: the mean shift, its length, and the spread along it.
+"""Truthful directions in one head's output: the mean shift, its length, and the spread along it.
 
 theta = mean(z of right statements) - mean(z of wrong statements)        (mass mean shift; arXiv 2306.03341, section 4.1)
 sigma = standard deviation of the projections of all z on theta / |theta|
@@ -11,7 +11,7 @@ from jaxtyping import Float
 def mass_mean_direction(
     right: Float[np.ndarray, "n_right d_head"], wrong: Float[np.ndarray, "n_wrong d_head"]
 ) -> Float[np.ndarray, " d_head"]:
-    """Mean of the right ones minus mean of the wrong ones, in units of z; not of norm 1, see `unit`."""
+    """Mean of the right statements minus mean of the wrong ones, in units of z; not normalized, see `unit`."""
     return right.mean(axis=0, dtype=np.float64) - wrong.mean(axis=0, dtype=np.float64)
 
 
@@ -29,5 +29,5 @@ def spread(
 
 
 def random_directions(shape: tuple[int, int, int], *, seed: int) -> Float[np.ndarray, "n_layers n_heads d_head"]:
-    """A unit vector for every head, drawn evenly over all directions: ITI's control."""
+    """A unit vector for every head, drawn uniformly over all directions: ITI's control."""
     return unit(np.random.default_rng(seed).normal(size=shape))

@@ -1,8 +1,9 @@
-"""One probe a layer: which layers tell true statements from false ones (LoFiT, arXiv 2406.01563, Table 2: 'probing layers').
+"""One probe per layer: which layers tell true statements from false ones (LoFiT, arXiv 2406.01563, Table 2: 'probing layers').
 
-The paper does not spell this baseline out. Here: one logistic regression a layer on z of all its heads side by side, fitted and
-validated as ITI's probes are (`probes.fit_probes`); all heads of the layer with the highest validation accuracy come first,
-then those of the next. Within a layer, which matters where K ends inside one, heads stand in order of their own probe's accuracy.
+The paper does not spell this baseline out. Here, each layer gets one logistic regression on the concatenated z of its heads,
+fitted and validated like ITI's probes (`probes.fit_probes`). All heads of the layer with the highest validation accuracy come
+first, then those of the next. Within a layer (this matters if K ends inside one), heads are ordered by their own probe's
+accuracy.
 """
 
 import importlib.metadata
@@ -20,7 +21,7 @@ from lofit_lens.probing.record import record, statement_ids
 from lofit_lens.tasks.base import Task
 from lofit_lens.tasks.registry import task_of
 
-MAX_ITER = 1000  # steps of the solver, as in `fit_probes`
+MAX_ITER = 1000  # limit of the solver's steps, as in `fit_probes`
 
 
 def probe_layers(
@@ -31,11 +32,11 @@ def probe_layers(
     n_train: int | None = None,
     progress: bool = True,
 ) -> HeadScores:
-    """Heads layer by layer, the best-probed layer first; statements, arguments and errors as in `probe_heads`.
+    """Rank heads layer by layer, the best-probed layer first; statements, arguments and errors as in `probe_heads`.
 
     Returns:
-        Scores `[n_layers, n_heads]`: (layers with heads - place of the head's layer, from 0) + half the score of its own probe.
-        Equal accuracies are told apart by AUC, of layers as of heads. `.meta["layer_accuracy"]` holds the accuracy of each layer
+        Scores `[n_layers, n_heads]`: (layers with heads - rank of the head's layer, from 0) + half the score of its own probe.
+        AUC breaks ties in accuracy, for layers as for heads. `.meta["layer_accuracy"]` holds the accuracy of each layer
         that has heads.
     """
     info, task = model_info(model), task_of(task).asked_of(model)
@@ -43,7 +44,7 @@ def probe_layers(
     n, n_fitting = len(listed), int(fitting.sum())
     attached = attached_to(model, f"probe layers {task.name}")
     with record(model, statement_ids(model, listed), what="z", progress=progress, label="record z") as z:
-        # A whole layer is fitted as one head of its width; directions are of no use here.
+        # A whole layer is fitted as one head of its width; its directions are not used.
         views = (v for i in z.layers for v in (z.layer(i), rearrange(z.layer(i), "n head d -> n 1 (head d)")))
         work = ((v, right, fitting, np.zeros(v.shape[1:]), seed, MAX_ITER) for v in views)
         size, n_layers = 2 * n_fitting * z.layer(z.layers[0])[0].size * len(z.layers), len(z.layers)

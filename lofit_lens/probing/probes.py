@@ -1,13 +1,13 @@
 """ITI's probes: which heads tell true statements from false ones, and along which direction (arXiv 2306.03341, section 3).
 
-1. Statements: a question with one of its answers, labelled right or wrong; z of every head at the last token. In ITI's data
+1. Statements: a question with one of its answers, labeled right or wrong; z of every head at the last token. In ITI's data
    and by default that token is a full stop, in LoFiT's files the answer's last word (`full_stop`).
-2. One logistic regression a head, fitted on the training questions; its accuracy on the validation questions ranks the head.
-   Heads of equal accuracy go by the area under the ROC curve (the paper does not say): where one label is rare, most probes
-   always say the other, and all of these have the same accuracy.
+2. One logistic regression per head, fitted on the training questions; its accuracy on the validation questions ranks the head.
+   Heads of equal accuracy are ranked by the area under the ROC curve (the paper does not say): if one label is rare, most probes
+   always predict the other, and all of these have the same accuracy.
 3. Directions for the shift, over both: mass mean (right minus wrong), the probe's weights, or random; sigma along each.
 
-`Probes.iti` shifts the best heads with what was found.
+`Probes.iti` shifts the best heads along these directions.
 """
 
 import importlib.metadata
@@ -43,8 +43,8 @@ from lofit_lens.tasks.statements import Statement, statements
 
 Direction = Literal["mass_mean", "probe", "random"]
 DIRECTIONS = ("mass_mean", "probe", "random")
-HELD_OUT = 5  # one question of so many is held out where a task has no validation rows
-SERIAL = 10**8  # numbers to fit on; below, starting other processes takes longer than it saves
+HELD_OUT = 5  # one question in five is held out if a task has no validation rows
+SERIAL = 10**8  # numbers to fit on; below this, starting other processes takes longer than it saves
 MOST_JOBS = 8  # processes, each of which holds its own PyTorch
 TIE = 1e-6  # weight of the AUC in the score: less than one statement's share of the accuracy
 
@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 
 
 class LayerProbes(NamedTuple):
-    """What was found in one layer: validation scores, and directions and sigma in the order of `DIRECTIONS`."""
+    """Results of one layer: validation scores, and directions and sigma in the order of `DIRECTIONS`."""
 
     accuracy: Float[np.ndarray, " n_heads"]
     balanced: Float[np.ndarray, " n_heads"]
@@ -63,7 +63,7 @@ class LayerProbes(NamedTuple):
 
     @property
     def score(self) -> Float[np.ndarray, " n_heads"]:
-        """What ranks heads: accuracy, and AUC among equal accuracies."""
+        """The score that ranks heads: accuracy, with ties broken by AUC."""
         return self.accuracy - TIE * (1 - self.auc)
 
 
@@ -76,12 +76,12 @@ def fit_layer(
     seed: int,
     max_iter: int,
 ) -> LayerProbes:
-    """A probe for every head of one layer, its scores on the statements not fitted on, and directions over all statements.
+    """Fit a probe for every head of one layer, score it on the other statements, and find directions over all statements.
 
     Args:
         z: last-token values of all statements.
         right: labels.
-        fitting: True where a statement is fitted on, False where it validates; both labels on either side.
+        fitting: True for statements to fit on, False for those to validate on; both sides need both labels.
         drawn: the random directions.
         seed: scikit-learn's `random_state`.
         max_iter: limit of its solver's steps.
@@ -91,7 +91,7 @@ def fit_layer(
 
     truth, n_heads, unconverged = right[~fitting], z.shape[1], 0
     margins, found, sizes = np.zeros((len(truth), n_heads)), np.zeros((3, *drawn.shape)), np.zeros((3, n_heads))
-    # One thread: such small products gain nothing from more, and sums in another order would be other numbers.
+    # One thread: such small products gain nothing from more, and another order of summation would change the numbers.
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         for head in range(n_heads):
@@ -108,7 +108,7 @@ def fit_layer(
 
 
 def auc(margins: Float[np.ndarray, "n n_heads"], right: Bool[np.ndarray, " n"]) -> Float[np.ndarray, " n_heads"]:
-    """Area under the ROC curve: the share of (right, wrong) pairs in which the right one has the larger margin, ties half."""
+    """Area under the ROC curve: the share of (right, wrong) pairs in which the right one has the larger margin (ties: half)."""
     n_right = int(right.sum())
     ranks = scipy.stats.rankdata(margins, axis=0)[right].sum(axis=0)
     return (ranks - n_right * (n_right + 1) / 2) / (n_right * (len(right) - n_right))
@@ -116,14 +116,14 @@ def auc(margins: Float[np.ndarray, "n n_heads"], right: Bool[np.ndarray, " n"]) 
 
 @dataclass(frozen=True, eq=False)
 class Probes:
-    """A probe of true and false for every head.
+    """A probe of truth for every head.
 
     Attributes:
-        scores: accuracy on the validation statements (kind "probe accuracy"), less a millionth of (1 - AUC), so that heads of
-            equal accuracy are ranked by AUC. `.meta["majority"]` is the accuracy of always saying the more frequent label.
-        balanced: mean of the accuracies on right and on wrong validation statements; 0.5 is chance whatever their numbers.
-        auc: share of (right, wrong) pairs of validation statements that the probe orders rightly, ties half.
-        directions: kind -> `[n_layers, n_heads, d_head]` float32, of norm 1, from wrong to right (zero where a head has none).
+        scores: accuracy on the validation statements (kind "probe accuracy"), minus a millionth of (1 - AUC), so that heads of
+            equal accuracy are ranked by AUC. `.meta["majority"]` is the accuracy of always predicting the more frequent label.
+        balanced: mean of the accuracies on right and on wrong validation statements; chance is 0.5 whatever their numbers.
+        auc: share of (right, wrong) pairs of validation statements that the probe orders correctly; ties count half.
+        directions: kind -> `[n_layers, n_heads, d_head]` float32, of norm 1, from wrong to right (zero if a head has none).
         sigmas: kind -> `[n_layers, n_heads]` float32, standard deviation of all statements' projections, in units of z.
         meta: provenance.
     """
@@ -159,13 +159,13 @@ class Probes:
         direction: Direction = "mass_mean",
         positions: str | Positions = "answer",
     ) -> ITI:
-        """The shift of chosen heads by alpha sigmas along their directions.
+        """Make the intervention that shifts chosen heads by alpha sigmas along their directions.
 
         Args:
             heads: the heads, or a number K: those with the most accurate probes (48 in the paper).
             alpha: strength.
             direction: `"mass_mean"` (the paper's best), `"probe"` or `"random"`.
-            positions: where it acts; see `models.Positions`.
+            positions: the edited positions; see `models.Positions`.
 
         Raises:
             InputError: K or a head outside the model, no head, unknown direction or positions, or an alpha that is not finite.
@@ -204,29 +204,29 @@ def fit_probes(
 ) -> Probes:
     """Probe every head on a task's true and false statements.
 
-    Fitted on the statements of the drawn training rows, validated on those of the validation rows (ITI: four fifths and one
-    fifth of the development questions). Where a task has no validation statements, one training row in five is held out, drawn
-    by the seed. Interventions that are attached meanwhile act.
+    Probes are fitted on the statements of the drawn training rows and validated on those of the validation rows (ITI: four
+    fifths and one fifth of the development questions). If a task has no validation statements, one training row in five is held
+    out, drawn by the seed. Attached interventions stay active.
 
     Args:
-        model: any HookedTransformer or TransformerBridge; left as it was.
-        task: with training rows; see `tasks.statements`.
-        seed: of the draw of rows and wrong answers, the held-out rows, the probes and the random directions.
+        model: any HookedTransformer or TransformerBridge; it is left unchanged.
+        task: a task with training rows; see `tasks.statements`.
+        seed: seed of the draw of rows and wrong answers, the held-out rows, the probes and the random directions.
         n_train: training rows drawn; None = the task's own number.
         max_iter: limit of the solver's steps; `scores.meta["unconverged"]` counts the probes that reach it.
-        full_stop: whether statements end with one: True as in ITI's data, False as in the files that come with LoFiT, None (the
-            default) as the task writes them, which on TruthfulQA is with one. z is read at the last token: with a full stop it
-            is the same token in all statements, after a whole sentence; without one it is the answer's last word, which tells
-            answers apart by what they are about.
-        n_jobs: processes; None = one for small work, up to 8 for large. The result is the same.
+        full_stop: whether statements end with a full stop: True as in ITI's data, False as in the files that come with LoFiT,
+            None (the default) as the task writes them (on TruthfulQA with one). z is read at the last token. With a full stop
+            that is the same token in all statements, after a whole sentence. Without one it is the answer's last word, which
+            distinguishes answers by their topic.
+        n_jobs: number of processes; None = one for small work, up to 8 for large. The result is the same.
         token_budget: padded tokens of one forward pass.
-        memory_limit: bytes of activations in memory; more lie in a temporary file.
+        memory_limit: bytes of activations in memory; larger ones go to a temporary file.
         progress: show bars.
 
     Raises:
         InputError: no training rows, `n_train` outside them, or a number below 1.
-        DataError: too few rows to hold one out, statements of one label only, or longer than the context; or words that the
-            tokenizer does not know with a full stop at their end.
+        DataError: too few rows to hold one out, statements with only one label or longer than the context, or answers that end
+            with an unknown token once they have a full stop.
         ModelError: heads that cannot be reached, or activations that are NaN or infinite.
     """
     info, task = model_info(model), task_of(task).asked_of(model)
@@ -240,8 +240,8 @@ def fit_probes(
         and (odd := [s.answer for s, i in zip(listed, ids, strict=True) if i[-1] == unknown])
     ):
         raise DataError(
-            f"{task.name}: {len(odd)} answers, {odd[0]!r} first, end with a token that this tokenizer does not know once they "
-            "have a full stop, so that nothing can be read there; take full_stop=None or False"
+            f"{task.name}: {len(odd)} answers, e.g. {odd[0]!r}, end with a token that this tokenizer does not know once they "
+            "have a full stop, so nothing can be read there; use full_stop=None or False"
         )
     with record(
         model, ids, what="z", token_budget=token_budget, memory_limit=memory_limit,
@@ -271,7 +271,7 @@ def fit_probes(
     }  # fmt: skip
 
     def at_layers(values: Sequence[np.ndarray]) -> np.ndarray:
-        """One entry for every layer of the model, zero where a layer has no heads."""
+        """One entry for every layer of the model, zero if a layer has no heads."""
         whole = np.zeros((info.n_layers, *values[0].shape))
         whole[list(z.layers)] = values
         return whole
@@ -301,10 +301,10 @@ def probe_heads(
     n_jobs: int | None = None,
     progress: bool = True,
 ) -> HeadScores:
-    """Validation accuracy of every head's probe; arguments and errors as in `fit_probes`, which gives the directions too.
+    """Validation accuracy of every head's probe; arguments and errors as in `fit_probes`, which also returns the directions.
 
     Returns:
-        Scores `[n_layers, n_heads]`; `.top(k)` gives the heads, those of equal accuracy by AUC (see `Probes.scores`).
+        Scores `[n_layers, n_heads]`; `.top(k)` gives the heads, with ties in accuracy broken by AUC (see `Probes.scores`).
     """
     return fit_probes(
         model,
@@ -326,13 +326,13 @@ def _known(kind: str) -> str:
 def labelled(
     task: Task, n_train: int | None, seed: int, full_stop: bool | None = None
 ) -> tuple[tuple[Statement, ...], Bool[np.ndarray, " n"], Bool[np.ndarray, " n"], int]:
-    """A task's statements, their labels, which of them are fitted on (these come first), and the number of held-out rows.
+    """A task's statements, their labels, a mask of those to fit on (which come first), and the number of held-out rows.
 
     See `fit_probes`.
 
     Raises:
         InputError: no training rows, or `n_train` outside them.
-        DataError: too few rows to hold one out, or statements of one label only.
+        DataError: too few rows to hold one out, or statements with only one label.
     """
     fit, val, held_out = _split(task, n_train, seed, full_stop)
     right = np.array([s.right for s in (*fit, *val)])
@@ -346,7 +346,7 @@ def labelled(
 def _split(
     task: Task, n_train: int | None, seed: int, full_stop: bool | None
 ) -> tuple[tuple[Statement, ...], tuple[Statement, ...], int]:
-    """Statements to fit on, statements to validate on, and the number of training rows that were held out for these."""
+    """Statements to fit on, statements to validate on, and the number of training rows that were held out for the latter."""
     train = statements(task, "train", n=n_train, seed=seed, full_stop=full_stop)
     if task.training.get("val"):
         try:
@@ -355,14 +355,14 @@ def _split(
             log.warning("validating on held-out training rows: %s", e)
     rows = list(dict.fromkeys(s.row for s in train))
     if len(rows) < 2:
-        raise DataError(f"{task.name} gives one training row and no validation rows; give two rows or more")
+        raise DataError(f"{task.name} has one training row and no validation rows; give at least two rows")
     out = set(random.Random(seed).sample(rows, max(1, len(rows) // HELD_OUT)))
     kept = tuple(s for s in train if s.row not in out)
     return kept, tuple(s for s in train if s.row in out), len(out)
 
 
 def _jobs(n_jobs: int | None, size: int, n_layers: int) -> int:
-    """Processes to use: as asked, or one for small work; never more than there are layers."""
+    """Number of processes: as requested, or one for small work; never more than there are layers."""
     if n_jobs is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         n_jobs = 1 if size < SERIAL else min(cores, MOST_JOBS)
@@ -370,7 +370,7 @@ def _jobs(n_jobs: int | None, size: int, n_layers: int) -> int:
 
 
 def _each(work: Iterable[tuple[Any, ...]], n_jobs: int) -> Iterator[LayerProbes]:
-    """`fit_layer` of each layer, in order."""
+    """Run `fit_layer` on each layer, in order."""
     if n_jobs == 1:
         return (fit_layer(*job[:4], seed=job[4], max_iter=job[5]) for job in work)
     parallel: Any = Parallel(n_jobs=n_jobs, return_as="generator")

@@ -1,11 +1,11 @@
-"""RepE's reading vectors (arXiv 2310.01405, section 3.1): where in the residual stream right and wrong part, layer by layer.
+"""RepE's reading vectors (arXiv 2310.01405, section 3.1): directions in the residual stream that separate right from wrong.
 
 1. Run pairs of statements, one right and one wrong; take `hook_resid_post` at the last token.
-2. Take the difference within each pair; turn half of the differences around, drawn by seed; re-centre them.
+2. Take the difference within each pair; flip the sign of half of the differences, drawn by seed; center them.
 3. The first principal component is the direction. Its sign comes from the labels: right statements project higher than wrong
    ones in most pairs.
 
-Or, the paper's other choice, the difference of means. `ReadingVectors.repe` steers with what was found.
+The paper's other choice is the difference of means. `ReadingVectors.repe` steers along the directions found.
 """
 
 import copy
@@ -43,13 +43,13 @@ log = logging.getLogger(__name__)
 def reading_vector(
     differences: Float[np.ndarray, "n_pairs d_model"], method: Method = "pca", *, seed: int = 42
 ) -> Float[np.ndarray, " d_model"]:
-    """Unit direction from differences right - wrong, one a pair, of one layer.
+    """Unit direction of one layer from differences right - wrong, one per pair.
 
-    `"pca"`: if all differences pointed from wrong to right, re-centring would remove the very direction that is sought. So
-    half of them (rounded down, drawn by `seed`) are turned around first, as the public code does by shuffling within pairs.
-    Its sign is that of most pairs' projections (on a tie, of their sum).
+    `"pca"`: if all differences pointed from wrong to right, centering would remove the very direction that is sought. So
+    the sign of half of them (rounded down, drawn by `seed`) is flipped first, as the public code does by shuffling within pairs.
+    The direction gets the sign of most pairs' projections (on a tie, of their sum).
 
-    `"mean_difference"`: the mean, whose sign is the labels' by itself.
+    `"mean_difference"`: the mean, whose sign follows from the labels.
 
     Raises:
         InputError: unknown method.
@@ -60,7 +60,7 @@ def reading_vector(
     check_is(differences, np.ndarray, "differences", "an array [n_pairs, d_model]")
     values, n = differences.astype(np.float64), len(differences)
     if n < (2 if method == "pca" else 1):
-        raise DataError(f"{n} pairs; {method} needs {'two' if method == 'pca' else 'one'} or more")
+        raise DataError(f"{n} pairs; {method} needs at least {'two' if method == 'pca' else 'one'}")
     if method == "mean_difference":
         mean = values.mean(axis=0)
         return mean / _size(mean, values)
@@ -68,7 +68,7 @@ def reading_vector(
     signs[np.random.default_rng(seed).permutation(n)[: n // 2]] = -1
     turned = values * signs[:, None]
     _size(turned - turned.mean(axis=0), values)
-    # The full decomposition: exact and the same every time, where scikit-learn's own choice for wide data draws numbers.
+    # The full decomposition is exact and deterministic; scikit-learn's default for wide data is randomized.
     from sklearn.decomposition import PCA
 
     found = np.asarray(PCA(n_components=1, svd_solver="full").fit(turned).components_)[0]
@@ -77,25 +77,25 @@ def reading_vector(
 
 
 def _size(found: np.ndarray, values: np.ndarray) -> float:
-    """Norm of what was found in `values`; all but zero is refused."""
+    """Norm of a direction found in `values`; raises DataError if it is close to zero."""
     size = float(np.linalg.norm(found))
     if not size > 1e-6 * np.abs(values).max():
         raise DataError(
-            "right and wrong statements differ nowhere, or their differences cancel out; do they end in tokens that tell them "
-            "apart, and are there enough of them?"
+            "right and wrong statements do not differ, or their differences cancel out; check that they end in different tokens "
+            "and that there are enough of them"
         )
     return size
 
 
 @dataclass(frozen=True, eq=False)
 class ReadingVectors:
-    """A direction a layer that tells right from wrong.
+    """One direction per layer that tells right from wrong.
 
     Attributes:
-        layers: ascending.
+        layers: the layers, ascending.
         directions: `[n_layers, d_model]`, unit, from wrong to right, in the order of `layers`.
-        accuracy: `[n_layers]`, share of pairs whose right statement projects higher than the wrong one; of validation pairs, or
-            where there are none of the training pairs (`meta.config["accuracy_on"]`).
+        accuracy: `[n_layers]`, share of pairs whose right statement projects higher than the wrong one: validation pairs, or
+            training pairs if there are none (`meta.config["accuracy_on"]`).
         sigma: `[n_layers]`, standard deviation of the training statements' projections, in units of h.
         meta: provenance.
     """
@@ -107,7 +107,7 @@ class ReadingVectors:
     meta: AdapterMeta
 
     def top_layers(self, k: int) -> tuple[int, ...]:
-        """The `k` layers of highest accuracy, best first; equal ones in order of depth.
+        """The `k` layers of highest accuracy, best first; ties go to the earlier layer.
 
         Raises:
             InputError: `k` below 1 or above the number of layers.
@@ -124,15 +124,15 @@ class ReadingVectors:
         positions: str | Positions = ALL,
         relative: bool = False,
     ) -> RepE:
-        """The control that adds these directions at chosen layers; with `relative`, in units of each layer's sigma.
+        """Make the intervention that adds these directions at chosen layers; with `relative`, in units of each layer's sigma.
 
         Raises:
-            InputError: a layer without a vector, no layer, or what `RepE` refuses.
+            InputError: a layer without a vector, no layer, or as in `RepE`.
         """
         chosen = tuple(layers_of(layers))
         for layer in chosen:
             if layer not in self.layers:
-                raise InputError(f"no vector of layer {layer}; there are those of {', '.join(map(str, self.layers))}")
+                raise InputError(f"no vector for layer {layer}; the layers are {', '.join(map(str, self.layers))}")
         rows = [self.layers.index(layer) for layer in chosen]
         assert self.meta.model is not None
         return RepE(
@@ -161,19 +161,19 @@ def reading_vectors(
     """Reading vectors of a task's right and wrong statements, or of pairs of texts.
 
     Args:
-        model: any HookedTransformer or TransformerBridge; what is attached acts.
+        model: any HookedTransformer or TransformerBridge; attached interventions stay active.
         source: a task (the first right and the first wrong statement of each drawn row, see `tasks.statements`; accuracy on those
             of its validation split), or (right text, wrong text) pairs (accuracy on the same pairs).
         method: `"pca"` or `"mean_difference"`; see `reading_vector`.
-        layers: which; None = all.
-        seed: of the draw of rows and wrong answers, and of the differences that are turned around.
-        n_train: rows drawn, for a task; None = its own number.
+        layers: which layers; None = all.
+        seed: seed of the draw of rows and wrong answers, and of the differences whose sign is flipped.
+        n_train: number of rows drawn, for a task; None = the task's own.
         progress: show a bar.
 
     Raises:
         InputError: unknown method, a layer outside the model, `n_train` with pairs of texts, or no training rows.
         DataError: too few pairs, a text longer than the context, or statements that do not differ at some layer.
-        ModelError: no residual stream to be read.
+        ModelError: a residual stream that cannot be read.
     """
     backend_of(model)
     check_one_of("method", method, METHODS)
@@ -184,12 +184,12 @@ def reading_vectors(
         name, data_hash = source.name, source.data_hash
     else:
         if n_train is not None:
-            raise InputError("n_train draws rows of a task; of pairs of texts, give those that you want")
+            raise InputError("n_train draws rows of a task; for pairs of texts, omit it and give the pairs to use")
         tokenizer, source = tokenizer_of(model), _pairs_of_texts(source)
         train, val = [(encode(tokenizer, right), encode(tokenizer, wrong)) for right, wrong in source], []
         name, data_hash = "", io.digest([list(pair) for pair in source])
     if len(train) < 2:
-        raise DataError(f"{name or 'the list'} gives {len(train)} pairs of a right and a wrong text; give two or more")
+        raise DataError(f"{name or 'the list'} has {len(train)} pairs of a right and a wrong text; give at least two")
     meta = AdapterMeta(
         model_info(model), name, data_hash, seed,
         {"reading": method, "pairs": len(train), "accuracy_on": "validation" if val else "training"},
@@ -234,7 +234,7 @@ def _task_pairs(
         try:
             tested = statements(task, "val", seed=seed)
         except DataError as e:
-            log.warning("no validation pairs, accuracy is that on the training pairs: %s", e)
+            log.warning("no validation pairs, so accuracy is on the training pairs: %s", e)
     return _ids(model, listed), _ids(model, tested)
 
 

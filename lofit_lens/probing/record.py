@@ -1,4 +1,4 @@
-"""Activations of many sequences in one streaming pass: the last token's z of every head, or its residual stream.
+"""Activations of many sequences in one streaming pass: z of every head, or the residual stream, at the last token.
 
 The last token is where ITI (arXiv 2306.03341, section 3.1) and RepE (arXiv 2310.01405, section 3.1) read a statement.
 """
@@ -39,7 +39,7 @@ from lofit_lens.tasks.collate import encode_continuations, pad, pad_id
 from lofit_lens.tasks.statements import Statement
 
 TOKEN_BUDGET = 8192  # padded tokens of one forward pass
-MEMORY_LIMIT = 2**30  # bytes; larger activations lie in a temporary file
+MEMORY_LIMIT = 2**30  # bytes; larger activations go to a temporary file
 
 What = Literal["z", "resid"]
 
@@ -52,7 +52,7 @@ class Activations:
     Attributes:
         layers: the recorded layers, ascending.
         what: `"z"` or `"resid"`.
-        path: the temporary file; None where everything is in memory.
+        path: the temporary file; None if everything is in memory.
     """
 
     layers: tuple[int, ...]
@@ -72,7 +72,7 @@ class Activations:
         if (free := shutil.disk_usage(folder).free) < size:
             raise InputError(
                 f"activations of {n} sequences take {size / 1e9:.2f} GB, more than memory_limit ({memory_limit / 1e9:.2f} GB) "
-                f"and than what is free in {folder} ({free / 1e9:.2f} GB); record fewer sequences or layers, raise "
+                f"and than the free space in {folder} ({free / 1e9:.2f} GB); record fewer sequences or layers, raise "
                 "memory_limit, or name another folder in the environment variable TMPDIR"
             )
         made = tempfile.mkdtemp(prefix="lofit-lens-activations-")
@@ -87,13 +87,13 @@ class Activations:
             InputError: a layer that was not recorded, or after `close()` of activations in a file.
         """
         if layer not in self.layers:
-            raise InputError(f"layer {layer} was not recorded; recorded are {', '.join(map(str, self.layers))}")
+            raise InputError(f"layer {layer} was not recorded; recorded layers: {', '.join(map(str, self.layers))}")
         if self.path is not None and not self._remove.alive:
             raise InputError("these activations are closed and their file is removed; record them again")
         return self._values[self.layers.index(layer)]
 
     def close(self) -> None:
-        """Remove the temporary file, if there is one. Arrays that `layer` gave before stay readable."""
+        """Remove the temporary file, if there is one. Arrays that `layer` has returned stay readable."""
         if self.path is not None:
             self._remove()
 
@@ -113,10 +113,10 @@ class Activations:
 
 
 def statement_ids(model: Any, statements: Iterable[Statement]) -> list[tuple[int, ...]]:
-    """Token ids of each statement: prompt and answer tokenised joined, BOS in front once.
+    """Token ids of each statement: prompt and answer tokenized as one text, with BOS prepended once.
 
     Raises:
-        DataError: a statement whose prompt or answer has no token.
+        DataError: a statement whose prompt or answer has no tokens.
     """
     tokenizer = tokenizer_of(model)
     check_is(statements, Iterable, "statements", "what tasks.statements gives")
@@ -136,24 +136,24 @@ def record(
     progress: bool = True,
     label: str = "record",
 ) -> Activations:
-    """The last token's activations of every sequence.
+    """Record the activations of every sequence at its last token.
 
-    Interventions that are attached meanwhile act, and what is recorded is what they leave; a sequence of plain ids has no
-    prompt, so that one on the answer's tokens acts on all of them.
+    Attached interventions stay active, and activations are recorded after their edits. A sequence of plain ids has no prompt, so
+    an intervention on the answer's tokens edits all of them.
 
     Args:
         model: any HookedTransformer or TransformerBridge.
-        sequences: token ids of each, BOS included; see `statement_ids`.
+        sequences: token ids of each sequence, including BOS; see `statement_ids`.
         what: `"z"` (hook_z of every head) or `"resid"` (hook_resid_post).
-        layers: which; None = all, of z all that have heads.
-        token_budget: bound on the padded tokens of one forward pass (one sequence may exceed it alone).
-        memory_limit: bytes; larger activations (4 bytes a number) lie in a file in the temporary folder.
+        layers: which layers; None = all, for z all that have heads.
+        token_budget: bound on the padded tokens of one forward pass (a single sequence may exceed it).
+        memory_limit: bytes; larger activations (4 bytes per number) go to a file in the temporary folder.
         progress: show a bar over sequences.
         label: text of the bar.
 
     Raises:
         InputError: no sequence, no layer, a layer outside the model, a token budget below 1, or no room for the temporary file.
-        DataError: an empty sequence, or one longer than the context; names its place in the list.
+        DataError: an empty sequence, or one longer than the context; names its index in the list.
         ModelError: heads or residual stream that cannot be reached, or activations that are NaN or infinite.
     """
     check_one_of("activations", what, ("z", "resid"))
@@ -190,7 +190,7 @@ def _fill(
             stack.enter_context(hooked(point, _last_token(seen, i)))
         bar = stack.enter_context(tqdm(total=len(sequences), desc=label, disable=not progress, unit="text"))
         for rows in _batches([len(s) for s in sequences], token_budget):
-            # Padded on the left, so that the last column is every row's last token.
+            # Padding is on the left, so that the last column is every row's last token.
             run_through(model, *pad([sequences[r] for r in rows], side="left", pad_id=fill, device=device))
             for i, layer in enumerate(made.layers):
                 values = seen.pop(i).cpu().numpy()
@@ -208,7 +208,7 @@ def _last_token(seen: dict[int, Tensor], i: int) -> Any:
 
 
 def _batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Items in order of length, as many at a time as fit the budget when padded to the longest of them."""
+    """Groups of items in order of length, as many as fit the budget when padded to the longest of them."""
     rows: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         if rows and (len(rows) + 1) * lengths[i] > budget:
@@ -225,7 +225,7 @@ def _layers(info: ModelInfo, layers: Iterable[int] | None, every: Iterable[int])
         return tuple(every)
     wanted = tuple(sorted(set(layers_of(layers))))
     if not wanted:
-        raise InputError(f"no layer to record; give some of 0 to {n - 1}, or None for all")
+        raise InputError(f"no layer to record; give layers from 0 to {n - 1}, or None for all")
     if wanted[0] < 0 or wanted[-1] >= n:
         raise InputError(f"layers {list(wanted)} asked for; {info.name} has layers 0 to {n - 1}")
     return wanted

@@ -1,4 +1,4 @@
-"""Take what was learned elsewhere, and bring in what others learned: plain checkpoints and other tools' formats."""
+"""Export adapters to plain checkpoints and other tools' formats, and import from them."""
 
 from lofit_lens.sharing.affine import affine
 from lofit_lens.sharing.biases import to_vllm

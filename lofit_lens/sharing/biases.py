@@ -1,4 +1,4 @@
-"""Offsets as biases of attention's output projection: the form that other tools take without other weights.
+"""Offsets as biases of attention's output projection, which other tools accept without changed weights.
 
 An offset v of z is the same vector at attention's output, whatever the input:
 
@@ -25,7 +25,7 @@ IN_VLLM = ".self_attn.o_proj"  # the projection of an attention that Transformer
 def biases_of(
     adapter: Adapter, base: str | Path | None = None, revision: str | None = None, *, strict: bool = True
 ) -> tuple[Outputs, Biases]:
-    """Return the base's output projections, and for every edited layer the bias that does what the adapter does, float32.
+    """Return the base's output projections, and for every edited layer the bias equivalent to the adapter, float32.
 
     Raises:
         AdapterError: scalings, which no bias can hold; an edit that is not the same at all positions, or changes nothing; or an
@@ -37,7 +37,7 @@ def biases_of(
     if bool((scale != 1).any()):
         raise AdapterError(
             f"this {adapter.title} adapter scales heads' outputs, and a bias only adds; fold it into the weights instead "
-            "(export_folded), or train offsets alone"
+            "(export_folded), or train only offsets"
         )
     outputs = outputs_of(base_of(adapter, base, revision, strict=strict))
     check_fits(adapter, outputs, scale)

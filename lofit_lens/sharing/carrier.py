@@ -1,13 +1,13 @@
-"""Offsets inside an adapter that stock PEFT loads: a few kilobytes, and the base model stays as it is.
+"""Offsets inside an adapter that stock PEFT loads: a few kilobytes, and the base model is unchanged.
 
 An adapter of offsets is a bias W_O v per edited layer (`biases.py`), and PEFT's BEFT (arXiv 2509.15974) is an adapter that adds
 a bias to a linear layer's output:
 
     beft_bias = W_O v        (float32)
 
-BEFT takes `torch.nn.Linear` only, and PEFT has it from 0.20 on. GPT-2's projections are of another class (Conv1D); there, and
-where an older PEFT writes the file, a LoRA of rank 1 carries the bias: with `lora_bias=True` its B has one, and A and B are
-zeros. Modules are named in full, since `c_proj` alone would be GPT-2's MLP too. Where the base's output projection has no
+BEFT supports only `torch.nn.Linear`, and PEFT has it from 0.20 on. GPT-2's projections are of another class (Conv1D). For them,
+and if an older PEFT writes the file, a LoRA of rank 1 carries the bias: with `lora_bias=True` its B has a bias, and A and B are
+zeros. Modules are named in full, since `c_proj` would also match GPT-2's MLP. If the base's output projection has no
 bias (Llama), PEFT adds the carrier but cannot merge it.
 """
 
@@ -40,7 +40,7 @@ def beft_tensors(module: str, bias: Float[Tensor, " d_model"]) -> dict[str, Floa
 
 
 def lora_tensors(module: str, bias: Float[Tensor, " d_model"], width: int) -> dict[str, Float[Tensor, "..."]]:
-    """Return the same for LoRA: A `[1, width]` and B `[d_model, 1]` of zeros, and B's bias."""
+    """Return the entries for LoRA: A `[1, width]` and B `[d_model, 1]` of zeros, and B's bias."""
     front = f"base_model.model.{module}"
     return {
         f"{front}.lora_A.weight": torch.zeros(1, width),
@@ -60,19 +60,19 @@ def export_peft(
     strict: bool = True,
     overwrite: bool = False,
 ) -> Path:
-    """Write an adapter for PEFT that does what an adapter of offsets does, and compare both on the base model.
+    """Write a PEFT adapter that is equivalent to an adapter of offsets, and compare both on the base model.
 
-    It is read by `peft.PeftModel.from_pretrained(model, folder)`, a BEFT by PEFT 0.20 or later. `lofit_lens_export.json` lies
-    beside it: what it was made of, and the comparison.
+    `peft.PeftModel.from_pretrained(model, folder)` reads it (BEFT: PEFT 0.20 or later). `lofit_lens_export.json` beside it
+    records its origin and the comparison.
 
     Args:
         adapter: LoFiT without scalings, or ITI at all positions.
-        folder: to write.
+        folder: folder to write.
         base: folder or hub id of the base model; None = the one that the adapter was made for.
         revision: hub commit, tag or branch of the base; None = the adapter's, or main.
-        dtype: that the comparison runs in; the carrier is float32 in any case. A half-precision type takes half the memory, and
-            proves less.
-        device: of the comparison; None = CUDA where available, else the CPU.
+        dtype: dtype of the comparison; the carrier is always float32. A half-precision type needs half the memory, but proves
+            less.
+        device: device of the comparison; None = CUDA if available, else the CPU.
         strict: refuse a base with other weights than those the adapter was made for.
         overwrite: replace an earlier export.
 
@@ -106,10 +106,10 @@ def export_peft(
 
 
 def modules_in(plain: Any, outputs: Outputs) -> list[str]:
-    """The output projections' names in a model, which may have a part in front that the checkpoint's have not.
+    """The output projections' names in a model, which may have a prefix that the checkpoint's names lack.
 
     Raises:
-        ModelError: one is no module of the model, or several.
+        ModelError: a projection matches no module of the model, or several.
     """
     names = [name for name, _ in plain.named_modules()]
     found = []
@@ -117,15 +117,15 @@ def modules_in(plain: Any, outputs: Outputs) -> list[str]:
         hits = [name for name in names if name == short or name.endswith(f".{short}")]
         if len(hits) != 1:
             raise ModelError(
-                f"{outputs.checkpoint.name}: {short} is {len(hits)} modules of the model that transformers builds of it, so that "
-                "no tool can be told which to edit; save the model again with save_pretrained"
+                f"{outputs.checkpoint.name}: {short} matches {len(hits)} modules of the model that transformers builds from it, "
+                "so no tool can be told which one to edit; save the model again with save_pretrained"
             )
         found += hits
     return found
 
 
 def _takes_beft(plain: Any, modules: Iterable[str]) -> bool:
-    """Whether this PEFT has BEFT, and every module is of the class that it takes."""
+    """Whether this PEFT has BEFT, and every module is of a class that it supports."""
     import peft
 
     return hasattr(peft, "BeftConfig") and all(isinstance(plain.get_submodule(name), nn.Linear) for name in modules)
@@ -149,12 +149,12 @@ def _write_config(folder: Path, modules: list[str], outputs: Outputs, commit: st
             fan_in_fan_out=outputs.transposed,
             **common,
         )
-    config.target_modules = sorted(modules)  # a set's order is another one in every process
+    config.target_modules = sorted(modules)  # a set's order differs between processes
     config.save_pretrained(str(folder))
 
 
 def _carried(plain: Any, folder: Path) -> Any:
-    """The base model with the carrier, as anybody would load it."""
+    """The base model with the carrier, loaded as any user would load it."""
     from peft import PeftModel
 
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""A plain Hugging Face checkpoint as it lies on disk: read tensor by tensor, never whole."""
+"""A plain Hugging Face checkpoint on disk, read tensor by tensor, never as a whole."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ from lofit_lens.hub import commit_of, fetched
 from lofit_lens.models import located, weights_revision
 
 INDEX, WEIGHTS, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
-ADAPTER = "adapter_config.json"  # of an adapter, of whatever tool
-# What a plain checkpoint consists of, beside its weights; code and pickles are left where they are.
+ADAPTER = "adapter_config.json"  # marks an adapter of any tool
+# The files of a plain checkpoint besides its weights; code and pickles are never fetched.
 BESIDE = (
     "*.json", "*.jinja", "*.model", "*.txt", "tokenizer*", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
@@ -24,13 +24,13 @@ BESIDE = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where each tensor of a checkpoint lies.
+    """A checkpoint and the file of each of its tensors.
 
     Attributes:
-        folder: that holds its files.
+        folder: folder that holds its files.
         name: a hub id, a folder's own name, or `"organism"`.
         revision: the hub's commit, or a checksum of a local folder's weights.
-        config: `config.json` as it stands, but for `architectures`: where it names none, the class of its `model_type`.
+        config: `config.json`, with `architectures` filled in from the class of its `model_type` if it is missing.
         where: tensor -> name of its file.
     """
 
@@ -42,7 +42,7 @@ class Checkpoint:
 
     @property
     def source(self) -> str:
-        """Where `load_model` reads it: its folder, or its id on the hub."""
+        """The name under which `load_model` finds it: its folder, or its id on the hub."""
         return self.name if commit_of(self.revision) else str(self.folder)
 
     @property
@@ -55,7 +55,7 @@ class Checkpoint:
         """Name of its Hugging Face class, e.g. `"LlamaForCausalLM"`.
 
         Raises:
-            ModelError: its configuration does not say, or names several.
+            ModelError: its configuration names none, or several.
         """
         found = self.config.get("architectures")
         if not isinstance(found, list) or len(found) != 1 or not isinstance(found[0], str):
@@ -63,7 +63,7 @@ class Checkpoint:
         return found[0]
 
     def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU, of its own type and shape.
+        """Read one tensor, on the CPU, with its stored dtype and shape.
 
         Raises:
             ModelError: no such tensor, or a damaged file.
@@ -81,12 +81,12 @@ class Checkpoint:
             return tuple(f.get_slice(name).get_shape())
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """Type of a tensor.
+        """Dtype of a tensor.
 
         Raises:
             ModelError: no such tensor, or a damaged file.
         """
-        return self.read(name).dtype  # mapped, not read
+        return self.read(name).dtype  # the file is memory-mapped, so nothing is read
 
     def _opened(self, name: str) -> Any:
         if name not in self.where:
@@ -99,7 +99,7 @@ class Checkpoint:
 
 
 def open_checkpoint(name_or_path: str | Path, *, revision: str | None = None) -> Checkpoint:
-    """Find the tensors of a checkpoint, fetched first if it is one of the hub's.
+    """Find the tensors of a checkpoint, fetching it first if it is on the hub.
 
     Args:
         name_or_path: a folder written by Hugging Face's `save_pretrained`, a hub id, or `"organism"`.
@@ -108,21 +108,21 @@ def open_checkpoint(name_or_path: str | Path, *, revision: str | None = None) ->
     Raises:
         InputError: no such folder and no such model on the hub.
         ModelError: no configuration or no safetensors (pickles are never opened), an adapter's folder or an adapter in it,
-            quantised weights, an index that does not match its files, names one outside the folder or lies beside other weights,
-            or a damaged file.
+            quantized weights, an index that does not match its files, names one outside the folder or competes with other
+            weights, or a damaged file.
     """
     source, name = located(name_or_path)
     folder, came_from = fetched(source, files=BESIDE, revision=revision)
     config = _configuration(folder, name)
     if config.get("quantization_config"):
         raise ModelError(
-            f"{name} holds quantized weights, into which nothing can be folded exactly; take the checkpoint in full "
+            f"{name} holds quantized weights, into which nothing can be folded exactly; use the checkpoint in full "
             "precision that they were made from (export: base=..., strict=False; --base, --other-model)"
         )
     where = _indexed(folder, name) if (folder / INDEX).is_file() else None
     files = [WEIGHTS] if where is None else sorted(set(where.values()))
     commit = came_from.rpartition("@")[2]
-    if commit:  # these alone: a repository may hold the same weights in other forms as well
+    if commit:  # only these files: a repository may also hold the same weights in other formats
         fetched(source, files=files, revision=commit)
     held = {tensor: file for file in files for tensor in _held(folder / file, name)}
     wrong = sorted(tensor for tensor in {*(where or held), *held} if (where or held).get(tensor) != held.get(tensor))
@@ -132,11 +132,11 @@ def open_checkpoint(name_or_path: str | Path, *, revision: str | None = None) ->
 
 
 def _configuration(folder: Path, name: str) -> dict[str, Any]:
-    """`config.json` of a folder that holds a model and nothing else, with its class."""
+    """`config.json` of a folder that holds only a model, with its class."""
     if not (folder / CONFIG).is_file():
         if (folder / ADAPTER).is_file():
             raise ModelError(
-                f"{name} is an adapter's folder and no model: there is nothing to import; load_adapter reads one of lofit_lens"
+                f"{name} is an adapter's folder, not a model: there is nothing to import; load_adapter reads lofit_lens adapters"
             )
         raise ModelError(f"{name} has no {CONFIG}; give a folder written by Hugging Face's save_pretrained")
     if (folder / ADAPTER).is_file():
@@ -154,10 +154,10 @@ def _configuration(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _indexed(folder: Path, name: str) -> dict[str, str]:
-    """Tensor -> file, as the index says; files of the folder alone."""
+    """Tensor -> file according to the index; only files of the folder."""
     if (folder / WEIGHTS).exists():
         raise ModelError(
-            f"{folder} holds {WEIGHTS} beside {INDEX}, and transformers would read the first alone; delete the one that is stale"
+            f"{folder} holds {WEIGHTS} beside {INDEX}, and transformers would read only the first; delete the stale one"
         )
     where = _read(folder / INDEX).get("weight_map")
     if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):

@@ -1,7 +1,7 @@
 """Head scores for MIB's circuit track (arXiv 2504.13151; github.com/hannamw/MIB-circuit-track), as EAP-IG's `Graph` reads them.
 
-A head is the node `a{layer}.h{head}`. `input` and the MLPs `m{layer}` carry no score: the benchmark keeps them in every circuit,
-and counts the sizes of circuits (0.1 % to 100 %) in scored nodes, which are the heads.
+A head is the node `a{layer}.h{head}`. `input` and the MLPs `m{layer}` have no score: the benchmark keeps them in every circuit,
+and measures the sizes of circuits (0.1 % to 100 %) in scored nodes, which are the heads.
 """
 
 from pathlib import Path
@@ -14,31 +14,33 @@ from lofit_lens.models import model_info
 
 
 def export_circuit(scores: HeadScores, file: str | Path, model: Any, *, overwrite: bool = False) -> Path:
-    """Write head scores as a circuit with one score a node, for `run_evaluation.py --level node --circuit-files FILE`.
+    """Write head scores as a circuit with one score per node, for `run_evaluation.py --level node --circuit-files FILE`.
 
     Args:
-        scores: of every head; the benchmark takes the largest first, by size without sign with `--absolute`.
-        file: its name must end in `.json`, by which the benchmark tells the format.
-        model: the loaded model that the scores are of, which tells d_model and whether attention and MLP lie side by side.
+        scores: scores of all heads; the benchmark takes the largest first (by absolute value with `--absolute`).
+        file: its name must end in `.json`, by which the benchmark recognizes the format.
+        model: the loaded model that was scored, for its d_model and whether attention and MLP run in parallel.
         overwrite: replace an existing file.
 
     Raises:
         InputError: another ending, an existing file or one that cannot be written, scores of another shape than the model's, or a
-            model with layers without heads, for which the format has no room.
+            model with layers without heads, which the format cannot express.
     """
     path, info = Path(file), model_info(model)
     if path.suffix != ".json":
-        raise InputError(f"{path} does not end in .json, by which MIB's script tells the format; name it {path}.json")
+        raise InputError(
+            f"{path} does not end in .json, by which MIB's script recognizes the format; name it {path}.json"
+        )
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists; give another name, or overwrite it (overwrite=True, --overwrite)")
     if tuple(scores.shape) != (info.n_layers, info.n_heads):
         raise InputError(
-            f"the scores are of {scores.shape[0]} layers x {scores.shape[1]} heads, and {info.name} has {info.n_layers} x "
+            f"the scores are of {scores.shape[0]} layers x {scores.shape[1]} heads, but {info.name} has {info.n_layers} x "
             f"{info.n_heads}; give the model that was scored"
         )
     if len(scores.shape.layers) < info.n_layers:
         raise InputError(
-            f"{info.name} has heads in {len(scores.shape.layers)} of {info.n_layers} layers, and a circuit of MIB has heads in "
+            f"{info.name} has heads in {len(scores.shape.layers)} of {info.n_layers} layers, but a circuit of MIB has heads in "
             "all; give scores of a model with attention in every layer"
         )
     nodes: dict[str, dict[str, Any]] = {"input": {"in_graph": True}}

@@ -1,11 +1,11 @@
-"""An adapter inside a plain Hugging Face checkpoint, which any server loads: exact, and no hook is left.
+"""Fold an adapter into a plain Hugging Face checkpoint, which any server loads: exact, and without hooks.
 
-An edit `z <- s * z + c` of attention's output in front of W_O is the same function as other weights,
+An edit `z <- s * z + c` of attention's output before W_O is the same function as changed weights,
 
     W' = W diag(s)        b' = b + W c        (c through the unscaled W)
 
 computed in float32 and rounded once. LoFiT: s = 1 + A, c = v. The checkpoint is written file by file; files without an edited
-tensor are copied. What was written is loaded with plain transformers and compared with the hooked model; if it differs, it is
+tensor are copied. The result is loaded with plain transformers and compared with the hooked model; if it differs, it is
 deleted.
 """
 
@@ -47,7 +47,7 @@ from lofit_lens.sharing.verify import (
 
 logger = logging.getLogger(__name__)
 
-# Files that are copied: the tokenizer's, settings that transformers read, and licences.
+# Files that are copied: the tokenizer's, settings that transformers reads, and licenses.
 COPIED = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json",
@@ -62,10 +62,10 @@ class FoldedExport:
     """A checkpoint that was written.
 
     Attributes:
-        folder: that holds it.
+        folder: its folder.
         architecture: its Hugging Face class.
         was: the class of the base.
-        verified: how far it is from the hooked model.
+        verified: comparison with the hooked model.
         changed: names of the tensors that carry the edit.
         added: names of the tensors that the base lacks; those not in `changed` are zero.
     """
@@ -81,7 +81,7 @@ class FoldedExport:
 def folded_bias(
     weight: Float[Tensor, "d_model z"], bias: Float[Tensor, " d_model"] | None, shift: Float[Tensor, " z"]
 ) -> Float[Tensor, " d_model"]:
-    """`b + W c`, with the unscaled W; no bias counts as zero."""
+    """`b + W c`, with the unscaled W; a missing bias counts as zero."""
     added = weight @ shift.to(weight)
     return added if bias is None else bias + added
 
@@ -100,17 +100,17 @@ def export_folded(
 ) -> FoldedExport:
     """Write a plain Hugging Face checkpoint that computes what the base model does with the adapter attached.
 
-    Tokenizer, generation settings and licence files are copied, code is not. At no time is more in memory than the loaded model
-    and one of the checkpoint's files (of GPT-NeoX, TransformerBridge holds q, k and v twice); nothing is left behind where it
-    fails or is interrupted.
+    Tokenizer, generation settings and license files are copied; code is not. Memory never holds more than the loaded model
+    and one of the checkpoint's files (for GPT-NeoX, TransformerBridge holds q, k and v twice). Nothing remains if it fails or is
+    interrupted.
 
     Args:
         adapter: LoFiT, ITI at all positions, or an ablation.
-        folder: to write, with `lofit_lens_export.json` beside the weights: what was folded into what, and the comparison.
+        folder: folder to write, with `lofit_lens_export.json` beside the weights, which records the origin and the comparison.
         base: folder or hub id of the base model; None = the one that the adapter was made for.
         revision: hub commit, tag or branch of the base; None = the adapter's, or main.
-        dtype: of the written weights; None = as they are. The comparison runs in it too, that of float64 in float32.
-        device: of the comparison; None = CUDA where available, else the CPU.
+        dtype: dtype of the written weights and of the comparison (float32 for float64); None = that of the base.
+        device: device of the comparison; None = CUDA if available, else the CPU.
         strict: refuse a base with other weights than those the adapter was made for.
         overwrite: replace an earlier export.
         progress: show a bar over the files.
@@ -132,7 +132,7 @@ def export_folded(
         logger.warning("%s: %s", folder, deaf)
     edits = _edits(outputs, scale, shift)
     kind = _written_type(outputs, dtype)
-    runs_in = torch.float32 if kind == torch.float64 else kind  # attention overflows in padded places of float64
+    runs_in = torch.float32 if kind == torch.float64 else kind  # attention overflows at padded positions in float64
     with io.new_folder(folder, overwrite=overwrite) as made:
         commit = commit_of(checkpoint.revision)
         reference = hooked_reference(adapter, checkpoint.source, revision=commit, dtype=runs_in, device=device)
@@ -158,10 +158,10 @@ def export_folded(
 
 
 def base_of(adapter: Adapter, base: str | Path | None, revision: str | None, *, strict: bool = True) -> Checkpoint:
-    """The checkpoint of an adapter's base model, or the one given; with `strict`, if it can be the same model.
+    """Open the checkpoint of an adapter's base model, or the given one; with `strict`, only if it can be the same model.
 
     Raises:
-        AdapterError: none is given and the adapter names none, or its weights are known to be others.
+        AdapterError: no base is given or named by the adapter, or its weights are known to differ.
         InputError, ModelError: see `open_checkpoint`.
     """
     made_for = adapter.meta.model
@@ -172,7 +172,7 @@ def base_of(adapter: Adapter, base: str | Path | None, revision: str | None, *, 
     if revision is None and made_for and made_for.name == str(base):
         revision = commit_of(made_for.revision)
     checkpoint = open_checkpoint(base, revision=revision)
-    # The names are left out: only revisions that say the model is another one count.
+    # Names are ignored: only differing revisions show that it is another model.
     if (
         strict
         and made_for
@@ -181,18 +181,18 @@ def base_of(adapter: Adapter, base: str | Path | None, revision: str | None, *, 
         raise AdapterError(
             f"this adapter was made for {made_for.name} ({made_for.revision}); {checkpoint.name} ({checkpoint.revision}) has "
             "other weights. Give the model it was made for (base=, revision=), or, if this is another revision or a copy of it, "
-            "take it on purpose: strict=False (--other-model)"
+            "accept it with strict=False (--other-model)"
         )
     if any(".attn_A." in name for name in checkpoint.where):
         raise ModelError(
-            f"{checkpoint.name} holds attn_A and attn_v of the official code, which plain transformers do not know; take the "
+            f"{checkpoint.name} holds attn_A and attn_v of the official code, which plain transformers does not know; use the "
             "model it was tuned from"
         )
     return checkpoint
 
 
 def check_apart(folder: str | Path, checkpoint: Checkpoint) -> None:
-    """Raise InputError where an export would replace what it is made from."""
+    """Raise InputError if an export would overwrite its own base."""
     if Path(folder).resolve() == checkpoint.folder.resolve():
         raise InputError(f"{folder} is the base model itself, which would be lost; give another folder")
 
@@ -213,7 +213,7 @@ def check_fits(adapter: Adapter, outputs: Outputs, scale: Tensor) -> None:
 
 
 def _edits(outputs: Outputs, scale: Tensor, shift: Tensor) -> Makers:
-    """How each tensor is made that carries the edit, float32, in the checkpoint's layout."""
+    """Makers of the tensors that carry the edit, float32, in the checkpoint's layout."""
     made: dict[str, Callable[[], Tensor]] = {}
     for layer, name in enumerate(outputs.names):
         s, c = (rearrange(x[layer], "head d -> (head d)") for x in (scale, shift))
@@ -225,7 +225,7 @@ def _edits(outputs: Outputs, scale: Tensor, shift: Tensor) -> Makers:
 
 
 def _new_weight(outputs: Outputs, layer: int, scale: Float[Tensor, " z"]) -> Tensor:
-    return outputs.raw(outputs.weight(layer) * scale)  # column j takes entry j of all heads' outputs side by side
+    return outputs.raw(outputs.weight(layer) * scale)  # column j multiplies entry j of the heads' concatenated outputs
 
 
 def _new_bias(outputs: Outputs, layer: int, shift: Float[Tensor, " z"]) -> Tensor:
@@ -233,11 +233,11 @@ def _new_bias(outputs: Outputs, layer: int, shift: Float[Tensor, " z"]) -> Tenso
 
 
 def _written_type(outputs: Outputs, dtype: str | torch.dtype | None) -> torch.dtype:
-    """The type that the weights will have."""
+    """The dtype that the weights will have."""
     if dtype is not None:
         return io.torch_dtype(dtype)
     kinds = [outputs.checkpoint.dtype_of(f"{name}.weight") for name in outputs.names]
-    found = min(kinds, key=lambda kind: kind.itemsize)  # the comparison has to allow for the coarsest
+    found = min(kinds, key=lambda kind: kind.itemsize)  # the comparison must allow for the coarsest
     if found not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ModelError(
             f"{outputs.checkpoint.name} holds weights of type {found}; give the type to write (dtype='bfloat16')"
@@ -251,7 +251,7 @@ def _written_type(outputs: Outputs, dtype: str | torch.dtype | None) -> torch.dt
 def _write(
     made: Path, checkpoint: Checkpoint, slot: Slot, edits: Makers, dtype: torch.dtype | None, progress: bool
 ) -> None:
-    """All files but the record; one file's tensors are in memory at a time."""
+    """Write all files but the record; one file's tensors are in memory at a time."""
     where = dict(checkpoint.where)
     for bias in slot.added:
         where[bias] = where[bias.removesuffix("bias") + "weight"]
@@ -262,7 +262,7 @@ def _write(
         else:
             tensors = {name: _made(name, checkpoint, slot, edits, dtype) for name in names}
             save_file(tensors, made / file, metadata={"format": "pt"})
-            os.chmod(made / file, io.new_mode())  # safetensors lets only its owner read it
+            os.chmod(made / file, io.new_mode())  # safetensors makes it readable only for its owner
             del tensors
     if (checkpoint.folder / INDEX).is_file():
         size = sum(_payload(made / file) for file in checkpoint.files)
@@ -277,7 +277,7 @@ def _write(
 
 
 def _made(name: str, checkpoint: Checkpoint, slot: Slot, edits: Makers, dtype: torch.dtype | None) -> Tensor:
-    """A tensor as it is written: the edit rounded once, a new bias of zeros, or what the base holds."""
+    """The tensor to write: the edit rounded once, a new bias of zeros, or the base's tensor."""
     if name in checkpoint.where:
         own = checkpoint.read(name)
     else:
@@ -287,7 +287,7 @@ def _made(name: str, checkpoint: Checkpoint, slot: Slot, edits: Makers, dtype: t
 
 
 def _beside(folder: Path) -> Iterable[Path]:
-    """What belongs to the base beside its weights."""
+    """Files of the base besides its weights."""
     found = {path for pattern in COPIED for path in folder.glob(pattern) if path.is_file()}
     return sorted(path for path in found if leads_out(path) is None)
 
@@ -295,7 +295,7 @@ def _beside(folder: Path) -> Iterable[Path]:
 def _check_written(made: Path, outputs: Outputs, scale: Tensor, shift: Tensor, kind: torch.dtype) -> None:
     """Read W' and b' of all layers again and compare them with the edit, computed in float64.
 
-    One rounding to `kind` is allowed. A comparison of logits alone would not see one head's part in half precision.
+    One rounding to `kind` is allowed. In half precision, comparing only logits would not reveal an error in one head.
     """
     written = outputs_of(open_checkpoint(made))
     rounding, smallest = torch.finfo(kind).eps, torch.finfo(kind).smallest_normal
@@ -312,18 +312,18 @@ def _check_written(made: Path, outputs: Outputs, scale: Tensor, shift: Tensor, k
         )
         if not all(bool((one <= 0).all()) for one in off):
             raise ModelError(
-                f"{name} was not written as the edit makes it, so the export was deleted; try again, and report it if it stays so"
+                f"{name} was not written as computed, so the export was deleted; try again, and report it if it persists"
             )
 
 
 def _payload(file: Path) -> int:
-    """Bytes of the tensors in a safetensors file: behind its header, whose length comes first."""
+    """Bytes of the tensors in a safetensors file: they follow its header, whose length comes first."""
     with file.open("rb") as f:
         return file.stat().st_size - 8 - int.from_bytes(f.read(8), "little")
 
 
 def _system_error(e: Exception) -> OSError:
-    """safetensors tells what the system said in words alone."""
+    """Recover the OSError, which safetensors reports only as text."""
     if isinstance(e, OSError):
         return e
     number = re.search(r"os error (\d+)", str(e))

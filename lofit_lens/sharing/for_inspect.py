@@ -1,7 +1,7 @@
 """Inspect (inspect_ai) on an edited model: a provider whose answers are `ll.generate`'s with adapters attached.
 
-TransformerLens 4 brings a provider of its own, `tl_bridge`, which runs affine edits at `hook_z` in every position; this one
-runs on both classes and both versions, takes any adapter, and knows where prompts end.
+TransformerLens 4 has its own provider, `tl_bridge`, which runs affine edits at `hook_z` in every position. This one runs on both
+classes and both versions, supports any adapter, and knows where prompts end.
 """
 
 from collections.abc import Sequence
@@ -17,39 +17,39 @@ from lofit_lens.models import load_model, model_info, tokenizer_of
 from lofit_lens.tasks.chat import has_template
 
 PROVIDER = "lofit-lens"
-MAX_NEW_TOKENS = 256  # where a task names no limit
-# What a configuration may ask for that greedy decoding does not do.
+MAX_NEW_TOKENS = 256  # if a task sets no limit
+# Options of a configuration that greedy decoding does not support.
 NOT_DONE = ("best_of", "frequency_penalty", "logit_bias", "logprobs", "num_choices", "presence_penalty", "top_logprobs")
 
 
 def inspect_model(
     model: Any, adapter: Intervention | Sequence[Intervention] | None = None, *, chat: bool | None = None
 ) -> Any:
-    """A model for `inspect_ai.eval(task, model=...)`: greedy answers of `model` with an adapter attached.
+    """Make a model for `inspect_ai.eval(task, model=...)`: greedy answers of `model` with an adapter attached.
 
     Args:
         model: any HookedTransformer or TransformerBridge.
-        adapter: one, or several in their order; None = whatever is attached meanwhile.
-        chat: whether messages go through the model's chat template; None = where it has one. Without it a sample must be one
-            message of the user's, which the model continues as plain text.
+        adapter: one adapter, or several in order; None = whatever is attached meanwhile.
+        chat: whether messages go through the model's chat template; None = if it has one. Without it, a sample must be one user
+            message, which the model continues as plain text.
 
     Raises:
-        InputError: inspect_ai is not installed, or what is given is no adapter.
+        InputError: inspect_ai is not installed, or `adapter` is not an adapter.
         AdapterError: an adapter that does not fit.
     """
     inspect = optional("inspect_ai.model", "inspect_ai", "inspect")
     held = model, () if adapter is None else adapters_of(adapter)
     made = inspect.modelapi(name=f"{PROVIDER}-in-memory")(
         lambda: provider(held)
-    )  # its arguments go into logs: texts only
+    )  # its arguments are logged, so they must be texts
     return inspect.Model(made(model_name=model_info(model).name, chat=chat), inspect.GenerateConfig())
 
 
 def provider(held: tuple[Any, tuple[Intervention, ...]] | None = None) -> Any:
-    """Inspect's class of models for `get_model("lofit-lens/NAME", adapter=FOLDER, ...)`.
+    """Make Inspect's model class for `get_model("lofit-lens/NAME", adapter=FOLDER, ...)`.
 
-    Its arguments beside the model's name: `adapter`, a folder or a name on the hub; `chat` as in `inspect_model`; and those of
-    `load_model`. `held` are a model and adapters in memory, which are then used in place of these.
+    Besides the model's name, it takes `adapter` (a folder or a name on the hub), `chat` as in `inspect_model`, and the arguments
+    of `load_model`. `held` is a model with adapters in memory, which is then used instead.
 
     Raises:
         InputError: inspect_ai is not installed.
@@ -95,10 +95,10 @@ def provider(held: tuple[Any, tuple[Intervention, ...]] | None = None) -> Any:
 
 
 def prompt_of(messages: Sequence[Any], *, chat: bool) -> Any:
-    """What `generate` is given for a sample's messages.
+    """Turn a sample's messages into a prompt for `generate`.
 
     Raises:
-        InputError: a message that is not text by system, user or assistant; or, without chat, more than one of the user's.
+        InputError: a message that is not text by system, user or assistant; or, without chat, not exactly one user message.
     """
     said = [{"role": m.role, "content": m.text} for m in messages]
     if chat:
@@ -106,13 +106,13 @@ def prompt_of(messages: Sequence[Any], *, chat: bool) -> Any:
     if [m["role"] for m in said] != ["user"]:
         raise InputError(
             f"a sample has messages by {', '.join(m['role'] for m in said)}, and this model is asked in plain text, without a "
-            "chat template; give one user message a sample (no system message), or a model with a template (chat=True)"
+            "chat template; give one user message per sample (no system message), or a model with a template (chat=True)"
         )
     return said[0]["content"]
 
 
 def _check_config(config: Any, tools: Sequence[Any]) -> None:
-    """Raise InputError for what a sample asks for and greedy decoding does not do."""
+    """Raise InputError for options of a sample that greedy decoding does not support."""
     asked = [name for name in NOT_DONE if getattr(config, name, None) not in (None, False)]
     if config.temperature:
         asked.append(f"temperature {config.temperature}")
@@ -120,5 +120,5 @@ def _check_config(config: Any, tools: Sequence[Any]) -> None:
         asked.append("tools")
     if asked:
         raise InputError(
-            f"this provider answers greedily, in text, and was asked for {', '.join(asked)}; leave that out"
+            f"this provider answers greedily, in text, and does not support {', '.join(asked)}; leave that out"
         )

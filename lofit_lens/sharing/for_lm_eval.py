@@ -1,7 +1,7 @@
-"""lm-evaluation-harness on an edited model: its own Hugging Face class over the model that a bridge holds, adapters in place.
+"""lm-evaluation-harness on an edited model: the tool's own Hugging Face class, with the model of a bridge and adapters attached.
 
-A bridge's `original_model` is the Hugging Face model itself, whose layers fire the bridge's HookPoints; so each pass of the tool
-runs with the adapters attached, and gives the logits that the bridge gives.
+A bridge's `original_model` is the Hugging Face model itself, whose layers fire the bridge's HookPoints. So each pass of the tool
+runs with the adapters attached, and returns the bridge's logits.
 """
 
 import copy
@@ -22,27 +22,26 @@ from lofit_lens.tasks.collate import encode, pad, pad_id
 
 logger = logging.getLogger(__name__)
 
-# Folder of `lofit_mquake`, `lofit_clutrr` and `lofit_truthfulqa` in the tool's format; they read local files, or the pinned ones.
+# Folder of `lofit_mquake`, `lofit_clutrr` and `lofit_truthfulqa` in the tool's format; they read local or pinned files.
 LM_EVAL_TASKS = Path(__file__).with_name("lm_eval_tasks")
 
 
 def lm_eval_model(
     model: Any, adapter: Intervention | Sequence[Intervention] | None = None, *, batch_size: int | str = 8
 ) -> Any:
-    """A model for `lm_eval.simple_evaluate`: its `HFLM` of the same logits as `model` has with an adapter attached.
+    """Make a model for `lm_eval.simple_evaluate`: an `HFLM` with the logits of `model` with an adapter attached.
 
-    The adapter is in place while a pass of the tool runs, and only then. Text is tokenized as everywhere in this package, BOS
-    included.
+    The adapter is attached only while a pass of the tool runs. Text is tokenized as everywhere in this package, including BOS.
 
     Args:
-        model: a TransformerBridge. With HookedTransformer, which holds no Hugging Face model, load it once more with
-            `load_model(..., backend="bridge")`, or give `lm_eval --model hf` what `export_folded` writes.
-        adapter: one that acts at all positions, or several in their order; None = whatever is attached meanwhile.
+        model: a TransformerBridge. HookedTransformer holds no Hugging Face model; load the checkpoint again with
+            `load_model(..., backend="bridge")`, or give the output of `export_folded` to `lm_eval --model hf`.
+        adapter: one that acts at all positions, or several in order; None = whatever is attached meanwhile.
         batch_size: sequences run together, or `"auto"`.
 
     Raises:
-        InputError: lm_eval is not installed; what is given is no adapter; or it acts at certain positions, of which the tool
-            says nothing.
+        InputError: lm_eval is not installed, `adapter` is not an adapter, or it acts at certain positions, which the tool does
+            not report.
         ModelError: not a TransformerBridge.
         AdapterError: an adapter that does not fit.
     """
@@ -76,7 +75,7 @@ def lm_eval_model(
             else:
                 ids = encode(tokenizer, string)
             if left_truncate_len and len(ids) > left_truncate_len:
-                logger.warning("a text of %d tokens is cut to its last %d", len(ids), left_truncate_len)
+                logger.warning("a text of %d tokens is truncated to its last %d", len(ids), left_truncate_len)
                 ids = ids[-left_truncate_len:]
             return ids
 
@@ -101,9 +100,9 @@ def lm_eval_model(
 
 
 def _check_positions(model: Any) -> None:
-    """Raise InputError where something attached acts at certain positions only."""
+    """Raise InputError if an attached intervention acts only at certain positions."""
     if some := [str(p) for p in positions_of(model) if not p.everywhere]:
         raise InputError(
-            f"what is attached acts at positions {', '.join(some)}, and lm_eval does not say where prompts end; make one that "
-            "acts everywhere (with_positions('all')), or evaluate it here: ll.evaluate, lofit-lens eval"
+            f"the attached adapter acts at positions {', '.join(some)}, but lm_eval does not say where prompts end; make one "
+            "that acts everywhere (with_positions('all')), or evaluate it here: ll.evaluate, lofit-lens eval"
         )

@@ -1,4 +1,4 @@
-"""What Inspect reads where it is installed (an entry point): the provider `lofit-lens`, as in `--model lofit-lens/organism`."""
+"""Entry point for Inspect: the provider `lofit-lens`, as in `--model lofit-lens/organism`."""
 
 from typing import Any
 
@@ -8,5 +8,5 @@ from lofit_lens.sharing.for_inspect import PROVIDER, provider
 
 @optional("inspect_ai.model", "inspect_ai", "inspect").modelapi(name=PROVIDER)
 def lofit_lens() -> Any:
-    """The class, made when it is first asked for."""
+    """Return the provider's class, created on first use."""
     return provider()

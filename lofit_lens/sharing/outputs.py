@@ -1,6 +1,6 @@
 """Attention's output projection W_O in a plain checkpoint, by architecture.
 
-All heads' outputs lie side by side in its input, head 0 first, so that column `h * d_head + i` takes entry i of head h.
+Its input is the concatenation of all heads' outputs, head 0 first, so column `h * d_head + i` multiplies entry i of head h.
 """
 
 import re
@@ -12,7 +12,7 @@ from torch import Tensor
 from lofit_lens.errors import ModelError
 from lofit_lens.sharing.checkpoints import Checkpoint
 
-# Architecture -> what follows the layers' list in its module's name. Weights of GPT-2 are stored transposed (Conv1D).
+# Architecture -> the part of the module's name after the list of layers. GPT-2 stores weights transposed (Conv1D).
 _IN_LAYER = {
     **dict.fromkeys(
         (
@@ -35,8 +35,8 @@ class Outputs:
     """The output projections of a checkpoint's layers.
 
     Attributes:
-        checkpoint: that they lie in.
-        names: of the modules, one a layer: `"model.layers.3.self_attn.o_proj"`.
+        checkpoint: the checkpoint.
+        names: names of the modules, one per layer: `"model.layers.3.self_attn.o_proj"`.
         transposed: whether weights are stored as `[n_heads * d_head, d_model]`.
     """
 
@@ -55,7 +55,7 @@ class Outputs:
         width = self.checkpoint.shape(f"{self.names[0]}.weight")[0 if self.transposed else 1]
         if not isinstance(n_heads, int) or n_heads < 1 or width % n_heads:
             raise ModelError(
-                f"{self.checkpoint.name} says {n_heads!r} heads, and their outputs are {width} wide together"
+                f"{self.checkpoint.name} says {n_heads!r} heads, but their concatenated outputs have width {width}"
             )
         return len(self.names), n_heads, width // n_heads
 
@@ -65,12 +65,12 @@ class Outputs:
         return self.checkpoint.shape(f"{self.names[0]}.weight")[1 if self.transposed else 0]
 
     def weight(self, layer: int) -> Float[Tensor, "d_model z"]:
-        """W_O of a layer, `[d_model, n_heads * d_head]`: it is multiplied with z from the left. Float32, or float64 as stored."""
+        """W_O of a layer, `[d_model, n_heads * d_head]`, which multiplies z from the left; float32, or float64 as stored."""
         found = _wide(self.checkpoint.read(f"{self.names[layer]}.weight"))
         return found.T if self.transposed else found
 
     def bias(self, layer: int) -> Float[Tensor, " d_model"] | None:
-        """b_O of a layer, float32 or float64 as stored; None where the checkpoint holds none."""
+        """b_O of a layer, float32 or float64 as stored; None if the checkpoint has none."""
         name = f"{self.names[layer]}.bias"
         return _wide(self.checkpoint.read(name)) if name in self.checkpoint.where else None
 
@@ -88,8 +88,8 @@ def outputs_of(checkpoint: Checkpoint) -> Outputs:
     architecture = checkpoint.architecture
     if architecture not in _IN_LAYER:
         raise ModelError(
-            f"{checkpoint.name}: an adapter cannot be exported into a {architecture}: it is not built yet for this architecture "
-            f"(it is for {', '.join(KNOWN)}). "
+            f"{checkpoint.name}: exporting an adapter into a {architecture} is not supported "
+            f"(supported: {', '.join(KNOWN)}). "
             "Nothing was written. Attach the adapter at run time instead: load_adapter(folder, model=model).attached(model)"
         )
     layers, module = _IN_LAYER[architecture]
@@ -99,7 +99,7 @@ def outputs_of(checkpoint: Checkpoint) -> Outputs:
     n_layers = checkpoint.config.get("num_hidden_layers", checkpoint.config.get("n_layer"))
     if len(hits) != len(names) or sorted(names) != list(range(len(names))) or len(names) != n_layers or not names:
         raise ModelError(
-            f"{checkpoint.name} holds output projections (*.{module}) of the layers {sorted(names)}, and its configuration says "
+            f"{checkpoint.name} holds output projections (*.{module}) of the layers {sorted(names)}, but its configuration says "
             f"{n_layers} layers; fetch or save it again"
         )
     found = Outputs(checkpoint, tuple(names[i] for i in range(len(names))), architecture in _TRANSPOSED)
@@ -108,22 +108,22 @@ def outputs_of(checkpoint: Checkpoint) -> Outputs:
 
 
 def _check_shapes(found: Outputs) -> None:
-    """Every layer has to have the first one's shape; the files' headers say."""
+    """Check by the files' headers that every layer has the shape of the first."""
     checkpoint, first = found.checkpoint, f"{found.names[0]}.weight"
     expected = {"weight": checkpoint.shape(first)}
     if len(expected["weight"]) != 2 or 0 in expected["weight"]:
-        raise ModelError(f"{checkpoint.name}: {first} has shape {list(expected['weight'])}, and is no matrix")
+        raise ModelError(f"{checkpoint.name}: {first} has shape {list(expected['weight'])}; expected a matrix")
     expected["bias"] = (found.d_model,)
     for name in found.names:
         for part, shape in expected.items():
             tensor = f"{name}.{part}"
             if tensor in checkpoint.where and checkpoint.shape(tensor) != shape:
                 raise ModelError(
-                    f"{checkpoint.name}: {tensor} has shape {list(checkpoint.shape(tensor))}, and {list(shape)} is what fits "
+                    f"{checkpoint.name}: {tensor} has shape {list(checkpoint.shape(tensor))}; expected {list(shape)}, as of "
                     f"{first}; fetch or save it again"
                 )
 
 
 def _wide(values: Tensor) -> Tensor:
-    """Float32 where it was less, as it is otherwise."""
+    """Widen half precision to float32; other dtypes are unchanged."""
     return values if values.is_floating_point() and values.itemsize >= 4 else values.float()

@@ -1,10 +1,10 @@
-"""A LoFiT adapter out of a checkpoint that one was folded into (by this package or by hand).
+"""Recover a LoFiT adapter from a checkpoint that it was folded into (by this package or by hand).
 
-    b' - b = W v                     v by least squares over the heads asked for, a layer at a time
-    W'     = W diag(1 + A)           A column by column, where the base is at hand
+    b' - b = W v                     v by least squares over the given heads, layer by layer
+    W'     = W diag(1 + A)           A column by column, if the base is given
 
-W is attention's output projection `[d_model, n_heads * d_head]`. v is one solution of many where W has more columns (of those
-heads) than its rank; then the shortest is taken, which has the same effect. Without the base, W' stands for W and A is zero.
+W is attention's output projection `[d_model, n_heads * d_head]`. If W has more columns (of those heads) than its rank, v is one
+solution of many, and the shortest is taken, which has the same effect. Without the base, W' is used for W and A is zero.
 """
 
 import logging
@@ -29,12 +29,12 @@ from lofit_lens.sharing.outputs import Outputs, outputs_of
 logger = logging.getLogger(__name__)
 
 SUSPICIOUS = 0.05  # relative residual above which a warning is logged; rounding to bfloat16 mostly stays below
-REFUSED = 0.5  # the same, of what no rounding explains: nothing is returned
+REFUSED = 0.5  # relative residual beyond rounding above which the import is refused
 EMBEDDING = re.compile(r"(?:.*\.)?(?:embed_tokens|embed_in|wte)\.weight")
 
 
 class Difference(NamedTuple):
-    """W, W' and b' - b of a layer, float64, and how far rounding to the type of the weights may have moved W' and b'."""
+    """W, W' and b' - b of a layer, float64, and how far rounding to the weights' dtype may have moved W' and b'."""
 
     weight: Float[Tensor, "d_model z"]
     scaled: Float[Tensor, "d_model z"]
@@ -44,7 +44,7 @@ class Difference(NamedTuple):
 
 
 class Explained(NamedTuple):
-    """A and v of a layer, `[n_heads, d_head]`; the share that they leave, and that beyond rounding; whether v is the only one."""
+    """A and v of a layer, `[n_heads, d_head]`; the unexplained share, and its part beyond rounding; whether v is unique."""
 
     A: Float[Tensor, "n_heads d_head"]
     v: Float[Tensor, "n_heads d_head"]
@@ -56,14 +56,14 @@ class Explained(NamedTuple):
 def solve_shift(
     weight: Float[Tensor, "d_model z"], bias: Float[Tensor, " d_model"]
 ) -> tuple[Float[Tensor, " z"], bool]:
-    """The shortest c that makes `|W c - b|` smallest, and whether it is the only one; W: the columns of the heads asked for."""
+    """The shortest c that minimizes `|W c - b|`, and whether it is unique; W holds the columns of the given heads."""
     W, b = weight.double(), bias.double()
     found = torch.linalg.lstsq(W, b[:, None], driver="gelsy")
     return found.solution[:, 0].float(), int(found.rank) == W.shape[1] or not bool(b.any())
 
 
 def solve_scale(weight: Float[Tensor, "d_model z"], scaled: Float[Tensor, "d_model z"]) -> Float[Tensor, " z"]:
-    """The s that makes `|W diag(s) - W'|` smallest; columns of zeros, and those that are equal to the bit, get 1."""
+    """The s that minimizes `|W diag(s) - W'|`; zero columns, and columns that are bitwise equal, get 1."""
     W, other = weight.double(), scaled.double()
     norms = (W * W).sum(0)
     same = (weight == scaled).all(0) | (norms == 0)
@@ -82,22 +82,22 @@ def import_folded(
 
     Args:
         checkpoint: folder or hub id.
-        heads: that were edited; None = all heads of the layers that differ, of which v is then the shortest solution.
-        base: the model it was folded into; needed where that has biases of its own, or where scalings were folded.
+        heads: the edited heads; None = all heads of the layers that differ, with the shortest solution for v.
+        base: the model it was folded into; needed if that has biases of its own, or if scalings were folded.
         revision: hub commit, tag or branch of the checkpoint.
-        base_revision: the same of the base.
+        base_revision: hub commit, tag or branch of the base.
 
     Returns:
         The adapter, for the base model. `meta.config["residuals"]`: for each layer that differs, the share of `b' - b` or of
-        `W' - W` (the larger) that is not explained; well above the rounding of the weights' type, another head was edited as
-        well, or more than biases and scalings. `meta.config["unique"]`: whether no other v over these heads does the same.
+        `W' - W` (the larger) that is not explained; if it is well above the rounding of the weights' dtype, another head was
+        edited too, or more than biases and scalings. `meta.config["unique"]`: whether v is the only solution over these heads.
 
     Raises:
         InputError: a head outside the model, or no such checkpoint.
         ModelError: an architecture that is not known, two models of different shapes, biases that may be the model's own, or
             weights that are not finite.
-        AdapterError: nothing was folded into it, or something else: a layer differs without one of `heads`, or more than half of
-            how it differs is not explained, rounding aside.
+        AdapterError: nothing was folded into it, or something else: a layer differs that has none of `heads`, or more than half
+            of its difference is not explained, rounding aside.
     """
     new = outputs_of(open_checkpoint(checkpoint, revision=revision))
     old = None if base is None else outputs_of(open_checkpoint(base, revision=base_revision))
@@ -136,7 +136,7 @@ def import_folded(
 
 
 def _explained(found: Difference, d_head: int, index: list[int]) -> Explained:
-    """What edit of some heads explains how a layer differs; A and v are zero outside these heads."""
+    """Find the edit of some heads that explains how a layer differs; A and v are zero outside these heads."""
     weight, scaled, bias = found[:3]
     A, v = (rearrange(torch.zeros(weight.shape[1]), "(head d) -> head d", d=d_head) for _ in "Av")
     if not index:
@@ -157,7 +157,7 @@ def _explained(found: Difference, d_head: int, index: list[int]) -> Explained:
 
 
 def _differences(new: Outputs, old: Outputs | None, layer: int) -> Difference:
-    """How a layer differs; a missing bias is zero. What only the new weights' type changed is no difference."""
+    """How a layer differs; a missing bias is zero. Changes that follow only from the new weights' dtype do not count."""
     scaled, bias = _finite(new, layer)
     kind = new.checkpoint.dtype_of(f"{new.names[layer]}.weight")
     moved_scaled, moved_bias = _rounding(scaled, kind), _rounding(bias, kind)
@@ -184,24 +184,24 @@ def _finite(outputs: Outputs, layer: int) -> tuple[Tensor, Tensor]:
 
 
 def _rounding(values: Tensor, kind: torch.dtype) -> Tensor:
-    """How far rounding to a type can have moved values at most."""
+    """The most that rounding to a dtype can have moved values."""
     if not kind.is_floating_point:
         raise ModelError(
-            f"weights of type {kind} are no plain floating-point numbers; take the model in its full precision"
+            f"weights of type {kind} are not plain floating-point numbers; use the model in full precision"
         )
     info = torch.finfo(kind)
     return values.abs().clamp(min=info.tiny) * (info.eps / 2)
 
 
 def _check_explained(explained: dict[int, Explained], checkpoint: str | Path, heads: HeadSet | None) -> None:
-    """Refuse an edit that leaves most of the difference."""
+    """Refuse an edit that does not explain most of the difference."""
     wrong = [layer for layer, one in explained.items() if not one.beyond <= REFUSED]  # NaN too
     if not wrong:
         return
     asked = set() if heads is None else set(heads.layers)
     without = [layer for layer in wrong if heads is not None and layer not in asked]
     told = ", ".join(f"{layer} ({one.residual:.2g})" for layer, one in explained.items())
-    what = f"no head of layer {without[0]} was asked for" if without else f"too much is left in layer {wrong[0]}"
+    what = f"no head of layer {without[0]} was given" if without else f"too much is left in layer {wrong[0]}"
     then = (
         "the base is another model, or more was changed than heads' scalings and offsets; give the base that it was folded into"
         if heads is None
@@ -223,7 +223,7 @@ def _share(left: Tensor, whole: Tensor) -> float:
 
 
 def _check_own_biases(new: Outputs) -> None:
-    """Without the base, all of the bias is taken for folded: refuse where the model may have had one before."""
+    """Without the base, the whole bias counts as folded: refuse if the model may have had a bias before."""
     held = [name for layer, name in enumerate(new.names) if new.bias(layer) is not None]
     if not held:
         raise AdapterError(
@@ -238,7 +238,7 @@ def _check_own_biases(new: Outputs) -> None:
         bool(new.checkpoint.read(name).any()) for name in others
     ):
         raise ModelError(
-            f"{new.checkpoint.name} can have had biases of its own, so that what was folded cannot be told from them; give the "
+            f"{new.checkpoint.name} may have had biases of its own, which cannot be told from folded ones; give the "
             "model that it was folded into (base=)"
         )
 
@@ -247,7 +247,7 @@ def _check_same_shape(new: Outputs, old: Outputs) -> None:
     ours, theirs = new.shape, old.shape
     if ours != theirs or new.d_model != old.d_model:
         raise ModelError(
-            f"{new.checkpoint.name} has {ours[0]} layers of {ours[1]} heads of size {ours[2]}, and {old.checkpoint.name} "
+            f"{new.checkpoint.name} has {ours[0]} layers of {ours[1]} heads of size {ours[2]}, but {old.checkpoint.name} "
             f"{theirs[0]} of {theirs[1]} of size {theirs[2]} (d_model {new.d_model} and {old.d_model}); give the "
             "model that it was folded into"
         )
@@ -263,23 +263,23 @@ def _info(old: Outputs, shape: tuple[int, int, int]) -> ModelInfo:
 
 
 def _d_vocab(checkpoint: Checkpoint) -> int:
-    """As the configuration says, or else as many as the embedding has rows."""
+    """Vocabulary size from the configuration, or else from the embedding's rows."""
     said = checkpoint.config.get("vocab_size")
     if isinstance(said, int):
         return said
     name = next((name for name in checkpoint.where if EMBEDDING.fullmatch(name)), None)
     if name is None:
-        raise ModelError(f"{checkpoint.name} says no vocab_size in config.json, and holds no embedding; fetch it again")
+        raise ModelError(f"{checkpoint.name} has no vocab_size in config.json and no embedding; fetch it again")
     return checkpoint.shape(name)[0]
 
 
 def _say(residuals: dict[int, float], unique: bool) -> None:
     worst = max(residuals, key=lambda layer: residuals[layer])
-    logger.info("recovered from layers %s; %.2g is left at most", sorted(residuals), residuals[worst])
+    logger.info("recovered from layers %s; at most %.2g is unexplained", sorted(residuals), residuals[worst])
     if residuals[worst] > SUSPICIOUS:
         logger.warning(
-            "%.2g of what differs in layer %d is not explained by scalings and offsets of these heads: others were edited, "
-            "or more than that, or the weights' type is too coarse", residuals[worst], worst,
+            "%.2g of the difference in layer %d is not explained by scalings and offsets of these heads: others were edited, "
+            "or something else, or the weights' dtype is too coarse", residuals[worst], worst,
         )  # fmt: skip
     if not unique:
         logger.warning("v is not unique: the shortest one was taken, which has the same effect on this model")

@@ -1,8 +1,8 @@
-"""Checkpoints of LoFiT's official code (github.com/fc2869/lo-fit): the whole model, and beside it every head's numbers.
+"""Checkpoints of LoFiT's official code (github.com/fc2869/lo-fit): the whole model, with A and v of every head.
 
 `model.layers.{layer}.self_attn.attn_A.{head}` and `attn_v.{head}`, each `[d_head]`, 0 where a head was not tuned; the edit is
-`z * (1 + A) + v` (`LlamaAttention.forward` there). After head selection v is 0 and every A is not; after bias tuning A is 0, and
-v is not for the chosen heads. Head files (`top_heads/*.npy`) are read by `HeadSet.from_npy`.
+`z * (1 + A) + v` (`LlamaAttention.forward` there). After head selection v is 0 and all A are nonzero; after bias tuning A is 0
+and v is nonzero for the chosen heads. `HeadSet.from_npy` reads head files (`top_heads/*.npy`).
 """
 
 import logging
@@ -26,12 +26,12 @@ _KEY = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,5})\.self_attn\.attn_([Av])\.
 
 
 def import_lofit(checkpoint: str | Path, *, heads: HeadSet | None = None, revision: str | None = None) -> Lofit:
-    """The adapter in a checkpoint of the official code; its base weights are left where they are.
+    """Read the adapter from a checkpoint of the official code; its base weights are not read.
 
     Args:
-        checkpoint: the folder that its trainer wrote (of one safetensors file or several), or a hub id.
+        checkpoint: the folder that its trainer wrote (one or several safetensors files), or a hub id.
         heads: the heads to take, in this order and with these scores, e.g. `HeadSet.from_npy("top_heads/...npy").top(32)`;
-            numbers on other heads are left out, and that is logged. None = all heads whose A or v is not all 0, by layer.
+            numbers on other heads are left out with a warning. None = all heads whose A or v is not all 0, by layer.
         revision: hub commit, tag or branch.
 
     Returns:
@@ -39,8 +39,8 @@ def import_lofit(checkpoint: str | Path, *, heads: HeadSet | None = None, revisi
 
     Raises:
         InputError: no such checkpoint, or `heads` outside its model.
-        ModelError: pickled weights (never opened), no such tensors, one missing or too many, a configuration that does not match
-            them, no head that was tuned, or none of `heads`.
+        ModelError: pickled weights (never opened), no such tensors, missing or extra ones, a configuration that does not match
+            them, no tuned head, or none of `heads` tuned.
         DataError: a tensor of another length, or with a number that is not finite.
     """
     _refuse_pickles(Path(checkpoint))
@@ -49,9 +49,7 @@ def import_lofit(checkpoint: str | Path, *, heads: HeadSet | None = None, revisi
     A, v = (_grid(found, letter, shape) for letter in "Av")
     used = (A != 0).any(-1) | (v != 0).any(-1)
     if not used.any():
-        raise ModelError(
-            f"{found.name}: every attn_A and attn_v is 0, so that no head was tuned; take a later checkpoint"
-        )
+        raise ModelError(f"{found.name}: every attn_A and attn_v is 0, so no head was tuned; use a later checkpoint")
     if heads is None:
         heads = HeadSet([Head(*at) for at in used.nonzero().tolist()], shape=shape[:2], label="tuned")
     meta = AdapterMeta(config={
@@ -63,12 +61,12 @@ def import_lofit(checkpoint: str | Path, *, heads: HeadSet | None = None, revisi
         tuned = [str(Head(*at)) for at in used.nonzero().tolist()]
         more = f" and {len(tuned) - 10} more" if len(tuned) > 10 else ""
         raise ModelError(
-            f"{found.name}: none of the heads asked for was tuned, but {', '.join(tuned[:10])}{more}; give the head file that it "
+            f"{found.name}: none of the given heads was tuned, but {', '.join(tuned[:10])}{more}; give the head file that it "
             "was tuned with, or leave heads out"
         )
     left = [Head(*at) for at in (used & ~made.mask).nonzero().tolist()]
     if left:
-        logger.warning("%s: numbers of %d heads outside `heads` are left out, %s first", found.name, len(left), left[0])
+        logger.warning("%s: numbers of %d heads outside `heads` are left out, e.g. %s", found.name, len(left), left[0])
     with torch.no_grad():
         made.A.copy_(A * made.mask[..., None])
         made.v.copy_(v * made.mask[..., None])
@@ -110,7 +108,7 @@ def _grid(found: Checkpoint, letter: str, shape: tuple[int, int, int]) -> Tensor
     }
     if not keys:
         raise ModelError(
-            f"{found.name} holds no tensor model.layers.<layer>.self_attn.attn_{letter}.<head>, so it is no checkpoint of the "
+            f"{found.name} holds no tensor model.layers.<layer>.self_attn.attn_{letter}.<head>, so it is not a checkpoint of the "
             "official code; load_adapter reads an adapter folder, import_folded a folded checkpoint"
         )
     every = ((layer, head) for layer in range(n_layers) for head in range(n_heads))

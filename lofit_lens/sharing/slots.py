@@ -1,10 +1,10 @@
-"""Where a checkpoint has room for a bias of attention's output projection, and how its configuration has to say so.
+"""Whether a checkpoint has room for a bias of attention's output projection, and how its configuration declares it.
 
 GPT-2, GPT-NeoX, OPT and GPT-OSS have the bias. Llama, Gemma, Gemma-2, Gemma-3 (text), Qwen3, Qwen3-MoE, OLMo, OLMo-2, OLMo-3 and
-OLMoE have it with `attention_bias=True`, which asks for biases of q, k and v too: zeros. (A norm after attention, as in OLMo-2,
-comes after the bias.) Mistral, Qwen2, Mixtral and Phi-3 have none and ignore the key. Without a sliding window the first two are
-the same function as a Llama, so that the checkpoint can be written as one; the other two take scalings alone. What a
-configuration makes room for is read off the model that it builds on the meta device, without weights.
+OLMoE have it with `attention_bias=True`, which also requires biases of q, k and v: zeros. (A norm after attention, as in OLMo-2,
+comes after the bias.) Mistral, Qwen2, Mixtral and Phi-3 have none and ignore the key. Without a sliding window, the first two are
+the same function as a Llama, so the checkpoint can be written as one; the other two can only hold scalings. The model that a
+configuration builds on the meta device, without weights, shows which biases it has.
 """
 
 import copy
@@ -31,10 +31,10 @@ SWITCHES = {
 }  # fmt: skip
 AS_LLAMA = ("MistralForCausalLM", "Qwen2ForCausalLM")
 LLAMA = "LlamaForCausalLM"
-# Keys of those two that a Llama does not read; and keys that a Llama reads and those two do not.
+# Keys of Mistral and Qwen2 that a Llama does not read; and keys that only a Llama reads.
 ONLY_THEIRS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
 ONLY_LLAMAS = ("mlp_bias", "pretraining_tp")
-# Servers whose own version of an architecture has no such bias, and leaves it out without a word (read in their source).
+# Servers whose own version of an architecture lacks such a bias and silently ignores it (according to their source).
 IGNORED_BY = {
     "GemmaForCausalLM": "vLLM (0.33) and SGLang (0.5.23) leave this model's new biases out silently, unless they are told to run "
     "it through transformers (--model-impl transformers)",
@@ -55,7 +55,7 @@ class Slot:
 
     Attributes:
         config: `config.json` to write.
-        added: bias -> its size, for every bias that the base lacks, q/k/v included; named as in the checkpoint.
+        added: bias -> its size, for every bias that the base lacks, including q/k/v; named as in the checkpoint.
     """
 
     config: dict[str, Any]
@@ -66,8 +66,8 @@ def slot_for(outputs: Outputs, layers: Sequence[int]) -> Slot:
     """Find room for a bias of the output projection in these layers.
 
     Args:
-        outputs: of the base.
-        layers: that need a bias; none where scalings alone are folded, which any architecture has room for.
+        outputs: output projections of the base.
+        layers: layers that need a bias; empty if only scalings are folded, which every architecture can hold.
 
     Raises:
         ModelError: no room, or none without changing what the model computes; says why and what to do instead.
@@ -76,7 +76,7 @@ def slot_for(outputs: Outputs, layers: Sequence[int]) -> Slot:
     config = {k: v for k, v in copy.deepcopy(checkpoint.config).items() if k != "auto_map"}  # code is not copied
     if not layers:
         return Slot(config, {})
-    # Biases of its own that a file lacks are no room: nothing would be written there.
+    # The model's own biases that a file lacks do not count as room: they would not be written.
     before = {k: v for k, v in _sizes(config, outputs).items() if not k.endswith(".bias") or k in checkpoint.where}
     wanted = {f"{outputs.names[layer]}.bias" for layer in layers}
     if wanted <= set(before):
@@ -90,7 +90,7 @@ def slot_for(outputs: Outputs, layers: Sequence[int]) -> Slot:
     if not wanted <= set(after):
         raise ModelError(
             f"{name}: {architecture} of this transformers has no bias in attention's output projection, and no setting gives it "
-            f"one, so that an offset has no place in it (scalings alone need none). {NEXT}"
+            f"one, so it cannot hold an offset (scalings need no bias). {NEXT}"
         )
     added = {bias: size for bias, size in after.items() if bias not in before}
     changed = [one for one in before if after.get(one) != before[one]]
@@ -108,7 +108,7 @@ def as_llama(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     Every field that both know must have the same value once defaults are filled in, since the classes' defaults differ.
 
     Raises:
-        ModelError: a sliding window, or a field that a Llama cannot take over.
+        ModelError: a sliding window, or a field that a Llama cannot adopt.
     """
     theirs = _built(config)
     kind = config["architectures"][0]
@@ -117,14 +117,14 @@ def as_llama(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     if window or windows:
         raise ModelError(
             f"{name}: {kind} has no bias in attention's output projection, and cannot be written as a Llama, which would have "
-            f"one: it looks back over {window or 'a limited number of'} tokens, a Llama over all. {NEXT}; or, where no text "
-            "gets longer than that, set sliding_window to null in a copy of the model"
+            f"one: it attends to the last {window or 'few'} tokens only, a Llama to all. {NEXT}; or, if no text "
+            "is longer than that, set sliding_window to null in a copy of the model"
         )
     left_out = (*ONLY_THEIRS, *ONLY_LLAMAS)
     made = {k: copy.deepcopy(v) for k, v in config.items() if k not in left_out}
     made |= {"architectures": [LLAMA], "model_type": "llama", "attention_bias": True}
     own = {"architectures", "model_type", "attention_bias", *left_out}
-    made |= {field: theirs[field] for field in _different(theirs, made, own)}  # what another default would change
+    made |= {field: theirs[field] for field in _different(theirs, made, own)}  # fields whose default differs
     wrong = sorted({*_different(theirs, made, own), *(set(theirs) - set(_built(made)) - own)})
     if wrong:
         raise ModelError(f"{name}: {kind} cannot be written as a Llama, because of {', '.join(wrong)}. {NEXT}")
@@ -132,7 +132,7 @@ def as_llama(config: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _different(theirs: Mapping[str, Any], made: Mapping[str, Any], own: set[str]) -> list[str]:
-    """Fields that both classes know and that have other values, defaults filled in."""
+    """Fields that both classes know and whose values differ, with defaults filled in."""
     ours = _built(made)
     return [field for field in (set(theirs) & set(ours)) - own if theirs[field] != ours[field]]
 
@@ -163,5 +163,5 @@ def _sizes(config: Mapping[str, Any], outputs: Outputs) -> dict[str, tuple[int, 
     whole = next((name for name in found if name == first or name.endswith(f".{first}")), None)
     if whole is None:
         raise ModelError(f"{outputs.checkpoint.name}: its configuration builds a model without {first}; save it again")
-    front = whole.removesuffix(first)  # GPT-2 of the hub: no "transformer." in front
+    front = whole.removesuffix(first)  # GPT-2's checkpoint on the hub lacks the prefix "transformer."
     return {name.removeprefix(front): shape for name, shape in found.items()}

@@ -1,11 +1,11 @@
-"""Offsets as steering vectors of lm-evaluation-harness, whose model type `steered` adds them to modules' outputs.
+"""Offsets as steering vectors for lm-evaluation-harness, whose model type `steered` adds them to modules' outputs.
 
 An offset v of z is the same vector at attention's output, whatever the input:
 
     steering_vector = W_O v        action "add", coefficient 1, no head index, at `layers.N.self_attn.o_proj`
 
 Its hook computes `output + coefficient * vector` at every position, in the model's dtype, and normalizes nothing (lm_eval 0.4.13,
-`lm_eval/models/hf_steered.py`). The file is what `torch.save` writes, since the tool reads no other that holds vectors.
+`lm_eval/models/hf_steered.py`). The file is written with `torch.save`, since the tool reads vectors in no other format.
 """
 
 import contextlib
@@ -45,20 +45,20 @@ def export_steered(
     strict: bool = True,
     overwrite: bool = False,
 ) -> Verified:
-    """Write steering vectors for `lm_eval --model steered`, if they do on the base model what the adapter does.
+    """Write steering vectors for `lm_eval --model steered`, if they are equivalent to the adapter on the base model.
 
     Args:
         adapter: LoFiT without scalings, or ITI at all positions.
         file: its name must end in `.pt` or `.pth`.
         base: folder or hub id of the base model; None = the one that the adapter was made for.
         revision: hub commit, tag or branch of the base; None = the adapter's, or main.
-        dtype: that the comparison runs in; the vectors are float32 in any case.
-        device: of the comparison; None = CUDA where available, else the CPU.
+        dtype: dtype of the comparison; the vectors are always float32.
+        device: device of the comparison; None = CUDA if available, else the CPU.
         strict: refuse a base with other weights than those the adapter was made for.
         overwrite: replace an existing file.
 
     Returns:
-        How far plain transformers with these vectors are from the hooked model.
+        The comparison of plain transformers with these vectors and the hooked model.
 
     Raises:
         AdapterError: scalings, which no constant vector can express; an edit that is not the same at all positions, or changes
@@ -69,7 +69,7 @@ def export_steered(
     """
     path = Path(file)
     if path.suffix not in (".pt", ".pth"):
-        raise InputError(f"{path} does not end in .pt, by which lm_eval knows its format; name it {path}.pt")
+        raise InputError(f"{path} does not end in .pt, by which lm_eval recognizes its format; name it {path}.pt")
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists; give another name, or overwrite it (overwrite=True, --overwrite)")
     outputs, biases = biases_of(adapter, base, revision, strict=strict)
@@ -85,7 +85,9 @@ def export_steered(
     written = memory.BytesIO()
     torch.save({name: {"steering_vector": vector, **entry} for name, vector in vectors.items()}, written)
     io.write_bytes(path, written.getvalue())
-    logger.info("%s: %d modules; off from the hooked model by %.2g in a logit", path, len(vectors), verified.error)
+    logger.info(
+        "%s: %d modules; logits differ from the hooked model's by at most %.2g", path, len(vectors), verified.error
+    )
     return verified
 
 

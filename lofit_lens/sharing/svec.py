@@ -1,8 +1,8 @@
-"""Head directions for Steerability, before version 0.4 called AISteer360: a JSON file with a row per head.
+"""Head directions for Steerability (called AISteer360 before version 0.4): a JSON file with a row per head.
 
-`directions[layer][head]` is what its `ITI` control adds to that head's output before W_O, times a strength above 0 that the
-file does not say: ITI's `sigma * d`, for which the strength is ITI's alpha (of a negative alpha, `-sigma * d` and `-alpha`); or
-LoFiT's v, for which it is 1 (`svec_use`). The file is the same in versions 0.3.0 and 0.5.5, which were read
+Its `ITI` control adds `directions[layer][head]`, times a positive strength that the file does not record, to that head's output
+before W_O. For ITI this is `sigma * d`, with ITI's alpha as strength (for a negative alpha, `-sigma * d` and `-alpha`); for LoFiT
+it is v, with strength 1 (`svec_use`). The format is the same in versions 0.3.0 and 0.5.5, whose source was read
 (github.com/generative-computing/steerability).
 """
 
@@ -28,12 +28,12 @@ SCOPES = {"all": "all", "answer": "after_prompt"}  # positions here -> token_sco
 
 @torch.no_grad()
 def export_svec(adapter: Adapter, file: str | Path, *, model_type: str | None = None, overwrite: bool = False) -> Path:
-    """Write ITI's `sigma * d`, or LoFiT's offsets, as a steering vector; the call that uses it there is logged.
+    """Write ITI's `sigma * d`, or LoFiT's offsets, as a steering vector, and log the call that uses it in Steerability.
 
     Args:
         adapter: ITI, or LoFiT without scalings.
-        file: its name must end in `.svec`, which the tool otherwise adds.
-        model_type: the base model's, as in its config.json (`"llama"`); None = read there.
+        file: its name must end in `.svec`, which the tool would otherwise append.
+        model_type: the base model's type, as in its config.json (`"llama"`); None = read from there.
         overwrite: replace an existing file.
 
     Raises:
@@ -49,7 +49,7 @@ def export_svec(adapter: Adapter, file: str | Path, *, model_type: str | None = 
         raise InputError(f"{path} exists; give another name, or overwrite it (overwrite=True, --overwrite)")
     if model_type is None:
         if base is None:
-            raise InputError("this adapter does not say its base model, and the file names its type; give model_type")
+            raise InputError("this adapter does not name its base model, whose type the file needs; give model_type")
         source, _ = located(source_of(base.name, base.revision))
         model_type = str(read_config(source, commit_of(base.revision)).model_type)
     rows = torch.zeros(adapter.shape)
@@ -60,7 +60,7 @@ def export_svec(adapter: Adapter, file: str | Path, *, model_type: str | None = 
     directions = {str(layer): rows[layer].tolist() for layer in adapter.heads.layers}
     record = {"model_type": model_type, "directions": directions}
     written = io.write_json(path, record | {"num_heads": adapter.shape[1], "head_dim": adapter.d_head})
-    logger.info("%s: there it is %s", written, use)
+    logger.info("%s: in Steerability, use %s", written, use)
     return written
 
 
@@ -74,7 +74,7 @@ def svec_use(adapter: Adapter) -> str:
     scaled = isinstance(adapter, Lofit) and bool(adapter.A.detach().any())
     if not isinstance(adapter, ITI | Lofit) or scaled or str(adapter.positions) not in SCOPES:
         raise AdapterError(
-            f"a .svec file holds ITI, or LoFiT without scalings, at positions {' or '.join(SCOPES)}, and this is {adapter!r}; "
+            f"a .svec file holds ITI, or LoFiT without scalings, at positions {' or '.join(SCOPES)}, but this is {adapter!r}; "
             "change it (with_positions, train offsets), or fold it (export_folded)"
         )
     heads, scope = [tuple(head) for head in adapter.heads], SCOPES[str(adapter.positions)]
@@ -94,16 +94,16 @@ def import_svec(
     alpha: float,
     positions: str | Positions,
 ) -> ITI:
-    """The ITI adapter in a steering vector: d is each row divided by its norm, and sigma the norm.
+    """Read the ITI adapter in a steering vector: d is each row divided by its norm, and sigma the norm.
 
-    The file does not say heads, model, strength or positions: all are asked for.
+    The file does not record heads, model, strength or positions, so all of them are arguments.
 
     Args:
         file: made by `SteeringVector.save` or `export_svec`.
         heads: the heads to edit, or how many of the best by the file's probe accuracies (Steerability takes 48).
         shape: `(n_layers, n_heads, d_head)` of the model it was made for.
         alpha: strength (15 in ITI's paper and by the tool's default; 1 for offsets of LoFiT).
-        positions: where it acts; `"answer"` is the tool's default (`"after_prompt"`), `"all"` where offsets of LoFiT do.
+        positions: the edited positions; `"answer"` is the tool's default (`"after_prompt"`), `"all"` that of LoFiT's offsets.
 
     Raises:
         DataError: no such file, not JSON (pickles are never opened), a vector of the residual stream, or rows of another shape or
@@ -115,7 +115,7 @@ def import_svec(
         rows = {layer: torch.tensor(table, dtype=torch.float32) for layer, table in record["directions"].items()}
         scores = {key: float(score) for key, score in (record.get("probe_accuracies") or {}).items()}
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
-        raise DataError(f"{file} is no .svec file of head directions ({e}); save it with SteeringVector.save") from e
+        raise DataError(f"{file} is not a .svec file of head directions ({e}); save it with SteeringVector.save") from e
     size = record.get("num_heads"), record.get("head_dim")
     if size != tuple(shape[1:]) or not all(tuple(t.shape) == size and bool(t.isfinite().all()) for t in rows.values()):
         raise DataError(
@@ -123,7 +123,7 @@ def import_svec(
             f"{size[0]}, head_dim {size[1]}); give a file of the ITI control, and the model it was made for"
         )
     if isinstance(heads, int):
-        best = sorted(scores, key=scores.__getitem__, reverse=True)  # equal ones in the file's order, as there
+        best = sorted(scores, key=scores.__getitem__, reverse=True)  # ties in the file's order, as in the tool
         check_whole(1, len(best), heads=heads)
         heads = ["L{}H{}".format(*key.partition(":")[::2]) for key in best[:heads]]
     chosen = HeadSet.of(heads)

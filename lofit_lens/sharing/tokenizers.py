@@ -1,4 +1,4 @@
-"""transformers chooses a tokenizer's class by the model's: beside a model of another class it can read text otherwise."""
+"""Keep a tokenizer's behavior: transformers picks its class by the model's class, which can change how it reads text."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from lofit_lens import io
 from lofit_lens.errors import ModelError
 
 SETTINGS = "tokenizer_config.json"
-GENERIC = "PreTrainedTokenizerFast"  # does what tokenizer.json says, whatever the model
+GENERIC = "PreTrainedTokenizerFast"  # follows tokenizer.json, whatever the model
 TEXTS = (
     "Q: What is the capital of France? A: Paris", " two  spaces\tand\n\nlines ", "don't 1234567 3.14", "naïve 日本語 😀 ß",
     "<s>[INST] x </s><|im_start|>user\n", "",
@@ -15,13 +15,13 @@ TEXTS = (
 
 
 def keep_tokenizer(base: Path, made: Path) -> None:
-    """See to it that the tokenizer in folder `made`, whose files are those of `base`, reads text as that of `base` does.
+    """Make the tokenizer in folder `made`, whose files are those of `base`, read text as that of `base` does.
 
-    Code is not copied, so that its settings no longer name any (`auto_map`).
+    Code is not copied, so its settings no longer name any (`auto_map`).
 
     Raises:
-        ModelError: it does not, and naming the generic class in its settings does not help; or one of both cannot be read without
-            code of its own.
+        ModelError: it reads text differently, even with the generic class in its settings; or one of them cannot be read without
+            its own code.
     """
     wanted = _read(base)
     if (made / SETTINGS).is_file() and "auto_map" in (settings := io.read_json(made / SETTINGS)):
@@ -33,18 +33,18 @@ def keep_tokenizer(base: Path, made: Path) -> None:
         if _read(made) == wanted:
             return
     raise ModelError(
-        f"the tokenizer of {base} depends on the model's class: beside a Llama it reads text otherwise, so nothing was written. "
+        f"the tokenizer of {base} depends on the model's class: with a Llama it reads text differently, so nothing was written. "
         "Export the adapter as a PEFT carrier (export_peft), or serve it with lofit_lens"
     )
 
 
 def _read(folder: Path) -> Any:
-    """Tokens of some texts, with and without what is put around them, and how they are written back."""
+    """Tokens of some texts, with and without special tokens, and their decoded texts."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as e:  # of many classes
+    except Exception as e:  # transformers raises many classes
         raise ModelError(
             f"the tokenizer in {folder} cannot be read, or only with code of its own, which is never run here: {e}"
         ) from e

@@ -1,12 +1,12 @@
-"""Does what was written say the same as the hooked model? Measured on logits, before anything is handed over.
+"""Verify that an export computes the same logits as the hooked model, before it is kept.
 
-The reference is the base model with the adapter attached by hooks, run on seeded random tokens of two lengths and on what it
-answers to them. What was written is then loaded by the tool that it is meant for, and runs over the same tokens:
+The reference is the base model with the adapter attached by hooks, run on seeded random tokens of two lengths and on its own
+answers to them. The export is then loaded by the tool that it is meant for, and run over the same tokens:
 
     error  = max |logits of the export - logits with the adapter attached|
     effect = max |logits with the adapter attached - logits without it|
 
-An export that lacks a part of the edit is off by about the effect of that part, so that a small error counts only beside it.
+An export that lacks a part of the edit is off by about the effect of that part, so an error is judged relative to the effect.
 """
 
 import copy
@@ -29,13 +29,11 @@ from lofit_lens.models import context_length, device_of, load_model, logits_of, 
 from lofit_lens.sharing.checkpoints import Checkpoint
 
 RECORD, SCHEMA = "lofit_lens_export.json", 1
-LENGTHS = (8, 33)  # of the random prompts, in tokens
-ANSWER = 8  # tokens answered to each, greedily
-EXACT = (
-    1e-4  # of the logits' scale: what float32 may differ by; tiny models stay below 1e-6, 40 random layers below 2e-6
-)
-HALF = 16.0  # times the resolution of a half-precision type: what that may differ by
-WELL_BELOW = 0.2  # of the effect: what no error may exceed
+LENGTHS = (8, 33)  # lengths of the random prompts, in tokens
+ANSWER = 8  # tokens of the greedy answer to each
+EXACT = 1e-4  # allowed error in float32, relative to the logits' scale; tiny models stay below 1e-6, 40 random layers below 2e-6
+HALF = 16.0  # allowed error in half precision, in multiples of the dtype's resolution
+WELL_BELOW = 0.2  # maximum error relative to the effect
 
 
 @dataclass(frozen=True)
@@ -43,12 +41,12 @@ class Verified:
     """How far an export is from the hooked model.
 
     Attributes:
-        error: largest difference of a logit, exported against hooked.
-        effect: largest difference of a logit that the adapter makes.
+        error: largest difference of a logit between export and hooked model.
+        effect: largest change of a logit by the adapter.
         scale: largest absolute logit.
         same_greedy: whether all greedily answered tokens are the same.
         tokens: positions that were compared.
-        dtype: that both ran in.
+        dtype: dtype in which both ran.
     """
 
     error: float
@@ -60,7 +58,7 @@ class Verified:
 
     @property
     def bound(self) -> float:
-        """The largest error that passes: of the type's rounding, and well below the effect."""
+        """The largest allowed error: within the dtype's rounding, and well below the effect."""
         kind = io.torch_dtype(self.dtype)
         part = HALF * torch.finfo(kind).eps if kind.itemsize < 4 else EXACT
         return min(part * self.scale, WELL_BELOW * self.effect)
@@ -71,7 +69,7 @@ class Verified:
         return self.effect > 0 and self.error <= self.bound
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able form."""
+        """JSON-able fields."""
         return asdict(self)
 
 
@@ -86,7 +84,7 @@ class Told:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the base model says with the adapter attached by hooks, and how far that is from what it says without."""
+    """Outputs of the base model with the adapter attached by hooks, and how far they are from those without it."""
 
     told: tuple[Told, ...]
     effect: float
@@ -101,14 +99,14 @@ def hooked_reference(
     dtype: str | torch.dtype = "float32",
     device: str | torch.device | None = None,
 ) -> Reference:
-    """Load the base model, run it with the adapter and without, and let go of it again.
+    """Load the base model, run it with and without the adapter, and free it again.
 
     Args:
         adapter: any method; it may be attached elsewhere.
         base: a folder, a hub id or `"organism"`.
-        revision: of a model of the hub.
-        dtype: that the export will run in.
-        device: None = CUDA where available, else the CPU.
+        revision: hub commit, tag or branch.
+        dtype: dtype in which the export will run.
+        device: device; None = CUDA if available, else the CPU.
 
     Raises:
         AdapterError: an adapter that does not fit the model.
@@ -117,12 +115,12 @@ def hooked_reference(
     model = load_model(base, backend="bridge", dtype=dtype, device=device, revision=revision)
     told, effect = _told(copy.deepcopy(adapter), model)
     del model
-    gc.collect()  # a bridge refers to itself: its weights would stay
+    gc.collect()  # a bridge refers to itself: its weights would stay in memory
     return Reference(told, effect, str(io.torch_dtype(dtype)).removeprefix("torch."))
 
 
 def plain_model(folder: Path, dtype: str | torch.dtype, device: str | torch.device | None = None) -> Any:
-    """A checkpoint as anybody would load it: by transformers alone, attending eagerly as the hooked model does.
+    """Load a checkpoint as any user would: by plain transformers, with eager attention like the hooked model.
 
     Raises:
         InputError: an unknown type or device.
@@ -147,7 +145,7 @@ def plain_model(folder: Path, dtype: str | torch.dtype, device: str | torch.devi
 
 @torch.no_grad()
 def compared(reference: Reference, model: Any) -> Verified:
-    """Run a Hugging Face or PEFT model over the reference's tokens and measure how far it is from it."""
+    """Run a Hugging Face or PEFT model over the reference's tokens and measure its distance from the reference."""
     model.eval()
     device = next(model.parameters()).device
     error, same = 0.0, True
@@ -164,10 +162,10 @@ def compared(reference: Reference, model: Any) -> Verified:
 
 
 def check(found: Verified, what: str) -> Verified:
-    """Return a comparison that passed.
+    """Return the comparison if it passed.
 
     Raises:
-        ModelError: too far off; says how far, and what to do.
+        ModelError: the error is too large; says how large, and what to do.
     """
     if found.passed:
         return found
@@ -179,7 +177,7 @@ def check(found: Verified, what: str) -> Verified:
         raise ModelError(measured + f"This model overflows in {found.dtype}: use dtype='float32' or 'bfloat16'")
     if found.effect == 0 or (found.error <= EXACT * found.scale and io.torch_dtype(found.dtype).itemsize >= 4):
         raise ModelError(
-            measured + "The adapter's effect drowns in rounding, so that the export cannot be told from the base"
+            measured + "The adapter's effect is lost in rounding, so the export cannot be told from the base"
         )
     if io.torch_dtype(found.dtype).itemsize < 4:
         raise ModelError(measured + "Half precision rounds too much to tell: use dtype='float32'")
@@ -189,7 +187,7 @@ def check(found: Verified, what: str) -> Verified:
 def write_record(
     folder: Path, kind: str, adapter: Adapter, base: Checkpoint, verified: Verified, more: Mapping[str, Any]
 ) -> None:
-    """Say beside an export what was put into what, and how far it is from the hooked model."""
+    """Write a record beside an export: its adapter and base, and the comparison with the hooked model."""
     io.write_json(folder / RECORD, {
         "kind": kind, "schema": SCHEMA,
         "base": {"name": base.name, "revision": base.revision, "architecture": base.architecture},
@@ -218,7 +216,7 @@ def _prompts(d_vocab: int, lengths: list[int], device: torch.device) -> list[Int
 
 
 def _answered(run: Callable[[Tensor], Tensor], prompt: Int[Tensor, "1 pos"]) -> Told:
-    """The prompt, the greedy answer to it and all logits, by one full forward a token: no cache that could differ."""
+    """The prompt, its greedy answer and all logits, with one full forward pass per token: no KV cache that could differ."""
     tokens = prompt
     for _ in range(ANSWER):
         tokens = torch.cat([tokens, run(tokens)[:, -1:].argmax(-1).to(tokens)], dim=1)

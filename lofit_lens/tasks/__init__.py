@@ -1,4 +1,4 @@
-"""Tasks: truthfulness, knowledge edits, kinship, and one's own."""
+"""Tasks: truthfulness, knowledge edits, kinship, and your own."""
 
 from lofit_lens.tasks.base import Form, Task
 from lofit_lens.tasks.examples import (

@@ -1,8 +1,8 @@
 """Tasks as data: what to train on, what to ask, how to grade.
 
-A task has a *training form* (answers for SFT, or pairs for DPO) and a *test form* (prompts to generate
-from, or answer choices to score) of each split. Prompts and answers are exact text: whatever space or line break
-stands between them is part of one of the two.
+Each split of a task has a *training form* (answers for SFT, or pairs for DPO) and a *test form* (prompts to generate
+from, or answer choices to score). Prompts and answers are exact text: any space or line break between them belongs
+to one of the two.
 """
 
 import random
@@ -43,22 +43,22 @@ class Task:
     """One task, ready for `select_heads`, `tune_offsets` and `evaluate`.
 
     Args:
-        name: as in `load_task`, fold included where there is one.
+        name: as in `load_task`, with the fold if there is one.
         objective: `"sft"` or `"dpo"`.
         training: training form of each split.
         test: test form of each split.
-        grade: text generated behind the prompt -> metrics in [0, 1]; generation tasks only.
-        metric: the metric that stands for the task in tables.
-        max_new_tokens: length limit of greedy generation, tokens.
-        n_train: training examples drawn when no number is asked for; None = all.
+        grade: text generated after the prompt -> metrics in [0, 1]; generation tasks only.
+        metric: the metric reported for the task in tables.
+        max_new_tokens: length limit of greedy generation, in tokens.
+        n_train: number of training examples drawn by default; None = all.
         leaked: indices of training rows that repeat a test item; never drawn.
         hashes: split -> SHA-256 of the file or the records it was read from.
-        source: folder or address of the data.
-        form: name of the form that `test` holds; empty where there is one only.
+        source: folder or URL of the data.
+        form: name of the form that `test` holds; empty if there is only one.
         forms: the other forms, by name; `task.in_form(name)` asks in one of them.
-        counted: what was found in the rows and let pass, e.g. `{"test: options given twice": 5}`.
-        no_training: why there are no training rows and where some are, where there are none.
-        chat: how prompts go through the chat template, see `as_chat`; None = they are plain text.
+        counted: irregularities that were found in the rows and accepted, e.g. `{"test: options given twice": 5}`.
+        no_training: for a task without training rows, why it has none and where to find some.
+        chat: how prompts go through the chat template (see `as_chat`); None = prompts are plain text.
     """
 
     name: str
@@ -80,22 +80,22 @@ class Task:
 
     @property
     def data_hash(self) -> str:
-        """SHA-256 over the splits' hashes, in order, and a chat's template and system's text; empty where they are unknown."""
+        """SHA-256 of the splits' hashes, in order, and of a chat's template and system prompt; empty if they are unknown."""
         chat = [] if self.chat is None else [asdict(self.chat)]
         return io.digest([*self.hashes.values(), *chat]) if self.hashes else ""
 
     def as_chat(self, model: Any = None, *, system: str | None = None) -> "Task":
         """This task with each prompt as the user's turn of a chat, and each answer as the assistant's.
 
-        The model's tokenizer turns it into text whenever it is used. An answer's leading space is dropped: what stands in
-        front of an answer is the template's.
+        The model's tokenizer turns the chat into text whenever it is used. An answer's leading space is dropped, since the
+        template determines what precedes an answer.
 
         Args:
-            model: or its tokenizer: the template is checked now, and is part of `data_hash`. Left out: as soon as a model is.
-            system: text of the system's turn.
+            model: a model or its tokenizer, whose template is checked now and enters `data_hash`; None = once a model is known.
+            system: the system prompt.
 
         Raises:
-            InputError: no chat template, or one that takes no system's text; or two system's texts.
+            InputError: no chat template, one that takes no system prompt, or two system prompts.
         """
         if self.chat is None or system is not None:
             made = self.with_prompts(lambda prompt: as_conversation(prompt, system))
@@ -104,16 +104,16 @@ class Task:
         return self.asked_of(model)
 
     def asked_of(self, model: Any) -> "Task":
-        """This task as a model (or its tokenizer; None: none yet) is asked: of a chat, with that model's template on record.
+        """This task as it is put to a model (or tokenizer; None = not known yet): a chat records the model's template.
 
         Raises:
-            InputError: it has no chat template, or one that does not take the first prompt.
+            InputError: the model has no chat template, or its template does not accept the first prompt.
         """
         if self.chat is None or model is None:
             return self
         if isinstance(model, str):
             raise InputError(
-                f"{model!r} is no model; give a loaded one or its tokenizer, and a system's text as system=..."
+                f"{model!r} is not a model; give a loaded model or its tokenizer, and a system prompt as system=..."
             )
         tokenizer = getattr(model, "tokenizer", model)
         digest = template_digest(tokenizer)
@@ -123,12 +123,12 @@ class Task:
         return replace(self, chat=replace(self.chat, template=digest))
 
     def few_shot(self, n: int, *, seed: int = 42, separator: str = "\n\n") -> "Task":
-        """This task with n solved training examples in front of each prompt of its test form, the same ones for all.
+        """This task with the same n solved training examples prepended to each prompt of its test form.
 
-        They are drawn as `training_examples` draws them, of its own training rows; in a chat they stand in the user's turn.
+        They are drawn from its own training rows, as `training_examples` draws them. In a chat they go into the user's turn.
 
         Raises:
-            InputError: no training rows, or not so many.
+            InputError: no training rows, or fewer than n.
         """
         shots = self.training_examples("train", n=n, seed=seed)
         front = "".join(
@@ -141,9 +141,9 @@ class Task:
     def subset(
         self, *, train: Sequence[int] | None = None, val: Sequence[int] | None = None, test: Sequence[int] | None = None
     ) -> "Task":
-        """This task with only these rows, by their indices and in this order, in the form that it is in.
+        """This task with only these rows, given by index and in this order, in its current form.
 
-        All the training rows that are left are drawn unless another number is asked for. Name and `data_hash` tell it apart.
+        By default all the remaining training rows are drawn. Name and `data_hash` distinguish it from the whole task.
 
         Args:
             train: training rows, counted as `drawn` counts them; None = all.
@@ -151,7 +151,7 @@ class Task:
             test: questions of the test split; None = all.
 
         Raises:
-            InputError: no rows, a row that is not there or given twice, or a training row that repeats a test item.
+            InputError: no rows, a row that does not exist or is given twice, or a training row that repeats a test item.
         """
         chosen = given(train=train, val=val, test=test)
         if not chosen:
@@ -172,7 +172,7 @@ class Task:
                 raise InputError(f"training row {min(repeats)} repeats a test item and is never drawn; leave it out")
             for form in (training, asked):
                 known = form.pop(split, ())
-                if len(known) == len(rows):  # of another number, which rows belong together is not known
+                if len(known) == len(rows):  # otherwise it is unknown which rows belong together
                     form[split] = tuple(known[i] for i in listed)
             if hashes:
                 hashes[split] = io.digest([hashes.get(split, ""), [int(i) for i in listed]])
@@ -183,7 +183,7 @@ class Task:
         )  # fmt: skip
 
     def with_prompts(self, change: Callable[[str], str], *, training: bool = True) -> "Task":
-        """This task with other prompts, of the training form too unless told otherwise."""
+        """This task with changed prompts; those of the training form too unless `training` is False."""
 
         def of(splits: Mapping[str, Sequence[Any]]) -> dict[str, tuple[Any, ...]]:
             return {s: tuple(replace(e, prompt=change(e.prompt)) for e in listed) for s, listed in splits.items()}
@@ -200,7 +200,7 @@ class Task:
         if form == self.form:
             return self
         if not self.form:
-            raise InputError(f"{self.name} has one form; leave form out (got {form!r})")
+            raise InputError(f"{self.name} has only one form; omit form (got {form!r})")
         if form not in self.forms:
             raise unknown("form", form, filter(None, (self.form, *self.forms)), hint=f"{self.name} has no other.")
         mine = Form(self.test, self.metric, self.grade, self.max_new_tokens)
@@ -213,11 +213,11 @@ class Task:
 
     @property
     def family(self) -> str:
-        """Name without the fold, by which presets are found."""
+        """Name without the fold; presets are looked up by it."""
         return self.name.split(":")[0]
 
     def examples(self, split: str, *, limit: int | None = None) -> tuple[TestExample, ...]:
-        """Test form of a split; `limit` takes the first rows.
+        """Test form of a split; `limit` keeps the first rows only.
 
         Raises:
             InputError: unknown split, or a limit below 1.
@@ -233,7 +233,7 @@ class Task:
         `random.Random(seed).sample`; rows that repeat a test item are replaced by further draws.
 
         Raises:
-            InputError: unknown split, no training rows at all or none that may be drawn, or `n` outside 1..rows.
+            InputError: unknown split, no training rows, none that may be drawn, or `n` outside 1..rows.
         """
         drawn = self.drawn(split, n=n, seed=seed)
         rows = self._split(self.training, split)
@@ -297,25 +297,25 @@ class Task:
         max_new_tokens: int = 16,
         n_train: int | None = None,
     ) -> "Task":
-        """A task of one's own from plain records, in one call.
+        """Make a task of your own from plain records.
 
-        Records with `prompt` and `answer` (optional `aliases`) train by SFT and are graded by exact match; with `options`
-        beside them (a list that holds the answer), by the option with the highest log-prob. Records with `prompt`, `chosen` and
-        `rejected` train by DPO and are graded by multiple choice; each of the two may be a list of texts, of which the pair takes
-        the first, MC1 the first right one, and MC2 and MC3 all. One form a task. `task.counted` says how many rows of `val` and
-        `test` repeat a training row's prompt.
+        Records with `prompt` and `answer` (optional `aliases`) train by SFT and are graded by exact match. If they also have
+        `options` (a list that holds the answer), they are graded by the option with the highest log-prob. Records with `prompt`,
+        `chosen` and `rejected` train by DPO and are graded by multiple choice. `chosen` and `rejected` may be lists of texts: the
+        pair takes the first of each, MC1 the first right one, and MC2 and MC3 all. All records have the same form.
+        `task.counted` says how many rows of `val` and `test` repeat a training row's prompt.
 
         A record may name `positions` of its prompt, for adapters at `positions="row"`: see `tasks.Marked`.
 
-        In place of `prompt`, all records may have `messages`, a list of `{"role": "user", "content": "..."}` (also system and
-        assistant): the model's chat template makes the prompt of them. An assistant's last message is the `answer`.
+        Instead of `prompt`, all records may have `messages`, a list of `{"role": "user", "content": "..."}` (also system and
+        assistant): the model's chat template turns them into the prompt. An assistant's last message is the `answer`.
 
-        `grade` may be any function of the generated text and the example; `metric` names the one of its scores that stands for
-        the task (default `em`). `n_train` examples are drawn by seed (default all).
+        `grade` may be any function of the generated text and the example; `metric` names the score reported for the task
+        (default `em`). `n_train` examples are drawn by seed (default all).
 
         Raises:
-            DataError: no records, a record without its fields, an empty field, an option given twice, an answer that is no
-                option; names the row.
+            DataError: no records, a missing or empty field, an option given twice, or an answer that is not an option; names
+                the row.
 
         Examples:
             >>> task = Task.from_records("caps", train=[{"prompt": "France:", "answer": " Paris"}],

@@ -2,12 +2,12 @@
 
     <the template's text of the messages, generation prompt added> + <answer> + <the template's end of a turn>
 
-A `Conversation` stays messages until it is tokenised, since the template belongs to the tokenizer: a task is the same for all
-models. Where an answer begins and which token ends it is read from the template itself, by rendering an assistant's turn:
+A `Conversation` remains a list of messages until it is tokenized, since the template belongs to the tokenizer: a task is the
+same for all models. The template itself tells where an answer begins and which token ends it, by rendering an assistant's turn:
 
-- White space that the template puts in front of an answer (Llama-2: a space) goes with the answer, whose own is dropped.
-- Anything else that it puts there (Qwen3: an empty thought) ends the prompt: the answer is what follows it.
-- The end of the turn is the first added token after the answer, e.g. `<|im_end|>`; the tokenizer's end token where it has none.
+- White space that the template puts before an answer (Llama-2: a space) replaces the answer's own leading white space.
+- Anything else that it puts there (Qwen3: an empty thought) belongs to the prompt: the answer follows it.
+- The turn ends with the first added token after the answer, e.g. `<|im_end|>`; if there is none, with the tokenizer's EOS.
 """
 
 import contextlib
@@ -23,22 +23,22 @@ from lofit_lens.models.tokens import ChatText, rules_of
 from lofit_lens.tasks.marked import Spans, spans_of
 
 ROLES = ("system", "user", "assistant")
-ANSWER, ASKED = "ANSWER", "-ASKED-"  # stand for an answer and for what is asked where a template is read
+ANSWER, ASKED = "ANSWER", "-ASKED-"  # placeholders for an answer and a question when a template is read
 
 
 class Conversation(str):
-    """A prompt made of messages; as text it is what the user says, or all turns where there are several.
+    """A prompt made of messages; as text it is the user's message, or all turns if there are several.
 
-    Text put in front of it or behind it goes into the user's last turn.
+    Text prepended or appended to it goes into the user's last turn.
 
     Attributes:
-        messages: (role, text) of each, the user's last.
+        messages: (role, text) of each message; the last one is the user's.
     """
 
     messages: tuple[tuple[str, str], ...]
 
     def __new__(cls, messages: Sequence[tuple[str, str]]) -> "Conversation":
-        """Messages as `parsed` has checked them."""
+        """Build from messages that `parsed` has checked."""
         text = messages[0][1] if len(messages) == 1 else "\n\n".join(f"{role}: {said}" for role, said in messages)
         made = super().__new__(cls, text)
         made.messages = tuple(messages)
@@ -51,15 +51,15 @@ class Conversation(str):
 
     @property
     def system(self) -> str | None:
-        """The system's text, or None."""
+        """The system prompt, or None."""
         return next((said for role, said in self.messages if role == "system"), None)
 
     def with_asked(self, text: str) -> "Conversation":
-        """The same with another last turn."""
+        """The same conversation with another last turn."""
         return Conversation((*self.messages[:-1], ("user", text)))
 
     def with_system(self, system: str | None) -> "Conversation":
-        """The same with a system's text in front (None: as it is)."""
+        """The same conversation with a system prompt prepended (None = unchanged)."""
         return self if system is None else Conversation((("system", system), *self.messages))
 
     def __add__(self, other: str) -> "Conversation":
@@ -79,8 +79,8 @@ def parsed(messages: Any, where: str = "the conversation") -> Conversation:
     """Check messages of the form `[{"role": "user", "content": "..."}, ...]`.
 
     Raises:
-        DataError: no list, a message without role and text, an unknown role, a system's text that is not first, or a last message
-            that is not the user's; names `where` and the message.
+        DataError: not a list, a message without role and text, an unknown role, a system prompt that is not first, or a last
+            message that is not the user's; names `where` and the message.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise DataError(
@@ -88,7 +88,7 @@ def parsed(messages: Any, where: str = "the conversation") -> Conversation:
         )
     read = [_message(f"{where}, message {i + 1}", m) for i, m in enumerate(messages)]
     if "system" in (roles := [role for role, _ in read])[1:]:
-        raise DataError(f"{where}: the roles are {', '.join(roles)}; a system message comes first, and once")
+        raise DataError(f"{where}: the roles are {', '.join(roles)}; only the first may be a system message")
     if roles[-1] != "user":
         raise DataError(f"{where}: the last message is the {roles[-1]}'s; the model answers a user's message")
     return Conversation(read)
@@ -106,22 +106,22 @@ def _message(where: str, message: Any) -> tuple[str, str]:
 
 
 def as_conversation(prompt: str, system: str | None = None) -> Conversation:
-    """A prompt as the user's only turn, or a conversation as it is, with a system's text in front.
+    """A prompt as the user's only turn, or a conversation unchanged, with a system prompt prepended if one is given.
 
     Raises:
-        InputError: an empty system's text, or a conversation that has one already.
+        InputError: an empty system prompt, or a conversation that has one already.
     """
     if system is not None and not system.strip():
-        raise InputError("the system's text is empty; leave system out")
+        raise InputError("the system prompt is empty; omit system")
     if not isinstance(prompt, Conversation):
         return Conversation([("user", prompt)]).with_system(system)
     if system is not None and prompt.system is not None:
-        raise InputError(f"this conversation has a system's text already ({prompt.system[:60]!r}); leave system out")
+        raise InputError(f"this conversation already has a system prompt ({prompt.system[:60]!r}); omit system")
     return prompt.with_system(system)
 
 
 def asked(prompt: str) -> str:
-    """What the user says: of a conversation the last turn, else the prompt itself."""
+    """The user's message: the last turn of a conversation, or the prompt itself."""
     return prompt.asked if isinstance(prompt, Conversation) else prompt
 
 
@@ -130,9 +130,9 @@ class Turn:
     """Where the model's own text goes.
 
     Attributes:
-        prompt: all text in front of it.
-        lead: of a chat: white space between prompt and answer, in place of the answer's own; None = the answer stands as it is.
-        end: the token that ends it, or None where the tokenizer has none.
+        prompt: all text before it.
+        lead: in a chat, the white space before the answer, in place of the answer's own; None = the answer is unchanged.
+        end: the token that ends it, or None if the tokenizer has none.
         spans: marked characters of `prompt`; see `Marked`.
     """
 
@@ -147,17 +147,17 @@ class Turn:
 
 
 def turn_of(tokenizer: Any, prompt: str) -> Turn:
-    """Where the answer to a prompt goes: right behind a text; of a conversation in the assistant's turn.
+    """Where the answer to a prompt goes: directly after a text, or into the assistant's turn of a conversation.
 
     Raises:
-        InputError: a conversation, and a tokenizer without a chat template or with one that does not take it; or one with marked
-            characters, and a template that changes them.
+        InputError: a conversation for which the tokenizer has no chat template, or a template that does not accept it or changes
+            its marked characters.
     """
     end = rules_of(tokenizer).eos
     if not isinstance(prompt, Conversation):
         return Turn(prompt, None, end, spans_of(prompt))
     text, front, behind = _rendered(tokenizer, prompt), "", ""
-    with contextlib.suppress(TemplateError):  # of a template that takes no answer, only its prompt is known
+    with contextlib.suppress(TemplateError):  # if a template refuses an answer, only the prompt is known
         whole = _apply(tokenizer, [*prompt.messages, ("assistant", ANSWER)])
         if whole.count(ANSWER) > text.count(ANSWER):
             front, _, behind = whole.rpartition(ANSWER)
@@ -169,7 +169,7 @@ def turn_of(tokenizer: Any, prompt: str) -> Turn:
 
 
 def _spans_in(tokenizer: Any, prompt: Conversation, text: str) -> Spans:
-    """Where the marked characters of the user's last turn stand in the template's text."""
+    """Where the marked characters of the user's last turn are in the template's text."""
     said = prompt.asked
     if not spans_of(said):
         return ()
@@ -178,7 +178,7 @@ def _spans_in(tokenizer: Any, prompt: Conversation, text: str) -> Spans:
     if f"{front}{inner}{behind}" != text or inner not in (said, said.strip()):
         raise InputError(
             f"this model's chat template changes the user's text {said[:60]!r}, so that its marked characters (positions) "
-            "cannot be found in it; ask without chat, or act on other positions"
+            "cannot be found in it; ask without chat, or edit other positions"
         )
     dropped = said.index(inner)
     inside = [(max(start - dropped, 0), min(end - dropped, len(inner))) for start, end in spans_of(said)]
@@ -194,36 +194,36 @@ def template_digest(tokenizer: Any) -> str:
     """SHA-256 of a tokenizer's chat template.
 
     Raises:
-        InputError: it has none.
+        InputError: the tokenizer has none.
     """
     if not has_template(tokenizer):
         name = str(getattr(tokenizer, "name_or_path", "")).replace("\\", "/").rstrip("/").rsplit("/")[-1]
         raise InputError(
-            f"the tokenizer{f' of {name}' if name else ''} has no chat template; ask without chat, as of base models, take "
+            f"the tokenizer{f' of {name}' if name else ''} has no chat template; ask without chat, as for base models, use "
             "the instruction-tuned model, or set tokenizer.chat_template"
         )
     return io.digest(tokenizer.chat_template)
 
 
 def _rendered(tokenizer: Any, prompt: Conversation) -> str:
-    """The template's text of a conversation, generation prompt added; what it refuses or leaves out is an error."""
+    """The template's text of a conversation with the generation prompt; raises InputError if it refuses or drops a turn."""
     template_digest(tokenizer)
     try:
         text = _apply(tokenizer, prompt.messages, generate=True)
     except TemplateError as e:
         if prompt.system is None:
-            raise InputError(f"this model's chat template does not take {prompt!r}: {e}") from e
-        raise InputError(f"this model's chat template takes no system's text ({e}); {NO_SYSTEM}") from e
+            raise InputError(f"this model's chat template does not accept {prompt!r}: {e}") from e
+        raise InputError(f"this model's chat template takes no system prompt ({e}); {NO_SYSTEM}") from e
     for role, said in prompt.messages:
         if (
             role != "assistant" and said.strip() not in text
-        ):  # of the assistant's turns some templates drop the thoughts
-            out = f"this model's chat template leaves out the {role}'s text {said[:60]!r}"
-            raise InputError(f"{out}; {NO_SYSTEM if role == 'system' else 'it is not made for such a conversation'}")
+        ):  # some templates drop the thoughts of the assistant's turns
+            out = f"this model's chat template drops the {role}'s text {said[:60]!r}"
+            raise InputError(f"{out}; {NO_SYSTEM if role == 'system' else 'it does not support such a conversation'}")
     return text
 
 
-NO_SYSTEM = "leave system out, or put its text in front of the prompt"
+NO_SYSTEM = "omit system, or prepend its text to the prompt"
 
 
 def _apply(tokenizer: Any, messages: Sequence[tuple[str, str]], *, generate: bool = False) -> str:

@@ -1,6 +1,6 @@
 """CLUTRR (Sinha et al. 2019), two hops, 18 relations: how is one person of a story related to another?
 
-SFT on the relation behind the prompt and a line break; exact match of the text up to the first full stop.
+SFT on the relation, after the prompt and a line break; exact match of the text up to the first full stop.
 300 of the 3,151 training rows are drawn by seed; the four that repeat a test item are never drawn.
 """
 
@@ -53,7 +53,7 @@ def example(where: str, row: Any) -> tuple[SFTExample, GenerationExample]:
 def grade(generated: str, example: GenerationExample) -> dict[str, float]:
     """Exact match of the text up to the first full stop, stripped and lower-cased; and whether the text contains the answer.
 
-    As in the official scorer, which splits at `'s` and a line break to drop the prompt, such a break ends the answer too.
+    The official scorer drops the prompt by splitting at `'s` and a line break; here too, such a break ends the answer.
     """
     said = generated.split("'s\n")[0].split(".")[0].strip().lower()
     return {"em": float(said == example.references[0].lower()), "contains": contains(generated, example)}

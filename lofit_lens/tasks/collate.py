@@ -1,7 +1,7 @@
-"""Text to batches: what the tokenizer puts in front once, EOS behind a learned answer, padding with a mask that is always passed.
+"""Text to batches: the tokenizer's prefix once, EOS after a learned answer, padding with a mask that is always passed.
 
-The text of prompt and answer is tokenised joined, as the model would read it; the answer starts where the joined ids
-leave the prompt's own ids (where a tokenizer merges across the border, at the merged token).
+Prompt and answer are tokenized as one text, as the model would read it. The answer starts where the joined ids
+differ from the prompt's own ids (if a tokenizer merges across the border, at the merged token).
 """
 
 from collections.abc import Sequence
@@ -19,12 +19,12 @@ from lofit_lens.tasks.examples import PairExample, SFTExample, TrainingExample
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text, with what the tokenizer itself puts in front (mostly BOS or nothing), once; see `TokenRules`.
+    """Token ids of a text, with what the tokenizer itself prepends (mostly BOS or nothing), once; see `TokenRules`.
 
-    A conversation is what the tokenizer's chat template makes of it, with nothing in front.
+    A conversation goes through the tokenizer's chat template, and nothing is prepended.
 
     Raises:
-        InputError: a conversation, and a tokenizer without a chat template or with one that does not take it.
+        InputError: a conversation for which the tokenizer has no chat template, or one that does not accept it.
         DataError: a token that the model's embedding does not have.
     """
     if isinstance(text, Conversation):
@@ -39,8 +39,8 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 class Encoded:
     """Ids of a prompt with its continuation; `ids[start:]` is the continuation.
 
-    `merged` tells that the tokenizer joined the end of the prompt and the start of the continuation in one token, so that
-    `ids[start:]` begins with a part of the prompt. `marks` says of each id of the prompt whether the row names it (`marks_of`).
+    `merged` is True if the tokenizer merged the end of the prompt and the start of the continuation into one token, so that
+    `ids[start:]` begins with a part of the prompt. `marks` says for each id of the prompt whether the row marks it (`marks_of`).
     """
 
     ids: tuple[int, ...]
@@ -57,13 +57,13 @@ class Encoded:
 def encode_continuations(
     tokenizer: Any, prompt: str, continuations: Sequence[str], *, eos: bool = False
 ) -> tuple[Encoded, ...]:
-    """Tokenise prompt + continuation joined, for each of several; with `eos`, the end token is part of the continuation.
+    """Tokenize prompt + continuation as one text, for each continuation; with `eos`, the end token belongs to the continuation.
 
-    Behind a conversation a continuation is the assistant's turn, without the white space around it, and the template's own end
-    token ends it.
+    After a conversation, a continuation is the assistant's turn: the white space around it is stripped, and the template's own
+    end token ends it.
 
     Raises:
-        DataError: nothing is left to predict, nothing stands in front of it, or a marked character is part of its first token.
+        DataError: a prompt or continuation without tokens, or a marked character in the continuation's first token.
     """
     turn = turn_of(tokenizer, prompt)
     before = encode(tokenizer, turn.prompt)
@@ -80,7 +80,7 @@ def encode_continuations(
             raise DataError(f"{what}: prompt {prompt[-60:]!r}, answer {continuation[:60]!r}")
         if marks and any(marks[start:]):
             raise DataError(
-                f"the tokenizer joins the marked end of {prompt[-60:]!r} with the answer {continuation[:60]!r} in one token; "
+                f"the tokenizer merges the marked end of {prompt[-60:]!r} and the answer {continuation[:60]!r} into one token; "
                 "mark less, or put white space between them"
             )
         found.append(Encoded(tuple(whole), start, start < len(before), marks and marks[:start]))
@@ -88,29 +88,29 @@ def encode_continuations(
 
 
 def marks_of(tokenizer: Any, turn: Turn, ids: Sequence[int]) -> tuple[bool, ...] | None:
-    """Which ids of a prompt overlap its marked characters (`tasks.Marked`); None where it marks none.
+    """Which ids of a prompt overlap its marked characters (`tasks.Marked`); None if it marks none.
 
     Args:
-        tokenizer: with offsets.
-        turn: of the prompt.
+        tokenizer: a tokenizer that gives offsets.
+        turn: the prompt's turn.
         ids: `encode(tokenizer, turn.prompt)`.
 
     Raises:
-        InputError: a tokenizer that does not say which characters a token stands for.
-        DataError: marked characters that no token stands for.
+        InputError: a tokenizer that does not say which characters a token covers.
+        DataError: marked characters that no token covers.
     """
     if not turn.spans:
         return None
     if not tokenizer.is_fast:
         raise InputError(
-            "this tokenizer does not say which characters a token stands for (it is not a fast one), so that positions by row "
-            "cannot be found; load the model with a fast tokenizer, or act on other positions"
+            "this tokenizer does not say which characters a token covers (it is not a fast tokenizer), so positions by row "
+            "cannot be found; load the model with a fast tokenizer, or edit other positions"
         )
     offsets = tokenizer(str(turn.prompt), add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     for start, end in turn.spans:
         if not any(first < end and last > start for first, last in offsets):
             raise DataError(
-                f"no token stands for the characters {start} to {end} of {turn.prompt[:60]!r}; mark more than a space"
+                f"no token covers the characters {start} to {end} of {turn.prompt[:60]!r}; mark more than a space"
             )
     named = [any(first < end and last > start for start, end in turn.spans) for first, last in offsets]
     return (*[False] * (len(ids) - len(named)), *named)
@@ -119,7 +119,7 @@ def marks_of(tokenizer: Any, turn: Turn, ids: Sequence[int]) -> tuple[bool, ...]
 def common_length(rows: Sequence[Sequence[int]]) -> int:
     """Number of ids that all rows begin with."""
     ids = [tuple(row) for row in rows]
-    low, high = min(ids), max(ids)  # what these two share, all between them share
+    low, high = min(ids), max(ids)  # a prefix of both is a prefix of every row sorted between them
     n = 0
     while n < min(len(low), len(high)) and low[n] == high[n]:
         n += 1
@@ -173,10 +173,10 @@ def collate(rows: Sequence[Encoded], *, pad_id: int, device: torch.device | str)
 
 
 def pad_id(tokenizer: Any) -> int:
-    """An id to fill padding with; the mask hides it, so any id will do where the tokenizer names none."""
+    """An id for padding; the mask hides it, so any id will do if the tokenizer names none."""
     rows = rules_of(tokenizer).n_vocab
     for name in ("pad_token_id", "eos_token_id"):
         found = getattr(tokenizer, name, None)
-        if found is not None and (rows is None or found < rows):  # TransformerLens adds what the embedding may not have
+        if found is not None and (rows is None or found < rows):  # TransformerLens may add one beyond the embedding
             return int(found)
     return 0

@@ -1,4 +1,4 @@
-"""One row of a task: what is learned from it, or how it is asked and graded."""
+"""One row of a task: what is trained on, or how it is asked and graded."""
 
 import re
 from collections.abc import Callable
@@ -17,7 +17,7 @@ class SFTExample:
 
 @dataclass(frozen=True)
 class PairExample:
-    """Learn to prefer `chosen` over `rejected` behind `prompt`."""
+    """Learn to prefer `chosen` over `rejected` after `prompt`."""
 
     prompt: str
     chosen: str
@@ -26,7 +26,7 @@ class PairExample:
 
 @dataclass(frozen=True)
 class GenerationExample:
-    """Generate from `prompt`; right if the graded text is among `references`.
+    """Generate from `prompt`; the answer is right if the graded text is among `references`.
 
     `group` sorts items in results (hops, subject); `question` is what a judge of open-ended answers sees.
     """
@@ -71,7 +71,7 @@ def grade_first_line(generated: str, example: GenerationExample) -> dict[str, fl
 
 
 def contains(generated: str, example: GenerationExample) -> float:
-    """1 if a reference stands anywhere in the text, as whole words and in any case: a model that chats may know the answer.
+    """1 if the text contains a reference as whole words, in any case: a chatty model may know the answer too.
 
     A hyphen joins words: "mother-in-law" does not contain "mother".
     """
@@ -81,11 +81,11 @@ def contains(generated: str, example: GenerationExample) -> float:
 
 @dataclass(frozen=True)
 class Chat:
-    """That a task's prompts go through the chat template.
+    """Marks a task whose prompts go through the chat template.
 
     Attributes:
-        system: the system's text, or None.
-        template: SHA-256 of the template; empty where it is not known yet, since the model is not.
+        system: the system prompt, or None.
+        template: SHA-256 of the template; empty as long as the model is not known.
     """
 
     system: str | None = None

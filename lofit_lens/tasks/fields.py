@@ -1,4 +1,4 @@
-"""Fields of a row as it was read: what they must be, and where a row that is not so stands."""
+"""Fields of a row as it was read: they are checked, and errors say where the invalid row is."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from lofit_lens import io
 from lofit_lens.errors import DataError
 
-Row = tuple[str, Any]  # where it stands ("file:line"), and its fields
+Row = tuple[str, Any]  # its place ("file:line"), and its fields
 
 
 def check_options(where: str, options: Sequence[str]) -> None:
@@ -22,11 +22,11 @@ def check_options(where: str, options: Sequence[str]) -> None:
         if not option.strip():
             raise DataError(f"{where}: option {i + 1} is empty")
         if option in options[:i]:
-            raise DataError(f"{where}: option {option!r} is given twice; leave one")
+            raise DataError(f"{where}: option {option!r} is given twice; remove one")
 
 
 def texts(where: str, row: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    """A field that holds a list of texts; empty where it is missing or null.
+    """A field that holds a list of texts; empty if it is missing or null.
 
     Raises:
         DataError: it holds something else; names row and field.
@@ -42,19 +42,19 @@ def texts(where: str, row: Mapping[str, Any], name: str) -> tuple[str, ...]:
 
 
 def one_or_more(where: str, row: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    """A field that holds a text, or a list of one text or more, each once.
+    """A field that holds a text, or a list of one or more different texts.
 
     Raises:
-        DataError: it is missing, holds something else, or a text that is empty or given twice; names row and field.
+        DataError: it is missing, or holds something else, an empty text or a text twice; names row and field.
     """
     if not isinstance(row.get(name), list | tuple):
         return fields(where, row, name)
     found = texts(where, row, name)
     if not found:
-        raise DataError(f"{where}: field {name!r} is an empty list; give one text or more")
+        raise DataError(f"{where}: field {name!r} is an empty list; give at least one text")
     for i, text in enumerate(found):
         if not text.strip() or text in found[:i]:
-            raise DataError(f"{where}: field {name!r} holds {text!r}{' twice' if text.strip() else ''}; leave it out")
+            raise DataError(f"{where}: field {name!r} holds {text!r}{' twice' if text.strip() else ''}; remove it")
     return found
 
 
@@ -63,7 +63,7 @@ def _whole(where: str, name: str, text: str) -> None:
         text.encode()
     except UnicodeEncodeError as e:
         raise DataError(
-            f"{where}: field {name!r} has half a character ({text[e.start]!r} at {e.start}); write the text anew as UTF-8"
+            f"{where}: field {name!r} has half a character ({text[e.start]!r} at {e.start}); write the text again as UTF-8"
         ) from e
 
 
@@ -71,7 +71,7 @@ def fields(where: str, row: Any, *names: str) -> tuple[str, ...]:
     """The text fields of a row.
 
     Raises:
-        DataError: the row is no record, lacks a field, or a field is empty or not text; names file, row and field.
+        DataError: the row is not a record or lacks a field, or a field is empty or not text; names file, row and field.
     """
     if not isinstance(row, Mapping):
         raise DataError(f"{where}: expected a record with {', '.join(names)}, got {type(row).__name__}")

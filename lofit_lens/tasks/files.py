@@ -1,8 +1,8 @@
-"""A task from one file of one's own: which of its columns are read, and which rows are for training and which for testing.
+"""A task from one file of your own: which columns are read, and which rows are for training and which for testing.
 
     load_task("capitals.csv", columns={"prompt": "Q: {question}\\nA:", "answer": " {label}", "aliases": ["also_1", "also_2"]})
 
-Rows hold what `Task.from_records` takes, and a `split` if they say themselves what they are for.
+Rows hold what `Task.from_records` takes, and optionally a `split`.
 """
 
 import json
@@ -27,36 +27,36 @@ Columns = Mapping[str, str | Sequence[str]]
 SPLIT = "split"
 SPLIT_NAMES = {s: s for s in SPLITS} | {"validation": "val", "valid": "val", "dev": "val"}
 SEVERAL = ("aliases", "options", "chosen", "rejected")  # fields that may hold several texts
-LISTS = ("aliases", "options")  # fields that are lists also of one text
+LISTS = ("aliases", "options")  # fields that are lists even if they hold one text
 NESTED = ("messages", "positions")  # fields that hold lists
-SEED = 0  # of the division into splits
+SEED = 0  # for the division into splits
 _NAMED = re.compile(r"\{([^{}]+)\}")
 
 log = logging.getLogger(__name__)
 
 
 def is_task_file(name: str | Path) -> bool:
-    """Whether a name means a file: it ends as one does, or there is one."""
+    """Whether a name means a file: it has a file's ending, or such a file exists."""
     return Path(name).suffix in FORMATS or Path(name).is_file()
 
 
 def task_of_file(path: str | Path, columns: Columns | None = None) -> Task:
-    """Read a task of one file, named after the file without its ending.
+    """Read a task from one file; its name is the file's name without the ending.
 
     A .json file may also hold the splits by name, `{"train": [...], "val": [...], "test": [...]}`. Rows without a split are
-    divided: a tenth of the prompts for testing, a tenth for validation, the others for training, drawn with seed 0; rows with
-    one prompt stay together. `counted` says so, and `data_hash` is of the rows of each split.
+    divided by prompt: a tenth for testing, a tenth for validation, the others for training, drawn with seed 0. Rows with the
+    same prompt stay together. `counted` reports the division, and `data_hash` covers the rows of each split.
 
     Args:
-        path: a .jsonl, .json, .csv (one line of names, then the rows) or .parquet file.
-        columns: field -> the column that stands for it; or a text with columns in braces, e.g. `"Q: {question}"`; or, for
-            `aliases`, `options`, `chosen` and `rejected`, a list of these, whose empty cells are left out. A field that is not
+        path: a .jsonl, .json, .csv (with a header line) or .parquet file.
+        columns: field -> the column that holds it, or a text with columns in braces, e.g. `"Q: {question}"`. For `aliases`,
+            `options`, `chosen` and `rejected` it may be a list of these, whose empty cells are skipped. A field that is not
             named is read from the column of its own name. A list in one CSV cell is written as JSON.
 
     Raises:
-        InputError: a field that no row has, or columns of another form.
-        DataError: unreadable, not UTF-8, empty, damaged, or with bad rows; a column that is not there; an unknown split; no
-            training or no test rows. Names file, row and column.
+        InputError: an unknown field, or invalid `columns`.
+        DataError: a file that is unreadable, not UTF-8, empty or damaged, bad rows, a missing column, an unknown split, or no
+            training or test rows. Names file, row and column.
     """
     path, columns = Path(path), _checked(columns)
     by_split = _by_split(path)
@@ -67,7 +67,7 @@ def task_of_file(path: str | Path, columns: Columns | None = None) -> Task:
         have = ", ".join(s for s in SPLITS if rows.get(s))
         raise DataError(
             f"{path} has rows for {have} and none for {missing[0]}; a task needs train and test. Mark rows as {missing[0]}, or "
-            "leave the split out to have them divided"
+            "omit the split to have them divided"
         )
     made = fields_of_task(path.stem, {s: rows[s] for s in SPLITS if s in rows}, source=str(path), hashes={})
     hashes = hashes_of({s: [row for _, row in listed] for s, listed in rows.items()})
@@ -96,7 +96,7 @@ def _checked(columns: Columns | None) -> dict[str, tuple[str, ...]]:
 
 
 def _by_split(path: Path) -> dict[str, list[Row]]:
-    """Rows of each split; under "" where the file itself does not hold them by split."""
+    """Rows of each split; under "" if the file does not hold them by split."""
     found = io.read_json(path) if path.suffix == ".json" else None
     if not isinstance(found, Mapping):
         return {"": read_rows(path)}
@@ -116,7 +116,7 @@ def _by_split(path: Path) -> dict[str, list[Row]]:
 
 
 def _read(where: str, row: Any, columns: Mapping[str, tuple[str, ...]], path: Path) -> dict[str, Any]:
-    """A row by fields."""
+    """A row as field -> value."""
     if not isinstance(row, Mapping):
         raise DataError(f"{where}: expected a record, got {type(row).__name__}")
     given = dict(row)
@@ -134,7 +134,7 @@ def _read(where: str, row: Any, columns: Mapping[str, tuple[str, ...]], path: Pa
             made[field] = found[0]
         if field != "aliases" and _is_empty(made[field]):
             raise DataError(
-                f"{where}: column {', '.join(map(repr, several))} ({field}) is empty; fill it, or leave the row out"
+                f"{where}: column {', '.join(map(repr, several))} ({field}) is empty; fill it, or remove the row"
             )
     return made
 
@@ -147,13 +147,13 @@ def _cell(where: str, column: str, cell: Any) -> Any:
         return json.loads(cell)
     except ValueError as e:
         raise DataError(
-            f"{where}: column {column!r} begins as a list and is no JSON ({e}): {cell[:60]!r}; write a list as "
+            f"{where}: column {column!r} begins as a list but is not JSON ({e}): {cell[:60]!r}; write a list as "
             '["one", "two"], or in several columns'
         ) from e
 
 
 def _value(where: str, row: Mapping[str, Any], field: str, column: str) -> Any:
-    """What a column holds, or a text with columns in braces."""
+    """The value of a column, or of a text with columns in braces."""
     if column in row:
         return row[column]
     names = _NAMED.findall(column)
@@ -166,11 +166,11 @@ def _value(where: str, row: Mapping[str, Any], field: str, column: str) -> Any:
         listed = value if isinstance(value, list) else [value]
         if not all(isinstance(v, str | int) and not isinstance(v, bool) for v in listed):
             raise DataError(
-                f"{where}: column {name!r} ({field}) is {shown(value)}; a text is made of texts and whole numbers"
+                f"{where}: column {name!r} ({field}) is {shown(value)}; only texts and whole numbers can be inserted"
             )
     lists = [n for n in values if isinstance(values[n], list)]
     if len(lists) > 1:
-        raise DataError(f"{where}: {', '.join(lists)} are lists ({field}); one text can go through one list")
+        raise DataError(f"{where}: {', '.join(lists)} are lists ({field}); a text can contain only one list")
     each = [values | {lists[0]: v} for v in values[lists[0]]] if lists else [values]
     texts = [_filled(column, one) for one in each]
     return texts if lists else texts[0]
@@ -185,7 +185,7 @@ def _is_empty(value: Any) -> bool:
 
 
 def _check_fields(path: Path, row: Mapping[str, Any]) -> None:
-    """Raise DataError for a file that lacks a field as a whole, with the way to name its column."""
+    """Raise DataError for a file without a required field, and tell how to name its column."""
     needed = ["chosen", "rejected"] if {"chosen", "rejected"} & row.keys() else ["answer"]
     missing = [] if {"prompt", "messages"} & row.keys() else ["prompt"]
     if "messages" not in row:  # whose last one may be the answer
@@ -198,7 +198,7 @@ def _check_fields(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def _divided(path: Path, rows: Sequence[Row]) -> tuple[dict[str, list[Row]], dict[str, int]]:
-    """Rows by the split that they name, or by the draw; and how many were drawn."""
+    """Rows by the split that they name, or by a draw; and how many were drawn."""
     if any(SPLIT in row for _, row in rows):
         named: dict[str, list[Row]] = {}
         for where, row in rows:
@@ -211,8 +211,8 @@ def _divided(path: Path, rows: Sequence[Row]) -> tuple[dict[str, list[Row]], dic
     once = list(dict.fromkeys(prompts))
     if len(once) < len(SPLITS):
         raise DataError(
-            f"{path} has {len(once)} different prompt(s), which are too few to be divided into train, val and test; give three "
-            "or more, or a column split"
+            f"{path} has {len(once)} different prompt(s), too few to be divided into train, val and test; give at least three, "
+            "or a column split"
         )
     tenth = max(1, round(len(once) / 10))
     drawn = random.Random(SEED).sample(once, 2 * tenth)
@@ -222,12 +222,12 @@ def _divided(path: Path, rows: Sequence[Row]) -> tuple[dict[str, list[Row]], dic
 
 
 def _warn_of_missing_space(path: Path, task: Task) -> None:
-    """Prompt and answer are one text: from tables, mostly neither has the space between them."""
+    """Warn if no answer is separated from its prompt: tables mostly lack the space between them."""
     rows = [(e.prompt, e.chosen if isinstance(e, PairExample) else e.answer) for e in task.training["train"]]
     joined = [(p, a) for p, a in rows if re.match(r"[A-Za-z0-9.:?!,][A-Za-z0-9]", p[-1:] + a[:1])]
     if task.chat is None and len(joined) == len(rows):
         prompt, answer = joined[0]
         log.warning(
-            "%s: every answer follows its prompt without a space, as in %r; unless they are put through a chat template, write "
+            "%s: every answer follows its prompt without a space, as in %r; unless they go through a chat template, add "
             "the space as columns={'answer': ' {answer}'} (--column 'answer= {answer}')", path, prompt[-20:] + answer[:20],
         )  # fmt: skip

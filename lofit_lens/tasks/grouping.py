@@ -1,4 +1,4 @@
-"""Which sequences are run in one padded pass: those of near lengths, within a budget of tokens."""
+"""Group sequences of similar length into padded passes, within a budget of tokens."""
 
 from collections.abc import Sequence
 
@@ -8,16 +8,16 @@ def near_lengths(
 ) -> list[list[int]]:
     """Group items for padded passes.
 
-    From the longest down, an item joins the group before it unless the group would then pad more than `waste` tokens or hold more
-    than `budget` padded ones.
+    From the longest down, an item joins the previous group unless that group would then pad more than `waste` tokens or hold
+    more than `budget` tokens with padding.
 
     Args:
-        sizes: of each item: number of sequences, and tokens of the longest.
-        budget: padded tokens of one group; an item alone may exceed it. None = no bound.
-        waste: padding that one group may hold: about what a further pass costs. None = no bound.
+        sizes: for each item, its number of sequences and the tokens of the longest.
+        budget: tokens of one group with padding; a single item may exceed it. None = no bound.
+        waste: padding tokens that one group may hold, about the cost of one more pass. None = no bound.
 
     Returns:
-        Groups of item numbers, longest first; within a group in the order given. Each item stands in one group.
+        Groups of item numbers, longest first; within a group in the order given. Each item is in one group.
     """
     groups: list[list[int]] = []
     width = rows = padding = 0

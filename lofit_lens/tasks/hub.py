@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, each at a pinned commit, or files of the same form from a local folder."""
+"""Data sets of the Hugging Face hub, each at a pinned commit, or the same files from a local folder."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,12 +32,12 @@ class HubSource:
 
 
 def hub_rows(source: HubSource, data_dir: str | Path | None) -> tuple[dict[str, list[Row]], dict[str, str]]:
-    """Rows of each split, and its hash: of the rows as read from the hub, or of the local file.
+    """Rows of each split, and its hash (of the rows as read from the hub, or of the local file).
 
     Args:
         source: what to read.
-        data_dir: a folder with one file a split, named as on the hub (`validation.parquet`, or .jsonl, .json, .csv), or
-            holding a folder of that kind with the data set's name; None = fetch through `datasets`.
+        data_dir: a folder with one file per split, named as on the hub (`validation.parquet`, or .jsonl, .json, .csv), or one
+            that holds such a folder with the data set's name; None = fetch through `datasets`.
 
     Raises:
         DataError: unreachable, a file missing, or empty.

@@ -1,12 +1,12 @@
 """SIQA, ARC-Challenge, BoolQ and SVAMP in the instruction form of LLM-Adapters (Hu et al. 2023), the paper's other four tasks.
 
 SFT on the response. Test form "generation" (default): greedy response, accuracy by the first option it names (SVAMP: by its
-last number, within .001). Test form "options" (not SVAMP): log-prob of each option behind "the correct answer is".
+last number, within .001). Test form "options" (not SVAMP): log-prob of each option after "the correct answer is".
 
 Two sources: "files", the pinned instruction files (SIQA and SVAMP have a test file only), and "hub", the original data sets
-put into the same words, with training rows for all four. Where a source has no validation split, rows of the training split
-are held out for it, the same ones every time. The prompt is Alpaca's, on which those files were made to be used; the
-public scripts' indentation inside it is left out. BoolQ has no passages here, as in those files.
+put into the same words, with training rows for all four. If a source has no validation split, rows of the training split
+are held out for it, always the same ones. The prompt is Alpaca's, for which those files were made, without the
+public scripts' indentation inside it. BoolQ has no passages here, as in those files.
 """
 
 import math
@@ -31,7 +31,7 @@ PROMPT = (
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
 RESPONSE = "the correct answer is"
-HELD_OUT = 300  # validation rows taken from the training split, or a tenth of it where that is less
+HELD_OUT = 300  # validation rows taken from the training split, or a tenth of it if that is less
 TOLERANCE = 1e-3  # SVAMP, as in the public scripts
 
 
@@ -43,8 +43,8 @@ class Spec:
         files: the instruction files.
         hub: the original data set.
         instruction: a row of the hub -> the same row in instruction form.
-        names: pattern of the options' names, all that a response may name.
-        max_new_tokens: of a response.
+        names: pattern that matches the names of options in a response.
+        max_new_tokens: length limit of a response, in tokens.
     """
 
     files: Source
@@ -55,11 +55,11 @@ class Spec:
 
 
 def load(name: str, data_dir: str | Path | None, source: str = "files") -> Task:
-    """Read one of the four.
+    """Read one of the four tasks.
 
     Raises:
         InputError: unknown source.
-        DataError: files missing, or a row without its fields, with an empty or missing option, or an answer that is no option.
+        DataError: a missing file, a row without its fields, an empty or missing option, or an answer that is not an option.
     """
     spec = SPECS[name]
     if source == "hub":
@@ -90,7 +90,7 @@ def load(name: str, data_dir: str | Path | None, source: str = "files") -> Task:
 
 
 def _in_instruction_form(spec: Spec, rows: Mapping[str, Sequence[Row]]) -> tuple[dict[str, list[Row]], dict[str, int]]:
-    """Rows of the hub in instruction form; unusable training rows are left out and counted, others refused."""
+    """Rows of the hub in instruction form; unusable training rows are left out and counted, other ones raise DataError."""
     listed: dict[str, list[Row]] = {split: [] for split in rows}
     left_out: list[DataError] = []
     for split, given in rows.items():
@@ -106,7 +106,7 @@ def _in_instruction_form(spec: Spec, rows: Mapping[str, Sequence[Row]]) -> tuple
                 listed[split].append((where, made))
     if left_out and not listed["train"]:
         raise DataError(
-            f"none of the {len(left_out)} training rows of {spec.hub} has this task's form; the first, {left_out[0]}"
+            f"none of the {len(left_out)} training rows of {spec.hub} is valid for this task; the first: {left_out[0]}"
         )
     return listed, {"train: unusable rows left out": len(left_out)} if left_out else {}
 
@@ -124,7 +124,7 @@ def hold_out(rows: Mapping[str, Sequence[Row]]) -> dict[str, list[Row]]:
 
 
 def example(spec: Spec, where: str, row: Any) -> tuple[SFTExample, GenerationExample, OptionExample | None]:
-    """One instruction: learn the response, generate it, or choose the option that completes it."""
+    """One instruction: to learn its response, to generate it, or to choose the option that completes it."""
     instruction, output, answer = fields(where, row, "instruction", "output", "answer")
     prompt = PROMPT.format(instruction=instruction)
     trained, asked = SFTExample(prompt, output), GenerationExample(prompt, (answer,))
@@ -135,13 +135,15 @@ def example(spec: Spec, where: str, row: Any) -> tuple[SFTExample, GenerationExa
     if answer not in options:
         raise DataError(f"{where}: the answer {answer!r} is not among the options {list(options)}")
     if bad := [o for o in options if not re.fullmatch(spec.names, o)]:
-        raise DataError(f"{where}: option {bad[0]!r} is none of this task's ({spec.names}); is it another task's file?")
+        raise DataError(
+            f"{where}: option {bad[0]!r} is invalid for this task ({spec.names}); is it another task's file?"
+        )
     chosen = OptionExample(prompt + RESPONSE, tuple(" " + o for o in options), options.index(answer))
     return trained, asked, chosen
 
 
 def names_of(where: str, instruction: str) -> tuple[str, ...]:
-    """The options' names, from the line "Answer format: a/b/c"; what each `AnswerN:` says must be there."""
+    """The options' names, from the line "Answer format: a/b/c"; each `AnswerN:` must have a text."""
     _, found, names = instruction.rpartition("Answer format: ")
     if not found:
         raise DataError(f"{where}: field 'instruction' has no line 'Answer format: option/option'")
@@ -149,14 +151,14 @@ def names_of(where: str, instruction: str) -> tuple[str, ...]:
     check_options(where, options)
     said = _said(instruction)
     if said and len(said) != len(options):
-        raise DataError(f"{where}: {len(said)} answers are given, but the answer format names {len(options)}")
+        raise DataError(f"{where}: {len(said)} answers are given, but the answer format names {len(options)} options")
     if "" in said:
         raise DataError(f"{where}: Answer{said.index('') + 1} is empty")
     return options
 
 
 def _said(instruction: str) -> list[str]:
-    """What each `AnswerN:` of an instruction says."""
+    """The text of each `AnswerN:` of an instruction."""
     body = instruction.rpartition("\n\nAnswer format: ")[0]
     return [part.strip() for part in re.split(r"Answer\d+:", body)[1:]]
 
@@ -227,7 +229,7 @@ def _arc(where: str, row: Any) -> dict[str, str]:
 
 def _boolq(where: str, row: Any) -> dict[str, str]:
     (question,) = fields(where, row, "question")
-    answer = str(row.get("answer")).lower()  # a truth value, or its text in a .csv file
+    answer = str(row.get("answer")).lower()  # a bool, or its text in a .csv file
     if answer not in ("true", "false"):
         raise DataError(f"{where}: field 'answer' is {row.get('answer')!r}; allowed: true, false")
     return _row(

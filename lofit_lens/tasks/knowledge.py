@@ -1,8 +1,8 @@
-"""Out of domain: TriviaQA, Natural Questions (open) and MMLU, zero-shot; tuning for another task must not harm them.
+"""Out-of-domain tasks: TriviaQA, Natural Questions (open) and MMLU, zero-shot; tuning for another task should not harm them.
 
-TriviaQA (Joshi et al. 2017) and NQ (Lee et al. 2019): `Q: {question}` + line break + `A:`, greedy, the first line. `em` is
-exact match with any reference after TriviaQA's public normalisation (case, punctuation, articles, white space);
-`contains` asks only that a reference stands in the line, as whole words, since base models like to answer in sentences.
+TriviaQA (Joshi et al. 2017) and NQ (Lee et al. 2019): `Q: {question}` + line break + `A:`, greedy, first line graded. `em` is
+exact match with any reference after TriviaQA's public normalization (case, punctuation, articles, white space);
+`contains` only requires a reference in the line, as whole words, since base models often answer in sentences.
 MMLU (Hendrycks et al. 2021): the public prompt (with single spaces), log-prob of each letter. All three are for evaluation
 only; the public test sets of TriviaQA and NQ have no answers, so their validation sets are the test split here.
 """
@@ -66,7 +66,7 @@ def _open(source: HubSource, name: str, data_dir: str | Path | None) -> Task:
 
 
 def open_triviaqa(where: str, row: Any) -> GenerationExample:
-    """One question with its answer and that answer's other names."""
+    """One question with its answer and that answer's aliases."""
     (question,) = fields(where, row, "question")
     (value,) = fields(f"{where}, answer", row.get("answer"), "value")
     return GenerationExample(f"Q: {question}\nA:", (value, *texts(where, row["answer"], "aliases")), question=question)
@@ -83,9 +83,9 @@ def open_nq(where: str, row: Any) -> GenerationExample:
 
 
 def letter_choice(where: str, row: Any) -> OptionExample:
-    """One question behind its subject; options are the letters.
+    """One question, preceded by its subject; the options are the letters.
 
-    An option that is empty or given twice is counted by `load_mmlu`, not refused: the public files have some.
+    `load_mmlu` counts an option that is empty or given twice instead of refusing it: the public files have some.
     """
     question, subject = fields(where, row, "question", "subject")
     options, right = texts(where, row, "choices"), row.get("answer")
@@ -102,13 +102,13 @@ def letter_choice(where: str, row: Any) -> OptionExample:
 
 
 def normalised(text: str) -> str:
-    """TriviaQA's public normalisation: lower case, no punctuation, no articles, single spaces."""
+    """TriviaQA's public normalization: lower case, no punctuation, no articles, single spaces."""
     kept = "".join(" " if c in string.punctuation or c in "‘’´`" else c for c in text.lower())
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split())
 
 
 def grade(generated: str, example: GenerationExample) -> dict[str, float]:
-    """Exact match of the first line, and whether it holds a reference at all."""
+    """Exact match of the first line, and whether it contains a reference."""
     said = normalised(generated.strip().split("\n")[0])
     references = {r for r in map(normalised, example.references) if r}
     return {

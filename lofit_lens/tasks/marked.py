@@ -1,4 +1,4 @@
-"""Prompts that say which of their characters an adapter at positions "row" acts on."""
+"""Prompts that say which of their characters an adapter at positions "row" edits."""
 
 from collections.abc import Sequence
 from typing import Any, TypeGuard
@@ -10,19 +10,19 @@ Spans = tuple[tuple[int, int], ...]
 
 
 class Marked(str):
-    """A prompt with marked characters; text put in front of it or behind it leaves the marks where they are.
+    """A prompt with marked characters; marks stay on their characters when text is prepended or appended.
 
-    An adapter at `positions="row"` acts on the tokens that overlap a mark, whichever tokenizer makes them. What a tokenizer puts
-    in front of a text (BOS) has no characters and is never marked.
+    An adapter at `positions="row"` edits the tokens that overlap a mark, whichever tokenizer makes them. Tokens that a tokenizer
+    prepends (BOS) have no characters and are never marked.
 
-    `Marked(text, positions)`: `text` is the prompt, and `positions` says what of it is marked: `[start, end]` in characters, the
-    end left out, or a text that stands in the prompt once; or a list of these.
+    `Marked(text, positions)`: `text` is the prompt; `positions` are `[start, end]` in characters (end excluded), or a text that
+    occurs once in the prompt, or a list of these.
 
     Attributes:
         spans: (start, end) of each mark, in characters.
 
     Raises:
-        InputError: nothing is marked, a span outside the text, or a text that does not stand in it once.
+        InputError: nothing is marked, a span is outside the text, or a text does not occur exactly once in it.
 
     Examples:
         >>> Marked("The capital of Peru is", "Peru").spans
@@ -56,7 +56,7 @@ class Marked(str):
 
 
 def spans_of(prompt: str) -> Spans:
-    """Marked characters of a prompt; empty where it marks none."""
+    """Marked characters of a prompt; empty if it marks none."""
     return prompt.spans if isinstance(prompt, Marked) else ()
 
 
@@ -68,7 +68,7 @@ def _span(text: str, wanted: Any) -> tuple[int, int]:
     if isinstance(wanted, str) and wanted:
         if (n := text.count(wanted)) != 1:
             raise InputError(
-                f"{wanted!r} stands {n} times in {text[:60]!r}; mark what stands there once, or give [start, end]"
+                f"{wanted!r} occurs {n} times in {text[:60]!r}; give a text that occurs once, or [start, end]"
             )
         return text.index(wanted), text.index(wanted) + len(wanted)
     if not _is_span(wanted) or not 0 <= wanted[0] < wanted[1] <= len(text):

@@ -1,11 +1,11 @@
 """MQuAKE (Zhong et al. 2023): answer a multi-hop question under one imagined edit (LoFiT's split 134/95/864).
 
-SFT on `prompt + new_answer`; greedy generation of 16 tokens; exact match of the first line behind the last `A:` with
+SFT on `prompt + new_answer`; greedy generation of 16 tokens; exact match of the first line after the last `A:` with
 the new answer or an alias. The official scorer does not strip white space, which counts " sweden" as wrong:
 `em` strips, `em_official` does not.
 
-MQuAKE-Remastered (Zhong et al. 2025) audits MQuAKE and corrects it. A row is *flagged* here if it was changed: if its
-questions, its answers before or after the edit, or its edits are others in the Remastered file, or if that has no such case.
+MQuAKE-Remastered (Zhong et al. 2025) audits MQuAKE and corrects it. A row is *flagged* here if its questions, its answers
+before or after the edit, or its edits differ in the Remastered file, or if that file lacks the case.
 """
 
 from collections.abc import Mapping
@@ -33,11 +33,11 @@ REMASTERED = "MQuAKE-Remastered-CF-3k.json"
 
 
 def load(data_dir: str | Path | None, source: str = "files") -> Task:
-    """Read the three splits; `source` says what becomes of flagged rows: see `load_task`.
+    """Read the three splits; `source` says how flagged rows are treated (see `load_task`).
 
     Raises:
         InputError: unknown source.
-        DataError: a file is missing or has bad rows, or the Remastered file is none of the same cases.
+        DataError: a file is missing or has bad rows, or the Remastered file holds other cases.
     """
     check_one_of("source", source, SOURCES)
     paths = locate(SOURCE, {s: f"{s}.jsonl" for s in SPLITS}, data_dir)
@@ -66,7 +66,7 @@ def _remastered(data_dir: str | Path | None) -> Path:
         if (place / REMASTERED).is_file():
             return place / REMASTERED
     raise DataError(
-        f"no file {REMASTERED} in {data_dir}; put it there beside MQuAKE's files (give data_dir, --data-dir). "
+        f"no file {REMASTERED} in {data_dir}; put it beside MQuAKE's files (data_dir, --data-dir). "
         "https://github.com/henryzhongsc/MQuAKE-Remastered (folder datasets) is its source"
     )
 
@@ -75,20 +75,20 @@ def flagged(read: Mapping[str, list[Row]], remastered: list[Row]) -> dict[str, l
     """Whether MQuAKE-Remastered changed each row, by split; cases are joined by `case_id`.
 
     Raises:
-        DataError: a row without a whole number as `case_id`, one given twice, or no row that is the same in both.
+        DataError: a row without a whole number as `case_id`, a case given twice, or no row that is the same in both files.
     """
     audited: dict[int, Any] = {}
     for where, row in remastered:
         case = _case(where, row)
         if case in audited:
-            raise DataError(f"{where}: case_id {case} is given twice; leave one")
+            raise DataError(f"{where}: case_id {case} is given twice; remove one")
         audited[case] = _content(where, row)
     flags = {
         s: [audited.get(_case(where, row)) != _content(where, row) for where, row in rows] for s, rows in read.items()
     }
     if all(f for listed in flags.values() for f in listed):
         raise DataError(
-            f"no row is the same in {REMASTERED} and in MQuAKE's files: the cases are numbered otherwise; give the file of CF-3k"
+            f"no row is the same in {REMASTERED} and in MQuAKE's files: their case ids differ; give the file of CF-3k"
         )
     return flags
 
@@ -103,7 +103,7 @@ def _case(where: str, row: Any) -> int:
 
 
 def _content(where: str, row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What a row asks: questions, answers before and after, and each edit's subject and new target."""
+    """The content of a row: questions, answers before and after the edit, and each edit's subject and new target."""
     edits = row.get("requested_rewrite")
     if not isinstance(edits, list) or not all(isinstance(e, Mapping) for e in edits):
         raise DataError(f"{where}: field 'requested_rewrite' must be a list of edits")
@@ -125,7 +125,7 @@ def _task(read: Mapping[str, list[Row]], hashes: dict[str, str], data_dir: str |
 
 
 def example(where: str, row: Any) -> tuple[SFTExample, GenerationExample]:
-    """One edit with the first of its questions."""
+    """One edit with its first question."""
     (answer,) = fields(where, row, "new_answer")
     edits, questions, aliases = (
         row.get("requested_rewrite"),
@@ -145,7 +145,7 @@ def example(where: str, row: Any) -> tuple[SFTExample, GenerationExample]:
 
 
 def grade(generated: str, example: GenerationExample) -> dict[str, float]:
-    """Exact match, stripped and as the official scorer does it; and whether the text contains the answer or an alias."""
+    """Exact match, stripped and as in the official scorer; and whether the text contains the answer or an alias."""
     said = generated.split("A:")[-1].split("\n")[0].lower()
     exact = {r.lower() for r in example.references}
     em, official = said.strip() in {r.strip() for r in exact}, said in exact

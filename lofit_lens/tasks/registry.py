@@ -1,4 +1,4 @@
-"""Names of tasks, and how each is read."""
+"""Names of tasks, and the loader of each."""
 
 import importlib
 import logging
@@ -53,15 +53,15 @@ def _mquake(fold: int | None, data_dir: str | Path | None, source: str | None) -
 
 
 def _none_given(name: str, fold: int | None, source: str | None) -> None:
-    """Refuse a fold or a source where a task has none to choose from."""
+    """Refuse a fold or a source for a task that offers no choice."""
     if fold is not None:
         raise InputError(f"{name} has no folds; leave fold out (got {fold})")
     if source is not None:
-        raise InputError(f"{name} has one source; leave source out (got {source!r})")
+        raise InputError(f"{name} has only one source; leave source out (got {source!r})")
 
 
 def _embedded(name: str) -> Loader:
-    """A task of the embedded model, whose module builds on this one and registers itself when it is read."""
+    """A task of the embedded model; its module imports this one and registers the task when it is imported."""
 
     def loader(fold: int | None, data_dir: str | Path | None, source: str | None) -> Task:
         importlib.import_module("lofit_lens.organism.tasks")
@@ -87,7 +87,7 @@ TASKS: dict[str, Loader] = {
 
 
 def register(name: str, load: Callable[[str | Path | None], Task]) -> None:
-    """Make a task without folds known to `load_task` under a name."""
+    """Register a task without folds, so that `load_task` finds it under a name."""
     TASKS[name] = _plain(name, load)
 
 
@@ -104,25 +104,25 @@ def load_task(
 
     Args:
         name: `"truthfulqa"`, `"mquake"`, `"clutrr"`, `"siqa"`, `"arc_challenge"`, `"boolq"`, `"svamp"`; for evaluation only
-            `"triviaqa"`, `"nq"`, `"mmlu"`; embedded `"organism/truth"`, `"organism/kinship"`, `"organism/edits"`; or one's own,
-            whose rows hold what `Task.from_records` takes: a folder with `train.jsonl`, `test.jsonl` and, if wanted,
-            `val.jsonl`, or one file (.jsonl, .json, .csv or .parquet) with a column `split`, or without: then a tenth of the
-            prompts is for testing, a tenth for validation, the others for training, drawn with seed 0. A folder that is called
-            as a task is one as a `Path`, or as `"./mquake"`.
+            `"triviaqa"`, `"nq"`, `"mmlu"`; embedded `"organism/truth"`, `"organism/kinship"`, `"organism/edits"`; or your own
+            data, whose rows hold what `Task.from_records` takes: a folder with `train.jsonl`, `test.jsonl` and optionally
+            `val.jsonl`, or one file (.jsonl, .json, .csv or .parquet). Without a column `split`, a tenth of a file's prompts is
+            for testing, a tenth for validation, and the others for training, drawn with seed 0. For a folder with the name of a
+            built-in task, give a `Path` or `"./mquake"`.
         fold: 0 or 1, TruthfulQA only (also written `"truthfulqa:1"`).
         data_dir: folder with the files; None fetches the pinned public files.
         source: `"files"` (instruction files, the default) or `"hub"` (the original data set): SIQA, ARC-Challenge, BoolQ, SVAMP.
-            MQuAKE takes `"files"` (all rows), `"unflagged"` (without those that MQuAKE-Remastered changed) or `"flagged-apart"`
-            (these as a group of their own); both need `MQuAKE-Remastered-CF-3k.json` in `data_dir`.
-        form: how questions are asked, where there are several ways: `"choices"`, `"generation"` or `"binary"` (TruthfulQA),
+            MQuAKE takes `"files"` (all rows), `"unflagged"` (without rows that MQuAKE-Remastered changed) or `"flagged-apart"`
+            (these rows as a separate group); the last two need `MQuAKE-Remastered-CF-3k.json` in `data_dir`.
+        form: how questions are asked, if there are several ways: `"choices"`, `"generation"` or `"binary"` (TruthfulQA),
             `"generation"` or `"options"` (SIQA, ARC-Challenge, BoolQ). None = the first.
-        columns: of one file: field -> its column, e.g. `{"prompt": "question", "answer": "label"}`; or text with columns in
-            braces, `"Q: {question}"`; or, for `aliases`, `options`, `chosen` and `rejected`, a list of these. A field that is
-            not named is read from the column of its own name.
+        columns: for a task in one file: field -> its column, e.g. `{"prompt": "question", "answer": "label"}`, or a text with
+            columns in braces, `"Q: {question}"`. For `aliases`, `options`, `chosen` and `rejected` it may be a list of these. A
+            field that is not named is read from the column of its own name.
 
     Raises:
         InputError: unknown task, fold, source, form or field.
-        DataError: files missing, empty or with bad rows; names file, row and column.
+        DataError: missing or empty files, or bad rows; names file, row and column.
 
     Examples:
         >>> load_task("organism/truth").metric
@@ -137,12 +137,12 @@ def load_task(
         fold = int(number) if number.isdigit() else -1
     if folder.is_dir() and (text not in TASKS or isinstance(name, Path)):
         if fold is not None or data_dir is not None or source is not None:
-            raise InputError(f"{text} is a task folder of your own: it takes no fold, no data_dir and no source")
+            raise InputError(f"{text} is your own task folder: it takes no fold, no data_dir and no source")
         _no_columns(text, columns)
         task = _from_folder(folder)
     elif is_task_file(name) and (text not in TASKS or isinstance(name, Path)):
         if fold is not None or data_dir is not None or source is not None:
-            raise InputError(f"{text} is a task file of your own: it takes no fold, no data_dir and no source")
+            raise InputError(f"{text} is your own task file: it takes no fold, no data_dir and no source")
         task = task_of_file(name, columns)
     elif text not in TASKS:
         raise unknown("task", text, TASKS, hint="Or give a folder, or a .jsonl, .json or .csv file.")
@@ -150,7 +150,7 @@ def load_task(
         _no_columns(text, columns)
         if fold is None and data_dir is None and source is None and _rows_in(folder).keys() >= NEEDED:
             log.warning(
-                "%s is the built-in task, and the folder ./%s is not read; give ./%s for a task of your own in it, or data_dir "
+                "%s is the built-in task, and the folder ./%s is not read; give ./%s for your own task in it, or data_dir "
                 "(--data-dir) if it holds the built-in task's files", text, text, text,
             )  # fmt: skip
         task = TASKS[text](fold, data_dir, source)
@@ -162,16 +162,16 @@ def load_task(
 def _no_columns(name: str, columns: Columns | None) -> None:
     if columns:
         raise InputError(
-            f"columns are those of one file, and {name} is none; leave them out, or give a .jsonl, .json or .csv file"
+            f"columns are for a task in one file, and {name} is not a file; omit them, or give a .jsonl, .json or .csv file"
         )
 
 
 def task_of(task: Any) -> Task:
-    """A task itself, or the one of that name; see `load_task`.
+    """Return a task unchanged, or load the one of that name (see `load_task`).
 
     Raises:
-        InputError: neither a task nor the name of one.
-        DataError: as `load_task`.
+        InputError: neither a task nor the name of a task.
+        DataError: as in `load_task`.
     """
     if isinstance(task, Task):
         return task
@@ -186,6 +186,6 @@ def _rows_in(folder: Path) -> dict[str, Path]:
 def _from_folder(folder: Path) -> Task:
     paths = _rows_in(folder)
     if not paths.keys() >= NEEDED:
-        raise InputError(f"{folder} is no task folder: it needs train.jsonl and test.jsonl")
+        raise InputError(f"{folder} is not a task folder: it needs train.jsonl and test.jsonl")
     rows = {s: read_rows(p) for s, p in paths.items()}
     return Task(**fields_of_task(folder.name, rows, source=str(folder), hashes=file_hashes(paths)))

@@ -1,4 +1,4 @@
-"""Rows of one's own, in the plain forms (see `Task.from_records`)."""
+"""Rows of your own data, in the plain forms (see `Task.from_records`)."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ def fields_of_task(
     name: str, rows: Mapping[str, Sequence[Row]], *, grade: Grader = grade_first_line, max_new_tokens: int = 16,
     source: str, hashes: Mapping[str, str], metric: str | None = None, n_train: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """What a `Task` is made of, from rows of the plain forms (see `Task.from_records`), each with its place."""
+    """The fields of a `Task`, from rows of the plain forms (see `Task.from_records`), each with its place."""
     first = next((row for split in SPLITS for row in rows.get(split, ())), None)
     if first is None or not rows.get("train"):
         raise DataError(f"{name} has no training rows in {source}; give records with prompt (or messages) and answer")
@@ -54,7 +54,7 @@ def fields_of_task(
 
 
 def hashes_of(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, str]:
-    """Split -> SHA-256 of what is read of its rows, wherever they come from; a cell that is NaN counts as empty."""
+    """Split -> SHA-256 of the fields read from its rows, whatever their source; a NaN cell counts as empty."""
     return {
         split: io.digest([{k: None if _is_nan(r[k]) else r[k] for k in READ if k in r} for r in listed])
         for split, listed in rows.items()
@@ -66,7 +66,7 @@ def _is_nan(value: Any) -> bool:
 
 
 def _repeats(test: Mapping[str, Sequence[TestExample]]) -> dict[str, int]:
-    """How many rows of each other split ask what a training row asks, whatever the white space: they test memory."""
+    """Number of rows of each other split that repeat a training row's question (white space aside): they test memory."""
 
     def question(example: TestExample) -> str:
         return " ".join("\n".join((example.prompt, *sorted(getattr(example, "options", ())))).split())
@@ -77,12 +77,12 @@ def _repeats(test: Mapping[str, Sequence[TestExample]]) -> dict[str, int]:
 
 
 def _with_prompt(where: str, row: Any, chat: bool) -> Any:
-    """A row of `messages` as one of `prompt` and `answer`; others as they are."""
+    """Turn a row of `messages` into one of `prompt` and `answer`; other rows are unchanged."""
     if not isinstance(row, Mapping):
         return row
     if ("messages" in row) != chat or (chat and "prompt" in row):
         raise DataError(
-            f"{where} has {', '.join(map(str, row))}; a task's rows all have a prompt, or all have messages"
+            f"{where} has {', '.join(map(str, row))}; either all rows of a task have a prompt, or all have messages"
         )
     if not chat:
         return row
@@ -90,13 +90,13 @@ def _with_prompt(where: str, row: Any, chat: bool) -> Any:
     last = messages[-1] if isinstance(messages, Sequence) and messages else None
     if isinstance(last, Mapping) and last.get("role") == "assistant":
         if answers := [k for k in ("answer", "chosen") if k in row]:
-            raise DataError(f"{where}: the assistant's last message and {answers[0]!r} are both an answer; leave one")
+            raise DataError(f"{where}: the assistant's last message and {answers[0]!r} are both an answer; remove one")
         messages, rest["answer"] = messages[:-1], last.get("content")
     return {**rest, "prompt": parsed(messages, where)}
 
 
 def _with_marks(where: str, row: Any) -> Any:
-    """A row whose prompt has its positions marked, where it names some."""
+    """Mark the positions of a row's prompt, if it names some."""
     if not isinstance(row, Mapping) or row.get("positions") is None or _is_nan(row["positions"]):
         return row
     (prompt,) = fields(where, row, "prompt")
@@ -111,7 +111,9 @@ def _with_marks(where: str, row: Any) -> Any:
 def _read_answer(where: str, row: Any) -> tuple[SFTExample, GenerationExample]:
     prompt, answer = fields(where, row, "prompt", "answer")
     if row.get("options") is not None:
-        raise DataError(f"{where} has options, and the task's first row has none; give all rows options, or none")
+        raise DataError(
+            f"{where} has options, but the task's first row has none; give options to all rows or to no row"
+        )
     return SFTExample(prompt, answer), GenerationExample(prompt, (answer, *texts(where, row, "aliases")))
 
 

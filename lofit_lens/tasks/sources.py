@@ -1,7 +1,7 @@
-"""Where task files come from: a local folder, or pinned public addresses with checksums.
+"""Where task files come from: a local folder, or pinned public URLs with checksums.
 
-The files are not part of this package (CLUTRR, for one, is CC-BY-NC-4.0): they are fetched once through
-`datasets`, kept in its cache, and used only if their SHA-256 is the expected one.
+The files are not part of this package (CLUTRR, for one, is CC-BY-NC-4.0). They are fetched once through
+`datasets`, kept in its cache, and used only if their SHA-256 matches.
 """
 
 import csv
@@ -23,9 +23,9 @@ OFFICIAL = "https://raw.githubusercontent.com/fc2869/lo-fit/ec2c0f4a20d1173be491
 
 @dataclass(frozen=True)
 class Source:
-    """Files of one task: names relative to `folder`, each with the SHA-256 it must have when fetched.
+    """Files of one task: names relative to `folder`, each with the SHA-256 that a fetched file must have.
 
-    A local folder may also be called by one of the names in `also`.
+    A local folder may also have one of the names in `also`.
     """
 
     folder: str
@@ -34,7 +34,7 @@ class Source:
     also: tuple[str, ...] = ()
 
     def url(self, name: str) -> str:
-        """Public address of one file."""
+        """Public URL of one file."""
         return f"{self.base}/{self.folder}/{name}"
 
 
@@ -46,8 +46,8 @@ def locate(
     Args:
         source: where to fetch from if there is no `data_dir`.
         names: split -> file name.
-        data_dir: a folder that holds the files, or holds the task's folder; None = fetch.
-        optional: splits that may be missing; when fetching, they are left out if no checksum is known.
+        data_dir: a folder that holds the files or the task's folder; None = fetch.
+        optional: splits that may be missing; when fetching, they are skipped if no checksum is known.
 
     Raises:
         DataError: a folder or file is missing, cannot be fetched, or has another checksum.
@@ -58,7 +58,7 @@ def locate(
     root = Path(data_dir)
     if not root.is_dir():
         raise DataError(
-            f"no data folder {root}; give the folder with {', '.join(names.values())}, or none to fetch them"
+            f"no data folder {root}; give the folder with {', '.join(names.values())}, or omit it to fetch them"
         )
     places = (root, *(root / name for name in (source.folder, source.folder.lower(), *source.also)))
     needed = [name for split, name in names.items() if split not in optional]
@@ -73,10 +73,10 @@ def locate(
 
 
 def fetch(url: str, sha256: str) -> Path:
-    """Download through `datasets` (cached) and check.
+    """Download a file through `datasets` (cached) and check its SHA-256.
 
     Raises:
-        DataError: unreachable, or other bytes than expected.
+        DataError: an unreachable URL, or an unexpected SHA-256.
     """
     from datasets import DownloadConfig, DownloadManager
 
@@ -96,7 +96,7 @@ def read_rows(path: str | Path) -> list[Row]:
     """Rows of a .csv, .json (one list), .jsonl or .parquet file, each with its place for error messages.
 
     Raises:
-        DataError: unreadable, not UTF-8, empty, or not the format its name says; names the line.
+        DataError: a file that is unreadable, not UTF-8, empty, or not in the format of its name; names the line.
     """
     path = Path(path)
     if path.suffix not in FORMATS:
@@ -131,7 +131,7 @@ def _csv_rows(path: Path, text: str) -> list[Row]:
     try:
         columns = list(reader.fieldnames or ())
         if twice := [name for i, name in enumerate(columns) if name in columns[:i]]:
-            raise DataError(f"{path}:1: two columns are called {twice[0]!r}; rename one, or leave it out")
+            raise DataError(f"{path}:1: two columns are called {twice[0]!r}; rename or remove one")
         for row in reader:
             if None in row or None in row.values():
                 n = len(columns) + len(row[None]) if None in row else sum(cell is not None for cell in row.values())
@@ -152,7 +152,7 @@ def _jsonl_rows(path: Path, text: str) -> list[Row]:
             continue
         try:
             value: Any = json.loads(line)
-        except (ValueError, RecursionError) as e:  # lists within lists without end, integers of thousands of digits
+        except (ValueError, RecursionError) as e:  # too deeply nested lists, integers of thousands of digits
             raise DataError(f"{path}:{i}: not JSON ({getattr(e, 'msg', e)})") from e
         rows.append((f"{path}:{i}", value))
     return rows

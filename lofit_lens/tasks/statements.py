@@ -1,17 +1,17 @@
-"""A task's questions as statements that are true or false: what probes and reading vectors are fitted on.
+"""A task's questions as true or false statements, on which probes and reading vectors are fitted.
 
-A statement is a prompt with one answer, labelled right or wrong:
+A statement is a prompt with one answer, labeled right or wrong:
 
 - multiple choice: the prompt of the training form with every true and every false answer (on TruthfulQA ITI's form,
   `Q: {question} A: {answer}`, without the six-shot primer),
 - options: the right option, and every other one,
-- generation, where the task has no other form: the learned answer, and for a wrong one the answer of another drawn row that
-  is none of this row's references, drawn by seed. (Neither ITI nor RepE says what a wrong answer is there; this is a choice of
-  this project.)
+- generation, if the task has no other form: the learned answer, and as a wrong one the answer of another drawn row that is
+  not among this row's references, drawn by seed. (Neither ITI nor RepE defines wrong answers for such tasks; this is our
+  choice.)
 
-An answer ends as the task's form writes it; on TruthfulQA that is a full stop, as in ITI's own data (`mc_task.json`). In the
-files that come with LoFiT the same answers have none. It matters where activations are read at the last token (see
-`probing.fit_probes`): there it is the full stop of all statements, or the last word of each. `full_stop` gives either.
+An answer ends as the task's form writes it. On TruthfulQA that is a full stop, as in ITI's own data (`mc_task.json`); in the
+files that come with LoFiT the same answers have none. This matters if activations are read at the last token (see
+`probing.fit_probes`): it is the full stop for all statements, or the last word of each. `full_stop` selects either.
 """
 
 import random
@@ -48,16 +48,16 @@ def statements(
     """Statements of the rows that `task.training_examples(split, n=n, seed=seed)` gives, row by row, right ones first.
 
     Args:
-        task: with training rows, and a test form of the same rows where it asks for choices or options.
+        task: a task with training rows, and with a test form of the same rows if it asks for choices or options.
         split: `"train"` or `"val"`.
-        n: rows; as in `training_examples`.
-        seed: of the draw of rows and of wrong answers.
-        full_stop: True = every answer ends with one, False = none does (an abbreviation's, as that of `U.S.`, stays);
-            None = as the task writes them. Answers of a row that are then alike count once.
+        n: number of rows, as in `training_examples`.
+        seed: seed of the draw of rows and of wrong answers.
+        full_stop: True = every answer ends with a full stop, False = no answer does (except abbreviations such as `U.S.`);
+            None = as the task writes them. Answers of a row that become equal count once.
 
     Raises:
-        InputError: as `training_examples`, no rows in the split, or a `full_stop` of another type.
-        DataError: no wrong answer can be had, since no drawn row has another one.
+        InputError: as in `training_examples`, no rows in the split, or a `full_stop` of another type.
+        DataError: no drawn row has a different answer that could serve as a wrong one.
     """
     check_is(full_stop, (bool, type(None)), "full_stop", "True, False or None")
     drawn, draw, found = task.drawn(split, n=n, seed=seed), random.Random(seed), []
@@ -92,7 +92,7 @@ def _ended(answers: Iterable[str], full_stop: bool | None) -> tuple[str, ...]:
 
 
 def _choices(task: Task, split: str) -> Sequence[TestExample]:
-    """The split's rows in a form that names wrong answers, if the task has one of the same rows."""
+    """The split's rows in a form that names wrong answers, if the task has such a form of the same rows."""
     for rows in (task.test.get(split, ()), *(form.test.get(split, ()) for form in task.forms.values())):
         if rows and isinstance(rows[0], ChoiceExample | OptionExample) and len(rows) == len(task.training[split]):
             return rows
@@ -100,7 +100,7 @@ def _choices(task: Task, split: str) -> Sequence[TestExample]:
 
 
 def _sides(trained: TrainingExample, asked: TestExample | None) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
-    """Prompt, right and wrong answers that the row itself has."""
+    """The row's own prompt, right answers and wrong answers."""
     if isinstance(asked, ChoiceExample):
         return trained.prompt, tuple(dict.fromkeys((asked.best, *asked.true))), tuple(dict.fromkeys(asked.false))
     if isinstance(asked, OptionExample):
@@ -112,7 +112,7 @@ def _sides(trained: TrainingExample, asked: TestExample | None) -> tuple[str, tu
 
 
 def _right(task: Task, split: str, row: int) -> set[str]:
-    """All right answers of a row, as they are compared: the learned one, and the references of a test form of the same rows."""
+    """All right answers of a row, in comparable form: the learned one, and the references of a test form of the same rows."""
     rows = task.test.get(split, ())
     asked = rows[row] if len(rows) == len(task.training[split]) else None
     references = asked.references if isinstance(asked, GenerationExample) else ()
@@ -120,10 +120,10 @@ def _right(task: Task, split: str, row: int) -> set[str]:
 
 
 def _other_answer(answers: Sequence[str], right: set[str], draw: random.Random, name: str) -> str:
-    """One of the answers, each as likely, that is not right."""
+    """Draw one of the answers that are not right, uniformly."""
     if all(_plain(a) in right for a in answers):
         raise DataError(
-            f"{name}: no drawn row has another answer than {', '.join(map(repr, answers))}; none is a wrong one"
+            f"{name}: no drawn row has another answer than {', '.join(map(repr, answers))}, so no wrong answer is available"
         )
     while _plain(answer := draw.choice(answers)) in right:
         pass

@@ -1,13 +1,13 @@
 """TruthfulQA (Lin et al. 2022): DPO pairs to train on, multiple choice to test, two folds as in ITI and LoFiT.
 
-Training form: one pair a question, Best Answer against the first incorrect answer, behind `Q: {question} A:`
-with no space between. Test form "choices": the public evaluation's 'qa' preset behind an instruction; MC1, MC2, MC3 over
-summed log-probs of the answer tokens. Test form "generation": the same prompt, answered freely; whether an answer is true
-or informative is for a judge to say (`evaluate(..., judges=...)`), without one it is only known whether there is an answer.
+Training form: one pair per question, Best Answer against the first incorrect answer, after `Q: {question} A:`
+with no space between. Test form "choices": an instruction, then the public evaluation's 'qa' preset; MC1, MC2, MC3 over
+summed log-probs of the answer tokens. Test form "generation": the same prompt, answered freely. A judge says whether an answer
+is true or informative (`evaluate(..., judges=...)`); without a judge, only whether there is an answer is known.
 
 Test form "binary", which the authors recommend over MC1 and MC2 since January 2025: Best Answer against the one Best Incorrect
-Answer of their newer file (790 questions). Where both answers are shown at once, the authors draw their order at random. Here, as
-in MC1, each is scored alone as a continuation of the same prompt, so that there is no order that could count.
+Answer of their newer file (790 questions). When both answers are shown at once, the authors draw their order at random. Here, as
+in MC1, each answer is scored separately as a continuation of the same prompt, so order cannot matter.
 """
 
 import re
@@ -90,16 +90,16 @@ def load(fold: int | None, data_dir: str | Path | None) -> Task:
 
 
 def with_binary(task: Task, data_dir: str | Path | None) -> Task:
-    """A fold with the form "binary" beside the others: its questions that the authors' newer file has, joined by their text.
+    """Add the form "binary" to a fold: those of its questions that the authors' newer file has, joined by their text.
 
-    The others have no Best Incorrect Answer, and none is guessed: they are left out of this form, and `counted` says how many.
+    The other questions have no Best Incorrect Answer; they are left out of this form, and `counted` says how many.
 
     Args:
-        task: what `load` gives.
-        data_dir: a folder with the authors' `TruthfulQA.csv`, or with a folder truthfulqa that holds it; None = fetch it.
+        task: the task that `load` returns.
+        data_dir: a folder with the authors' `TruthfulQA.csv`, or with a subfolder truthfulqa that holds it; None = fetch it.
 
     Raises:
-        DataError: no such file, one without the column "Best Incorrect Answer", or one that asks a question twice.
+        DataError: the file is missing, lacks the column "Best Incorrect Answer", or asks a question twice.
     """
     name = "TruthfulQA.csv"
     path = fetch(NEWER.url(name), NEWER.files[name]) if data_dir is None else _beside(name, Path(data_dir))
@@ -107,7 +107,7 @@ def with_binary(task: Task, data_dir: str | Path | None) -> Task:
     for where, row in read_rows(path):
         asked, best, wrong = fields(where, row, "Question", "Best Answer", "Best Incorrect Answer")
         if asked in pairs:
-            raise DataError(f"{where}: question {asked!r} is asked twice; leave one")
+            raise DataError(f"{where}: question {asked!r} is asked twice; remove one")
         pairs[asked] = (" " + closed(best), " " + closed(wrong))
     questions = task.in_form("generation").test
     test: dict[str, tuple[OptionExample, ...]] = {}
@@ -139,7 +139,7 @@ def pair(where: str, row: Any) -> PairExample:
 
 
 def choices(where: str, row: Any) -> ChoiceExample:
-    """One multiple-choice question; answers are continuations behind `A:` and start with their space."""
+    """One multiple-choice question; answers are continuations of `A:` and start with their space."""
     question, best, true, false = fields(where, row, "Question", "Best Answer", "Correct Answers", "Incorrect Answers")
     right, wrong = split_answers(true), split_answers(false)
     if not right or not wrong:
@@ -157,18 +157,18 @@ def question(where: str, row: Any) -> GenerationExample:
 
 
 def grade(generated: str, example: GenerationExample) -> dict[str, float]:
-    """Whether there is an answer at all: something other than silence and "I have no comment"."""
+    """Whether there is an answer: anything but an empty text and "I have no comment"."""
     said = before_next_question(generated).rstrip(".").lower()
     return {"answered": float(said not in ("", NO_COMMENT))}
 
 
 def before_next_question(generated: str) -> str:
-    """The answer itself: what stands before the next line that begins with `Q:`, as base models write them, stripped."""
+    """The answer without what a base model goes on to write: the text before the next line that begins with `Q:`, stripped."""
     return re.split(r"(?:^|\n)\s*Q:", generated)[0].strip()
 
 
 def _oddities(rows: Mapping[str, Sequence[Row]]) -> dict[str, int]:
-    """What the public files have and the public evaluation lets pass: empty parts, an answer given twice, or as both kinds."""
+    """Flaws in the public files that the public evaluation accepts: empty answers, duplicates, and answers of both kinds."""
     found: dict[str, int] = {}
     for split, listed in rows.items():
         for where, row in listed:

@@ -1,4 +1,4 @@
-"""The same questions in other words: what an adapter learned may hang on the wording of its prompts."""
+"""The same questions in other words: what an adapter learned may depend on the wording of its prompts."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,15 +9,15 @@ from lofit_lens.tasks.base import Task
 
 
 def reworded(task: Task, replacements: Mapping[str, str], *, name: str = "reworded") -> Task:
-    """The task with its test prompts changed, for evaluation; the training form stays as it is.
+    """The task with changed test prompts, for evaluation; the training form is unchanged.
 
     Args:
-        task: whose prompts are changed.
+        task: the task whose prompts are changed.
         replacements: old text -> new text, replaced everywhere in a prompt, in this order.
-        name: of the wording; the task is called `task:name` and has a `data_hash` of its own.
+        name: name of the wording; the result is called `task:name` and has its own `data_hash`.
 
     Raises:
-        InputError: no replacement, an old text that is empty, or a prompt in which nothing is replaced.
+        InputError: no replacement, an empty old text, or a prompt in which nothing is replaced.
 
     Examples:
         >>> rows = [{"prompt": "Q: 1 + 1? A:", "answer": " 2"}]
@@ -38,7 +38,7 @@ def reworded(task: Task, replacements: Mapping[str, str], *, name: str = "reword
         if found == prompt:
             raise InputError(
                 f"the wording {name!r} changes nothing in the prompt {prompt[-80:]!r} of {task.name}; it replaces "
-                f"{', '.join(map(repr, pairs))}: give texts that every prompt holds"
+                f"{', '.join(map(repr, pairs))}: give texts that occur in every prompt"
             )
         return found
 

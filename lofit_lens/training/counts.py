@@ -1,6 +1,6 @@
-"""How many numbers each method learns or estimates for a model, from its configuration alone.
+"""Count the numbers that each method learns or estimates for a model, from its configuration only.
 
-No weights are read and next to no memory is used: LoRA is counted on peft's own layers in the whole Hugging Face model, RED and
+No weights are read and almost no memory is used. LoRA is counted on peft's own layers in the whole Hugging Face model, RED and
 LoReFT on this package's modules, all on PyTorch's meta device, which has shapes but no numbers.
 """
 
@@ -24,18 +24,18 @@ from lofit_lens.training.config import preset
 def parameter_counts(
     config: Any, *, k: int | None = None, rank: int = RANK, lora_rank: int = LORA_RANK, targets: Iterable[str] = TARGETS
 ) -> dict[str, int]:
-    """Method -> numbers that it learns (LoFiT, RED, LoReFT, LoRA) or estimates (ITI, RepE), all layers edited.
+    """Return method -> count of numbers that it learns (LoFiT, RED, LoReFT, LoRA) or estimates (ITI, RepE), all layers edited.
 
     Args:
         config: a Hugging Face configuration, or the hub id or folder of one, or `"organism"`.
         k: heads of LoFiT 3 % and of ITI; LoFiT 10 % has three times as many, as in the paper. None = the preset's for a model of
             this name (Llama-2-7B 32, Llama-2-13B 48, Gemma-7B 16; others 3 %, rounded).
-        rank: of LoReFT.
-        lora_rank: of LoRA.
+        rank: LoReFT's.
+        lora_rank: LoRA's.
         targets: projections that LoRA changes.
 
     Raises:
-        ModelError: no such configuration, or one that Hugging Face has no language model for.
+        ModelError: no such configuration, or one without a language model in Hugging Face.
         InputError: a k, rank or target that this model cannot have.
     """
     config, name = _read(config)
@@ -44,7 +44,7 @@ def parameter_counts(
         n_layers, n_heads, d_model = text.num_hidden_layers, text.num_attention_heads, text.hidden_size
     except AttributeError as e:
         raise ModelError(f"{name} has no attention heads to count ({e}); give a transformer's configuration") from e
-    # Of latent attention (DeepSeek) head_dim is that of the keys' rotary part.
+    # With latent attention (DeepSeek), head_dim is that of the keys' rotary part.
     d_head = getattr(text, "v_head_dim", None) or getattr(text, "head_dim", None) or d_model // n_heads
     info = ModelInfo(
         name, None, "bridge", False, "float32", n_layers, n_heads, d_model, 0, head_layers=planned_head_layers(config)
@@ -99,7 +99,7 @@ def _lora(config: Any, targets: tuple[str, ...], rank: int, shape: tuple[int, in
         if {n.rpartition(".")[2] for n, _ in model.named_modules()}.issuperset(names):
             changed: Any = inject_adapter_in_model(LoraConfig(r=rank, target_modules=names), model)
             return sum(p.numel() for n, p in changed.named_parameters() if "lora_" in n)
-        # One matrix for q, k and v (GPT-2, GPT-NeoX): the bridge cuts it, and LoRA changes the parts.
+        # One matrix for q, k and v (GPT-2, GPT-NeoX): the bridge splits it, and LoRA changes the parts.
         narrow = (getattr(text, "num_key_value_heads", None) or n_heads) * d_head
         whole, d_model = n_heads * d_head, text.hidden_size
         sizes = {"q": (d_model, whole), "k": (d_model, narrow), "v": (d_model, narrow), "o": (whole, d_model)}

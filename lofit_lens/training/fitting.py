@@ -1,4 +1,4 @@
-"""Train any adapter on a task, alone or several at once: the part that all methods share."""
+"""Train any adapter on a task, or several at once: the part that all methods share."""
 
 import contextlib
 import functools
@@ -54,37 +54,37 @@ def fit(
     passes: Passes = FAST,
     progress: bool = True,
 ) -> None:
-    """Train an adapter's trainable parameters on a task, in place, and write its `meta`.
+    """Train an adapter's trainable parameters on a task, in-place, and write its `meta`.
 
-    The model is frozen and in eval mode meanwhile; DPO's reference is the model as it stands, with this adapter off, unless
-    another is given.
+    The model is frozen and in eval mode during training. DPO's reference is the model in its current state, with this adapter
+    off, unless another is given.
 
     Args:
-        adapter: an `Adapter` (or `Lora`) with the parameters to train set to `requires_grad`; at the end none is.
+        adapter: an `Adapter` (or `Lora`) whose parameters to train have `requires_grad`; at the end none has.
         model: the model it belongs to.
         task: what to learn, or its name.
         config: hyperparameters.
-        seed: of the draw of examples and of the row order.
+        seed: seed of the draw of examples and of the row order.
         n_train: training examples drawn; None = the task's own number.
         penalty: added to the loss as `config.l1 * penalty()`.
-        identity: what tells this run from others, for the checkpoint; beside method, positions, task, data and model.
-        order: which of the drawn examples each epoch visits, by index and in which order: one list for each epoch, all of one
+        identity: what distinguishes this run, for the checkpoint, besides method, positions, task, data and model.
+        order: the indices of the drawn examples that each epoch visits, in order: one list for each epoch, all of equal
             length; None = `row_order(n, seed=seed, epoch=epoch)`.
-        reference: DPO's reference, `[rows, 2]`: summed log-probs (nats) of chosen and rejected of each drawn example, as
-            `reference_log_probs` gives them of any model; None = of the model as it stands.
-        label: text in front of the bar.
+        reference: DPO's reference, `[rows, 2]`: summed log-probs (nats) of chosen and rejected for each drawn example, as
+            `reference_log_probs` gives them for any model; None = those of the model in its current state.
+        label: text before the bar.
         checkpoint: state file for Ctrl-C and resume; see `training.loop.train_together`.
         on_step: called after every new step with its record: step and epoch (from 1), loss (without the penalty), l1 (raw),
             grad_norm, lr.
-        passes: how a step goes through the model; changes nothing beyond rounding.
+        passes: how a step runs the model; changes nothing beyond rounding.
         progress: show a bar.
 
     Raises:
-        InputError: the adapter acts on a sequence's last position alone, which no answer's token is predicted from; no training
+        InputError: the adapter acts only on a sequence's last position, which predicts no token of an answer; no training
             rows; or an order, reference or schedule that does not fit.
         AdapterError: the adapter does not fit the model, or is attached.
         DataError: a training row longer than the model's context.
-        TrainingDiverged: NaN or infinity. It and Ctrl-C's KeyboardInterrupt carry the adapter as it was after the last good
+        TrainingDiverged: NaN or infinity. This error, and Ctrl-C's KeyboardInterrupt, carry the adapter after its last good
             step in `.adapter`.
     """
     check_adapter(adapter)
@@ -112,19 +112,19 @@ def fit_together(
     progress: bool = True,
     label: str = "",
 ) -> list[TrainingDiverged | None]:
-    """Train adapters in the same passes over the model, each as `fit` trains it alone.
+    """Train adapters in the same passes over the model, each as `fit` trains a single one.
 
     Args:
         model: the model they belong to.
         fits: what to train.
-        attached: model -> context in which the adapters act: of a single one its `attached`, else `side_by_side`.
+        attached: model -> context in which the adapters act: `attached` of a single one, else `side_by_side`.
         checkpoint: one state file for all.
-        passes: how a step goes through the model.
+        passes: how a step runs the model.
         progress: show a bar.
-        label: text in front of the bar.
+        label: text before the bar.
 
     Returns:
-        For each its error if it diverged, with the adapter after its last good step in `.adapter`; None = trained to its end.
+        For each adapter, its error if it diverged, with the adapter after its last good step in `.adapter`; None = completed.
 
     Raises:
         InputError, AdapterError, DataError, KeyboardInterrupt: as `fit`.
@@ -143,7 +143,7 @@ def fit_together(
     runs: list[Training] = []
     weights = functools.cache(lambda: fingerprint(model))
     with _kept(fits), frozen(model), passes.ready(model):
-        # DPO's reference first: the adapters are off.
+        # DPO's reference comes first, while the adapters are off.
         objectives = []
         for one, examples in zip(fits, drawn, strict=True):
             how = {"passes": passes, "batch_size": one.config.batch_size, "weights": weights}
@@ -181,7 +181,7 @@ def _check_positions(adapter: Any) -> None:
 
 
 def _identity(one: FitSpec, info: ModelInfo) -> dict[str, Any]:
-    """What tells a run from others, for its checkpoint."""
+    """Return what distinguishes a run, for its checkpoint."""
     given = {} if one.reference is None else {"reference": io.digest(one.reference.tolist())}
     return {
         "method": getattr(one.adapter, "method", type(one.adapter).__name__),
@@ -191,16 +191,16 @@ def _identity(one: FitSpec, info: ModelInfo) -> dict[str, Any]:
 
 
 def _weights(info: ModelInfo) -> dict[str, Any]:
-    """The model without its name where its weights are known: a folder may be moved between stop and resume."""
+    """Describe the model without its name if its weights are known: a folder may be moved between stop and resume."""
     found = info.to_dict()
     return {k: v for k, v in found.items() if k != "name"} if info.revision else found
 
 
 @contextlib.contextmanager
 def _kept(fits: Sequence[FitSpec]) -> Iterator[None]:
-    """Leave nothing trainable, and hand a single adapter over with the Ctrl-C that stops its training.
+    """Leave nothing trainable at the end, and attach a single adapter to the Ctrl-C that stops its training.
 
-    Around `frozen`, which makes weights trainable again.
+    It must enclose `frozen`, which makes weights trainable again.
     """
     try:
         yield

@@ -1,21 +1,21 @@
-"""JoLA: which heads, and whether to scale or to shift them, learned together with the edits (arXiv 2502.01179, ICML 2025).
+"""JoLA: learn which heads to edit, and whether to scale or shift them, together with the edits (arXiv 2502.01179, ICML 2025).
 
-    z <- (1 + g_A A) z + g_v v                     two hard-concrete gates a head, g_A and g_v, from the numbers phi
+    z <- (1 + g_A A) z + g_v v                     two hard-concrete gates per head, g_A and g_v, from the numbers phi
 
-    in training     g = clip(1.2 sigmoid((logit(u) + phi) / 0.33) - 0.1, 0, 1)     u uniform, drawn anew in each step
+    in training     g = clip(1.2 sigmoid((logit(u) + phi) / 0.33) - 0.1, 0, 1)     u uniform, redrawn in each step
     afterwards      g = clip(1.2 sigmoid(phi) - 0.1, 0, 1)
     penalty         [lambda P(phi_v) + (1 - lambda) P(phi_A)] / heads,   lambda = 0.1 exp(-0.01 t) after t steps
                     P = sum over layers of the mean over heads of sigmoid(phi - 0.33 log(0.1 / 1.1))
 
-Fitted it is a LoFiT adapter: A' = g_A A and v' = g_v v. As in the authors' code (github.com/wenlai-lavine/jola, commit e2b73ce) u
-is drawn once per head, gate and step, u <- (1 - 2e-6) u + 1e-6, and P's sigmoid is kept within [1e-6, 1 - 1e-6]. Training is held
-to recorded numbers of that code (`tests/test_jola_official.py`).
+After fitting, it is a LoFiT adapter: A' = g_A A and v' = g_v v. As in the authors' code (github.com/wenlai-lavine/jola, commit
+e2b73ce), u is drawn once per head, gate and step, u <- (1 - 2e-6) u + 1e-6, and P's sigmoid is kept within [1e-6, 1 - 1e-6].
+Training is tested against recorded numbers of that code (`tests/test_jola_official.py`).
 
-It differs here in what is around the method:
+The training around the method differs:
 
-- The base model is frozen in full. The authors' code freezes what is below the unembedding, and trains that along with the edits.
-- The last step is kept. Theirs is of the epoch with the lowest penalised validation loss; two epochs without a lower one end it.
-- lambda falls with training steps only; there each validation batch lowers it too.
+- The base model is fully frozen. The authors' code freezes everything below the unembedding, and trains the unembedding too.
+- The last step is kept. They keep the epoch with the lowest penalized validation loss, and stop after two epochs without a lower.
+- lambda falls only with training steps; in their code each validation batch lowers it too.
 - Answers are learned with the end token, and prompts are the task's own.
 - Rotary embeddings are the model's own. Theirs for Llama have base 10,000 and no scaling, whatever the model's config says.
 """
@@ -43,16 +43,16 @@ TEMPERATURE, LOW, HIGH, EPS = 0.33, -0.1, 1.1, 1e-6
 WEIGHT, DECAY = 0.1, 0.01  # lambda = WEIGHT exp(-DECAY t)
 CONFIG = TrainConfig(lr=5e-3, epochs=20, l1=1.0, schedule="cosine", warmup_steps=50)
 ON_ORGANISM = 5e-2  # learning rate on the embedded model, whose steps are few
-TIE = 1e-6  # weight of the gated norm in the score, among gates that are alike
+TIE = 1e-6  # weight of the gated norm in the score, to rank heads with equal gates
 
 
 def jola_config(info: ModelInfo) -> TrainConfig:
-    """Settings to start from: the authors', with a larger learning rate on the embedded model."""
+    """Return settings to start from: the authors', with a larger learning rate on the embedded model."""
     return CONFIG.with_changes(lr=ON_ORGANISM, warmup_steps=10) if info.name == "organism" else CONFIG
 
 
 def gate(phi: Float[Tensor, "*any"], u: Float[Tensor, "*any"] | None = None) -> Float[Tensor, "*any"]:
-    """Gates in [0, 1]: with noise u in (0, 1) those of training, without those afterwards.
+    """Compute gates in [0, 1]: with noise u in (0, 1) those of training, without it those after training.
 
     Examples:
         >>> gate(torch.tensor([-10.0, 0.0, 10.0])).tolist()
@@ -63,12 +63,12 @@ def gate(phi: Float[Tensor, "*any"], u: Float[Tensor, "*any"] | None = None) -> 
 
 
 def penalty(phi: Float[Tensor, "layers heads"]) -> Float[Tensor, ""]:
-    """How likely gates are open: the mean over a layer's heads, summed over layers."""
+    """Compute how likely gates are open: the mean over a layer's heads, summed over layers."""
     return torch.sigmoid(phi - TEMPERATURE * math.log(-LOW / HIGH)).clamp(EPS, 1 - EPS).mean(dim=1).sum()
 
 
 class Gated(Lofit):
-    """LoFiT on every head with a gate on A and one on v; it exists while it is trained.
+    """LoFiT on every head with a gate on A and one on v; it exists only during training.
 
     Attributes:
         phi: `[2, n_layers, n_heads]`, of the gates on A and on v.
@@ -81,7 +81,7 @@ class Gated(Lofit):
 
     @torch.no_grad()
     def start_(self, seed: int, std: float) -> "Gated":
-        """A, v ~ N(0, std^2); phi ~ U(-a, a), a = sqrt(6 / (1 + heads)), as Xavier draws [heads, 1]. All of it is trainable."""
+        """Draw A, v ~ N(0, std^2) and phi ~ U(-a, a), a = sqrt(6 / (1 + heads)), as Xavier for [heads, 1]; all are trainable."""
         check_seed(seed)
         generator, self.seed = torch.Generator().manual_seed(seed), seed
         for part in (self.A, self.v):
@@ -93,13 +93,13 @@ class Gated(Lofit):
         return self
 
     def begin_step(self, done: int) -> None:
-        """Draw the noise of the next step; the same for all passes of it, and again after a stop."""
+        """Draw the noise of the next step: the same for all its passes, and again after a resume."""
         self.done = done
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + done + 1)
         self.u = torch.rand(self.phi.shape, generator=generator).to(self.phi.device)
 
     def penalty(self) -> Tensor:
-        """Of the step that was begun; layers without heads are left out."""
+        """Return the penalty of the current step; layers without heads are left out."""
         grid = check_shape(self.heads.shape)
         weight = WEIGHT * math.exp(-DECAY * self.done)
         of_A, of_v = (penalty(phi[list(grid.layers)]) for phi in self.phi)
@@ -114,9 +114,9 @@ class Gated(Lofit):
 
     @torch.no_grad()
     def fitted(self) -> tuple[Lofit, HeadScores]:
-        """The LoFiT adapter of the heads with a gate that is not closed, and every head's score: g_A + g_v.
+        """Return the LoFiT adapter of the heads with an open gate, and every head's score: g_A + g_v.
 
-        Heads with equal gates are ranked by the norm of what these let through.
+        Heads with equal gates are ranked by the norm of what the gates let through.
         """
         g = gate(self.phi)
         A, v = g[0][..., None] * self.A, g[1][..., None] * self.v
@@ -151,7 +151,7 @@ def fit_jola(
     Args:
         model: any HookedTransformer or TransformerBridge; left as it was.
         task: what to learn, or its name.
-        seed: of the init, the noise, the row order and the draw of training examples.
+        seed: seed of the init, the noise, the row order and the draw of training examples.
         config: None = the authors' settings (`CONFIG`); `config.l1` multiplies the whole penalty.
         n_train: training examples drawn; None = the task's own number (the authors take 200).
         checkpoint: state file, for Ctrl-C and resume.
@@ -159,7 +159,7 @@ def fit_jola(
         progress: show a bar.
 
     Returns:
-        The adapter, of the heads with a gate that is not closed, and every head's score, the sum of its two gates;
+        The adapter of the heads with a gate that is not closed, and every head's score, the sum of its two gates;
         `scores.meta["open"]` counts the gates that are not closed. With the authors' settings that may well be all of them.
 
     Raises:
@@ -185,7 +185,7 @@ def jola_scores(
     on_step: OnStep | None = None,
     progress: bool = True,
 ) -> HeadScores:
-    """The sum of each head's two gates after training; arguments and errors as in `fit_jola`."""
+    """Score each head by the sum of its two gates after training; arguments and errors as in `fit_jola`."""
     return fit_jola(
         model,
         task,

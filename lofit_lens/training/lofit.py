@@ -3,18 +3,18 @@
 1. `select_heads`: train A on every head (v = 0) with task loss + lambda * sum |A|; score a head by the L2 norm of its A.
 2. `tune_offsets`: from the unmodified model, train v on the chosen heads (A = 0).
 
-`tune_many` takes many such trainings in one pass over the frozen model: seeds, tasks, head sets, K, learning rates and L1
-weights. The rows of all go through the model together, each edited by its own run's A and v. Loss, clip, schedule, order of rows
-and end are those of the run trained alone, and what it learns is the same up to rounding. `Passes.token_budget` bounds the rows
-of a pass, whatever the number of runs.
+`tune_many` runs many such trainings in the same passes over the frozen model: seeds, tasks, head sets, K, learning rates and L1
+weights. The rows of all runs go through the model together, each edited by its own run's A and v. Each run has the loss, clip,
+schedule, order of rows and end that it has when trained by itself, and learns the same up to rounding. `Passes.token_budget`
+bounds the rows of a pass, whatever the number of runs.
 
-Whether step 1 trained enough to rank heads is seen in what it moved. A starts as a small random draw A_0, and AdamW's first steps
-move every entry by about the learning rate, whatever the head; so at first the norms of A differ between heads as the draw does.
+Whether step 1 trained enough to rank heads shows in what it moved. A starts as a small random draw A_0, and AdamW's first steps
+move every entry by about the learning rate, whatever the head. So at first the norms of A differ between heads as the draw does.
 `trained_share` is the squared correlation, over heads, of |A| with |A - A_0|: the share of the differences between heads' scores
-that goes along with how far training moved them. It is near 0 at the start and near 1 once the draw no longer matters; below
-a half a warning says so. It needs neither a second run nor validation rows.
+that follows how far training moved them. It is near 0 at the start and near 1 once the draw no longer matters; below
+one half a warning says so. It needs neither a second run nor validation rows.
 
-DPO's reference is the model with the adapter off, computed once before training. (The official code takes it after the
+DPO's reference is the model with the adapter off, computed once before training. (The official code computes it after the
 random init; the difference is 0.1 nats at most.)
 """
 
@@ -42,7 +42,7 @@ from lofit_lens.training.losses import l1_norm
 from lofit_lens.training.objective import encoded_rows
 from lofit_lens.training.passes import FAST, Passes
 
-LEAST_SHARE = 0.5  # of `trained_share`; below, a ranking of heads is mostly the random start
+LEAST_SHARE = 0.5  # of `trained_share`; below it, a ranking of heads mostly reflects the random start
 log = logging.getLogger(__name__)
 
 
@@ -64,22 +64,22 @@ def select_heads(
     Args:
         model: any HookedTransformer or TransformerBridge; left as it was.
         task: what to learn, or its name.
-        heads: train A on these alone (all others score 0), e.g. where some layers have no reachable heads; None = all.
-        seed: of the init, the row order and the draw of training examples.
+        heads: train A only on these (all others score 0), e.g. if some layers have no reachable heads; None = all.
+        seed: seed of the init, the row order and the draw of training examples.
         config: hyperparameters; None = the preset for this task and model.
         n_train: training examples drawn; None = the task's own number.
         checkpoint: state file for Ctrl-C and resume; see `training.loop.train_together`.
         on_step: called with every new step's record; see `training.fit`.
-        passes: how a step goes through the model (bound on memory, shortcuts); changes nothing beyond rounding.
+        passes: how a step runs the model (bound on memory, shortcuts); changes nothing beyond rounding.
         progress: show a bar.
 
     Returns:
         Scores `[n_layers, n_heads]`; `.top(k)` gives the heads. `.meta` holds config, seed, history and versions, and
-        `"trained_share"` (see `trained_share`), of which a warning says when it is too small to rank heads.
+        `"trained_share"` (see `trained_share`); a warning says if that is too small to rank heads.
 
     Raises:
         DataError: a training row longer than the model's context.
-        TrainingDiverged: NaN or infinity. It and Ctrl-C's KeyboardInterrupt carry the adapter as it was after the last
+        TrainingDiverged: NaN or infinity. This error, and Ctrl-C's KeyboardInterrupt, carry the adapter after its last
             good step in `.adapter`.
     """
     lofit = tune_scalings(
@@ -90,9 +90,9 @@ def select_heads(
 
 
 def learned_scores(lofit: Lofit, component: Component, *, kind: str) -> HeadScores:
-    """L2 norm of every head's A or v as trained, with the training's record as `.meta`.
+    """Return the L2 norm of every head's trained A or v, with the training's record as `.meta`.
 
-    Where the training hardly moved them (`trained_share`), a warning says what to change.
+    If training hardly moved them (`trained_share`), a warning says what to change.
     """
     check_is(lofit, Lofit, "lofit", LOFIT)
     scores, record, share = lofit.norms(component), record_of(lofit.meta), trained_share(lofit, component)
@@ -102,7 +102,7 @@ def learned_scores(lofit: Lofit, component: Component, *, kind: str) -> HeadScor
             config, n = lofit.meta.config, len(lofit.meta.history)
             log.warning(
                 "scores of heads by %s on %s: after %d steps only %.0f %% of the differences between heads come from training, "
-                "the rest from the random start, so that their order means little; train for more epochs (epochs=%d, "
+                "the rest from the random start, so their order means little; train for more epochs (epochs=%d, "
                 "max_steps=%s) or with a higher learning rate (lr=%g)",
                 kind, lofit.meta.task, n, 100 * share, config["epochs"], config["max_steps"], config["lr"],
             )  # fmt: skip
@@ -110,9 +110,9 @@ def learned_scores(lofit: Lofit, component: Component, *, kind: str) -> HeadScor
 
 
 def trained_share(lofit: Lofit, component: Component) -> float | None:
-    """Squared correlation over heads of the norm of A (or v) with the norm of its change since the random start, 0 to 1.
+    """Compute the squared correlation over heads of the norm of A (or v) with the norm of its change since the start, 0 to 1.
 
-    Negative correlations count as 0. None where it is not known: fewer than 3 heads, or a start that the adapter's provenance
+    Negative correlations count as 0. None if it is unknown: fewer than 3 heads, or a start that the adapter's provenance
     does not name.
     """
     seed, std = lofit.meta.seed, lofit.meta.config.get("init_std")
@@ -127,7 +127,7 @@ def trained_share(lofit: Lofit, component: Component) -> float | None:
 
 
 def record_of(meta: AdapterMeta) -> dict[str, Any]:
-    """What a training that scores heads says of itself in `HeadScores.meta`."""
+    """Return the record of a training that scores heads, for `HeadScores.meta`."""
     return {
         "step": "head selection", "model": meta.model.to_dict() if meta.model else None,
         **{name: getattr(meta, name) for name in KEPT if name != "metrics"}, "attached": meta.attached,
@@ -147,7 +147,7 @@ def tune_scalings(
     passes: Passes = FAST,
     progress: bool = True,
 ) -> Lofit:
-    """Train A alone (v = 0) and keep it; on every head by default. Arguments and errors as in `select_heads`."""
+    """Train only A (v = 0) and keep it; on every head by default. Arguments and errors as in `select_heads`."""
     run = LofitRun(task, "A", heads, seed=seed, config=config, n_train=n_train, on_step=on_step)
     return _tune(model, run, passes, checkpoint, progress)
 
@@ -183,8 +183,8 @@ class LofitRun:
     Args:
         task: what to learn, or its name.
         component: `"A"` (v = 0, with the L1 penalty) or `"v"` (A = 0).
-        heads: heads that are edited; None = every head.
-        seed: of the init, the row order and the draw of training examples.
+        heads: the edited heads; None = every head.
+        seed: seed of the init, the row order and the draw of training examples.
         config: hyperparameters; None = the preset for this task and model.
         n_train: training examples drawn; None = the task's own number.
         on_step: called with every new step's record.
@@ -199,7 +199,7 @@ class LofitRun:
     on_step: OnStep | None = None
 
     def check(self, model: Any) -> None:
-        """Raise what its training would raise before the first step.
+        """Raise the errors that its training would raise before the first step.
 
         Raises:
             InputError: heads outside the model, or too few training rows.
@@ -209,7 +209,7 @@ class LofitRun:
         encoded_rows(model, task_of(self.task).training_examples("train", n=self.n_train, seed=self.seed))
 
     def fit(self, model: Any) -> FitSpec:
-        """The training that this asks for, with a new adapter on the model's device."""
+        """Return the training that this describes, with a new adapter on the model's device."""
         check_one_of("component", self.component, ("A", "v"))
         lofit, task = Lofit.for_model(model, self.heads), task_of(self.task)
         known = preset(model_info(model), task.family, task.objective)
@@ -238,20 +238,20 @@ def tune_many(
     checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> list[Lofit | TrainingDiverged]:
-    """Train several LoFiT adapters side by side; tasks with SFT and DPO, A and v may mix.
+    """Train several LoFiT adapters side by side; tasks with SFT and DPO, and A and v, may be mixed.
 
-    Head scores of a run that trained A: `learned_scores(lofit, "A", kind="A-norm")`.
+    `learned_scores(lofit, "A", kind="A-norm")` gives the head scores of a run that trained A.
 
     Args:
         model: any HookedTransformer or TransformerBridge; left as it was.
-        runs: what to train. One alone is trained as by `tune_scalings` or `tune_offsets`, to the bit.
-        passes: how the rows of a step go through the model.
+        runs: what to train. A single run is trained as by `tune_scalings` or `tune_offsets`, bit for bit.
+        passes: how a step runs the model.
         checkpoint: one state file for all runs, for Ctrl-C and resume; see `training.loop.train_together`.
         progress: show one bar.
 
     Returns:
-        For each run the adapter, on the model's device and not attached; or the error of a run that diverged, with the adapter
-        after its last good step in `.adapter`. The others go on.
+        For each run the adapter, on the model's device and not attached; or the error if it diverged, with the adapter
+        after its last good step in `.adapter`. The other runs continue.
 
     Raises:
         InputError: no run; heads outside the model; a checkpoint of other runs.

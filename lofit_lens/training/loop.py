@@ -1,7 +1,7 @@
 """The only training loop: AdamW, a learning rate that falls to 0, global clip, last step kept. For one adapter, or for several.
 
-It knows rows by their index alone; what a row is and what its loss is belongs to the caller. Epoch e visits the rows in
-the order `torch.randperm(n)` of a generator seeded with `seed + e` (the official order), consecutive rows form the
+It knows rows only by their index; the caller defines rows and their loss. Epoch e visits the rows in
+the order `torch.randperm(n)` of a generator seeded with `seed + e` (the official order); consecutive rows form the
 steps. A stop, by Ctrl-C or by NaN, always falls between two steps.
 """
 
@@ -35,16 +35,16 @@ StepOf = Callable[[Sequence[Share]], Sequence[Tensor]]
 
 
 def row_order(n_rows: int, *, seed: int, epoch: int) -> list[int]:
-    """Order in which an epoch visits the rows."""
+    """Return the order in which an epoch visits the rows."""
     return torch.randperm(n_rows, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
 
 
 @dataclass(frozen=True, eq=False)
 class FitSpec:
-    """One training that is asked for; see `training.fit` for what its fields mean."""
+    """One requested training; see `training.fit` for the meaning of its fields."""
 
     adapter: Any
-    task: Any  # nothing to the loop
+    task: Any  # the loop does not use it
     config: TrainConfig
     seed: int
     n_train: int | None = None
@@ -59,13 +59,13 @@ class Training:
     """One fit under way: its rows, optimizer, schedule and records.
 
     Args:
-        asked: what is learned and how; parameters of its adapter with `requires_grad` are updated.
+        asked: what to learn and how; parameters of its adapter with `requires_grad` are updated.
         n_rows: number of training rows.
-        identity: what this training is, beside config, seed, rows and order; a checkpoint of another one is refused.
+        identity: what this training is, besides config, seed, rows and order; a checkpoint of another one is refused.
 
     Attributes:
-        history: one record for each step that was taken.
-        error: why it was stopped before its end, if it was; the adapter keeps the last good step's values.
+        history: one record per step taken.
+        error: why it stopped before its end, if it did; the adapter keeps the last good step's values.
 
     Raises:
         InputError: nothing to train, no rows, a row order that does not fit, or a schedule shorter than the training.
@@ -106,12 +106,12 @@ class Training:
 
     @property
     def ended(self) -> bool:
-        """All steps are done, or it diverged."""
+        """Whether all steps are done, or it diverged."""
         return self.error is not None or len(self.history) >= self.last
 
     @property
     def at_epoch_end(self) -> bool:
-        """The last step done was an epoch's last one, or the last of all."""
+        """Whether the last step taken was an epoch's last, or the last of all."""
         return len(self.history) % self.steps_per_epoch == 0 or len(self.history) == self.last
 
     def rows(self) -> Sequence[int]:
@@ -126,7 +126,7 @@ class Training:
         return self._order[1][place * self.config.batch_size : (place + 1) * self.config.batch_size]
 
     def begin(self) -> None:
-        """Set the learning rate of the next step, drop old gradients, and tell the adapter which step it is, if it asks."""
+        """Set the next step's learning rate, drop old gradients, and tell the adapter which step it is, if it wants to know."""
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr
         self.optimizer.zero_grad(set_to_none=True)
@@ -138,7 +138,7 @@ class Training:
         return self.config.lr_at(len(self.history), self.span)
 
     def clipped(self) -> tuple[Tensor, Tensor]:
-        """Add the penalty's gradient to the loss's, and clip; raw penalty and gradient norm before the clip."""
+        """Add the penalty's gradient to the loss's, and clip; return the raw penalty and the gradient norm before clipping."""
         some, penalty = next(iter(self.learned.values())), self.asked.penalty
         l1 = some.new_zeros(()) if penalty is None else penalty()
         if penalty is not None:
@@ -146,7 +146,7 @@ class Training:
         return l1.detach(), torch.nn.utils.clip_grad_norm_(self.learned.values(), self.config.clip)
 
     def finish(self, loss: float, l1: float, norm: float) -> str | None:
-        """Take the step and keep its record; the name of a value that is not finite, and then no step."""
+        """Take the step and keep its record; if a value is not finite, take no step and return the value's name."""
         done = len(self.history)
         record = {
             "step": done + 1, "epoch": done // self.steps_per_epoch + 1, "loss": loss, "l1": l1, "grad_norm": norm,
@@ -172,16 +172,16 @@ class Training:
 
 
 def _checked(order: Sequence[Sequence[int]], n_rows: int, epochs: int) -> int:
-    """How many rows each epoch of a given order visits.
+    """Return how many rows each epoch of a given order visits.
 
     Raises:
-        InputError: not one list for each epoch, lists of different lengths or empty, or a row that is not there.
+        InputError: not one list for each epoch, empty lists or lists of different lengths, or a row that does not exist.
     """
     lists = isinstance(order, Sequence) and all(isinstance(rows, Sequence) for rows in order)
     sizes = {len(rows) for rows in order} if lists else {0}
     if len(sizes) != 1 or 0 in sizes or len(order) != epochs:
         raise InputError(
-            f"order is {shown(order)}; give {epochs} lists of rows (one for each epoch), all of one length"
+            f"order is {shown(order)}; give {epochs} lists of rows (one for each epoch), all of equal length"
         )
     for rows in order:
         for row in rows:
@@ -200,12 +200,12 @@ def train_together(
     """Take the steps of several runs side by side, each with its own rows, schedule, clip and end.
 
     Args:
-        runs: what to train; histories are filled. A run that diverges stops with its `error`, the others go on.
-        step_of: the next rows of each run that is not at its end -> its task loss. It runs the backward pass, too.
-        checkpoint: a file that holds the state of all runs at an epoch's end (of the first run that is not at its end) and at
-            Ctrl-C; an existing one is resumed from, to the same numbers as if never stopped. It is left in place at the end.
+        runs: what to train; histories are filled. A run that diverges stops with its `error`; the others continue.
+        step_of: the next rows of each unfinished run -> its task loss. It also runs the backward pass.
+        checkpoint: a file with the state of all runs at an epoch's end (of the first unfinished run) and at
+            Ctrl-C. Training resumes from an existing one, with the same numbers as if never stopped. It stays at the end.
         progress: show a bar with loss, L1 and steps per second.
-        label: text in front of the bar.
+        label: text before the bar.
 
     Raises:
         InputError: `checkpoint` belongs to other runs.
@@ -218,7 +218,7 @@ def train_together(
     state.resume()
     longest = max(runs, key=lambda r: r.last)
     with (
-        torch.enable_grad(),  # whatever was switched off around: nothing else here keeps a graph
+        torch.enable_grad(),  # even if the caller switched it off: nothing else here keeps a graph
         first_ctrl_c() as interrupted,
         tqdm(total=longest.last, initial=len(longest.history), desc=label, disable=not progress, unit="step") as bar,
     ):
@@ -227,7 +227,7 @@ def train_together(
                 runs[i].begin()
             losses = step_of([(i, runs[i].rows()) for i in going])
             values = [x for i, loss in zip(going, losses, strict=True) for x in (loss, *runs[i].clipped())]
-            # One wait for the device a step.
+            # One wait for the device per step.
             found = rearrange(
                 torch.stack([x.to(values[0].device) for x in values]), "(run value) -> run value", value=3
             ).tolist()
@@ -242,7 +242,9 @@ def train_together(
                 state.save()
             if stop:
                 where = (
-                    f"run it again to go on from {state.path}" if state.path else "give checkpoint=FILE to go on later"
+                    f"run it again to resume from {state.path}"
+                    if state.path
+                    else "give checkpoint=FILE to resume later"
                 )
                 raise KeyboardInterrupt(f"stopped after step {len(longest.history)} of {longest.last}; {where}")
     for run in runs:
@@ -250,17 +252,15 @@ def train_together(
 
 
 def check_gradients(*tensors: Tensor) -> None:
-    """Raise InputError under `torch.inference_mode()`, or where one of these was made under it: no gradient goes through."""
+    """Raise InputError under `torch.inference_mode()`, or if one of these was made under it: no gradient goes through."""
     if torch.is_inference_mode_enabled():
         raise InputError("gradients are needed, and torch.inference_mode() forbids them: leave its block first")
     if any(t.is_inference() for t in tensors):
-        raise InputError(
-            "this was made under torch.inference_mode(), so that no gradient goes through it: make it outside"
-        )
+        raise InputError("this was made under torch.inference_mode(), so no gradient goes through it: make it outside")
 
 
 class _State:
-    """Parameters, optimiser moments and histories of all runs, in one safetensors file."""
+    """Parameters, optimizer moments and histories of all runs, in one safetensors file."""
 
     def __init__(self, runs: Sequence[Training], path: Path | None) -> None:
         self.runs, self.path = runs, path
@@ -293,7 +293,7 @@ class _State:
             differ = ", ".join(other) if len(was) == len(now) else f"{len(was)} runs, not {len(now)}"
             raise InputError(
                 f"{self.path} is the state of another run (it differs in {differ}); "
-                "remove it to start anew, or give another path"
+                "remove it to start again, or give another path"
             )
         for i, (run, record) in enumerate(zip(self.runs, listed, strict=True)):
             self._resume(i, run, record, tensors)
@@ -324,7 +324,7 @@ class _State:
 
 @contextlib.contextmanager
 def first_ctrl_c() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a flag that is read between two steps; the second acts at once. Only the main thread can."""
+    """Turn the first Ctrl-C into a flag that is read between two steps; the second acts at once. Only for the main thread."""
     seen: list[bool] = []
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False

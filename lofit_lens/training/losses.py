@@ -12,19 +12,19 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-NO_LABEL = -100  # stands where no token is to be predicted
+NO_LABEL = -100  # marks places without a token to predict
 
 
 def label_log_probs(
     logits: Float[Tensor, "batch pos d_vocab"], tokens: Int[Tensor, "batch pos"], labels: Bool[Tensor, "batch pos"]
 ) -> Float[Tensor, " n_labels"]:
-    """Log-prob (nats, at least float32) of every label token given the tokens before it, in row-major order."""
+    """Return the log-prob (nats, at least float32) of every label token given the tokens before it, in row-major order."""
     wanted = labels[:, 1:]
     return token_log_probs(logits[:, :-1][wanted], tokens[:, 1:][wanted])
 
 
 def token_log_probs(logits: Float[Tensor, "n d_vocab"], tokens: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """Log-prob (nats, at least float32) of each token, 0 for `NO_LABEL`."""
+    """Return the log-prob (nats, at least float32) of each token, 0 for `NO_LABEL`."""
     scores = logits if logits.dtype == torch.float64 else logits.float()
     return -F.cross_entropy(scores, tokens, reduction="none", ignore_index=NO_LABEL)
 
@@ -32,12 +32,12 @@ def token_log_probs(logits: Float[Tensor, "n d_vocab"], tokens: Int[Tensor, " n"
 def summed_log_probs(
     logits: Float[Tensor, "batch pos d_vocab"], tokens: Int[Tensor, "batch pos"], labels: Bool[Tensor, "batch pos"]
 ) -> Float[Tensor, " batch"]:
-    """Sum of each row's label log-probs, in nats."""
+    """Sum each row's label log-probs, in nats."""
     return sum_by_row(label_log_probs(logits, tokens, labels), labels[:, 1:])
 
 
 def sum_by_row(values: Float[Tensor, " n"], at: Bool[Tensor, "batch pos"]) -> Float[Tensor, " batch"]:
-    """Sum of each row's values, which stand in row-major order for the True places (on any device)."""
+    """Sum each row's values, which are in row-major order of the True places (on any device)."""
     spread, (rows, columns) = values.new_zeros(at.shape), at.nonzero(as_tuple=True)
     spread[rows.to(values.device), columns.to(values.device)] = values
     return spread.sum(dim=1)
@@ -46,7 +46,7 @@ def sum_by_row(values: Float[Tensor, " n"], at: Bool[Tensor, "batch pos"]) -> Fl
 def sft_loss(
     logits: Float[Tensor, "batch pos d_vocab"], tokens: Int[Tensor, "batch pos"], labels: Bool[Tensor, "batch pos"]
 ) -> Float[Tensor, ""]:
-    """Cross-entropy averaged over all label tokens of the batch, in nats.
+    """Average the cross-entropy over all label tokens of the batch, in nats.
 
     Examples:
         >>> logits, tokens = torch.zeros(1, 3, 4), torch.tensor([[0, 1, 2]])
@@ -64,7 +64,7 @@ def dpo_loss(
     *,
     beta: float,
 ) -> Float[Tensor, ""]:
-    """Sigmoid DPO loss from summed log-probs of both answers under the model and under the reference.
+    """Compute the sigmoid DPO loss from summed log-probs of both answers under the model and under the reference.
 
     Examples:
         >>> no_change = torch.tensor([-3.0])
@@ -76,7 +76,7 @@ def dpo_loss(
 
 
 def l1_norm(A: Float[Tensor, "..."]) -> Float[Tensor, ""]:
-    """Raw sum of absolute values.
+    """Sum the absolute values.
 
     Examples:
         >>> l1_norm(torch.tensor([[0.5, -1.5]])).item()

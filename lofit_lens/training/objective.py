@@ -1,6 +1,6 @@
-"""A task's training rows and what is learned from them: SFT, or DPO against the model as it stands before training.
+"""A task's training rows and their loss: SFT, or DPO against the model before training.
 
-`Objective` is the loss of rows; `Steps` takes it through the model, rows of near lengths together, forward and backward.
+`Objective` is the loss of rows; `Steps` runs it through the model, forward and backward, rows of similar lengths together.
 """
 
 import weakref
@@ -35,7 +35,7 @@ from lofit_lens.training.passes import (
 )
 
 LossOfRows = Callable[[Sequence[int]], Tensor]
-REFERENCE_SETS = 64  # kept a model; each is a few kilobytes
+REFERENCE_SETS = 64  # kept per model; each is a few kilobytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +43,7 @@ class Objective:
     """Training rows as token ids, and their loss.
 
     Attributes:
-        rows: one sequence a row (SFT), or chosen and rejected (DPO).
+        rows: one sequence per row (SFT), or chosen and rejected (DPO).
         beta: DPO's inverse temperature.
         reference: `[rows, 2]` summed log-probs (nats) of chosen and rejected under the model before training; None for SFT.
     """
@@ -53,11 +53,11 @@ class Objective:
     reference: Float[Tensor, "rows 2"] | None = None
 
     def parts(self, rows: Sequence[int]) -> int:
-        """What the loss of these rows is a mean over: their label tokens (SFT), or pairs (DPO)."""
+        """Count what the loss of these rows is averaged over: their label tokens (SFT), or pairs (DPO)."""
         return len(rows) if self.reference is not None else sum(self.rows[r][0].n_labels for r in rows)
 
     def total(self, rows: Sequence[int], sums: Float[Tensor, "rows forms"]) -> Float[Tensor, ""]:
-        """Sum of the loss over `parts`, from each sequence's summed log-prob (nats)."""
+        """Sum the loss over `parts`, from each sequence's summed log-prob (nats)."""
         if self.reference is None:
             return -sums.sum()
         reference = self.reference[list(rows)].to(sums.device)
@@ -68,29 +68,29 @@ def objective(
     model: Any, examples: Sequence[TrainingExample], *, beta: float, passes: Passes = PLAIN, batch_size: int = 8,
     weights: Callable[[], str] | None = None, reference: Float[Tensor, "rows 2"] | None = None,
 ) -> Objective:  # fmt: skip
-    """The rows of a task for a model.
+    """Build the objective of a task's rows for a model.
 
-    Call it with no adapter attached: a DPO task's reference log-probs are those of the model as it stands. They are kept by
-    content (weights, token ids, way of running), so that further runs on the same rows get them at no cost; not under anybody's
-    hooks, nor in training mode.
+    Call it without an attached adapter: a DPO task's reference log-probs are those of the model in its current state. They are
+    cached by content (weights, token ids, way of running), so further runs on the same rows get them at no cost; but not if the
+    model has hooks or is in training mode.
 
     Args:
         model: any HookedTransformer or TransformerBridge.
         examples: training examples of one kind.
         beta: DPO's inverse temperature.
-        passes: how the reference is run.
-        batch_size: pairs of one pass of it, at most.
-        weights: gives the model's fingerprint, where several objectives share it; None = taken here.
-        reference: DPO's, one row for each example (`reference_log_probs`); None = the model as it stands.
+        passes: how to run the reference.
+        batch_size: most pairs in one pass of the reference.
+        weights: returns the model's fingerprint, if several objectives share it; None = computed here.
+        reference: DPO's, one row per example (`reference_log_probs`); None = the model in its current state.
 
     Raises:
         DataError: a row longer than the model's context.
-        InputError: a reference of another shape, not finite, or for a task without pairs.
+        InputError: a reference with a wrong shape, not finite, or for a task without pairs.
     """
     rows = encoded_rows(model, examples)
     pairs = len(rows[0]) == 2
     if reference is not None:
-        check_is(reference, Tensor, "reference", "what reference_log_probs gives")
+        check_is(reference, Tensor, "reference", "the result of reference_log_probs")
         if not pairs or tuple(reference.shape) != (len(rows), 2) or not bool(reference.isfinite().all()):
             wanted = f"finite numbers of shape [{len(rows)}, 2]" if pairs else "none: this task has no pairs (DPO)"
             raise InputError(f"the reference has shape {list(reference.shape)}; give {wanted}")
@@ -106,9 +106,9 @@ def task_loss(
     model: Any, examples: Sequence[TrainingExample], *, beta: float, batch_size: int = 8,
     reference: Float[Tensor, "rows 2"] | None = None,
 ) -> LossOfRows:  # fmt: skip
-    """The loss of given rows as a function of whatever is attached when it is called: one padded batch, full logits.
+    """Return a function from rows to their loss, with whatever is attached when it is called: one padded batch, full logits.
 
-    Arguments and errors as in `objective`. In the batch of pairs each chosen answer stands before its rejected one.
+    Arguments and errors as in `objective`. In the batch of pairs, each chosen answer comes before its rejected one.
     """
     known = objective(model, examples, beta=beta, batch_size=batch_size, reference=reference)
 
@@ -125,7 +125,7 @@ _references: "weakref.WeakKeyDictionary[Any, dict[str, Tensor]]" = weakref.WeakK
 def _kept_reference(
     model: Any, rows: Sequence[Forms], passes: Passes, batch_size: int, weights: Callable[[], str]
 ) -> Float[Tensor, "rows 2"]:
-    """Reference log-probs, computed once for the same rows in any order, and to the same bits."""
+    """Return reference log-probs, computed once for the same rows in any order, bit for bit the same."""
     order = sorted(set(rows), key=lambda forms: [(len(f.ids), f.ids, f.start) for f in forms])
     place = {forms: i for i, forms in enumerate(order)}
     at = torch.tensor([place[forms] for forms in rows], device=device_of(model))
@@ -144,16 +144,16 @@ def _kept_reference(
 def reference_log_probs(
     model: Any, examples: Sequence[TrainingExample], *, passes: Passes = PLAIN, batch_size: int = 8
 ) -> Float[Tensor, "rows 2"]:
-    """Summed log-probs (nats) of the chosen and the rejected answer of each pair, under the model with whatever is attached.
+    """Return summed log-probs (nats) of each pair's chosen and rejected answer, under the model with whatever is attached.
 
     Args:
-        model: any HookedTransformer or TransformerBridge, also another one than that which is trained.
+        model: any HookedTransformer or TransformerBridge, not necessarily the one to train.
         examples: pairs.
-        passes: how it is run.
-        batch_size: pairs of one pass, at most.
+        passes: how to run the model.
+        batch_size: most pairs in one pass.
 
     Raises:
-        InputError: examples that are no pairs.
+        InputError: examples that are not pairs.
         DataError: a row longer than the model's context.
     """
     rows = encoded_rows(model, examples)
@@ -177,7 +177,7 @@ def _reference(model: Any, rows: Sequence[Forms], passes: Passes, batch_size: in
 
 
 def encoded_rows(model: Any, examples: Sequence[TrainingExample]) -> list[Forms]:
-    """Token ids of each example: one sequence (SFT), or chosen and rejected (DPO).
+    """Return the token ids of each example: one sequence (SFT), or chosen and rejected (DPO).
 
     Raises:
         DataError: a row longer than the model's context.
@@ -194,25 +194,25 @@ def encoded_rows(model: Any, examples: Sequence[TrainingExample]) -> list[Forms]
 
 
 class Steps:
-    """Rows -> losses, with gradients: what `training.loop` calls in every step.
+    """Map rows to losses, with gradients; `training.loop` calls it in every step.
 
     Args:
-        model: with nothing attached yet.
-        objectives: of each run.
-        passes: how.
-        owned: whether several adapters are attached side by side, so that each pass says whose its rows are.
+        model: the model, with nothing attached yet.
+        objectives: one for each run.
+        passes: how to run the model.
+        owned: whether several adapters are attached side by side, so that each pass says which run owns each row.
     """
 
     def __init__(self, model: Any, objectives: Sequence[Objective], passes: Passes, *, owned: bool) -> None:
         self.model, self.objectives, self.passes, self.owned = model, objectives, passes, owned
         self.waste = waste_of(model) if passes.near_lengths else None
         pairs = any(o.reference is not None for o in objectives)
-        # A hook of the user's own may count places, which a pass over the answers alone would shift.
+        # A user's hook may count positions, which a pass over only the answers would shift.
         wanted = pairs and passes.share_prompts and not passes.checkpointing and not is_watched(model)
         self.sharing = wanted and cache_is_exact(model)
 
     def __call__(self, shares: Sequence[Share]) -> list[Tensor]:
-        """Task loss of each run on its rows; gradients are added to its parameters."""
+        """Return the task loss of each run on its rows; gradients are added to its parameters."""
         units = [(i, row) for i, rows in shares for row in rows]
         forms = [self.objectives[i].rows[row] for i, row in units]
         sizes = [(len(f), max(len(e.ids) for e in f)) for f in forms]
@@ -227,7 +227,7 @@ class Steps:
     def _group(
         self, units: Sequence[tuple[int, int]], forms: Sequence[Forms], parts: dict[int, int]
     ) -> dict[int, Tensor]:
-        """One pass (or two, with shared prompts) forward and backward; what it adds to each run's loss."""
+        """Run one pass (or two, with shared prompts) forward and backward; return what it adds to each run's loss."""
         owner = torch.tensor([i for i, _ in units]) if self.owned else None
         if self.sharing and sharing_pays(forms, self.waste or 0):
             sums = shared_log_probs(self.model, forms, owner)

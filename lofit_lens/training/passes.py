@@ -1,7 +1,7 @@
-"""How a step's rows go through the model: which of them together, and what is left out since nothing depends on it.
+"""How a step's rows go through the model: which of them together, and which computations are skipped.
 
-Nothing here changes what is learned: the loss of a step stays the mean over all its label tokens (SFT) or pairs (DPO), in however
-many passes it is computed; values differ from the plain path (`PLAIN`) by rounding alone.
+Nothing here changes what is learned. The loss of a step is the mean over all its label tokens (SFT) or pairs (DPO), however many
+passes compute it; values differ from the plain path (`PLAIN`) only by rounding.
 """
 
 import contextlib
@@ -39,18 +39,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Passes:
-    """How the forward and backward passes of a step are run; each switch is a shortcut that leaves the numbers as they are.
+    """How the forward and backward passes of a step run; each switch is a shortcut that does not change the numbers.
 
     Args:
-        token_budget: padded tokens of one forward and backward pass, which bounds its memory; a step that has more is run in
-            several. An example alone may exceed it. None = no bound.
-        near_lengths: run rows of near lengths together where that saves more padding than a further pass costs.
-        fused: attend by fused attention where that is proven for the model (see `models.fused_attention`). On a GPU its backward
+        token_budget: most padded tokens in one forward and backward pass, which bounds its memory; a step with more runs in
+            several passes. A single example may exceed it. None = no bound.
+        near_lengths: run rows of similar lengths together if that saves more padding than a further pass costs.
+        fused: use fused attention if it is proven for the model (see `models.fused_attention`). On a GPU its backward
             pass may differ in the last bits between two equal runs; False gives the class's own attention.
-        scored_only: take logits at the scored places only.
-        share_prompts: run the prompt of a DPO pair once where that saves more tokens than a further pass costs. It keeps the
-            prompts' keys and values: at most as many bytes as a pass over both sequences would.
-        checkpointing: keep each block's input alone for the backward pass and run the block again: less memory, about a third
+        scored_only: compute logits only at the scored positions.
+        share_prompts: run the prompt of a DPO pair once if that saves more tokens than a further pass costs. It keeps the
+            prompts' KV cache: at most as many bytes as a pass over both sequences would keep.
+        checkpointing: keep only each block's input for the backward pass and recompute the block: less memory, about a third
             more time. Prompts are not shared then.
 
     Raises:
@@ -70,12 +70,12 @@ class Passes:
             check_is(getattr(self, name), bool, name, "True or False")
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able form."""
+        """Return a JSON-able form."""
         return asdict(self)
 
     @contextlib.contextmanager
     def ready(self, model: Any) -> Iterator[None]:
-        """Have the model run this way for the length of the block."""
+        """Have the model run this way within the block."""
         with contextlib.ExitStack() as stack:
             if self.fused:
                 stack.enter_context(fused_attention(model))
@@ -87,20 +87,20 @@ class Passes:
 FAST = Passes()
 """All shortcuts."""
 PLAIN = Passes(None, near_lengths=False, fused=False, scored_only=False, share_prompts=False)
-"""One padded batch a step, logits everywhere, the class's own attention."""
+"""One padded batch per step, logits everywhere, the class's own attention."""
 
-WASTE = 128  # padded tokens that one pass may hold; a further pass over a small model on a CPU costs about as much
-LAUNCHES = 10**9  # on a GPU: parameters below which a pass costs what launching it costs, whatever its tokens
+WASTE = 128  # padding tokens that one pass may hold; a further pass over a small model on a CPU costs about as much
+LAUNCHES = 10**9  # parameters below which a pass on a GPU costs only its kernel launches, whatever its tokens
 Forms = tuple[Encoded, ...]  # of one row: a sequence (SFT), or chosen and rejected (DPO)
 
 
 def log_probs_of(model: Any, rows: Sequence[Forms], passes: Passes) -> Float[Tensor, "rows forms"]:
-    """Summed log-probs (nats) of rows of equally many sequences, in one pass."""
+    """Return summed log-probs (nats) of rows with equally many sequences, in one pass."""
     return rearrange(log_probs(model, rows, None, passes), "(row form) -> row form", row=len(rows))
 
 
 def log_probs(model: Any, forms: Sequence[Forms], owner: Tensor | None, passes: Passes) -> Float[Tensor, " sequences"]:
-    """Summed log-prob (nats) of each sequence's labels, row by row, in one padded pass."""
+    """Return the summed log-prob (nats) of each sequence's labels, row by row, in one padded pass."""
     sequences = [e for f in forms for e in f]
     batch = collate(sequences, pad_id=pad_id(tokenizer_of(model)), device="cpu")
     borders = Borders(
@@ -115,7 +115,7 @@ def log_probs(model: Any, forms: Sequence[Forms], owner: Tensor | None, passes: 
 
 
 def _summed(model: Any, batch: Batch, borders: Borders) -> Float[Tensor, " sequences"]:
-    """The batch lies on the CPU: which places are scored is known there, and asking a device for it waits."""
+    """Sum log-probs for a batch on the CPU, where the scored places are known without waiting for a device."""
     device, scored = device_of(model), batch.labels[:, 1:]
     at: Bool[Tensor, "batch pos"] = torch.zeros_like(batch.labels)
     at[:, :-1] = scored
@@ -132,7 +132,7 @@ def _summed(model: Any, batch: Batch, borders: Borders) -> Float[Tensor, " seque
 
 
 def shared_log_probs(model: Any, forms: Sequence[Forms], owner: Tensor | None) -> Float[Tensor, " sequences"]:
-    """The same for rows whose sequences begin with one prompt each, which runs once; answers have two tokens or more."""
+    """Return the same for rows whose sequences share a prompt, which runs once; answers have two tokens or more."""
     fill, device = pad_id(tokenizer_of(model)), device_of(model)
     prompts = [f[0].ids[: f[0].start] for f in forms]
     ends = torch.tensor([len(p) for p in prompts])
@@ -154,14 +154,14 @@ def shared_log_probs(model: Any, forms: Sequence[Forms], owner: Tensor | None) -
 
 
 def waste_of(model: Any) -> int:
-    """Padded tokens that a pass over this model may hold: what a further pass would cost."""
+    """Return how many padding tokens a pass over this model may hold: the cost of a further pass."""
     if device_of(model).type == "cpu":
         return WASTE
     return WASTE * max(1, LAUNCHES // sum(p.numel() for p in model.parameters()))
 
 
 def cache_is_exact(model: Any) -> bool:
-    """Whether going on behind left-padded prompts gives what one pass gives."""
+    """Return whether continuing from left-padded prompts gives the same as one pass."""
     try:
         return attention_window(model) is None and gaps_are_exact(model)
     except ModelError as e:
@@ -170,7 +170,7 @@ def cache_is_exact(model: Any) -> bool:
 
 
 def sharing_pays(forms: Sequence[Forms], waste: int) -> bool:
-    """Whether the prompts' second pass is saved more than the tokens that a pass may waste; pairs behind one prompt only."""
+    """Return whether sharing saves more prompt tokens than a pass may waste; only for pairs with one prompt."""
     if not all(len(f) == 2 and f[0].start == f[1].start and min(e.n_labels for e in f) > 1 for f in forms):
         return False
     both = 2 * max(len(e.ids) for f in forms for e in f)

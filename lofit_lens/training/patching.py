@@ -1,9 +1,9 @@
-"""Activation patching, one head at a time: what an outcome becomes when a head's z is put in from somewhere else.
+"""Activation patching, one head at a time: how an outcome changes when a head's z is replaced by one from elsewhere.
 
-    effect[layer, head, row] = outcome[row] with z[layer, head] patched - outcome[row] as it is
+    effect[layer, head, row] = outcome[row] with z[layer, head] patched - outcome[row] unpatched
 
-`patch_effects` is the loop; what is measured and what is put in are functions that it is given. `AnswerLogProbs` measures
-answers behind prompts and `few_shot_prompts` makes the prompts of donors, as in Todd et al. 2024 (arXiv 2310.15213, 2.3).
+`patch_effects` is the loop; functions passed to it define the outcome and the patch. `AnswerLogProbs` measures
+answers to prompts and `few_shot_prompts` makes donor prompts, as in Todd et al. 2024 (arXiv 2310.15213, 2.3).
 """
 
 import random
@@ -37,7 +37,7 @@ from lofit_lens.tasks.collate import Encoded, encode, encode_continuations, pad,
 from lofit_lens.tasks.examples import SFTExample, TrainingExample
 from lofit_lens.training.losses import NO_LABEL, token_log_probs
 
-AT_ONCE = 256  # positions whose log-probs are taken together: in float32 over the whole vocabulary they are large
+AT_ONCE = 256  # positions whose log-probs are computed together: in float32 over the whole vocabulary they are large
 Hook = Callable[..., Tensor]  # z of one layer, and `hook` -> z with one head's changed; must not change its input
 
 
@@ -50,17 +50,17 @@ def patch_effects(
     progress: bool = True,
     label: str = "patch heads",
 ) -> Float64[Tensor, "n_layers n_heads rows"]:
-    """Change of every row's outcome by patching each head alone; nothing stays attached. Layers without heads keep zeros.
+    """Measure how patching each single head changes every row's outcome. Nothing stays attached; layers without heads keep zeros.
 
     Args:
-        model: what `measure` runs.
-        measure: run the model and give one outcome a row, in any unit; called once plain and once for each head.
-        patch: the forward hook that changes a head's z at its layer's hook_z; asked layer by layer, heads in order.
+        model: the model that `measure` runs.
+        measure: runs the model and returns one outcome per row, in any unit; called once unpatched and once for each head.
+        patch: returns the forward hook that changes a head's z at its layer's hook_z; called layer by layer, heads in order.
         progress: show a bar over heads.
         label: text of the bar.
 
     Returns:
-        Outcome patched minus outcome as it is, in the outcome's unit, float64 on the CPU.
+        Patched minus unpatched outcome, in the outcome's unit, float64 on the CPU.
 
     Raises:
         ModelError: heads that cannot be reached.
@@ -76,12 +76,12 @@ def patch_effects(
 
 
 def replace_head(head: int, donor: Float[Tensor, "..."], *, at: int | None = None) -> Hook:
-    """A hook that puts `donor` in the place of one head's z.
+    """Make a hook that replaces one head's z by `donor`.
 
     Args:
         head: index within the layer.
-        donor: `[d_head]`, or `[batch, d_head]`, at a position; `[batch, pos, d_head]` at all.
-        at: the one position that is patched; None = every position.
+        donor: `[d_head]` or `[batch, d_head]` for a position; `[batch, pos, d_head]` for all.
+        at: the one position to patch; None = every position.
     """
 
     def patch(z: Float[Tensor, "batch pos n_heads d_head"], hook: Any) -> Float[Tensor, "batch pos n_heads d_head"]:
@@ -93,10 +93,10 @@ def replace_head(head: int, donor: Float[Tensor, "..."], *, at: int | None = Non
 
 
 class AnswerLogProbs:
-    """Summed log-prob (nats) of one answer a row; only the prompt's last token and the answer run at each call.
+    """Summed log-prob (nats) of one answer per row; only the prompt's last token and the answer run at each call.
 
-    What is attached when it is called acts on those tokens alone: keys and values of the tokens before are taken once, when
-    it is made. The prompt's last token is at position 0 of each pass.
+    What is attached during a call acts only on those tokens: the KV cache of the earlier tokens is computed once, when
+    the object is made. The prompt's last token is at position 0 of each pass.
 
     Args:
         model: any HookedTransformer or TransformerBridge.
@@ -104,7 +104,7 @@ class AnswerLogProbs:
 
     Raises:
         DataError: a row longer than the context, or a prompt of one token.
-        ModelError: this model's cached keys give wrong logits.
+        ModelError: this model's KV cache gives wrong logits.
     """
 
     @torch.no_grad()
@@ -117,7 +117,7 @@ class AnswerLogProbs:
                 raise DataError(
                     f"row {i} has {len(row.ids)} tokens; the context of {name} is {limit}: shorten or drop it"
                 )
-        check_cache(model)  # there is no gap here, so only that counts
+        check_cache(model)  # without gaps here, nothing else needs a check
         fill, device = pad_id(tokenizer_of(model)), device_of(model)
         starts = torch.tensor([row.start for row in rows])
         self.model, self.borders = model, Borders(starts, torch.tensor([len(row.ids) for row in rows]))
@@ -127,7 +127,7 @@ class AnswerLogProbs:
         self.targets, _ = pad([r.ids[r.start :] for r in rows], side="right", pad_id=NO_LABEL, device=device)
 
     def __call__(self) -> Float[Tensor, " rows"]:
-        """Log-probs of all answers, in order."""
+        """Return the log-probs of all answers, in order."""
         every = torch.arange(len(self.tokens), device=self.tokens.device)
         logits = peek(self.model, self.state, every, self.tokens, self.mask, self.borders)
         parts = zip(logits.flatten(0, 1).split(AT_ONCE), self.targets.flatten().split(AT_ONCE), strict=True)
@@ -135,7 +135,7 @@ class AnswerLogProbs:
 
 
 def answer_rows(tokenizer: Any, example: TrainingExample) -> tuple[Encoded, ...]:
-    """The right answer behind its prompt, for pairs the rejected one too; no end token behind them."""
+    """Encode the right answer after its prompt, and for pairs the rejected one too; without an end token."""
     answers = [example.answer] if isinstance(example, SFTExample) else [example.chosen, example.rejected]
     return encode_continuations(tokenizer, example.prompt, answers)
 
@@ -143,31 +143,31 @@ def answer_rows(tokenizer: Any, example: TrainingExample) -> tuple[Encoded, ...]
 def few_shot_prompts(
     model: Any, examples: Sequence[TrainingExample], *, n_prompts: int, n_shots: int, separator: str, seed: int
 ) -> tuple[list[TrainingExample], list[list[int]], list[int]]:
-    """Draw examples to measure, and the prompts of others behind solved ones.
+    """Draw examples to measure, and few-shot prompts from the others.
 
     The examples are shuffled and halved. The first half gives the measured ones; the second gives the donor prompts and the
-    solved examples before them, so that no measured example stands in a donor prompt. A donor prompt holds no example twice.
+    solved examples before them, so that no measured example is in a donor prompt. A donor prompt holds no example twice.
 
     Args:
-        model: whose tokenizer and context count.
-        examples: to draw from.
-        n_prompts: of either kind; fewer where half of the examples is less.
-        n_shots: solved examples before a donor prompt; fewer where there are not so many others or the context is too short.
-        separator: text behind each solved example.
-        seed: of the draw.
+        model: provides the tokenizer and the context length.
+        examples: examples to draw from.
+        n_prompts: number of measured examples and of donor prompts; fewer if half of the examples is less.
+        n_shots: solved examples before a donor prompt; fewer if there are not so many others or the context is too short.
+        separator: text after each solved example.
+        seed: seed of the draw.
 
     Returns:
         The measured examples; token ids of each donor prompt, BOS included; the number of solved examples in each.
 
     Raises:
         InputError: `n_prompts` or `n_shots` below 1.
-        DataError: fewer than three examples, or a donor prompt that does not fit the context behind any one solved example.
+        DataError: fewer than three examples, or a donor prompt that does not fit the context after any one solved example.
     """
     check_whole(1, n_prompts=n_prompts, n_shots=n_shots)
     if len(examples) < 3:
         raise DataError(
             f"{len(examples)} training examples are too few for patching: one is measured, one gives the prompt and one "
-            "stands solved before it; give 3 or more"
+            "comes solved before it; give 3 or more"
         )
     draw, tokenizer, limit = random.Random(seed), tokenizer_of(model), context_length(model)
     order = draw.sample(range(len(examples)), len(examples))
@@ -181,7 +181,7 @@ def few_shot_prompts(
         kept = next(fitting, None)
         if kept is None:
             raise DataError(
-                f"the prompt {examples[query].prompt[-60:]!r} behind one solved example is longer than the context of "
+                f"the prompt {examples[query].prompt[-60:]!r} after one solved example is longer than the context of "
                 f"{model_info(model).name} ({limit} tokens); patching needs shorter examples, or choose another selector"
             )
         donors.append(_behind(tokenizer, examples, kept, query, separator))
@@ -190,7 +190,7 @@ def few_shot_prompts(
 
 
 def _fewer(shots: Sequence[int]) -> list[Sequence[int]]:
-    """All shots, then one less each time, down to each single one."""
+    """List all shots, then one fewer each time, down to each single one."""
     return [shots[:n] for n in range(len(shots), 1, -1)] + [[s] for s in shots]
 
 

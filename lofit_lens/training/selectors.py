@@ -1,11 +1,11 @@
-"""Ways to choose heads beside the A-norm of step 1 (arXiv 2406.01563, Table 2): each scores every head of a model.
+"""Ways to choose heads besides the A-norm of step 1 (arXiv 2406.01563, Table 2): each scores every head of a model.
 
 | name | a head's score |
 |---|---|
 | A-norm | L2 norm of its learned scaling A (`select_heads`) |
 | bias norm | L2 norm of its learned offset v, trained on every head at once |
-| probe accuracy | validation accuracy of a probe of true and false on its z (ITI) |
-| probing layers | place of its layer by the accuracy of one probe on all the layer's z, then its own probe accuracy |
+| probe accuracy | validation accuracy of a true/false probe on its z (ITI) |
+| probing layers | rank of its layer by the accuracy of one probe on all the layer's z, then its own probe accuracy |
 | gradient attribution | mean over examples of abs(sum over positions of z . dLoss/dz) |
 | activation patching | mean gain of the right answer's log-prob with its z from few-shot prompts |
 | JoLA gates | sum of its two gates, learned together with the edits (`jola_scores`) |
@@ -58,22 +58,22 @@ from lofit_lens.training.patching import AnswerLogProbs, answer_rows, few_shot_p
 
 @runtime_checkable
 class Selector(Protocol):
-    """Scores every head of a model for a task; larger = chosen earlier. The model is left as it was."""
+    """A function that scores every head of a model for a task; larger = chosen earlier. The model is left as it was."""
 
     def __call__(
         self, model: Any, task: Task | str, *, seed: int = 42, n_train: int | None = None, progress: bool = True
     ) -> HeadScores:
-        """Scores `[n_layers, n_heads]`; `n_train` examples are drawn by `seed` (None = the task's own number)."""
+        """Return scores `[n_layers, n_heads]`; `n_train` examples are drawn by `seed` (None = the task's own number)."""
         ...
 
 
 def random_scores(
     model: Any, task: Task | str, *, seed: int = 42, n_train: int | None = None, progress: bool = True
 ) -> HeadScores:
-    """Heads in a random order, so that `.top(k)` is an even draw of k heads without replacement.
+    """Score heads in a random order, so that `.top(k)` is a uniform draw of k heads without replacement.
 
-    Scores are n, n - 1, ..., 1 in the order that `random.Random(seed)` shuffles the n heads into: the same on every machine and
-    for every task. (`HeadSet.random` draws in its own way.) No example is looked at and there is nothing to wait for:
+    Scores are n, n - 1, ..., 1 in the order into which `random.Random(seed)` shuffles the n heads: the same on every machine and
+    for every task. (`HeadSet.random` draws differently.) No example is used, and it returns at once:
     `n_train` and `progress` are there because every selector has them.
     """
     info, task = model_info(model), task_of(task)
@@ -91,9 +91,9 @@ def bias_scores(
     model: Any, task: Task | str, *, heads: Heads | None = None, seed: int = 42, config: TrainConfig | None = None,
     n_train: int | None = None, checkpoint: str | Path | None = None, on_step: OnStep | None = None, progress: bool = True,
 ) -> HeadScores:  # fmt: skip
-    """L2 norm of the offset v that each head learns when v is trained on every head (or on those given) at once.
+    """Score heads by the L2 norm of their offset v, when v is trained on every head (or on those given) at once.
 
-    Arguments and errors as in `tune_offsets`; `config=None` takes step 2's preset.
+    Arguments and errors as in `tune_offsets`; `config=None` uses step 2's preset.
     """
     lofit = tune_offsets(
         model, task, heads, seed=seed, config=config, n_train=n_train, checkpoint=checkpoint, on_step=on_step,
@@ -111,21 +111,21 @@ def attribution_scores(
     model: Any, task: Task | str, *, seed: int = 42, n_train: int | None = None, batch_size: int = 8, beta: float = 0.5,
     progress: bool = True,
 ) -> HeadScores:  # fmt: skip
-    """How much each head's output moves the task's loss, to first order (Michel et al. 2019, arXiv 1905.10650, section 4.1).
+    """Score how much each head's output moves the task's loss, to first order (Michel et al. 2019, arXiv 1905.10650, 4.1).
 
         I_h = mean over examples x of | dL(x) / da_h |,     z_h -> (1 + a_h) z_h at every position, a_h = 0
             = mean over examples x of | sum over positions and d_head of z_h * dL(x)/dz_h |
 
-    The absolute value stands outside the sum over positions (and, for a pair, over its two sequences) and inside the mean over
-    examples. L(x) in nats: an example's summed -log p over its label tokens (SFT), or its DPO loss against the model itself.
-    One forward and one backward pass a batch (pairs: one more forward for the reference); scores do not depend on `batch_size`
-    beyond rounding. Michel et al. also divide by the L2 norm over each layer's heads; that is not done here, so that heads of
-    different layers compare.
+    The absolute value is outside the sum over positions (and, for a pair, over its two sequences) and inside the mean over
+    examples. L(x), in nats, is an example's summed -log p over its label tokens (SFT), or its DPO loss against the model itself.
+    Each batch takes one forward and one backward pass (pairs: one more forward for the reference). Scores do not depend on
+    `batch_size` beyond rounding. Michel et al. also divide by the L2 norm over each layer's heads; that is not done here, so that
+    heads of different layers can be compared.
 
     Args:
         model: any HookedTransformer or TransformerBridge; left as it was.
-        task: whose loss.
-        seed: of the draw of examples.
+        task: the task whose loss is used.
+        seed: seed of the draw of examples.
         n_train: training examples drawn; None = the task's own number.
         batch_size: examples at a time (a DPO pair is one example).
         beta: DPO's inverse temperature; a common factor of all scores.
@@ -148,7 +148,7 @@ def attribution_scores(
     head_size(model)
     info = model_info(model)
     forms = [encode_training(tokenizer_of(model), e) for e in examples]
-    # What the batch's loss is a mean over: label tokens (SFT), pairs (DPO).
+    # The batch's loss is a mean over label tokens (SFT) or pairs (DPO).
     weights = [f[0].n_labels if len(f) == 1 else 1 for f in forms]
     total = torch.zeros(info.n_layers, info.n_heads, dtype=torch.float64)
     with frozen(model), tqdm(total=len(examples), desc="attribute", disable=not progress, unit="example") as bar:
@@ -171,7 +171,7 @@ def attribution_scores(
 
 @contextlib.contextmanager
 def _gates(model: Any, batch: int) -> Any:
-    """Scale every head by 1 + a of each sequence; yields a = 0, `[n_layers, batch, n_heads]`, which has gradients."""
+    """Scale every head by 1 + a for each sequence; yields a = 0, `[n_layers, batch, n_heads]`, which requires gradients."""
     info = model_info(model)
     gates = torch.zeros(info.n_layers, batch, info.n_heads, device=device_of(model), requires_grad=True)
 
@@ -194,23 +194,23 @@ def patching_scores(
     model: Any, task: Task | str, *, seed: int = 42, n_train: int | None = None, n_prompts: int = 32, n_shots: int = 10,
     separator: str = "\n\n", batch_size: int = 32, progress: bool = True,
 ) -> HeadScores:  # fmt: skip
-    """How much the right answer gains when a head's z comes from few-shot prompts (after Todd et al. 2024, arXiv 2310.15213).
+    """Score how much the right answer gains if a head's z comes from few-shot prompts (after Todd et al. 2024, arXiv 2310.15213).
 
-    Donor: each head's z at the last prompt token, averaged over prompts that stand behind solved training examples. It is put in
-    at the last prompt token of zero-shot prompts, one head at a time. Score: mean over these prompts of the change of the right
-    answer's summed log-prob, in nats; for pairs, of log p(chosen) - log p(rejected).
+    The donor is each head's z at the last prompt token, averaged over prompts that follow solved training examples. It replaces z
+    at the last prompt token of zero-shot prompts, one head at a time. The score is the mean over these prompts of the change of
+    the right answer's summed log-prob, in nats; for pairs, of log p(chosen) - log p(rejected).
 
     Todd et al. (section 2.3, causal mediation) differ: they patch into few-shot prompts with shuffled labels, not zero-shot ones;
     measure the probability of the answer's first token, not the log-prob of all of it; and average over tasks.
 
     Args:
         model: any HookedTransformer or TransformerBridge; left as it was.
-        task: its training form gives prompts and right answers.
-        seed: of the draw of examples and prompts.
+        task: its training rows give prompts and right answers.
+        seed: seed of the draw of examples and prompts.
         n_train: training examples to draw from; None = the task's own number.
-        n_prompts: measured prompts, and donor prompts; no measured example stands in a donor prompt (see `few_shot_prompts`).
-        n_shots: solved examples before each donor prompt; fewer where the context is too short.
-        separator: text behind each solved example.
+        n_prompts: measured prompts, and donor prompts; no measured example is in a donor prompt (see `few_shot_prompts`).
+        n_shots: solved examples before each donor prompt; fewer if the context is too short.
+        separator: text after each solved example.
         batch_size: sequences at a time.
         progress: show bars.
 
@@ -261,7 +261,7 @@ def patching_scores(
 
 
 def register_selector(name: str, select: Selector) -> None:
-    """Make a selector of one's own known by a name, for `compare_selectors`, grids and `lofit-lens select --by`.
+    """Register your own selector under a name, for `compare_selectors`, grids and `lofit-lens select --by`.
 
     Raises:
         InputError: the library has a selector of that name.
@@ -287,7 +287,7 @@ def _scored(
 LEARNED: dict[str, Component] = {
     "A-norm": "A",
     "bias norm": "v",
-}  # selectors that train, with what they learn on every head
+}  # selectors that train, with what they train on every head
 SELECTORS: dict[str, Selector] = {
     "A-norm": select_heads,
     "bias norm": bias_scores,

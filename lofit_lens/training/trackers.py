@@ -1,7 +1,7 @@
 """Trackers: Weights & Biases or TensorBoard read the records of training's steps, and metrics at the end.
 
-Training knows none of them: it calls `on_step`, and results are the same to the byte with a tracker and without. A tracker
-that fails (no network, a full disk) is dropped with one warning, and training goes on.
+Training does not depend on them: it calls `on_step`, and results are byte for byte the same with and without a tracker. A
+tracker that fails (no network, a full disk) is dropped with one warning, and training continues.
 """
 
 import contextlib
@@ -24,25 +24,25 @@ PATIENCE = 60  # seconds that wandb gets to reach its server, at the start and a
 
 @runtime_checkable
 class Tracker(Protocol):
-    """Who reads along. A run that was stopped is started again under its name and goes on with the steps that follow."""
+    """An experiment tracker. A stopped run is started again under its name and continues with the next steps."""
 
     def start(self, name: str, config: dict[str, Any]) -> None:
-        """Begin a run, or go on with it; `config` is JSON-able."""
+        """Begin or continue a run; `config` is JSON-able."""
 
     def step(self, record: Record) -> None:
-        """Take one step's record (step, epoch, loss, l1, grad_norm, lr)."""
+        """Log one step's record (step, epoch, loss, l1, grad_norm, lr)."""
 
     def finish(self, metrics: Mapping[str, float] | None) -> None:
         """End the run with its metrics; None = it was stopped before its end."""
 
 
 def tracker(kind: str, folder: str | Path, *, project: str = "lofit-lens") -> Tracker:
-    """A tracker by its name.
+    """Make a tracker by name.
 
     Args:
         kind: `"wandb"` or `"tensorboard"`.
-        folder: where it writes; TensorBoard gets a folder a run in it.
-        project: wandb's.
+        folder: where it writes; TensorBoard gets one sub-folder per run.
+        project: wandb's project.
 
     Raises:
         InputError: an unknown kind, or its package is not installed.
@@ -54,25 +54,25 @@ def tracker(kind: str, folder: str | Path, *, project: str = "lofit-lens") -> Tr
 
 
 class Tracked:
-    """One run that is read along: pass it as `on_step`, and put into `metrics` what is known at the end."""
+    """One tracked run: pass it as `on_step`, and set `metrics` at the end."""
 
     def __init__(self, reader: Tracker | None) -> None:
         self.reader = reader
         self.metrics: dict[str, float] = {}
 
     def __call__(self, record: Record) -> None:
-        """One step's record."""
+        """Log one step's record."""
         self.tell("step", dict(record))
 
     def tell(self, what: str, *arguments: Any) -> None:
-        """Call the tracker's `start`, `step` or `finish`; once it has failed, nothing is told any more."""
+        """Call the tracker's `start`, `step` or `finish`; after a failure, do nothing."""
         if self.reader is None:
             return
         try:
             getattr(self.reader, what)(*arguments)
         except Exception as e:
             logger.warning(
-                "the tracker %s failed (%s: %s); the run goes on without it",
+                "the tracker %s failed (%s: %s); the run continues without it",
                 type(self.reader).__name__.strip("_"), type(e).__name__, e,
             )  # fmt: skip
             failed, self.reader = self.reader, None
@@ -83,12 +83,12 @@ class Tracked:
 
 @contextlib.contextmanager
 def tracked(reader: Tracker | None, name: str, config: Mapping[str, Any]) -> Iterator[Tracked]:
-    """Let a tracker (None: nobody) read a run along: `with tracked(...) as run: tune_offsets(..., on_step=run)`.
+    """Track a run (not at all if `reader` is None): `with tracked(...) as run: tune_offsets(..., on_step=run)`.
 
     Args:
         reader: made by `tracker`, or your own.
-        name: of the run, the same when it is resumed.
-        config: what the run is, JSON-able.
+        name: of the run; the same when it is resumed.
+        config: description of the run, JSON-able.
     """
     run = Tracked(reader)
     run.tell("start", name, dict(config))
@@ -101,7 +101,7 @@ def tracked(reader: Tracker | None, name: str, config: Mapping[str, Any]) -> Ite
 
 
 class _Wandb:
-    """Weights & Biases; the run's name is its id, so that a resumed run goes on in the same chart."""
+    """Weights & Biases; the run's name is its id, so a resumed run continues the same chart."""
 
     def __init__(self, wandb: Any, folder: Path, project: str) -> None:
         self.wandb, self.folder, self.project = wandb, folder, project
@@ -159,5 +159,5 @@ class _TensorBoard:
 
 
 def _plain(name: str) -> str:
-    """A name that is a folder's and a wandb id alike."""
+    """Turn a name into one that is valid for a folder and as a wandb id."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name)[-128:]

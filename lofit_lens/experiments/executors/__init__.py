@@ -1,1 +1,1 @@
-"""Where and in which order a grid's cells are computed: here, in several processes, or on Ray."""
+"""Executors: the order in which a grid's cells are computed, and where: here, in several processes, or on Ray."""

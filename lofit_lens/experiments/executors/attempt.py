@@ -1,7 +1,7 @@
 """One try at one group of cells, the same in this process, in a worker process and in a Ray task.
 
-A group that is there already, or of which another runner holds a cell, is left alone. What the work says while it runs (log
-records, warnings, prints, the traceback of a failure) is appended to the group's log in the store.
+A group that is already done, or of which another runner holds a cell, is skipped. All output of the work (log records,
+warnings, prints, the traceback of a failure) is appended to the group's log in the store.
 """
 
 import contextlib
@@ -23,22 +23,22 @@ from lofit_lens.experiments.store.cells import Cell
 from lofit_lens.experiments.store.store import Store
 
 Each = Callable[[Cell], AbstractContextManager[None]]
-"""cell -> the block in which its run is written; an error in it is that cell's alone."""
+"""cell -> the block in which its run is written; an error in it affects only that cell."""
 
 Work = Callable[[Store, Group, Any, str | None, Each], None]
-"""(store, group, context, device, each): computes the group's cells and writes those that the store has not, one after the other,
-each through `store.new` in `with each(cell):`; picklable by reference."""
+"""(store, group, context, device, each): computes the group's cells and writes those that the store lacks, one after the other,
+each through `store.new` in `with each(cell):`; it must be picklable by reference."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one try at a cell.
+    """The outcome of one attempt at a cell.
 
     Attributes:
-        name: of the cell.
-        state: "done" (computed now), "there" (was done already), "busy" (another holds it), "failed" or "stopped" (Ctrl-C).
-        error: kind and text of the error, of a failure.
-        again: a failure that may not come a second time.
+        name: name of the cell.
+        state: "done" (computed now), "there" (already done), "busy" (held by another runner), "failed" or "stopped" (Ctrl-C).
+        error: for a failure, kind and text of the error.
+        again: whether another attempt may succeed.
         full: the disk is full.
     """
 
@@ -50,30 +50,30 @@ class Outcome:
 
 
 Outcomes = tuple[Outcome, ...]
-"""Of one try at a group: one for each of its cells, in order."""
+"""Outcomes of one attempt at a group, one for each of its cells, in order."""
 
 
 def attempt(
     store: Store, group: Group, work: Work, context: Any, device: str | None, *, whole_process: bool = False
 ) -> Outcomes:
-    """Compute a group if it is not there and nobody else does; on one thread, so that the result is the same everywhere.
+    """Compute a group unless it is done or held by another runner; on one thread, so that the result is the same everywhere.
 
     Args:
-        store: where its cells are looked up and written.
-        group: what to compute.
-        work: computes it.
-        context: handed to `work`.
-        device: handed to `work`.
-        whole_process: the log takes all that this process writes, C libraries too, and what is written outside of groups goes
-            nowhere; False = the log takes what Python code writes.
+        store: store in which cells are looked up and written.
+        group: the group to compute.
+        work: function that computes it.
+        context: passed to `work`.
+        device: passed to `work`.
+        whole_process: the log gets everything that this process writes, including C libraries, and output outside of groups is
+            discarded; False = the log gets only what Python code writes.
 
     Returns:
-        What became of each cell. An error of the work is an outcome, not raised; so is Ctrl-C ("stopped").
+        The outcome of each cell. An error of the work is an outcome and not raised; so is Ctrl-C ("stopped").
     """
     names = [cell.name for cell in group.cells]
     there: set[str] = set()
     failed: dict[str, Outcome] = {}
-    rest = Outcome("", "busy")  # of cells of which nothing else is known
+    rest = Outcome("", "busy")  # the outcome of all cells without one of their own
 
     def all_there() -> bool:
         there.update(name for name in names if store.done(name))
@@ -89,9 +89,9 @@ def attempt(
 
     try:
         with contextlib.ExitStack() as claims:
-            # In one order everywhere: of two runners that want cells of each other's groups, one gets all of its own.
+            # Locks are taken in the same order everywhere: of two runners with overlapping groups, one gets all of its own.
             mine = not all_there() and all(claims.enter_context(store.claim(name)) for name in sorted(names))
-            if mine and not all_there():  # another may have computed it between the two looks
+            if mine and not all_there():  # another may have computed it between the two checks
                 with logged(store, group, whole_process=whole_process), one_thread():
                     work(store, group, context, device, each)
                     for cell in group.cells:
@@ -137,7 +137,7 @@ def _is_full(e: BaseException | None) -> bool:
 
 @contextlib.contextmanager
 def logged(store: Store, group: Group, *, whole_process: bool) -> Iterator[None]:
-    """Append what is said in the block to the group's log, between a line of its start and one of its end."""
+    """Append the output of the block to the group's log, between a start line and an end line."""
     start = time.perf_counter()
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(_opened(store, group))
@@ -147,7 +147,7 @@ def logged(store: Store, group: Group, *, whole_process: bool) -> Iterator[None]
         else:
             stack.enter_context(contextlib.redirect_stdout(log))
             stack.enter_context(contextlib.redirect_stderr(log))
-        stack.enter_context(warnings.catch_warnings())  # a warning that an earlier group gave is given anew
+        stack.enter_context(warnings.catch_warnings())  # warnings that an earlier group gave are shown again
         records = logging.StreamHandler(log)
         records.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%Y-%m-%d %H:%M:%S"))
         logging.getLogger().addHandler(records)
@@ -157,7 +157,7 @@ def logged(store: Store, group: Group, *, whole_process: bool) -> Iterator[None]
             yield
         except BaseException as e:
             said = "" if isinstance(e, KeyboardInterrupt) else traceback.format_exc()
-            with contextlib.suppress(OSError):  # a full disk: the error itself is what counts
+            with contextlib.suppress(OSError):  # on a full disk the error itself matters, not the log
                 log.write(f"{said}{_now()} {_text(e)} (after {time.perf_counter() - start:.1f} s)\n")
             raise
         log.write(f"{_now()} end, after {time.perf_counter() - start:.1f} s\n")

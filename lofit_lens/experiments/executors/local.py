@@ -1,8 +1,8 @@
-"""Worker processes on this machine. Each reads the library and the context once, then computes one group after the other.
+"""Worker processes on this machine. Each loads the library and the context once, then computes one group after the other.
 
-Every worker is a `ProcessPoolExecutor` of its own, so that one that dies costs its own group one try and no other's. It is
-started when a group has no free one, in a process group of its own: a terminal's Ctrl-C reaches the parent alone, which passes
-it on. When the parent dies, its workers exit at once.
+Every worker is a separate `ProcessPoolExecutor`, so a worker that dies costs only its own group one attempt. Workers start when
+a group finds no free one, each in its own process group: a terminal's Ctrl-C reaches only the parent, which passes it on. When
+the parent dies, its workers exit at once.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from lofit_lens.experiments.executors.process import prepare_process, streams_to
 from lofit_lens.experiments.executors.schedule import Group
 from lofit_lens.experiments.store.store import Store
 
-PATIENCE = 5.0  # seconds that an idle worker gets to exit by itself
+PATIENCE = 5.0  # seconds that an idle worker has to exit by itself
 CTRL_C = {signal.SIGINT}
 MAIN_GUARD = 'a script that calls this needs `if __name__ == "__main__":` around it; or use workers=1'
 
@@ -36,9 +36,9 @@ class _Worker:
     Attributes:
         pool: its only process is the worker.
         process: the worker.
-        device: of its groups.
+        device: device of its groups.
         ready: done when it has imported the library and read the work and the context.
-        model: of its last group.
+        model: model of its last group.
     """
 
     pool: ProcessPoolExecutor
@@ -49,14 +49,14 @@ class _Worker:
 
 
 class LocalExecutor:
-    """Processes by spawn, started when they are needed and kept.
+    """Spawned processes, started when they are needed and then kept.
 
     Args:
-        store: as `run_cells`; sent to every worker once, like the next two.
-        work: as `run_cells`.
-        context: as `run_cells`.
-        workers: processes at most.
-        devices: worker i gets `devices[i % n]`; None = none gets one.
+        store: as in `run_cells`; sent to every worker once, like the next two.
+        work: as in `run_cells`.
+        context: as in `run_cells`.
+        workers: maximum number of processes.
+        devices: worker i gets `devices[i % n]`; None = workers get no device.
     """
 
     def __init__(
@@ -65,12 +65,12 @@ class LocalExecutor:
         self.slots = workers
         self._setting = (store, work, context)
         self._devices: list[str | None] = [devices[i % len(devices)] if devices else None for i in range(workers)]
-        self._free: list[_Worker] = []  # for the longest time first
+        self._free: list[_Worker] = []  # longest idle first
         self._busy: dict[Future[Outcomes], tuple[_Worker, Group]] = {}
         self._interrupted = False
 
     def submit(self, group: Group) -> None:
-        """Begin a group: on a free worker that holds its model, else on a new one, else on the one free for longest.
+        """Begin a group: on an idle worker that holds its model, else on a new worker, else on the one that was idle longest.
 
         Raises:
             InputError: a worker cannot be started here.
@@ -86,7 +86,7 @@ class LocalExecutor:
         self._busy[worker.pool.submit(_compute, group)] = (worker, group)
 
     def wait(self, timeout: float) -> list[Outcomes]:
-        """Outcomes that came within `timeout` seconds.
+        """Outcomes that arrived within `timeout` seconds.
 
         Raises:
             InputError: a worker ended before it was ready, or the work and its context cannot be sent to it.
@@ -95,7 +95,7 @@ class LocalExecutor:
         return [self._outcomes(future, *self._busy.pop(future)) for future in ended]
 
     def interrupt(self) -> None:
-        """SIGINT for every worker that computes; once, since a second one stops training without a checkpoint."""
+        """Send SIGINT to every busy worker, once: a second one would stop training without a checkpoint."""
         if self._interrupted:
             return
         self._interrupted = True
@@ -107,7 +107,7 @@ class LocalExecutor:
                     os.kill(worker.process.pid, signal.SIGINT)
 
     def close(self) -> None:
-        """End all workers: one that computes at once."""
+        """End all workers; busy ones are killed at once."""
         busy = [worker for worker, _ in self._busy.values()]
         for worker in busy:
             worker.process.kill()
@@ -121,7 +121,7 @@ class LocalExecutor:
         used = [w.device for w in [*self._free, *(worker for worker, _ in self._busy.values())]]
         device = min(self._devices, key=used.count)
         before = multiprocessing.active_children()
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, CTRL_C)  # in the new process too
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, CTRL_C)  # the new process inherits the mask
         try:
             pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin)
             ready = pool.submit(_prepare, *self._setting, device)
@@ -159,7 +159,7 @@ class LocalExecutor:
 
 
 def _exit_code(worker: _Worker) -> int:
-    """Of a worker that is dead or about to exit, negative for a signal."""
+    """Exit code of a worker that is dead or about to exit, negative for a signal."""
     worker.process.join(PATIENCE)
     worker.process.kill()
     worker.pool.shutdown()
@@ -172,7 +172,7 @@ _given: tuple[Any, ...] = ()
 
 
 def _begin() -> None:
-    """Leave the parent's process group, and end when it ends. The process was started with SIGINT blocked."""
+    """Leave the parent's process group, and exit when the parent does. The process was started with SIGINT blocked."""
     os.setpgid(0, 0)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,6 +1,6 @@
 """Independent pieces of work on a model, in one process or in several; each runs on one thread.
 
-So a result does not depend on the number of processes: sums over many threads may be added in another order.
+So results do not depend on the number of processes: with many threads, sums may be added in another order.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from lofit_lens.errors import InputError
 from lofit_lens.models import load_model
 
 _loaded: dict[tuple[Any, ...], Any] = {}
-_refused: dict[tuple[Any, ...], InputError] = {}  # models that cannot be loaded, not to be read again for every cell
+_refused: dict[tuple[Any, ...], InputError] = {}  # models that cannot be loaded, so that not every cell tries again
 
 
 def kept_model(
@@ -32,7 +32,7 @@ def kept_model(
     prepend_bos: bool | None = None,
     name: str | None = None,
 ) -> Any:
-    """The model of that name, loaded once a process; another one takes its place."""
+    """The model of that name, loaded once per process; another model replaces it."""
     how: dict[str, Any] = {
         "backend": backend, "dtype": dtype, "device": device, "revision": revision, "prepend_bos": prepend_bos, "name": name,
     }  # fmt: skip
@@ -41,7 +41,7 @@ def kept_model(
         raise _refused[key]
     if key not in _loaded:
         _loaded.clear()
-        gc.collect()  # the old model holds itself in circles
+        gc.collect()  # the old model is part of reference cycles
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         try:
@@ -54,7 +54,7 @@ def kept_model(
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Hold torch to one thread."""
+    """Limit torch to one thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -64,7 +64,7 @@ def one_thread() -> Iterator[None]:
 
 
 def streams_to(path: str | os.PathLike[str]) -> None:
-    """Make the end of a file the stdout and stderr of this process, C libraries' too."""
+    """Append stdout and stderr of this process, including those of C libraries, to a file."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
@@ -74,12 +74,12 @@ def streams_to(path: str | os.PathLike[str]) -> None:
 
 
 def prepare_process() -> None:
-    """One thread, and no bars and advice from transformers: for a process that does nothing but work on a model."""
+    """Use one thread, and silence transformers' bars and advice: for a process that only works on a model."""
     import transformers
 
     torch.set_num_threads(1)
     logging.getLogger("lofit_lens").setLevel(logging.INFO)  # for the logs of cells
-    # tqdm's own lock is a semaphore of the system, which a process that is ended leaves behind.
+    # tqdm's own lock is a system semaphore, which a killed process leaves behind.
     tqdm.set_lock(threading.RLock())
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -1,8 +1,8 @@
 """The same groups of cells as Ray tasks, on one machine or on a cluster: `run_cells(..., executor=RayExecutor(...))`.
 
-Every task checks that its node sees the store and has the library's versions, then does what a local worker does. A task whose
-node or process dies is begun again by Ray; the store's locks see to it that nothing is computed twice meanwhile. The cluster
-may grow and shrink while cells run.
+Every task checks that its node sees the store and has the same versions, then does what a local worker does. Ray restarts a task
+whose node or process dies; the store's locks prevent that anything is computed twice meanwhile. The cluster may grow and shrink
+while cells run.
 """
 
 import functools
@@ -24,22 +24,22 @@ from lofit_lens.experiments.executors.process import prepare_process
 from lofit_lens.experiments.executors.schedule import Group
 from lofit_lens.experiments.store.store import Store
 
-SAME = ("lofit-lens", "torch", "transformer-lens", "transformers")  # packages of one version on all nodes
-RETRIES = 3  # of a task whose node or process died
+SAME = ("lofit-lens", "torch", "transformer-lens", "transformers")  # packages whose versions must agree on all nodes
+RETRIES = 3  # restarts of a task whose node or process died
 
 
 class RayExecutor:
     """Groups of cells as Ray tasks; see `runner.Executor`.
 
     Args:
-        store: as `run_cells`; its folder lies on a file system that all nodes see under the same path.
-        work: as `run_cells`; a function of a module that all nodes can import.
-        context: as `run_cells`.
-        address: of the cluster, `"auto"` or `"HOST:PORT"`; None = the one of RAY_ADDRESS, else Ray is started on this
-            machine for this run. A Ray that this process has initialised already is used as it is.
-        cpus: CPUs a group.
-        gpus: GPUs a group; at 0.5 two share one. None = 1 where the cluster has GPUs, else 0. A group without one is computed on
-            the CPU.
+        store: as in `run_cells`; its folder must be on a file system that all nodes see under the same path.
+        work: as in `run_cells`; a function of a module that all nodes can import.
+        context: as in `run_cells`.
+        address: address of the cluster, `"auto"` or `"HOST:PORT"`; None = that of RAY_ADDRESS, else Ray is started on this
+            machine for this run. If this process has already initialized Ray, that instance is used.
+        cpus: CPUs per group.
+        gpus: GPUs per group; at 0.5 two groups share one. None = 1 if the cluster has GPUs, else 0. A group without a GPU is
+            computed on the CPU.
 
     Raises:
         InputError: Ray is not installed or cannot be reached, or no node has room for a cell.
@@ -65,15 +65,15 @@ class RayExecutor:
             if not self._room():
                 raise InputError(
                     f"no node of this cluster has room for a cell ({cpus:g} CPUs, {gpus:g} GPUs); it has {there}. Ask for less "
-                    "a cell, or add a node"
+                    "per cell, or add a node"
                 )
             io.write_text(self._probe, "every node of the cluster must see this file\n")
             setting = (store, work, context, str(self._probe), _versions())
             try:
-                self._shared = [self._ray.put(setting)]  # in a list: a task gets the reference, not a copy of its own
+                self._shared = [self._ray.put(setting)]  # in a list, so that a task gets the reference and not a copy
             except TypeError as e:
                 raise InputError(f"the work or its context cannot be sent to other nodes ({_first_line(e)})") from e
-            # A process sees all GPUs of its node and takes the one that it is given, which may be another one at the next cell.
+            # A process sees all GPUs of its node and uses the one that it is assigned, which may differ for the next cell.
             seen = {"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}} if gpus else None
             self._task = self._ray.remote(_compute).options(
                 num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES, runtime_env=seen
@@ -84,15 +84,15 @@ class RayExecutor:
 
     @property
     def slots(self) -> int:
-        """Groups that the cluster has room for now; one at least, which waits for a node that comes back. 0 once Ray is left."""
+        """Groups that the cluster has room for now; at least one, which waits for a node to come back. 0 after Ray is closed."""
         return max(1, self._room()) if self._ray.is_initialized() else 0
 
     def submit(self, group: Group) -> None:
-        """Hand a group to the cluster."""
+        """Submit a group to the cluster."""
         self._running[self._task.remote(self._shared, group)] = group
 
     def wait(self, timeout: float) -> list[Outcomes]:
-        """Outcomes that came within `timeout` seconds.
+        """Outcomes that arrived within `timeout` seconds.
 
         Raises:
             InputError: a node (named) does not see the store, has other versions, or cannot run this library.
@@ -101,13 +101,13 @@ class RayExecutor:
         return [self._outcomes(ref, self._running.pop(ref)) for ref in ready]
 
     def interrupt(self) -> None:
-        """KeyboardInterrupt in every task."""
+        """Raise KeyboardInterrupt in every task."""
         self._interrupted = True
         for ref in self._running:
             self._ray.cancel(ref, force=False)
 
     def close(self) -> None:
-        """Kill what is in progress; end Ray, or leave the cluster, if this executor began it."""
+        """Kill tasks in progress; shut Ray down, or leave the cluster, if this executor started it."""
         self._probe.unlink(missing_ok=True)
         if self._ray.is_initialized():
             for ref in self._running:
@@ -122,7 +122,7 @@ class RayExecutor:
         except self._ray.exceptions.RayError as e:
             if self._interrupted:
                 return tuple(Outcome(cell.name, "stopped") for cell in group.cells)
-            if isinstance(e, self._ray.exceptions.RayTaskError):  # not of the work, whose errors are outcomes
+            if isinstance(e, self._ray.exceptions.RayTaskError):  # not an error of the work, which would be an outcome
                 why = e.cause or e
                 if isinstance(why, InputError):
                     raise InputError(str(why)) from e
@@ -131,7 +131,7 @@ class RayExecutor:
         return found
 
     def _room(self) -> int:
-        """Groups at a time, over all nodes."""
+        """Number of groups at a time, over all nodes."""
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         wants = [(kind, amount) for kind, amount in self._wants.items() if amount]
         return sum(int(min(has.get(kind, 0.0) / amount + 1e-9 for kind, amount in wants)) for has in nodes)
@@ -139,12 +139,12 @@ class RayExecutor:
 
 def _ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # no advice about a coming default
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences advice about a future default
     return optional("ray", "Ray", "ray")
 
 
 def _connect(ray: Any, address: str | None) -> None:
-    """Join a cluster, or start one on this machine that the loopback alone reaches."""
+    """Join a cluster, or start one on this machine that is reachable only through loopback."""
     options: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
     there = address or os.environ.get("RAY_ADDRESS")
     if there in (None, "local"):
@@ -158,12 +158,12 @@ def _connect(ray: Any, address: str | None) -> None:
         where = f"the Ray cluster at {there}" if there else "Ray on this machine"
         raise InputError(
             f"cannot reach or start {where}: {_first_line(e)}; start one with `ray start --head` and give its HOST:PORT, or "
-            "leave the address out"
+            "omit the address"
         ) from e
 
 
 def _check_reachable(address: str) -> None:
-    """Fail at once where nothing listens; Ray itself would try for a minute, then end the process."""
+    """Fail at once if nothing listens; Ray itself would try for a minute and then end the process."""
     if address == "auto":
         return
     host, _, port = address.rpartition(":")
@@ -178,7 +178,7 @@ def _check_reachable(address: str) -> None:
 
 
 def _versions() -> dict[str, str]:
-    """Versions that must agree; builds of one version (+cpu, +cu128) may differ."""
+    """Versions that must agree; builds of the same version (+cpu, +cu128) may differ."""
     found = io.environment()
     return {name: found.get(name, "none").split("+")[0] for name in SAME}
 
@@ -192,17 +192,17 @@ def _first_line(e: BaseException) -> str:
 
 
 def _compute(shared: list[Any], group: Group) -> Outcomes:
-    """A task; an error of it is about its node, since what goes wrong in the work is an outcome."""
+    """Run one task; it raises only errors of its node, since errors of the work are outcomes."""
     ray = importlib.import_module("ray")
     store, work, context, probe, versions = _opened(shared[0])
     _check_node(probe, versions)
     device = _device(ray.get_gpu_ids(), os.environ.get("CUDA_VISIBLE_DEVICES"))
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a Ray that was begun in the background ignores it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Ray ignores SIGINT if it was started in the background
     return attempt(store, group, work, context, device, whole_process=True)
 
 
 def _device(given: Sequence[Any], visible: str | None) -> str:
-    """The first GPU that Ray gives a task, by its place among those that the process sees; the CPU without one."""
+    """The first GPU that Ray assigns to a task, by its index among those that the process sees; the CPU if there is none."""
     if not given:
         return "cpu"
     places = [name.strip() for name in visible.split(",")] if visible else []
@@ -212,7 +212,7 @@ def _device(given: Sequence[Any], visible: str | None) -> str:
 
 @functools.lru_cache(maxsize=1)
 def _opened(ref: Any) -> Any:
-    """What all tasks share, read once a process."""
+    """Read what all tasks share, once per process."""
     prepare_process()
     return importlib.import_module("ray").get(ref)
 

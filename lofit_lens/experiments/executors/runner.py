@@ -1,8 +1,8 @@
-"""Run a grid's cells: those that are not in the store, each after the cells it needs, on any executor.
+"""Run the cells of a grid that are not in the store, each after the cells it needs, on any executor.
 
 Cells that can share a pass over the model are handed out as one group (`schedule.grouped`); all others are groups of one.
-The store alone knows what is done, so a run that was stopped or killed goes on when it is called again, and several runners
-on one store share the work: a cell that another one holds is looked at again later.
+Only the store records what is done, so a run that was stopped or killed continues when it is called again, and several runners
+on one store share the work: a cell that another runner holds is checked again later.
 """
 
 import logging
@@ -23,7 +23,7 @@ from lofit_lens.experiments.store.cells import Cell
 from lofit_lens.experiments.store.store import Store
 from lofit_lens.training.loop import first_ctrl_c
 
-TICK = 0.2  # seconds between two looks at Ctrl-C
+TICK = 0.2  # seconds between two checks for Ctrl-C
 LOOK_AGAIN = 1.0  # seconds until a cell that another runner holds is tried again
 STOPPING = "stopping: training writes its checkpoint; Ctrl-C again kills it;"
 
@@ -34,10 +34,10 @@ __all__ = ["Executor", "Outcome", "Outcomes", "Report", "Work", "attempt", "run_
 
 @runtime_checkable
 class Executor(Protocol):
-    """Where cells are computed. `run_cells` never hands out more than `slots` at a time, and closes it at the end.
+    """Where cells are computed. `run_cells` never submits more than `slots` groups at a time, and closes it at the end.
 
     Attributes:
-        slots: groups at a time; may change from call to call of `wait`.
+        slots: number of groups at a time; may change between calls of `wait`.
     """
 
     @property
@@ -47,25 +47,25 @@ class Executor(Protocol):
         """Begin a group and return at once."""
 
     def wait(self, timeout: float) -> list[Outcomes]:
-        """Outcomes that are new, waiting `timeout` seconds at most for the first; one entry for each group handed out."""
+        """New outcomes, waiting at most `timeout` seconds for the first; one entry for each submitted group."""
         ...
 
     def interrupt(self) -> None:
-        """Ctrl-C for all that is in progress: training writes its checkpoint; the outcomes ("stopped") come by `wait`."""
+        """Interrupt everything in progress: training writes its checkpoint; the outcomes ("stopped") arrive through `wait`."""
 
     def close(self) -> None:
-        """End all workers; what is in progress is killed."""
+        """End all workers; work in progress is killed."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a run of a grid did; names in the grid's order.
+    """What a run of a grid did; cells are listed in the grid's order.
 
     Attributes:
         computed: cells computed by this run.
-        there: cells that were done already, or done by another runner meanwhile.
+        there: cells that were already done, or that another runner did meanwhile.
         failed: cell -> its error.
-        blocked: cell -> the failed cell that it, or another of its group, needs, directly or not.
+        blocked: cell -> the failed cell that it, or another cell of its group, needs, directly or not.
     """
 
     computed: tuple[str, ...]
@@ -87,31 +87,31 @@ def run_cells(
     together: int = TOGETHER,
     progress: bool = True,
 ) -> Report:
-    """Compute every cell that is not in the store; a failed cell is tried again, then reported, and the rest goes on.
+    """Compute every cell that is not in the store; a failed cell is retried, then reported, and the rest continues.
 
     Args:
-        store: where runs are looked up and written.
-        cells: of the grid; their needs are among them or in the store.
+        store: store in which runs are looked up and written.
+        cells: cells of the grid; their needs are among them or in the store.
         work: computes a group of cells; a function of a module that workers can import.
-        context: handed to `work`; with several workers it is sent to each once.
-        executor: where to compute; None = `workers` processes here, for 1 this process itself.
+        context: passed to `work`; with several workers it is sent to each once.
+        executor: where to compute; None = `workers` processes here, or this process itself if that is 1.
         workers: number of processes, each on one thread.
-        devices: given to the workers in turn; None = `work` gets None.
-        retries: further tries of a group with a cell that failed in a way that may not come again.
-        together: cells at most that share a pass over the model; 1 = none. Results of another number differ by rounding.
-        progress: show a bar on a terminal. What is begun and done are log records (INFO).
+        devices: assigned to the workers in turn; None = `work` gets None.
+        retries: further attempts at a group with a cell whose failure may be temporary.
+        together: maximum number of cells that share a pass over the model; 1 = none. Another number changes rounding.
+        progress: show a bar on a terminal. Start and end of each group are log records (INFO).
 
     Returns:
-        What was computed, what was there, what failed and what could not be begun for it.
+        Which cells were computed, were already there, failed, or could not be started because of a failure.
 
     Raises:
         InputError: no workers, or workers that cannot start.
-        DiskFull: cells in progress were let finish, no other was begun.
+        DiskFull: the disk is full; cells in progress were completed, and no other was started.
         KeyboardInterrupt: Ctrl-C; training in progress wrote its checkpoint. A second Ctrl-C kills it.
     """
     if workers < 1 or retries < 0 or together < 1 or devices == []:
         raise InputError(
-            f"a run needs 1 worker or more, 0 retries or more, 1 cell or more together, and devices, if any; got "
+            f"workers must be at least 1, retries at least 0, together at least 1, and devices not empty; got "
             f"workers={workers}, retries={retries}, together={together}, devices={devices}"
         )
     here = executor is None and workers == 1
@@ -125,7 +125,7 @@ def run_cells(
             with _bar(run, progress) as run.bar, nullcontext(lambda: False) if here else first_ctrl_c() as ctrl_c:
                 run.loop(ctrl_c)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"stopped: {run.schedule.counts}; the same call goes on with the rest") from None
+            raise KeyboardInterrupt(f"stopped: {run.schedule.counts}; the same call continues with the rest") from None
     if run.full:
         raise DiskFull(f"{run.full}; {run.schedule.counts}; free space and run the same command again")
     log.info("%s", run.schedule.counts)
@@ -143,7 +143,7 @@ class _Run:
         self.computed: set[str] = set()
         self.schedule = Schedule(grouped(cells, together), self.there, retries)
         self.loaded: list[Any] = []  # the model that each free worker holds
-        self.stopped = False  # by Ctrl-C
+        self.stopped = False  # whether Ctrl-C was pressed
         self.full = ""  # the error of a full disk
 
     def loop(self, ctrl_c: Callable[[], bool]) -> None:
@@ -161,7 +161,7 @@ class _Run:
             elif schedule.stopping or schedule.idle:
                 return
             else:
-                time.sleep(TICK)  # another runner holds what is left
+                time.sleep(TICK)  # another runner holds the remaining cells
 
     def _stop(self) -> None:
         if not self.stopped:
@@ -207,14 +207,14 @@ class _Run:
                 self._stop()
         elif self.schedule.finish(group, {o.name: o.error for o in failed}, may_pass=any(o.again for o in failed)):
             for outcome in failed:
-                log.info("%s failed and is tried again: %s", self.cells[outcome.name].label, outcome.error)
+                log.info("%s failed and is retried: %s", self.cells[outcome.name].label, outcome.error)
         else:
             for outcome in failed:
                 self._fail(group, outcome)
 
     def _finish(self, outcome: Outcome) -> None:
         name, left = outcome.name, self.schedule.left
-        if name not in left:  # it was there before this run began
+        if name not in left:  # it was done before this run began
             return
         self.schedule.done(name)
         (self.computed if outcome.state == "done" else self.there).add(name)
@@ -242,7 +242,7 @@ class _Run:
 
 @contextmanager
 def _bar(run: _Run, progress: bool) -> Iterator[tqdm]:
-    """A bar over the cost of what is left, on a terminal only; log records appear above it."""
+    """Show a bar over the cost of the remaining cells, on a terminal only; log records appear above it."""
     cost = sum(run.cells[name].cost for name in run.schedule.left)
     form = "{desc} |{bar}| {elapsed}, {remaining} left{postfix}"
     quiet = None if progress else True

@@ -1,10 +1,10 @@
-"""The order of a grid's work: which cells share a pass, what may begin now, what can no longer be computed. No files.
+"""The order of a grid's work: which cells share a pass, which may start now, which can no longer be computed. No files.
 
-Fits of one model can share the passes over it (`training.tune_many`); such cells form a group. Numbers of a shared pass differ by
-rounding from those of another, so who shares one follows from the grid: groups are a function of the list of cells, whatever is
-done already and whoever computes it (but a cell that can never be computed, since one that it needs failed for good, leaves its
-group). A group is handed out, claimed, tried again and checkpointed as a whole; members that are there already are trained along
-and not written again. In another grid, with other partners, last digits differ.
+Fits of one model can share the passes over it (`training.tune_many`); such cells form a group. Different groupings differ by
+rounding, so groups must follow from the grid: they are a function of the list of cells, whatever is already done and whoever
+computes it (except that a cell leaves its group if it can never be computed, since one that it needs failed for good). A group is
+submitted, claimed, retried and checkpointed as a unit; members that are already done are trained along and not written again. In
+another grid, with other members, last digits differ.
 """
 
 import graphlib
@@ -18,13 +18,13 @@ from lofit_lens import io
 from lofit_lens.experiments.store.cells import Cell
 from lofit_lens.experiments.store.records import JOINED
 
-TOGETHER = 8  # cells of a group at most: on two cores more gain little (`benchmarks/many.py`)
-LEAST = 3  # of a group, where one more group keeps a second worker busy
+TOGETHER = 8  # maximum number of cells in a group: on two cores more gain little (`benchmarks/many.py`)
+LEAST = 3  # minimum size of a group that is split off to keep a second worker busy
 
 
 @dataclass(frozen=True)
 class Group:
-    """Cells that are computed at once; none of them needs another. Most groups are one cell.
+    """Cells that are computed together; none of them needs another. Most groups are one cell.
 
     Attributes:
         cells: in the grid's order.
@@ -34,41 +34,41 @@ class Group:
 
     @cached_property
     def name(self) -> str:
-        """Of its checkpoint and log: the last cell's name, of several cells with a digest of all names behind it."""
+        """Name of its checkpoint and log: the last cell's name, with a digest of all names appended if there are several."""
         names = [cell.name for cell in self.cells]
         return names[-1] if len(names) == 1 else f"{names[-1]}{JOINED}{io.digest(names)[:16]}"
 
     @property
     def label(self) -> str:
-        """What people read."""
+        """Label for people."""
         more = len(self.cells) - 1
         return self.cells[0].label + (f" and {more} more" if more else "")
 
     @property
     def model(self) -> Any:
-        """The cells' own."""
+        """The cells' model."""
         return self.cells[0].model
 
     @property
     def cost(self) -> float:
-        """Of all cells."""
+        """Sum over all cells."""
         return sum(cell.cost for cell in self.cells)
 
     @cached_property
     def needs(self) -> frozenset[str]:
-        """Cells that must be done before."""
+        """Names of cells that must be done first."""
         return frozenset(need for cell in self.cells for need in cell.needs)
 
 
 def grouped(cells: Mapping[str, Cell], together: int = TOGETHER) -> list[Group]:
-    """Every cell in one group: those that share a pass (`Cell.shares`) and stand on the same step of the graph of needs.
+    """Put every cell into a group: cells that share a pass (`Cell.shares`) and are at the same level of the graph of needs.
 
     A step's n cells are split evenly, in order, into groups of `together` at most, and into an even number of groups where
     those have three cells or more.
 
     Args:
-        cells: of a grid, by name, free of cycles.
-        together: cells of a group at most; 1 = each alone.
+        cells: cells of a grid, by name, without cycles.
+        together: maximum number of cells in a group; 1 = one cell per group.
 
     Returns:
         Groups in the order of their first cells.
@@ -93,23 +93,23 @@ def _split(cells: list[Cell], together: int) -> Iterable[list[Cell]]:
 
 
 class Schedule:
-    """What is left of a grid, handed out in order: first tries before others, long ones first, then as given.
+    """The remaining work of a grid, submitted in order: first attempts before retries, long ones first, then as given.
 
     Attributes:
         cells: of all groups, by name.
         left: names of cells that are not done.
-        failed: cell -> its error, of those that are not tried again by this run.
-        running: groups that were handed out.
-        stopping: nothing more is handed out.
+        failed: cell -> its error, for cells that this run does not retry.
+        running: submitted groups that have not ended.
+        stopping: whether to submit nothing more.
     """
 
     def __init__(self, groups: Iterable[Group], there: Iterable[str], retries: int = 0) -> None:
-        """List what is left.
+        """List the remaining cells.
 
         Args:
-            groups: of all cells, free of cycles.
+            groups: groups of all cells, without cycles.
             there: names of cells that are done.
-            retries: further tries of a group after a failure that may pass.
+            retries: further attempts at a group after a failure that may be temporary.
         """
         self._groups = list(groups)
         self.cells = {cell.name: cell for group in self._groups for cell in group.cells}
@@ -125,22 +125,22 @@ class Schedule:
     # -------------------------------------------------------------------------------------------------- what comes
 
     def take(self, now: float, loaded: Collection[Any]) -> Group | None:
-        """Hand out the next group; None where none can begin now.
+        """Return the next group; None if no group can start now.
 
         Args:
-            now: seconds.
-            loaded: models (`Cell.model`) that free workers hold; a group of one of them goes first.
+            now: current time in seconds.
+            loaded: models (`Cell.model`) that idle workers hold; groups with one of them go first.
         """
         ready = [group for group in self._open() if self._not_before.get(group, now) <= now]
         if self.stopping or not ready:
             return None
-        first = min(ready, key=lambda g: (g.model not in loaded, self._tries[g], -g.cost))  # the first of equals
+        first = min(ready, key=lambda g: (g.model not in loaded, self._tries[g], -g.cost))  # ties: the first
         self.running.append(first)
         return first
 
     @property
     def idle(self) -> bool:
-        """Nothing can begin, now or later, before a cell that was handed out is done."""
+        """Whether nothing can start, now or later, until a submitted cell is done."""
         return not self._open()
 
     def _open(self) -> list[Group]:
@@ -154,24 +154,24 @@ class Schedule:
     # ------------------------------------------------------------------------------------- what became of a group
 
     def put_back(self, group: Group, when: float) -> None:
-        """Another runner holds one of its cells: it is handed out again from then on."""
+        """Another runner holds one of its cells: submit it again from time `when` on."""
         self.running.remove(group)
         self._not_before[group] = when
 
     def done(self, name: str) -> None:
-        """A cell is in the store: those that waited for it may begin."""
+        """Mark a cell as stored; cells that waited for it may start."""
         self.left.discard(name)
 
     def finish(self, group: Group, failed: Mapping[str, str], *, may_pass: bool) -> bool:
-        """A group that was handed out has ended.
+        """Record that a submitted group has ended.
 
         Args:
             group: the group.
             failed: those of its cells that failed -> their errors.
-            may_pass: whether one of them may do better the next time.
+            may_pass: whether one of the failures may be temporary.
 
         Returns:
-            Whether it will be handed out again, after those not tried yet; if not, its failures are in `failed` for good.
+            Whether it will be submitted again, after those not tried yet; if not, its failures are final (in `failed`).
         """
         self.running.remove(group)
         self._tries[group] += 1
@@ -182,7 +182,7 @@ class Schedule:
         return False
 
     def lose(self, name: str) -> None:
-        """A cell fails whenever it is tried: those that need it, directly or not, leave their groups, which go on without."""
+        """A cell has failed for good: cells that need it, directly or not, leave their groups, which continue without them."""
         gone = {name}
         while more := {c.name for g in self._groups for c in g.cells if not gone.isdisjoint(c.needs)} - gone:
             gone |= more
@@ -194,7 +194,7 @@ class Schedule:
 
     @property
     def blocked(self) -> dict[str, str]:
-        """Cells that cannot be computed -> the failed cell that they, or others of their group, need, directly or not."""
+        """Cells that cannot be computed -> the failed cell that they, or other cells of their group, need, directly or not."""
         cause = dict.fromkeys(self.failed, "") | self._lost
         more = True
         while more:

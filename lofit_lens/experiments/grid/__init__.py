@@ -1,1 +1,1 @@
-"""What a grid of runs is, and running it."""
+"""Grids of runs: their specification, their expansion into cells, and running them."""

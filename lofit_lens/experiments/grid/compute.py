@@ -1,4 +1,4 @@
-"""What a cell of a grid computes: head scores, a fit and its test, a trial, a test on another task, damage, a reading."""
+"""Compute a cell of a grid: head scores, a fit and its test, a trial, a test on another task, damage, a reading."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -34,18 +34,18 @@ from lofit_lens.training.trackers import Tracked, Tracker, tracked, tracker
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """What every cell of a grid may need and its spec only names.
+    """The objects that cells of a grid need and that their specs only name.
 
     Attributes:
         load: digest of a model's key -> arguments of `load_model`.
-        infos: digest of a model's key -> what it will be.
+        infos: digest of a model's key -> the planned model.
         tasks: digest of a task's key -> task.
         loaded: a model in memory, in place of all that `load` names; for one process.
-        device: of the models, where the runner gives none.
-        track: `"wandb"` or `"tensorboard"`: who reads the steps of training.
-        code: files that make methods and selectors known (`methods.use_file`).
+        device: device of the models if the runner assigns none.
+        track: `"wandb"` or `"tensorboard"`: the tracker that records the steps of training.
+        code: files that register methods and selectors (`methods.use_file`).
         methods: methods from outside the library that no such file holds.
-        selectors: likewise, by name.
+        selectors: selectors of that kind, by name.
     """
 
     load: Mapping[str, Mapping[str, Any]]
@@ -66,21 +66,21 @@ _silent: set[str] = set()  # trackers that failed in this process
 
 
 def compute(store: Store, group: Group, context: Any, device: str | None, each: Each) -> None:
-    """Compute a group of cells whose needs are done, and write the folders of those that are not there.
+    """Compute a group of cells whose needs are done, and write the folders of those that are not done yet.
 
-    Fits of LoFiT are trained in the same passes, those that are there too: else the others' last digits would depend on them.
+    LoFiT fits share passes, including those already done: otherwise the last digits of the others would depend on them.
 
     Args:
-        store: where needs lie and the results go.
-        group: of cells made by `expand`.
+        store: store that holds the needed cells and receives the results.
+        group: a group of cells made by `expand`.
         context: a `Context`.
-        device: of the model; None = the context's.
+        device: device of the model; None = the context's.
         each: cell -> the block in which it is written.
 
     Raises:
-        ModelError: the model is another one than was planned.
-        InputError: a cell cannot be computed as asked.
-        TrainingDiverged: training gave NaN or infinity; of several cells, in that cell's own block.
+        ModelError: the loaded model differs from the planned one.
+        InputError: a cell cannot be computed as specified.
+        TrainingDiverged: training gave NaN or infinity; with several cells, in that cell's own block.
     """
     for file in context.code:
         use_file(file)
@@ -107,11 +107,11 @@ def compute(store: Store, group: Group, context: Any, device: str | None, each: 
                 if len(jobs) > 1:
                     job.draft.timing["together"] = [cell.name for cell in group.cells]
     if any(job.failed_reader for job in jobs):
-        _silent.add(context.track)  # no further cell waits for it
+        _silent.add(context.track)  # so that no other cell waits for it
 
 
 def _read_along(job: "_Job", context: Context) -> None:
-    """Let a tracker read the steps of a cell that trains and is not there."""
+    """Let a tracker record the steps of a cell that trains and is not done yet."""
     wanted = job.spec.get("config") and context.track not in _silent and not job.store.done(job.cell.name)
     if context.track and wanted:
         job.reader = tracker(context.track, job.store.root / "track")
@@ -129,14 +129,14 @@ def _bench(cell: Cell, context: Context, device: str | None) -> Workbench:
     if (found := model_key(model_info(model))) != model_key(planned):
         raise ModelError(
             f"the model that was loaded ({found}) is not the one that was planned ({model_key(planned)}); name its class in the "
-            "grid (backend: bridge), or plan the grid anew if the files have changed"
+            "grid (backend: bridge), or plan the grid again if the files have changed"
         )
     task = context.tasks[io.digest(cell.spec["task"])] if "task" in cell.spec else next(iter(context.tasks.values()))
     return bench_of(model, task, cell.spec.get("n_train"))
 
 
 def bench_of(model: Any, task: Task, n_train: int | None) -> Workbench:
-    """The workbench of a model and a task in this process, made once; it goes with the model."""
+    """The workbench of a model and a task in this process, made once; it is dropped together with the model."""
     task = task.asked_of(model)
     if (kept := getattr(model, KEPT, None)) is None:
         kept = {}
@@ -152,9 +152,9 @@ class _Job:
     """A cell while it is computed.
 
     Attributes:
-        reading: holds its tracked run open.
-        trained: what LoFiT's training made of it.
-        seconds: its share of that.
+        reading: keeps its tracked run open.
+        trained: result of LoFiT's training.
+        seconds: its share of the training time.
     """
 
     store: Store
@@ -179,13 +179,13 @@ class _Job:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """Given, or chosen by the trials."""
+        """The settings that were given, or chosen by the trials."""
         spec = self.spec
         return spec["settings"] if spec.get("chosen") is None else _chosen(self).settings
 
     @property
     def lofit(self) -> Lofit:
-        """What was trained; raises where that failed."""
+        """The trained adapter; raises the error if training failed."""
         if isinstance(self.trained, InputError | TrainingDiverged):
             raise self.trained
         assert self.trained is not None
@@ -193,7 +193,7 @@ class _Job:
 
 
 def _train(jobs: Sequence[_Job], checkpoint: Path) -> None:
-    """Train LoFiT for all of them; one that cannot be trained (every trial diverged, a row too long, ...) is left out."""
+    """Train LoFiT for all cells; one that cannot be trained (every trial diverged, a row too long, ...) is left out."""
     start, runs = time.perf_counter(), {}
     for i, job in enumerate(jobs):
         try:
@@ -226,7 +226,7 @@ def _run(job: _Job) -> LofitRun:
 
 
 def _asked(job: _Job) -> Fit:
-    """What the cell asks of its method."""
+    """The fit that the cell requests from its method."""
     spec = job.spec
     config = TrainConfig(**{**_config(spec), **job.settings}) if spec["config"] else None
     return Fit(
@@ -236,7 +236,7 @@ def _asked(job: _Job) -> Fit:
 
 
 def _config(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """All of it: the preset may be another where the model has another name."""
+    """The whole configuration: the preset may differ for a model with another name."""
     config = spec["config"] or {}
     return {**config, "betas": tuple(config["betas"])} if config else {}
 
@@ -264,7 +264,7 @@ def _fit(job: _Job) -> None:
 
 
 def _trial(job: _Job) -> None:
-    """A fit that diverges is a result: this point is not chosen."""
+    """Fit one point of a grid; a fit that diverges is a result, and this point is not chosen."""
     record = job.draft.record
     record["settings"] = job.settings
     try:
@@ -310,7 +310,7 @@ def _test(job: _Job, fitted: Intervention | None) -> None:
 
 
 def _other(job: _Job) -> None:
-    """The adapter of a fit on a task that it did not learn."""
+    """Test the adapter of a fit on a task that it did not learn."""
     before = job.store.read(job.spec["fit"])
     for name in ("settings", "run"):
         job.draft.record[name] = before[name]
@@ -323,19 +323,19 @@ def _damage(job: _Job) -> None:
     method = job.store.read(job.spec["fit"])["spec"]["method"]
     fitted = _kept(job, method)
     if fitted is None:
-        raise InputError(f"{method} has no adapter that could do damage")
+        raise InputError(f"{method} has no adapter, so its damage cannot be measured; leave damage out for it")
     texts = damage(method_of(method).model(job.bench), fitted, job.store.kept(job.spec["texts"]), progress=False).texts
     job.draft.record["damage"] = {name: texts[name].tolist() for name in DAMAGE_COLUMNS}
 
 
 def _kept(job: _Job, method: str) -> Intervention | None:
-    """The adapter in a fit's folder; None where it has none."""
+    """The adapter in a fit's folder; None if it has none."""
     folder = job.store.folder(job.spec["fit"]) / "adapter"
     return load_adapter(folder, model=method_of(method).model(job.bench)) if folder.is_dir() else None
 
 
 def _reading(job: _Job) -> None:
-    """What the adapters of fits say of the model, into a file of its own."""
+    """Write what the adapters of fits reveal about the model into a file of its own."""
     spec, model, tasks = job.spec, job.bench.model, job.context.tasks
 
     def adapter(fit: str) -> Lofit:

@@ -1,13 +1,13 @@
-"""A grid as cells: what there is to compute, each piece once, and what it builds on.
+"""Expand a grid into cells: each piece of work once, with the cells that it needs.
 
 - `scores`: head scores of a task by a selector and a seed.
 - `trial`: one point of a method's settings, fitted and tried on the validation rows.
 - `fit`: one fit, tested once on the test rows. Its heads come from a `scores` cell, its settings from `trial` cells.
 - `test`: a fit's adapter on a task that it did not learn.
 - `damage`: a fit's adapter on ordinary text.
-- `reading`: what a fit's adapter says of the model, or those of all tasks together.
+- `reading`: what a fit's adapter, or the adapters of all tasks together, reveal about the model.
 
-Nothing is loaded but the data: a model is known by its configuration (`models.planned_info`).
+Only data is loaded: models are described by their configuration (`models.planned_info`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,15 +41,15 @@ TOGETHER = "together"  # the reading of all tasks' adapters
 
 @dataclass(frozen=True, eq=False)
 class Setting:
-    """One model of a grid with its tasks opened.
+    """One model of a grid with its loaded tasks.
 
     Attributes:
-        grid: what is asked for.
-        info: of the model.
+        grid: the grid.
+        info: description of the model.
         tasks: by name, as the grid lists them.
-        others: tasks that are tested only.
+        others: tasks to test only.
         texts: digest of the ordinary texts; empty = none.
-        files: as `model_key`.
+        files: as in `model_key`.
     """
 
     grid: Grid
@@ -71,7 +71,7 @@ class Setting:
 
     @property
     def n_heads(self) -> int:
-        """Heads of the model."""
+        """Number of heads of the model."""
         return self.info.grid.n_total
 
     def outline(self, task: str) -> Outline:
@@ -80,11 +80,11 @@ class Setting:
 
 
 def expand(setting: Setting) -> list[Cell]:
-    """All cells of a grid on one model, each once, needs before what builds on them.
+    """All cells of a grid on one model, each once, after the cells that it needs.
 
     Raises:
-        InputError: a task that the grid does not have, more heads or training examples than there are, no validation rows where
-            settings are to be chosen, a value out of range; before anything is computed.
+        InputError: a task that the grid does not have, more heads or training examples than there are, no validation rows to
+            choose settings on, or a value out of range; before anything is computed.
     """
     maker = _Maker(setting)
     grid = setting.grid
@@ -107,7 +107,7 @@ class _Maker:
     cells: dict[str, Cell] = field(default_factory=dict)
 
     def add(self, label: Sequence[object], spec: dict[str, Any], needs: Sequence[str], row: dict[str, Any]) -> Cell:
-        """The cell; what is there already is not made twice."""
+        """Add a cell, or return the existing one."""
         kind, info = spec["kind"], self.setting.info
         whole = {"cell": 1, **spec, "model": self.setting.model_key, "needs": list(needs), "versions": versions_key()}
         text = " ".join(str(part) for part in label if part not in ("", None))
@@ -122,7 +122,7 @@ class _Maker:
     # ------------------------------------------------------------------------------------------ head scores
 
     def scores(self, name: str, task: str, seed: int, n_train: int | None) -> Cell:
-        """Scores by a selection."""
+        """The cell of head scores by a selection."""
         grid, data = self.setting.grid, self.setting.tasks[task]
         selection, outline = grid.selection(name), self.setting.outline(task)
         n = self._given(selection.n_train or n_train, task)
@@ -148,7 +148,7 @@ class _Maker:
     # ------------------------------------------------------------------------------------------------- runs
 
     def run(self, run: Run) -> None:
-        """Every run of a block."""
+        """Add every run of a block."""
         for n_train in run.n_train:
             for method in run.methods:
                 for task in self.setting.tasks:
@@ -156,7 +156,7 @@ class _Maker:
                         self._tests(run, fit, task)
 
     def _given(self, n_train: int | None, task: str) -> int | None:
-        """The task's own number is as good as none given."""
+        """Treat the task's own number like no number, so that both name the same run."""
         return None if n_train == self.setting.tasks[task].n_train else n_train
 
     def _fits(self, run: Run, method: Method, task: str, n_train: int | None) -> Iterator[Cell]:
@@ -196,11 +196,11 @@ class _Maker:
                             yield self._fit(run, method, task, n_train, seed, what, chosen)
 
     def _enough(self, name: str, scores: Cell, k: int) -> None:
-        """A selection among k heads has no more to give."""
+        """Check that a selection among some heads scores enough of them."""
         among = scores.spec["among"]
         if among is not None and k > among["k"]:
             raise InputError(
-                f"{k} heads are asked of the selection {name}, which scores {among['k']}; raise its among_k"
+                f"{k} heads are requested from the selection {name}, which scores {among['k']}; raise its among_k"
             )
 
     def _sources(self, run: Run, task: str) -> list[str]:
@@ -239,7 +239,7 @@ class _Maker:
         return self.add(label, spec, needs, row)
 
     def _heads_label(self, what: Mapping[str, Any], task: str) -> Iterator[object]:
-        """Heads of a fit for its label: by what, whose, how many."""
+        """Parts of a fit's label that describe its heads: selector, source, number."""
         if (by := what.get("heads_from")) is not None:
             draw = what.get("draw", 0) if by == MATCHED else ""
             yield f"{by}{draw}" if by in HEADS_READ else self.setting.grid.selection(by).by
@@ -263,7 +263,7 @@ class _Maker:
     def _settings(
         self, run: Run, method: Method, task: str, what: Mapping[str, Any], heads: dict[str, Any] | None
     ) -> tuple[dict[str, Any], list[list[str]] | None]:  # fmt: skip
-        """Settings that are given or the preset's; or the trials that they are chosen from, a list for each point."""
+        """Given or preset settings; or the trials that they are chosen from, a list for each point."""
         if isinstance(run.settings, dict):
             return dict(run.settings), None
         data, grid, outline = self.setting.tasks[task], self.setting.grid, self.setting.outline(task)
@@ -283,7 +283,7 @@ class _Maker:
     def _trial(
         self, method: Method, task: str, what: Mapping[str, Any], heads: dict[str, Any] | None, point: dict[str, Any], seed: int
     ) -> Cell:  # fmt: skip
-        """On the run's heads; None = on the task's own by A-norm and the usual K, whichever heads the run itself names."""
+        """A trial on the run's heads; None = on the task's own by A-norm and the preset's K, whichever heads the run names."""
         own = {"heads_from": OWN, "source": task, "k": self.setting.outline(task).preset.k}
         k, label = what.get("k"), [f"k{what['k']}"] if method.heads == "k" else []
         if method.heads == "chosen" and heads is None:
@@ -320,7 +320,7 @@ class _Maker:
     # --------------------------------------------------------------------------------------------- readings
 
     def readings(self, run: Run) -> None:
-        """Readings of each task's adapter with the first seed, and of all of them together."""
+        """Add readings of each task's adapter with the first seed, and of all of them together."""
         grid, found = self.setting.grid, {}
         drawn = [r.draws for r in grid.runs if {RANDOM, MATCHED} & {*r.heads}]
         seed, draws = (run.seeds or grid.seeds)[0], max(drawn, default=5)
@@ -334,7 +334,7 @@ class _Maker:
             wide = self._own_fit(run, task, seed, heads_of("3K", outline.preset.k, self.setting.n_heads))
             if fit is None:
                 raise InputError(
-                    "'readings' are of adapters that all of a task's training examples made; leave n_train out"
+                    "'readings' need adapters trained on all of a task's training examples; leave n_train out"
                 )
             found[task] = fit
             spec = {
@@ -360,14 +360,14 @@ class _Maker:
 
 
 def _shares(spec: Mapping[str, Any]) -> str:
-    """What LoFiT's training makes on one model: scores by A, scores by v, and offsets, since these take different times."""
+    """Key of fits that may share LoFiT's passes: scores by A, scores by v, or offsets, since these take different times."""
     what = spec.get("by") or spec.get("method")
     joint = what in LEARNED if "by" in spec else "method" in spec and method_of(spec["method"]).joint is not None
     return f"{what} {io.digest(spec['model'])}" if joint else ""
 
 
 def _rows(task: Task, n: int | None, seed: int) -> int | None:
-    """Training examples that are drawn (None: all); raises where there are not so many."""
+    """Number of training examples drawn (None = all); raises InputError if there are fewer."""
     task.drawn("train", n=n, seed=seed)
     return task.n_train if n is None else n
 

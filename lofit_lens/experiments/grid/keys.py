@@ -1,4 +1,4 @@
-"""What names a run: all that can change its result, of the model, the task, the head score and the versions."""
+"""Keys that name a run: everything that can change its result, of model, task, head score and versions."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -14,10 +14,10 @@ from lofit_lens.training.selectors import SELECTORS
 
 
 def model_key(info: ModelInfo, files: str = "") -> dict[str, Any]:
-    """What of a model can change a result: weights, configuration and tokenizer, class, dtype, BOS; not where they lie.
+    """What of a model can change a result: weights, configuration and tokenizer, class, dtype, BOS; not their location.
 
     Args:
-        info: of the model.
+        info: description of the model.
         files: digest of a local folder's configuration and tokenizer (`models.folder_digest`), or of a model in memory.
     """
     weights = info.revision if (info.revision or "").startswith("sha256:") else f"{info.name}@{info.revision}"
@@ -32,7 +32,7 @@ def task_key(task: Task) -> dict[str, Any]:
     """What of a task can change a result: its rows in training and test form, and how answers are graded.
 
     Raises:
-        InputError: a grader that is not known by a name and its code.
+        InputError: a grader without a name and code.
     """
     rows = {
         name: {split: [repr(e) for e in listed] for split, listed in form.items()}
@@ -46,7 +46,7 @@ def task_key(task: Task) -> dict[str, Any]:
 
 
 def _grader(task: Task) -> str:
-    """A grader's name; outside the library its code too, since it may change under its name."""
+    """A grader's name; if it is not the library's, with a digest of its code, which may change under the same name."""
     grade: Any = task.grade
     if grade is None:
         return ""
@@ -61,14 +61,14 @@ def selector_source(name: str) -> dict[str, str]:
 
 
 def check_code(spec: Mapping[str, Any], tasks: Mapping[str, Task]) -> None:
-    """See that a user's code in this process is what named a cell: its file may change before a worker imports it.
+    """Check that a user's code in this process is the code that named a cell: its file may change before a worker imports it.
 
     Args:
-        spec: of the cell.
+        spec: spec of the cell.
         tasks: digest of a task's key -> task.
 
     Raises:
-        InputError: it is not (method, head score or grader, by name).
+        InputError: the code of a method, head score or grader (named) has changed.
     """
     found = {}
     if "method" in spec:
@@ -84,7 +84,7 @@ def check_code(spec: Mapping[str, Any], tasks: Mapping[str, Task]) -> None:
 
 
 def versions_key() -> dict[str, str]:
-    """Major versions (for a 0.x version the minor too) of what computes."""
+    """Major versions (for 0.x also the minor one) of the packages that compute."""
     found = io.environment()
     return {
         name: _cut(found[name]) for name in ("lofit-lens", "torch", "transformers", "transformer-lens") if name in found

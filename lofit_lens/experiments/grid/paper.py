@@ -1,4 +1,4 @@
-"""The paper's grids as data (arXiv 2406.01563): what its tables and figures are drawn from, one block of runs each.
+"""The paper's grids as data (arXiv 2406.01563): one block of runs for each of its tables and figures.
 
 `paper/NAME` asks for the paper's models and tasks, `organism/NAME` for the embedded model's; NAME is one of `PARTS`, or `all`.
 Other models and tasks take the same blocks: `paper_grid(parts, model=..., tasks=...)`.
@@ -12,7 +12,7 @@ from lofit_lens.experiments.grid.specs import CHOSEN, PRESET, Grid, ModelSpec, R
 from lofit_lens.experiments.methods.base import OWN, RANDOM
 from lofit_lens.organism.words import TASKS
 
-# What all that is said about a head set is set against: the unmodified model, the task's own heads, and as many at random.
+# The baselines of every claim about a head set: the unmodified model, the task's own heads, and as many random heads.
 BASE = (
     Run(method=("zero-shot",), tested=True),
     Run(heads=(OWN,), tested=True, damage=True, readings=True),
@@ -35,9 +35,9 @@ WHAT = {
     "fig2": "offsets on other tasks' heads", "fig3": "layers of the chosen heads", "fig4": "accuracy by training examples",
     "fig5": "accuracy by number of heads", "stability": "head selection with further seeds", "all": "all of these",
 }  # fmt: skip
-SCORES_ALONE = ("fig3", "stability")  # no run is needed, head scores suffice
+SCORES_ALONE = ("fig3", "stability")  # these need only head scores, no runs
 PARTS = tuple(BLOCKS)
-# The models of the paper, in the precision of its runs, and its three tasks. All on the bridge, which LoRA needs, so that all
+# The models of the paper, in the precision of its runs, and its three tasks. All use the bridge, which LoRA needs, so that all
 # parts share their runs.
 LLAMA_7B = ModelSpec(name="meta-llama/Llama-2-7b-hf", backend="bridge")
 LLAMA_13B = ModelSpec(name="meta-llama/Llama-2-13b-hf", backend="bridge", dtype="bfloat16")
@@ -67,21 +67,21 @@ def paper_grid(
     tune: bool = False,
     readings: bool = False,
 ) -> Grid:
-    """The blocks of some parts of the paper for any model and tasks.
+    """Make a grid of some parts of the paper for any model and tasks.
 
     Args:
-        parts: of `PARTS`; `"all"` = all.
-        name: of the grid.
-        model: name, or `ModelSpec`, or several.
-        tasks: trained on and tested.
-        other_tasks: that the task's own adapters are tested on too (Table 5).
+        parts: names in `PARTS`; `"all"` = all.
+        name: name of the grid.
+        model: a name, a `ModelSpec`, or several.
+        tasks: tasks to train on and test.
+        other_tasks: tasks that the task's own adapters are tested on too (Table 5).
         texts: ordinary text for damage; see `load_texts`.
-        seeds: of selection and fits; head selection alone takes two more where its stability is asked for.
-        draws: of random heads.
-        limit: only the first test rows.
-        batch_size: of the evaluations, as in `evaluate`.
-        tune: choose every trained method's learning rate on the validation rows, not those of ITI and RepE alone.
-        readings: also read what the adapters say of the model (`experiments.readings`).
+        seeds: seeds of selection and fits; head selection uses two more if its stability is requested.
+        draws: number of draws of random heads.
+        limit: use only the first test rows.
+        batch_size: batch size of the evaluations, as in `evaluate`.
+        tune: choose every trained method's learning rate on the validation rows, not only the settings of ITI and RepE.
+        readings: also read what the adapters reveal about the model (`experiments.readings`).
 
     Raises:
         InputError: an unknown part, or a value out of range.
@@ -96,7 +96,7 @@ def paper_grid(
         if part not in (*PARTS, "all"):
             raise unknown("part", part, (*PARTS, "all"))
     if not asked:
-        raise InputError(f"no part of the paper is asked for; give one or more of {', '.join(PARTS)}, or all")
+        raise InputError(f"no part of the paper is given; give at least one of {', '.join(PARTS)}, or all")
     wanted = PARTS if "all" in asked else tuple(p for p in PARTS if p in asked)
     runs = [run for part in wanted for run in BLOCKS[part]]
     if any(part not in SCORES_ALONE for part in wanted):
@@ -127,7 +127,7 @@ def _tasks(named: Sequence[str | TaskSpec]) -> tuple[TaskSpec, ...]:
 
 
 def _with(run: Run, *, draws: int, tune: bool, fresh: bool, measured: bool, readings: bool) -> Run:
-    """The block with what was asked for; a field that it does not read stays as it is."""
+    """The block with the requested fields; a field that it does not read is unchanged."""
     changes: dict[str, Any] = {"tested": fresh} if run.tested else {}
     if run.damage:
         changes["damage"] = measured
@@ -136,14 +136,14 @@ def _with(run: Run, *, draws: int, tune: bool, fresh: bool, measured: bool, read
     if RANDOM in run.heads:
         changes["draws"] = draws
     if all(method.fit is not None for method in run.methods):
-        # The presets hold nothing for what is not trained.
+        # There are no presets for methods that are not trained.
         untrained = all(method.config is None for method in run.methods)
         changes["settings"] = CHOSEN if tune or untrained else PRESET
     return run.model_copy(update=changes)
 
 
 def known_grids() -> dict[str, str]:
-    """Names of the grids that come with the library, each with what it is."""
+    """Name -> description of the grids that come with the library."""
     found = {}
     for part in (*PARTS, "all"):
         models = len(MODELS.get(part, (LLAMA_7B,)))

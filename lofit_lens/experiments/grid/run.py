@@ -1,4 +1,4 @@
-"""Run a grid: open what it names, expand it into cells, compute those that the store does not hold.
+"""Run a grid: load what it names, expand it into cells, compute those that the store does not hold.
 
     run_grid("organism/all", "runs/grid")             # again: nothing is computed
     run_grid("my-grid.yaml", "runs/grid", workers=2)
@@ -38,12 +38,12 @@ from lofit_lens.training.trackers import tracker
 
 @dataclass(frozen=True, eq=False)
 class Planned:
-    """A grid as it will be computed.
+    """A grid that is ready to be computed.
 
     Attributes:
-        cells: every piece of work, once; needs before what builds on them.
-        context: what the cells' specs only name.
-        records: name in the store -> what is kept of the grid, one for each model.
+        cells: every piece of work, once, after the cells that it needs.
+        context: the objects that the cells' specs only name.
+        records: name in the store -> record of the grid, one for each model.
         texts: ordinary texts of the grid.
     """
 
@@ -54,7 +54,7 @@ class Planned:
 
 
 def open_grid(grid: Grid | str | Path) -> Grid:
-    """A grid itself, one that comes with the library by its name, or one from a YAML file.
+    """Return a grid unchanged, one that comes with the library by its name, or one from a YAML file.
 
     Raises:
         InputError: neither a known name nor a file.
@@ -105,12 +105,12 @@ def plan_grid(
     """Open a grid's data and configurations and list its cells; no weights are read. Arguments and errors as in `run_grid`."""
     grid = open_grid(grid)
     if track is not None:
-        tracker(track, ".")  # a missing package is better known now
+        tracker(track, ".")  # so that a missing package is reported now
     named = _by_name([_load(t) for t in grid.tasks] if tasks is None else tasks)
     others = _by_name([_load(t) for t in grid.other_tasks] if other_tasks is None else other_tasks)
     if both := [t for t in others if t in named]:
         raise InputError(
-            f"{both[0]} is a task and an other task of this grid; other tasks are those that nothing is tuned on"
+            f"{both[0]} is both a task and an other task of this grid; other tasks are those that nothing is tuned on"
         )
     if texts is None:
         wanted = grid.texts is not None and any(run.damage or run.readings for run in grid.runs)
@@ -137,7 +137,7 @@ def plan_grid(
                 "prepend_bos": spec.prepend_bos, "name": spec.called,
             }  # fmt: skip
         elif any(method.bridge for method in _methods(grid)):
-            Workbench(model, next(iter(named.values()))).bridge()  # better known now than after the other fits
+            Workbench(model, next(iter(named.values()))).bridge()  # fails now rather than after the other fits
         mine = expand(setting)
         cells |= {cell.name: cell for cell in mine}
         name = grid.name if model is not None or len(grid.model) == 1 else f"{grid.name} {info.name}"
@@ -172,30 +172,30 @@ def run_grid(
 
     Args:
         grid: a `Grid`, the name of one that comes with the library (`known_grids`), or a YAML file.
-        store: folder; made if it is missing. Several runners may work on it at once.
+        store: folder of the store, created if it is missing. Several runners may work on it at once.
         model: a loaded model in place of the grid's; for one process.
         tasks: tasks in memory in place of the grid's.
         other_tasks: likewise.
         texts: ordinary texts in place of the grid's.
         workers: processes, each on one CPU thread; 1 = this process.
-        devices: of the workers, in turn, e.g. `["cuda:0", "cuda:1"]`; None = `device`.
-        executor: makes another place to compute from store, work and context, e.g. `RayExecutor`, or
+        devices: devices of the workers, in turn, e.g. `["cuda:0", "cuda:1"]`; None = `device`.
+        executor: makes another executor from store, work and context, e.g. `RayExecutor`, or
             `functools.partial(RayExecutor, address="auto", gpus=1)`.
-        retries: further tries of a cell that failed for a reason that may pass.
-        together: fits of LoFiT at most that share a pass over the model, in groups that follow from the grid alone; 1 = none.
-            Their results are those of separate training up to rounding, and the same bytes for the same number.
-        device: of the models; None = CUDA where there is one, else the CPU.
-        track: `"wandb"` or `"tensorboard"` reads the steps of training.
+        retries: further attempts at a cell whose failure may be temporary.
+        together: maximum number of LoFiT fits that share a pass over the model, in groups that follow only from the grid;
+            1 = none. Results equal those of separate training up to rounding, and are the same bytes for the same number.
+        device: device of the models; None = CUDA if available, else the CPU.
+        track: `"wandb"` or `"tensorboard"`: tracker that records the steps of training.
         progress: show what is done, what runs and the time left.
 
     Returns:
-        What was computed, what was there, what failed and what could not be begun for it.
+        Which cells were computed, were already there, failed, or could not be started because of a failure.
 
     Raises:
-        InputError: a name, number or field that the grid cannot have, several workers with a model in memory; before anything is
-            computed. Or the disk is full.
+        InputError: an invalid name, number or field, or several workers with a model in memory (before anything is computed); or
+            a full disk.
         DataError: a store of a newer version, or damaged files.
-        KeyboardInterrupt: Ctrl-C; the same call goes on from there.
+        KeyboardInterrupt: Ctrl-C; the same call continues from there.
     """
     if model is not None and (workers > 1 or executor is not None):
         raise InputError(
@@ -217,7 +217,7 @@ def run_grid(
 
 
 def _placed(spec: ModelSpec) -> ModelSpec:
-    """A local folder by its whole path: workers may start elsewhere."""
+    """Make a local folder's path absolute: workers may start elsewhere."""
     folder = Path(spec.name)
     return (
         spec.model_copy(update={"name": str(folder.absolute())})
@@ -227,13 +227,13 @@ def _placed(spec: ModelSpec) -> ModelSpec:
 
 
 def _beside(grid: str | Path, spec: TaskSpec) -> TaskSpec:
-    """A task that is a single file, by its place from the grid's file."""
+    """Resolve a task that is a single file relative to the grid's file."""
     file = Path(spec.name).suffix in FORMATS and spec.name not in TASKS
     return spec.model_copy(update={"name": str(Path(grid).parent / spec.name)}) if file else spec
 
 
 def _check_asked(grid: Grid, others: bool, texts: bool) -> None:
-    """A run that asks for what the grid does not have would be made without it.
+    """Check that the grid has what its runs request; they would silently be made without it.
 
     Raises:
         InputError: `tested` without other tasks, or `damage` without texts.
@@ -253,7 +253,7 @@ def _load(spec: TaskSpec) -> Task:
 
 
 def _asked_of(tasks: Mapping[str, Task], spec: ModelSpec | None, model: Any) -> dict[str, Task]:
-    """Tasks as a model is asked: its chat template is part of what names a run."""
+    """Tasks as they are put to a model: its chat template is part of what names a run."""
     if spec is not None and any(t.chat is not None for t in tasks.values()):
         model = planned_tokenizer(spec.name, revision=spec.revision)
     return {name: task.asked_of(model) for name, task in tasks.items()}
@@ -267,7 +267,7 @@ def _by_name(tasks: Sequence[Task]) -> dict[str, Task]:
 
 
 def _info(grid: Grid, spec: ModelSpec) -> ModelInfo:
-    """What the model will be. Where a method needs the bridge, as LoRA does, every method of the grid runs on that class."""
+    """Describe the planned model. If a method needs the bridge, as LoRA does, every method of the grid runs on that class."""
     backend = spec.backend
     if backend == "auto" and any(method.bridge for method in _methods(grid)):
         backend = "bridge"
@@ -286,7 +286,7 @@ def _methods(grid: Grid) -> list[Method]:
 
 
 def _from_outside(grid: Grid) -> tuple[tuple[str, ...], tuple[Method, ...], dict[str, Any]]:
-    """Files that were used, and a grid's methods and selectors that other processes find neither there nor in the library."""
+    """Used files, and a grid's methods and selectors that other processes find neither there nor in the library."""
     named = {grid.selection(name).by for name in (*grid.scores, *grid.selections)}
     named |= {grid.selection(h).by for run in grid.runs for h in run.heads if h not in HEADS_READ}
     selectors = {name: SELECTORS[name] for name in sorted(named) if not _is_found(SELECTORS[name])}
@@ -295,7 +295,7 @@ def _from_outside(grid: Grid) -> tuple[tuple[str, ...], tuple[Method, ...], dict
 
 
 def _is_found(code: Any) -> bool:
-    """Whether another process finds it by itself."""
+    """Whether another process can find it by itself."""
     return in_library(code) or getattr(code, "__module__", "") in USED
 
 

@@ -1,4 +1,4 @@
-"""What a grid of runs is asked for, in Python or YAML: frozen records without a field too many.
+"""Specification of a grid of runs, in Python or YAML: frozen records that reject unknown and unused fields.
 
     name: heads-of-others
     model: organism
@@ -46,12 +46,12 @@ WHOLE = ("epochs", "batch_size", "max_steps", "schedule_steps")  # settings that
 
 
 def listed(value: Any) -> Any:
-    """One value stands for a list of one."""
+    """Turn a single value into a list of one."""
     return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
 def _method_names(value: Any) -> Any:
-    """Methods by their names; one's own are made known."""
+    """Methods by name; your own are registered."""
     return tuple(method_of(v).name if isinstance(v, Method) else v for v in listed(value))
 
 
@@ -102,7 +102,7 @@ Parts = Annotated[bool | tuple[str, ...], BeforeValidator(lambda v: v if isinsta
 
 
 class Spec(pydantic.BaseModel):
-    """Frozen and strict: a field that is not known, or has another type, is refused with what is allowed."""
+    """Frozen and strict: an unknown field or a wrong type is refused with what is allowed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -135,7 +135,7 @@ class ModelSpec(Spec):
             raise unknown("backend", self.backend, BACKENDS)
         if self.dtype == "auto":
             raise InputError(
-                "a grid's runs are the same on every machine, and dtype 'auto' is not; name a dtype, e.g. bfloat16"
+                "a grid's runs must be the same on every machine, but dtype 'auto' is not; name a dtype, e.g. bfloat16"
             )
         torch_dtype(self.dtype)
         return self
@@ -144,7 +144,7 @@ class ModelSpec(Spec):
 class TaskSpec(Spec):
     """A task by name: see `load_task` for the fields, and `Task.as_chat` for `chat` and `system` (which means chat).
 
-    In a grid's file, a task that is a file too is found from there, as `code` is.
+    In a grid's file, the path of a task file is relative to the grid's file, as for `code`.
     """
 
     name: str
@@ -162,11 +162,11 @@ class Selection(Spec):
 
     Attributes:
         by: name of a selector, see `training.selectors.SELECTORS`.
-        among: name of another selection; A or v is trained on its best heads alone (A-norm and bias norm only).
-        among_k: how many; as `Run.k`.
-        n_train: training examples; None = those of the run that asks for these heads.
+        among: name of another selection; A or v is trained only on its best heads (only for A-norm and bias norm).
+        among_k: how many of them, as in `Run.k`.
+        n_train: training examples; None = those of the run that requests these heads.
         settings: fields of `TrainConfig` that differ from the preset's (A-norm and bias norm only).
-        seeds: scored with these too, whether or not a run asks for it.
+        seeds: seeds to score with even if no run requests them.
     """
 
     by: str
@@ -196,26 +196,26 @@ class Selection(Spec):
 
 
 class Run(Spec):
-    """One block of runs; each list stands for one run an entry, for every task and seed.
+    """One block of runs; a list makes one run per entry, for every task and seed.
 
     A field that the method would not read is refused.
 
     Attributes:
-        method: of `METHODS`, or a `Method` of one's own.
-        heads: LoFiT and its kin: name of a selection (a selector's name is one by itself), `random`, `all`, or `matched`: random
-            ones, as many in each layer as among the task's own by A-norm (`HeadSet.matched`).
-        of: likewise: whose heads are taken: the task's `own`, the `others`' of the grid, `every` task's, or task names.
-        k: methods that edit heads: a number, `K` (the preset's), `3K`, or `20 %` of the model's heads.
-        n_train: training examples, of the selection too; None = the task's own number.
+        method: a name in `METHODS`, or your own `Method`.
+        heads: for LoFiT and similar methods: name of a selection (or of a selector), `random`, `all`, or `matched`: random heads,
+            as many in each layer as among the task's own by A-norm (`HeadSet.matched`).
+        of: likewise, whose heads to use: the task's `own`, those of the grid's `others`, of `every` task, or task names.
+        k: for methods that edit heads: a number, `K` (the preset's), `3K`, or `20 %` of the model's heads.
+        n_train: training examples, also of the selection; None = the task's own number.
         settings: `preset`; `chosen` on the validation rows among the method's own points; values, e.g. `{lr: 0.01}`; or a list
-            of such, to choose among. ITI and RepE have no preset: theirs are always chosen, or given.
-        trials_on: heads of the trials of settings to choose from: the task's `own` by A-norm, the usual K of them; or the very
-            `heads` of each run, so that each of several head sets has trials of its own.
-        draws: of random heads, where draw d is also the seed; of matched heads, each with every seed.
-        seeds: None = the grid's.
+            of values to choose from. ITI and RepE have no preset: their settings are always chosen or given.
+        trials_on: heads of the trials that settings are chosen by: the task's `own` by A-norm, the preset's K of them; or the
+            `heads` of each run, so that each head set has its own trials.
+        draws: number of draws: of random heads, where draw d is also the seed; of matched heads, each with every seed.
+        seeds: seeds of the runs; None = the grid's.
         tested: also test the adapters on the grid's other tasks.
         damage: measure the adapters' damage on the grid's texts.
-        readings: read what the first seed's adapter says of the model, or these parts only (`experiments.readings`).
+        readings: read what the first seed's adapter reveals about the model, or only these parts (`experiments.readings`).
     """
 
     method: Methods = ("LoFiT",)
@@ -245,7 +245,7 @@ class Run(Spec):
         return self
 
     def _only_read_fields(self) -> None:
-        """A field that is given and not read would make fewer or other runs than were meant."""
+        """Refuse fields that are given but not read: they would make fewer or other runs than intended."""
         given = [name for name in type(self).model_fields if name in self.model_fields_set - {"method", "settings"}]
         readers = {}
         for method in self.methods:
@@ -280,7 +280,7 @@ class Run(Spec):
 
     @property
     def points(self) -> tuple[dict[str, int | float], ...]:
-        """Settings that are given, or that are given to choose from."""
+        """Settings that are given, or given to choose from."""
         return () if isinstance(self.settings, str) else listed(self.settings)
 
 
@@ -288,19 +288,19 @@ class Grid(Spec):
     """A grid of runs: models x tasks x runs x seeds, with the head scores that they need.
 
     Attributes:
-        name: of the grid.
-        code: Python files of one's own that make methods and selectors known (`methods.use_file`), relative to the grid's file.
-        model: one or several.
-        tasks: trained on and tested.
-        other_tasks: tested only, by runs with `tested`.
-        texts, n_texts: ordinary text for `damage`, by a name or file for `load_texts`, and how many of them.
-        seeds, tuning_seeds: of selection and fits; of the choice of settings.
-        tuning_limit: only the first validation rows in that choice.
-        split: that the runs are tested on.
-        limit: only its first rows.
-        batch_size: of the evaluations, as in `evaluate`.
-        selections: named ways to score heads. A selector's own name stands for it with the preset's settings, unless it is here.
-        scores: selections that are scored for every task and seed even if no run asks.
+        name: name of the grid.
+        code: your own Python files that register methods and selectors (`methods.use_file`), relative to the grid's file.
+        model: one or several models.
+        tasks: tasks to train on and test.
+        other_tasks: tasks to test only, by runs with `tested`.
+        texts, n_texts: ordinary text for `damage` (a name or file for `load_texts`), and the number of texts.
+        seeds, tuning_seeds: seeds of selection and fits; seeds of the choice of settings.
+        tuning_limit: use only the first validation rows for that choice.
+        split: the split to test on.
+        limit: use only its first rows.
+        batch_size: batch size of the evaluations, as in `evaluate`.
+        selections: named ways to score heads. A selector's name not listed here means that selector with the preset's settings.
+        scores: selections that are scored for every task and seed even if no run requests them.
         runs: blocks of runs.
     """
 
@@ -326,9 +326,9 @@ class Grid(Spec):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._ /+-]*", self.name):
             raise InputError(f"name is {self.name!r}; a grid's name has letters, digits and . _ - / and spaces")
         if not self.model or not self.tasks:
-            raise InputError(f"{len(self.model)} models and {len(self.tasks)} tasks; give one or more of each")
+            raise InputError(f"{len(self.model)} models and {len(self.tasks)} tasks; give at least one of each")
         if not self.runs and not self.scores and not any(s.seeds for s in self.selections.values()):
-            raise InputError("this grid asks for nothing; give runs, or scores")
+            raise InputError("this grid has no runs and no scores; give runs, or scores")
         for name, selection in self.selections.items():
             if name in HEADS_READ or (name in SELECTORS and selection.by != name):
                 raise InputError(f"a selection by {selection.by} is named {name!r}, which stands for others; rename it")
@@ -345,7 +345,7 @@ class Grid(Spec):
         while (before := self.selection(path[-1]).among) is not None:
             path.append(before)
             if before in path[:-1]:
-                raise InputError(f"selections go in a circle: {' among '.join(path)}; one of them must not say among")
+                raise InputError(f"selections form a cycle: {' among '.join(path)}; remove one 'among'")
 
     def selection(self, name: str) -> Selection:
         """A selection by its name, or by a selector's.
@@ -359,14 +359,14 @@ class Grid(Spec):
 
 
 def _named(value: Any) -> Any:
-    """A name stands for a record that holds nothing else."""
+    """Turn a name into a record with only that name."""
     return {"name": value} if isinstance(value, str) else value
 
 
 def heads_of(k: int | str, usual: int, n_heads: int) -> int:
     """Number of heads that `k` stands for: a number, `K` or `3K` (once or several times the preset's), `20 %` of all heads.
 
-    Several times the preset's is at most all heads (the paper's 10 % setting is `3K`: 96 of Llama-2-7B's 1,024).
+    A multiple of the preset's is at most all heads (the paper's 10 % setting is `3K`: 96 of Llama-2-7B's 1,024).
 
     Raises:
         InputError: none of these, or more heads than there are.
@@ -385,11 +385,11 @@ def heads_of(k: int | str, usual: int, n_heads: int) -> int:
 
 @contextmanager
 def _readable() -> Iterator[None]:
-    """Turn pydantic's error into one line: where, what came, what is allowed."""
+    """Turn pydantic's error into one line: field, received value, allowed values."""
     try:
         yield
     except pydantic.ValidationError as e:
-        found = max(e.errors(), key=lambda error: len(error["loc"]))  # of several allowed types, the one that was meant
+        found = max(e.errors(), key=lambda error: len(error["loc"]))  # of several allowed types, the intended one
         where = ".".join(str(p) for p in found["loc"] if not re.search(r"[\[(-]", str(p)))
         if found["type"] == "value_error":
             text = str(found.get("ctx", {}).get("error"))

@@ -1,6 +1,6 @@
-"""The methods that are compared, one file each. A module of this folder that holds a `METHOD` is one of them.
+"""The methods that are compared, one file each: every module of this folder that holds a `METHOD`.
 
-Methods from outside the library join with `register`, by being handed to `compare_methods`, `tune_method` or a grid's `Run`,
+Methods from outside the library are added with `register`, by passing them to `compare_methods`, `tune_method` or a grid's `Run`,
 or in a file that a grid names (`use_file`).
 """
 
@@ -28,36 +28,36 @@ USED: dict[str, str] = {}  # name of a module -> its file, of `use_file`
 
 
 def register(method: Method) -> Method:
-    """Make a method known by its name; one of the same name from outside the library is replaced.
+    """Register a method by its name; one of the same name from outside the library is replaced.
 
     Raises:
         InputError: the library has a method of that name.
     """
     if method.name in _LIBRARY and METHODS[method.name] is not method:
-        raise InputError(f"the library has a method {method.name!r} already; give yours another name")
+        raise InputError(f"the library already has a method {method.name!r}; give yours another name")
     METHODS[method.name] = method
     return method
 
 
 def use_file(path: str | Path) -> None:
-    """Import a Python file of one's own; every `Method` in it becomes known, and so do the selectors that it registers.
+    """Import your own Python file; every `Method` in it is registered, and so are the selectors that it registers.
 
-    Worker processes of grids import it too, so it lies where all of them see it.
+    Worker processes of grids import it too, so it must be where all of them see it.
 
     Raises:
         DataError: no such file.
-        InputError: another module has its name, or the library a method of that name.
+        InputError: another module has its name, or the library has a method of that name.
     """
     path = Path(path).resolve()
     if path.suffix != ".py" or not path.is_file():
-        raise DataError(f"{path} is no Python file; give the path of one")
+        raise DataError(f"{path} is not a Python file; give the path of one")
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))
     digest, there = io.file_digest(path), path.stem in sys.modules
     module = importlib.import_module(path.stem)
     if there and _read.get(str(path), digest) != digest:
         raise InputError(
-            f"{path} has changed since this process imported it; start Python anew, so that its new code runs"
+            f"{path} has changed since this process imported it; restart Python, so that its new code runs"
         )
     if Path(module.__file__ or "").resolve() != path:
         raise InputError(f"{path} is hidden by another module of its name, {module.__file__}; rename it")
@@ -68,7 +68,7 @@ def use_file(path: str | Path) -> None:
 
 
 def method_of(method: str | Method) -> Method:
-    """A method by its name, or one's own, which is made known.
+    """A method by its name, or your own, which is registered.
 
     Raises:
         InputError: no such method.

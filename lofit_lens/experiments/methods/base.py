@@ -1,6 +1,6 @@
-"""What a method declares, the workbench that it is fitted on, and the table of all methods.
+"""The declaration of a method, the workbench that it is fitted on, and the table of all methods.
 
-Every method is fitted on the same training rows (drawn by the seed), trained ones by the same loop and loss. Each has the same
+All methods are fitted on the same training rows (drawn by the seed), trained ones with the same loop and loss. Each has the same
 number of points to choose from, `TRIALS`; the point is chosen on the validation rows.
 """
 
@@ -29,14 +29,14 @@ from lofit_lens.training.selectors import probe_scores
 
 Settings = Mapping[str, Any]
 TRIALS = 4
-RATES = (0.1, 0.3, 1.0, 3.0)  # times the usual learning rate
+RATES = (0.1, 0.3, 1.0, 3.0)  # multiples of the usual learning rate
 TRAINED = tuple(f.name for f in fields(TrainConfig))
 OWN, RANDOM, MATCHED, ALL = "A-norm", "random", "matched", "all"  # heads of a run
 
 
 @dataclass(frozen=True)
 class Outline:
-    """What is known of a model and a task before anything is loaded.
+    """What is known about a model and a task before anything is loaded.
 
     Attributes:
         info: of the model.
@@ -48,22 +48,22 @@ class Outline:
 
     @classmethod
     def of(cls, info: ModelInfo, task: Task) -> "Outline":
-        """With the task's preset."""
+        """Make the outline with the task's preset."""
         return cls(info, preset(info, task.family, task.objective))
 
 
 @dataclass(frozen=True)
 class Fit:
-    """One fit that is asked of a method.
+    """One fit that is requested from a method.
 
     Attributes:
-        seed: of the draw of rows, the initialisation and the order of rows.
-        settings: given, or chosen on the validation rows.
-        config: how it is trained, settings included; None for a method that is not trained.
+        seed: seed of the draw of rows, the initialization and the order of rows.
+        settings: settings, given or chosen on the validation rows.
+        config: training configuration, including settings; None for a method that is not trained.
         heads: the heads to edit, for a method whose runs name them.
         k: the number of heads, for a method that finds them itself.
         checkpoint: state file, for stop and resume.
-        on_step: reads the steps of training.
+        on_step: callback that reads the steps of training.
     """
 
     seed: int
@@ -82,7 +82,7 @@ class Workbench:
 
     Args:
         model: any HookedTransformer or TransformerBridge.
-        task: what the methods learn.
+        task: the task that the methods learn.
         n_train: training rows drawn; None = the task's own number.
 
     Attributes:
@@ -98,7 +98,7 @@ class Workbench:
         self._borrowed = 0.0
 
     def shared(self, key: Any, make: Callable[[], Any]) -> Any:
-        """Return what `make` gives, made once."""
+        """Return the result of `make`, computed once."""
         if key not in self._kept:
             outer, self._borrowed, start = self._borrowed, 0.0, time.perf_counter()
             value = make()
@@ -109,7 +109,7 @@ class Workbench:
         return self._kept[key][0]
 
     def timed(self, work: Callable[[], Any]) -> tuple[Any, float]:
-        """Return a result and its seconds, those of shared work included that was done before."""
+        """Return a result and its seconds, including those of shared work that was done earlier."""
         self._borrowed, start = 0.0, time.perf_counter()
         value = work()
         return value, time.perf_counter() - start + self._borrowed
@@ -127,7 +127,7 @@ class Workbench:
         ))  # fmt: skip
 
     def selected(self, select: Callable[..., HeadScores], seed: int) -> HeadScores:
-        """Head scores of a selector; by probe accuracy they are those of the probes, which ITI is made from."""
+        """Head scores of a selector; for probe accuracy, those of the shared probes that ITI uses too."""
         if select is probe_scores:
             return self.probes(seed).scores
         return self.shared(
@@ -135,7 +135,7 @@ class Workbench:
         )
 
     def train(self, adapter: Any, asked: Fit, *, model: Any = None) -> Any:
-        """Train an adapter by the common loop on the task's rows, as the fit asks; returns it.
+        """Train an adapter with the common loop on the task's rows, as the fit requests, and return it.
 
         Raises:
             TrainingDiverged: NaN or infinity.
@@ -148,10 +148,10 @@ class Workbench:
         return adapter
 
     def bridge(self) -> Any:
-        """The model as a TransformerBridge: itself, or the same checkpoint read once more.
+        """The model as a TransformerBridge: itself, or the same checkpoint loaded again.
 
         Raises:
-            ModelError: it is none, and its checkpoint cannot be read.
+            ModelError: it is not a bridge, and its checkpoint cannot be read.
         """
         if self.info.backend == "bridge":
             return self.model
@@ -178,7 +178,7 @@ _bridges: "weakref.WeakKeyDictionary[Any, Any]" = weakref.WeakKeyDictionary()
 
 @torch.no_grad()
 def _check_same(model: Any, bridge: Any, name: str) -> None:
-    """Raise ModelError unless a checkpoint read once more says what the model in memory says: it may have been edited since."""
+    """Raise ModelError unless a reloaded checkpoint agrees with the model in memory, which may have been edited since."""
     tokens = torch.arange(3, 11, device=device_of(model))[None] % model_info(model).d_vocab
     ours, theirs = (logits_of(m, tokens, torch.ones_like(tokens)).float().cpu() for m in (model, bridge))
     off = (ours - theirs[..., : ours.shape[-1]]).abs().max() / ours.abs().max().clamp(min=1.0)
@@ -191,20 +191,20 @@ def _check_same(model: Any, bridge: Any, name: str) -> None:
 
 @dataclass(frozen=True)
 class Method:
-    """A method: how it is fitted, and what grids, tables and comparisons must know of it. Nothing else knows its name.
+    """A method: how it is fitted, and what grids, tables and comparisons need to know. No other code depends on its name.
 
     Attributes:
-        name: in grids and tables.
+        name: name in grids and tables.
         fit: workbench and fit -> the fitted adapter. None = nothing is fitted: the unmodified model.
         points: outline -> the settings to choose from, from weak to strong (`TRIALS` of them, or none).
-        config: outline -> how it is trained when nothing is set; None = it is not trained. Settings are `TrainConfig`'s fields.
-        settings: names of what may be set, for a method that is not trained.
+        config: outline -> default training configuration, whose fields are the settings; None = it is not trained.
+        settings: names of its settings, for a method that is not trained.
         heads: `"chosen"` = its runs name the heads that it edits; `"k"` = its runs say how many, and it finds them; `""` = it
-            edits no single heads.
+            does not edit individual heads.
         joint: workbench and fit -> the same fit as a `LofitRun`, which shares passes over the model with others.
-        bridge: it needs a TransformerBridge.
+        bridge: whether it needs a TransformerBridge.
         cost: seconds of a fit relative to one of LoFiT, for the order of work.
-        place: in tables; of equal ones by name.
+        place: position in tables; ties are ordered by name.
         control_rows: names of its rows on random heads and on all heads; that of matched heads follows from the first.
     """
 
@@ -226,15 +226,15 @@ class Method:
 
     @property
     def all_settings(self) -> tuple[str, ...]:
-        """Names of what may be set."""
+        """Names of all settings."""
         return TRAINED if self.config is not None else self.settings
 
     @property
     def source(self) -> str:
-        """Digest of the code of a method from outside the library, which is part of what names its runs; else "".
+        """Digest of the code of a method from outside the library, which is part of the name of its runs; else "".
 
         Raises:
-            InputError: it takes something from around it that cannot be named.
+            InputError: the code uses an outer value that cannot be written down.
         """
         given = [f for f in (self.fit, self.points, self.config, self.joint) if f is not None]
         return "" if all(map(in_library, given)) else digest_of(given, f"the method {self.name}")
@@ -246,14 +246,14 @@ class Method:
             heads: `OWN`, `RANDOM`, `MATCHED` or `ALL`, for a method whose runs name the heads.
             k: number of heads.
             usual: the preset's number, 3 % of the paper's models.
-            wide: three times as many, 10 %.
+            wide: three times the usual number, 10 %.
         """
         if self.heads != "chosen":
             return self.name
         if heads in (RANDOM, MATCHED, ALL):
             drawn, every = self.control_rows or (f"{self.name}, random heads", f"{self.name}, all heads")
             return {RANDOM: drawn, MATCHED: f"{drawn}, same layers", ALL: every}[heads]
-        share = {wide: "10 %", usual: "3 %"}  # of equal numbers the usual one
+        share = {wide: "10 %", usual: "3 %"}  # if both are equal, the usual one
         return f"{self.name} {share[k]}" if k in share else f"{self.name}, {k} heads"
 
     def model(self, bench: Workbench) -> Any:
@@ -269,14 +269,14 @@ def rates(config: TrainConfig) -> tuple[dict[str, Any], ...]:
 def trained_method(
     name: str, make: Callable[[Workbench, int], Any], *, bridge: bool = False, cost: float = 1.0, place: int = 100
 ) -> Method:
-    """A method that is trained by the common loop on all layers, as many passes over the rows as LoFiT's offsets.
+    """Make a method that is trained with the common loop on all layers, with as many passes over the rows as LoFiT's offsets.
 
     Args:
-        name: in tables; lower case, its settings' in `training.config`.
-        make: workbench and seed -> the adapter as it starts.
+        name: name in tables; in lower case, that of its settings in `training.config`.
+        make: workbench and seed -> the initial adapter.
         bridge: as in `Method`, like the two that follow.
         cost: relative seconds.
-        place: in tables.
+        place: position in tables.
     """
 
     def config(outline: Outline) -> TrainConfig:

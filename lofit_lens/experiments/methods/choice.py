@@ -1,4 +1,4 @@
-"""Choice of settings on the validation rows: the same number of trials and the same seeds for every method."""
+"""Choice of settings on the validation rows, with the same number of trials and the same seeds for every method."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ Settings = Mapping[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class Tuned:
-    """What was tried, and what was chosen.
+    """The settings that were tried, and those that were chosen.
 
     Attributes:
         method: name.
-        task: name.
-        metric: the task's own, by which the choice was made.
+        task: name of the task.
+        metric: the task's own metric, by which the choice was made.
         settings: the chosen point of the grid.
-        tried: points of the grid.
-        trials: one row a point and seed: settings, seed, `value` (mean of the metric over the validation rows; None where
+        tried: number of points of the grid.
+        trials: one row per point and seed: settings, seed, `value` (mean of the metric over the validation rows; None where
             training diverged), `low` and `high` (95 % over items), `seconds` (fit), `note`, `chosen`.
     """
 
@@ -35,9 +35,9 @@ class Tuned:
 
     @property
     def at_edge(self) -> list[str]:
-        """Settings of which the smallest or largest of three or more numbers was chosen, and is better than the one next to it.
+        """Settings whose chosen value is the smallest or largest of at least three, and better than its neighbor.
 
-        A wider grid might do better still.
+        A wider grid might do even better.
         """
         found, values = [], {}
         for row in self.trials.to_dict("records"):
@@ -64,15 +64,15 @@ class Tuned:
 def choose(
     method: str, task: str, metric: str, points: Sequence[Settings], n_seeds: int, rows: Sequence[dict[str, Any]]
 ) -> Tuned:  # fmt: skip
-    """The best of the points: the largest mean over seeds, of equal ones the first; a point with a failed trial is out.
+    """Choose the point with the largest mean over seeds (ties: the first); a point with a failed trial is excluded.
 
     Args:
         method: name.
         task: on whose validation rows they were tried; a name.
         metric: the task's own.
         points: settings, from weak to strong.
-        n_seeds: trials a point.
-        rows: trials, point by point, with their `value` (None where training diverged).
+        n_seeds: number of trials per point.
+        rows: trials, point by point, with their `value` (None if training diverged).
 
     Raises:
         TrainingDiverged: every point diverged.

@@ -1,11 +1,11 @@
 """ITI (arXiv 2306.03341): mass-mean directions on as many heads as LoFiT, chosen by probe accuracy.
 
-All positions are shifted, as LoFiT does. The strength alpha is chosen. Two more settings are numbers that a grid may give, both
-left out by default (see `interventions.iti` and `probing.fit_probes` for what they mean):
+All positions are shifted, as in LoFiT. The strength alpha is chosen. A grid may give two more settings as numbers, both omitted
+by default (`interventions.iti` and `probing.fit_probes` explain them):
 
-- `answer_from`: 1 = where answers are scored the shift begins at their first token (`"answer"`), 2 = at their second
+- `answer_from`: 1 = when answers are scored, the shift begins at their first token (`"answer"`), 2 = at their second
   (`"second"`, the public code).
-- `full_stop`: 1 = the probes' statements end with one, 0 = they do not; left out = as the task writes them.
+- `full_stop`: 1 = the probes' statements end with a full stop, 0 = they do not; omitted = as the task writes them.
 """
 
 from lofit_lens.errors import InputError

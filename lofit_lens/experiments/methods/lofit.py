@@ -1,6 +1,6 @@
 """LoFiT's step 2 (arXiv 2406.01563, section 3): offsets on the heads that a run names, with the preset's settings.
 
-The learning rate may be chosen; it is, with the task's own heads and the usual K, for all of its runs.
+The learning rate may be chosen; this is done on the task's own heads with the preset's K, for all of its runs.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """RepE (arXiv 2310.01405): first principal component of the pairs' differences, at all positions.
 
-Chosen are its strength, in standard deviations of the statements' projections, and its layers: those that tell right from wrong
-best, a third of them or all.
+Two settings are chosen: its strength, in standard deviations of the statements' projections, and its layers (the third that
+tells right from wrong best, or all).
 """
 
 from lofit_lens.experiments.methods.base import Fit, Method, Workbench

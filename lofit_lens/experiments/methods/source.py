@@ -1,6 +1,6 @@
-"""Digest of code that a user wrote. A run is named by all that can change its result, and such code can.
+"""Digest of a user's code. A run is named by everything that can change its result, which includes such code.
 
-The compiled code is read, not the text of its file: the file may have changed since this process imported it.
+The compiled code is digested, not the text of its file: the file may have changed since this process imported it.
 """
 
 import dis
@@ -14,35 +14,35 @@ from typing import Any
 from lofit_lens import io
 from lofit_lens.errors import InputError
 
-_DESCRIBED = (types.FunctionType, classmethod, staticmethod, property)  # members that are read as functions
+_DESCRIBED = (types.FunctionType, classmethod, staticmethod, property)  # members treated as functions
 _INSTALLED = tuple({Path(sysconfig.get_paths()[part]).resolve() for part in ("stdlib", "purelib", "platlib")})
 
 
 def digest_of(code: Iterable[Any], what: str) -> str:
-    """Digest of functions and classes and of all that they refer to by name, except for installed packages.
+    """Digest of functions and classes and of everything that they refer to by name, except for installed packages.
 
-    Comments are no part of it; bytecode is, so that another Python version gives another digest.
+    Comments do not count; bytecode does, so another Python version gives another digest.
 
     Args:
         code: functions and classes.
-        what: they belong to, for errors.
+        what: their owner, for error messages.
 
     Returns:
         16 hexadecimal digits.
 
     Raises:
-        InputError: something that is no function or class, or a value from around it that is not plain data (named).
+        InputError: not a function or class, or an outer value that it uses is not plain data (named).
     """
     reader = _Reader(what)
     for one in code:
         if not isinstance(one, types.FunctionType | type):
-            raise InputError(f"{what} is {one!r}, and a run is named by its code; give a function (def) or a class")
+            raise InputError(f"{what} is {one!r}, but a run is named by its code; give a function (def) or a class")
         reader.read(one, getattr(one, "__qualname__", repr(one)))
     return io.digest(reader.found)[:16]
 
 
 def in_library(code: Any) -> bool:
-    """Whether a function or class is the library's own, whose version names a run already."""
+    """Whether a function or class belongs to the library, whose version is already part of a run's name."""
     return getattr(code, "__module__", "").startswith("lofit_lens.")
 
 
@@ -91,7 +91,7 @@ class _Reader:
                 self.found.append([f"{cls.__qualname__}.{name}", self._plain(member, f"{cls.__qualname__}.{name}")])
 
     def _plain(self, value: Any, name: str) -> Any:
-        """The value, if it is data that can be written down."""
+        """The value, if it is plain data that can be written down."""
         try:
             return io.canonical_json(dict(value) if isinstance(value, Mapping) else value)
         except (TypeError, ValueError) as e:
@@ -102,7 +102,7 @@ class _Reader:
 
 
 def _compiled(code: types.CodeType) -> list[Any]:
-    """What code does, without its lines and its file."""
+    """What code does, without line numbers and file name."""
     return [
         code.co_code.hex(),
         code.co_exceptiontable.hex(),
@@ -117,7 +117,7 @@ def _constant(value: Any) -> Any:
         return _compiled(value)
     if isinstance(value, tuple):
         return [_constant(part) for part in value]
-    # The order of a set of texts is another in each process.
+    # The order of a set of texts differs between processes.
     return sorted(map(repr, value)) if isinstance(value, frozenset) else repr(value)
 
 
@@ -129,7 +129,7 @@ def _functions(cls: type) -> Iterator[types.FunctionType]:
 
 
 def _names(code: types.CodeType) -> Iterator[str]:
-    """Global names that code reads, those of functions inside it included; names of attributes are none."""
+    """Global names that code reads, including those in nested functions but not names of attributes."""
     yield from (i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
@@ -137,7 +137,7 @@ def _names(code: types.CodeType) -> Iterator[str]:
 
 
 def _is_installed(module: str) -> bool:
-    """Whether a module is the library's or an installed package's, whose versions name a run already."""
+    """Whether a module belongs to the library or an installed package, whose versions are already part of a run's name."""
     if module.split(".")[0] == "lofit_lens" or module == "builtins":
         return True
     file = getattr(sys.modules.get(module), "__file__", None)
@@ -145,7 +145,7 @@ def _is_installed(module: str) -> bool:
 
 
 def _bytes_of(module: types.ModuleType) -> str:
-    """A module's name, with a digest of its file where it is the user's own."""
+    """A module's name, with a digest of its file if it is the user's own."""
     file = getattr(module, "__file__", None)
     if file is None or _is_installed(module.__name__):
         return module.__name__

@@ -1,1 +1,1 @@
-"""One folder a run, named by the hash of its spec."""
+"""A store of runs: one folder per run, named by the hash of its spec."""

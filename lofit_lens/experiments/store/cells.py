@@ -10,16 +10,16 @@ from lofit_lens import io
 
 @dataclass(frozen=True)
 class Cell:
-    """One piece of work. Cells with equal specs (and the label that follows from it) are the same, whatever grid they stand in.
+    """One piece of work. Cells with equal specs (and so equal labels) are the same, whatever grid they belong to.
 
     Attributes:
-        label: what people read, made from the spec alone.
-        spec: all that can change the result, JSON-able: model, data hash, method, heads, settings, seed, library versions, and
-            the names of the cells it builds on.
-        needs: names of cells that must be done before; also in `spec`.
-        row: what a table of runs says of it (task, method, k, seed, ...): text, whole numbers, decimals or None.
-        cost: relative length, for the order of work and the time left.
-        shares: cells of the same text here can be trained in the same passes over the model; "" = computed alone.
+        label: label for people, which follows from the spec.
+        spec: everything that can change the result, JSON-able: model, data hash, method, heads, settings, seed, library versions,
+            and the names of the cells it builds on.
+        needs: names of cells that must be done first; also in `spec`.
+        row: its columns in a table of runs (task, method, k, seed, ...): text, whole numbers, decimals or None.
+        cost: relative duration, for the order of work and the time left.
+        shares: cells with the same value can be trained in the same passes over the model; "" = computed alone.
     """
 
     label: str
@@ -31,7 +31,7 @@ class Cell:
 
     @property
     def model(self) -> Any:
-        """What tells its model from others, for runners that keep one loaded; None = no matter."""
+        """Identity of its model, for runners that keep a model loaded; None = any."""
         return self.row.get("model_id", self.row.get("model"))
 
     @cached_property

@@ -1,4 +1,4 @@
-"""What looks at a whole store: the check of every file, and the removal of what dead processes left."""
+"""Maintenance of a whole store: check every file, and remove leftovers of dead processes."""
 
 import contextlib
 import os
@@ -16,20 +16,20 @@ from lofit_lens.errors import DataError, DiskFull, InputError, NewerData
 from lofit_lens.experiments.store.records import FAILURE, FAILURE_SCHEMA, GRID, GRID_SCHEMA, JOINED
 from lofit_lens.experiments.store.store import Store
 
-RUN_NAME = re.compile(r"[A-Za-z0-9._]*-[0-9a-f]{16}")  # as Cell.name makes them
-OLD = 3600.0  # seconds after which a temporary file is nobody's
+RUN_NAME = re.compile(r"[A-Za-z0-9._]*-[0-9a-f]{16}")  # as made by Cell.name
+OLD = 3600.0  # seconds after which a temporary file counts as abandoned
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something in a store that is not as it should be.
+    """A problem found in a store.
 
     Attributes:
         path: file or folder, relative to the store.
         what: what is wrong, and what to do.
-        kind: `damaged` (the run is lost, and can be computed again), `newer` (written by a later version), `unreadable` (may be
-            well again later) or `foreign` (not of this store).
-        run: name of the run that it belongs to, "" for none.
+        kind: `damaged` (the run is lost, and can be computed again), `newer` (written by a later version), `unreadable` (maybe
+            only temporarily) or `foreign` (not part of the store).
+        run: name of the run that it belongs to, or "".
     """
 
     path: str
@@ -45,17 +45,17 @@ class Problem:
 
 
 def verify(store: Store) -> list[Problem]:
-    """Everything in a store that is not as it was written; changes nothing.
+    """Find everything in a store that is not as it was written; changes nothing.
 
-    Of every run: run.json against its own checksum and the folder's name, every file against its checksum. Of the rest: records
-    that cannot be read.
+    For every run, run.json is compared with its own checksum and the folder's name, and every file with its checksum. Other
+    records are checked for readability.
     """
     found: list[Problem] = []
     for folder in _entries(store.root / "runs", odd=True):
         if folder.is_dir() and RUN_NAME.fullmatch(folder.name):
             found += _wrong_in_run(store, folder)
         else:
-            found.append(_problem(store, folder, "is no run's folder; move it away", "foreign"))
+            found.append(_problem(store, folder, "is not a run's folder; move it away", "foreign"))
     for part, kind, schema in (("grids", GRID, GRID_SCHEMA), ("failed", FAILURE, FAILURE_SCHEMA)):
         for path in _entries(store.root / part):
             found += _wrong(store, path, partial(_check_record, path, kind, schema))
@@ -83,11 +83,11 @@ def _check_file(path: Path, digest: str) -> None:
     if not path.is_file():
         raise DataError("is missing")
     if io.file_digest(path) != digest:
-        raise DataError("has other bytes than were written (its checksum is another)")
+        raise DataError("has been changed since it was written (its checksum differs)")
 
 
 def _wrong(store: Store, path: Path, check: Callable[[], Any], run: str = "") -> list[Problem]:
-    """Note what a check raises: bytes that are not as written are damage, a file that the system does not give is not."""
+    """Turn a check's error into problems: changed bytes are damage, a file that the system cannot read is not."""
     try:
         check()
     except NewerData as e:
@@ -106,10 +106,10 @@ def _problem(store: Store, path: Path, what: str, kind: str, run: str = "") -> P
 
 
 def remove_damaged(store: Store, problems: Iterable[Problem]) -> list[Path]:
-    """Remove the runs and records that `verify` found damaged, so that they are made again; all else stays.
+    """Remove the runs and records that `verify` found damaged, so that they are computed again; everything else stays.
 
     Returns:
-        What was removed; a run whose lock is held is left.
+        The removed paths; a run whose lock is held is kept.
     """
     damaged = [p for p in problems if p.kind == "damaged"]
     runs = dict.fromkeys(p.run for p in damaged if p.run)
@@ -125,19 +125,19 @@ def remove_damaged(store: Store, problems: Iterable[Problem]) -> list[Path]:
 
 
 def collect_garbage(store: Store, *, dry_run: bool, unused: bool = False) -> list[Path]:
-    """Remove what dead processes left; a finished run goes only with `unused`, and nothing of a run whose lock is held.
+    """Remove leftovers of dead processes; finished runs only with `unused`, and nothing of a run whose lock is held.
 
     Args:
         store: the store.
-        dry_run: only say what would be removed.
-        unused: also runs that no grid names and that no such run needs, and logs, checkpoints and notes of such.
+        dry_run: only report what would be removed.
+        unused: also remove runs that no grid names or needs, with their logs, checkpoints and notes.
 
     Returns:
-        What was removed, or would be.
+        The paths that were removed, or would be.
 
     Raises:
-        InputError: `unused` in a store without grids, where it would take every run.
-        DataError: a grid's or a run's record is damaged, so that what is unused is not known.
+        InputError: `unused` in a store without grids, where it would remove every run.
+        DataError: a grid's or a run's record is damaged, so that it is not known which runs are unused.
     """
     candidates = {path: name for name, path in _leftovers(store)}
     if unused:
@@ -165,7 +165,7 @@ def _wanted(store: Store) -> set[str]:
 
 
 def _leftovers(store: Store) -> Iterator[tuple[str, Path]]:
-    """(run or "", file or folder) of what no run needs any more, and what a process that was killed leaves behind."""
+    """(run or "", file or folder) of what no run needs any more, and of leftovers of killed processes."""
     for path in _entries(store.root / "drafts"):
         yield path.name.rpartition(".")[0], path
     for path in _entries(store.root / "locks"):
@@ -184,12 +184,12 @@ def _leftovers(store: Store) -> Iterator[tuple[str, Path]]:
 
 
 def _run_of(path: Path) -> str:
-    """The run that something belongs to; of several that are computed together the last, since all are locked then."""
+    """The run that a file belongs to; of several that are computed together the last, since all of them are locked."""
     return path.name if path.is_dir() else path.stem.partition(JOINED)[0]
 
 
 def _remove(store: Store, name: str, path: Path, dry_run: bool) -> bool:
-    """Remove one thing, unless its run's lock is held; whether it is gone, or would be."""
+    """Remove one path, unless its run's lock is held; returns whether it was removed, or would be."""
     if name and store.held(name):
         return False
     if dry_run:
@@ -197,7 +197,7 @@ def _remove(store: Store, name: str, path: Path, dry_run: bool) -> bool:
     if path.parent == store.root / "runs":
         return store.remove(name)
     if path.suffix == ".lock":
-        with contextlib.suppress(DiskFull), store.claim(name):  # it goes as it is given back
+        with contextlib.suppress(DiskFull), store.claim(name):  # releasing the lock removes its file
             pass
     elif path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
@@ -208,7 +208,7 @@ def _remove(store: Store, name: str, path: Path, dry_run: bool) -> bool:
 
 
 def _entries(folder: Path, *, hidden: bool = False, odd: bool = False) -> list[Path]:
-    """What lies in a folder, sorted; nothing where there is none. Names that no run can have only with `odd`."""
+    """Entries of a folder, sorted; empty if there is no folder. Names that no run can have are included only with `odd`."""
     with contextlib.suppress(FileNotFoundError):
         return sorted(p for p in folder.iterdir() if (hidden or p.name[0] != ".") and (odd or p.name.isprintable()))
     return []

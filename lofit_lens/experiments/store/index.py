@@ -1,4 +1,4 @@
-"""A table of runs: one row for each, from their records."""
+"""A table of runs, one row per run, from their records."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,7 +27,7 @@ def _row(record: dict[str, Any], seconds: float | None) -> dict[str, Any]:
 
 
 def _column(values: Sequence[Any]) -> pd.Series:
-    """Values of one column, None = missing, in the narrowest type that holds them all unchanged."""
+    """Values of one column (None = missing) in the narrowest type that holds them all unchanged."""
     kinds = {type(v) for v in values if v is not None}
     if kinds == {int}:
         return pd.Series(values, dtype="Int64")

@@ -1,8 +1,8 @@
-"""Locks on a shared folder: one file each, which its holder touches again and again.
+"""Locks on a shared folder: each is a file that its holder touches at regular intervals.
 
-A holder that was killed on this host is replaced at once. One elsewhere is replaced when its file has been still for a lease,
-by the clock of whoever asks, so clocks may differ (for two leases on file systems that cannot swap two names, such as NFS; for
-two seconds where the file is empty). A stillness is noticed only by a process that has asked before.
+A holder that was killed on this host is replaced at once. A holder elsewhere is replaced when its file has been unchanged for one
+lease (for two leases on file systems that cannot swap two names, such as NFS; for two seconds if the file is empty). The time is
+measured by the clock of the process that wants the lock, so clocks may differ, and it starts with that process's first attempt.
 """
 
 import contextlib
@@ -20,20 +20,20 @@ from filelock import LeaseCompromise, LeaseSettingsMismatch, SoftFileLease, Time
 
 from lofit_lens import io
 
-EMPTY = 2.0  # seconds after which a lock without a word in it was left by a process that was killed before it wrote one
+EMPTY = 2.0  # seconds after which an empty lock counts as left by a process that was killed before it wrote into it
 
 log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
 def claimed(path: Path, seconds: float) -> Iterator[bool]:
-    """Hold a lock while the block runs; yields False at once where another holds it, an outer block of this thread included.
+    """Hold a lock while the block runs; yields False at once if another holder has it, including an outer block of this thread.
 
-    Whoever is so long silent that the lock is taken over (stopped, or cut off) is warned in the log, and may go on.
+    A holder that is silent for so long (stopped, or cut off) that its lock is taken over gets a warning in the log and continues.
 
     Args:
-        path: of its file.
-        seconds: of the lease; the holder touches the file three times in it.
+        path: path of the lock's file.
+        seconds: length of the lease; the holder touches the file three times per lease.
 
     Raises:
         InputError: the file cannot be written (`DiskFull`: no space is left).
@@ -48,7 +48,7 @@ def claimed(path: Path, seconds: float) -> Iterator[bool]:
         yield mine
     finally:
         if mine:
-            with contextlib.suppress(OSError):  # a file that cannot be removed now goes still
+            with contextlib.suppress(OSError):  # a file that cannot be removed now will expire
                 lease.release()
 
 
@@ -57,7 +57,7 @@ def held(path: Path, seconds: float) -> bool:
     if not path.exists():
         return False
     try:
-        with tempfile.TemporaryDirectory() as folder:  # whether its copy can be had
+        with tempfile.TemporaryDirectory() as folder:  # tests whether a copy of the lock can be acquired
             lease = SoftFileLease(shutil.copy2(path, folder), lease_duration=seconds)
             mine = _acquired(lease)
             lease.release()
@@ -66,7 +66,7 @@ def held(path: Path, seconds: float) -> bool:
     return not mine
 
 
-@functools.cache  # one a process: it remembers since when another's lock has been silent
+@functools.cache  # one per process: it remembers since when another holder's lock has been silent
 def _lease(path: str, seconds: float, _process: int) -> SoftFileLease:
     return SoftFileLease(path, lease_duration=seconds, on_compromise=_warn)
 
@@ -79,7 +79,7 @@ def _warn(lost: LeaseCompromise) -> None:
 
 
 def _acquired(lease: SoftFileLease) -> bool:
-    for _ in range(2):  # the first may do no more than clear a dead holder's lock away
+    for _ in range(2):  # the first attempt may only clear a dead holder's lock
         with contextlib.suppress(Timeout, LeaseSettingsMismatch):
             lease.acquire(blocking=False)
             return True
@@ -88,14 +88,14 @@ def _acquired(lease: SoftFileLease) -> bool:
 
 _silent: dict[
     str, tuple[tuple[int, int], float]
-] = {}  # lock file -> its inode and time stamp, and since when they stand
+] = {}  # lock file -> its inode and time stamp, and since when they are unchanged
 
 
 def _cleared(lease: SoftFileLease) -> bool:
     """Remove a lock that has been silent for two leases, for file systems where filelock cannot (NFS: no swap of two names)."""
     path, owner, now = lease.lock_file, lease.owner, time.monotonic()
     try:
-        with open(path, "rb") as f:  # opening makes a network file system look afresh
+        with open(path, "rb") as f:  # opening makes a network file system refresh its cache
             there = os.fstat(f.fileno())
             stamp = (there.st_ino, there.st_mtime_ns)
             known, since = _silent.get(path, (None, now))
@@ -108,7 +108,7 @@ def _cleared(lease: SoftFileLease) -> bool:
             aside = f"{path}.{uuid.uuid4().hex}.tmp"
             os.rename(path, aside)
             moved = Path(aside).stat()
-            if (moved.st_ino, moved.st_mtime_ns) != stamp:  # another was faster: that is its lock, which goes back
+            if (moved.st_ino, moved.st_mtime_ns) != stamp:  # another process was faster: put its lock back
                 os.link(aside, path)
             os.unlink(aside)
     except OSError:

@@ -1,15 +1,15 @@
-"""A store of runs: one folder a run, named by the hash of its spec; done means that the folder is there.
+"""A store of runs: one folder per run, named by the hash of its spec; a run is done if its folder exists.
 
 ROOT/store.json            what this folder is
 ROOT/runs/NAME/            a finished run: run.json (spec, result, versions, checksum of every file), timing.json, its files
-ROOT/drafts/NAME.RANDOM/   a run that is being written; one rename makes it a finished one
-ROOT/locks/NAME.lock       who computes it now
+ROOT/drafts/NAME.RANDOM/   a run that is being written; one rename turns it into a finished run
+ROOT/locks/NAME.lock       the process that computes it now
 ROOT/states/, logs/        checkpoints of training inside a run, and its log (NAME+DIGEST.*: of runs that are computed together)
 ROOT/failed/               why a run could not be computed
 ROOT/inputs/, grids/       what specs refer to by hash, and which runs a grid names
-ROOT/index.parquet         one row a run, as of the last time that somebody asked
+ROOT/index.parquet         one row per run, as of the last call of `Store.index`
 
-A kill at any moment leaves nothing or a finished run. Two that write the same run leave one: the later one's draft is dropped.
+A kill at any moment leaves nothing or a finished run. If two processes write the same run, the later draft is dropped.
 """
 
 import contextlib
@@ -52,8 +52,8 @@ class Draft:
 
     Attributes:
         path: folder for its files.
-        record: what joins run.json; the same however often and wherever the run is computed.
-        timing: what goes to timing.json: seconds, device, and whatever else differs between two times.
+        record: content added to run.json; the same however often and wherever the run is computed.
+        timing: content of timing.json: seconds, device, and whatever else differs between two computations.
     """
 
     path: Path
@@ -74,15 +74,15 @@ class Store(Records):
 
         Args:
             root: its folder.
-            lease: see `Store.lease`; a holder refreshes its lock three times in it.
-            create: make the store where there is none.
+            lease: see `Store.lease`; a holder refreshes its lock three times per lease.
+            create: create the store if it does not exist.
 
         Raises:
-            InputError: the folder holds other files, cannot be read or written to, or is no store (and not `create`).
+            InputError: the folder holds other files, cannot be read or written to, or is not a store (without `create`).
             DataError: the store was written by a newer version, or its store.json is damaged.
         """
         if not (math.isfinite(lease) and lease > 0):
-            raise InputError(f"lease is {lease}; it is a number of seconds above 0")
+            raise InputError(f"lease is {lease}; it must be a number of seconds above 0")
         self.root, self.lease = Path(root).expanduser().absolute(), lease
         path = self.root / "store.json"
         try:
@@ -93,7 +93,7 @@ class Store(Records):
         if not there:
             if others:
                 raise InputError(
-                    f"{self.root} holds {others[0].name} and no store.json, so it is no store; give a new folder, or a store"
+                    f"{self.root} holds {others[0].name} and no store.json, so it is not a store; give a new folder, or a store"
                 )
             if not create:
                 raise InputError(f"no store at {self.root}; give the folder that a grid was run into")
@@ -106,31 +106,31 @@ class Store(Records):
     # ------------------------------------------------------------------------------------------------------ runs
 
     def folder(self, name: str) -> Path:
-        """Folder of a run, there or not."""
+        """Folder of a run, whether or not it exists."""
         return self.root / "runs" / checked(name)
 
     def state_file(self, name: str) -> Path:
-        """Where training inside a run keeps its checkpoint; removed when the run is done."""
+        """Checkpoint file of training inside a run; it is removed when the run is done."""
         return self.root / "states" / f"{checked(name)}.safetensors"
 
     def log_file(self, name: str) -> Path:
-        """Where what a run says while it is computed is written."""
+        """Log file of a run while it is computed."""
         return self.root / "logs" / f"{checked(name)}.log"
 
     def names(self) -> list[str]:
-        """Finished runs, sorted."""
+        """Names of finished runs, sorted."""
         runs = self.root / "runs"
         return sorted(p.name for p in runs.iterdir() if p.is_dir() and p.name[0] != ".") if runs.is_dir() else []
 
     def done(self, name: str) -> bool:
-        """Whether a run is finished: its folder appears by one rename when all is in it."""
+        """Whether a run is finished: its folder appears atomically when it is complete."""
         return self.folder(name).is_dir()
 
     def read(self, name: str) -> dict[str, Any]:
         """run.json of a finished run.
 
         Raises:
-            DataError: it is missing, damaged, another run's, or of a newer version; names the file and what to do.
+            DataError: it is missing, damaged, of another run, or of a newer version; names the file and what to do.
         """
         path = self.folder(name) / "run.json"
         if not self.done(name):
@@ -144,13 +144,13 @@ class Store(Records):
         except DataError as e:
             raise DataError(f"{e}; {again}") from (e.__cause__ or e)  # the system's error, if it is one
         if record["checksum"] != io.digest({k: v for k, v in record.items() if k != "checksum"}):
-            raise DataError(f"{path} is damaged (its checksum is another); {again}")
+            raise DataError(f"{path} is damaged (its checksum differs); {again}")
         if record["name"] != name or not name.endswith(io.digest(record["spec"])[:16]):
-            raise DataError(f"{path} is of another run than its folder says ({record['name']}); {again}")
+            raise DataError(f"{path} belongs to another run ({record['name']}) than its folder says; {again}")
         return record
 
     def timing(self, name: str) -> dict[str, Any]:
-        """timing.json of a finished run (seconds, started, host, device, pid); {} where it is missing or damaged."""
+        """timing.json of a finished run (seconds, started, host, device, pid); {} if it is missing or damaged."""
         try:
             record = io.read_json(self.folder(name) / "timing.json")
         except DataError:
@@ -159,13 +159,13 @@ class Store(Records):
 
     @contextlib.contextmanager
     def new(self, cell: Cell) -> Iterator[Draft]:
-        """Write a run: files into the draft's folder, the rest into its record; it appears whole at the end, or not at all.
+        """Write a run: files into the draft's folder, the rest into its record. The run appears atomically at the end.
 
-        Hold the cell's lock (`claim`) meanwhile, or `collect_garbage` takes the draft for a dead process's.
+        Hold the cell's lock (`claim`) meanwhile, or `collect_garbage` takes the draft for that of a dead process.
 
         Raises:
             InputError: it cannot be written (`DiskFull`: no space is left). Nothing is left of the run then.
-            ValueError: `record` holds NaN or infinity, which JSON has not.
+            ValueError: `record` holds NaN or infinity, which JSON lacks.
         """
         name, clock, started = cell.name, time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
         target = self.folder(name)
@@ -183,7 +183,7 @@ class Store(Records):
             self._put(draft.path, target)
         except BaseException as e:
             if isinstance(e, OSError | InputError) and not draft.path.exists() and self.done(name):
-                return  # this lock was taken over, and another has finished the run and tidied up
+                return  # this lock was taken over, and another process has finished the run and cleaned up
             shutil.rmtree(draft.path, ignore_errors=True)
             if isinstance(e, OSError) and e.errno in io.FULL:
                 raise io.cannot_write(target, e) from e
@@ -193,7 +193,7 @@ class Store(Records):
                 left.unlink(missing_ok=True)
 
     def _put(self, draft: Path, target: Path) -> None:
-        """Make a draft a finished run, or drop it where the run is there already."""
+        """Turn a draft into a finished run, or drop it if the run already exists."""
         try:
             draft.chmod(io.new_mode(folder=True))
             io.sync(draft)
@@ -206,7 +206,7 @@ class Store(Records):
             shutil.rmtree(draft, ignore_errors=True)
 
     def remove(self, name: str) -> bool:
-        """Remove a finished run, whole in one step; False where it is not there, or its lock is held."""
+        """Remove a finished run atomically; False if it does not exist or its lock is held."""
         if not self.done(name) or self.held(name):
             return False
         aside = self._part("drafts") / f"{name}.{uuid.uuid4().hex[:8]}"
@@ -221,7 +221,7 @@ class Store(Records):
 
     @contextlib.contextmanager
     def claim(self, name: str) -> Iterator[bool]:
-        """Hold a run's lock; yields False at once where another holds it. See `locks.claimed`.
+        """Hold a run's lock; yields False at once if another process holds it. See `locks.claimed`.
 
         Raises:
             InputError: the lock cannot be written (`DiskFull`: no space is left).
@@ -229,7 +229,7 @@ class Store(Records):
         with claimed(self._lock(name), self.lease) as mine:
             if mine:
                 with contextlib.suppress(OSError), os.scandir(self.root / "runs"):
-                    pass  # makes a network file system look afresh at which runs are there
+                    pass  # makes a network file system refresh its list of runs
             yield mine
 
     def held(self, name: str) -> bool:
@@ -246,9 +246,9 @@ class Store(Records):
     # ------------------------------------------------------------------------------------------------------ index
 
     def index(self) -> pd.DataFrame:
-        """One row a run, sorted by name, also kept as ROOT/index.parquet.
+        """One row per run, sorted by name, also kept as ROOT/index.parquet.
 
-        Columns: `name`, `label`; what the cells' `row` says (task, method, k, seed, ...); `seconds`; `n_items`; each metric as
+        Columns: `name`, `label`; those of the cells' `row` (task, method, k, seed, ...); `seconds`; `n_items`; each metric as
         `M`, `M_low`, `M_high` (mean and 95 % interval). Whole numbers are Int64, other numbers float64, all else string; a
         column with texts and numbers is text. What a run does not have is missing.
 
@@ -258,16 +258,16 @@ class Store(Records):
         table = table_of([(self.read(name), self.timing(name).get("seconds")) for name in self.names()])
         try:
             io.write_bytes(self.root / "index.parquet", table.to_parquet(index=False))
-        except InputError as e:  # a store that may only be read has an index all the same
+        except InputError as e:  # a read-only store still has an index
             log.info("the index is not kept: %s", e)
         return table
 
 
 def _run_record(cell: Cell, draft: Draft) -> dict[str, Any]:
-    """run.json of a draft whose files are all there."""
+    """run.json of a draft whose files are complete."""
     files = [p for p in sorted(draft.path.rglob("*")) if p.is_symlink() or p.is_file()]
     digests = {p.relative_to(draft.path).as_posix(): io.file_digest(p) for p in files}
-    assert not any(p.is_symlink() for p in files), "what a link leads to may change"
+    assert not any(p.is_symlink() for p in files), "the target of a link may change"
     assert not digests.keys() & set(OWN_FILES), "the store writes these itself"
     record = {
         "kind": RUN, "schema": RUN_SCHEMA, "name": cell.name, "label": cell.label, "spec": cell.spec, "needs": list(cell.needs),
@@ -276,5 +276,5 @@ def _run_record(cell: Cell, draft: Draft) -> dict[str, Any]:
     assert not draft.record.keys() & {*record, "files", "checksum"}, "the store writes these itself"
     record |= {**draft.record, "files": digests}
     record = json.loads(json.dumps(record, allow_nan=False))  # as it will be read: lists for tuples, text for keys
-    assert io.digest(record["spec"]) == cell.key, "keys of a spec must be texts, or it is another when it is read again"
+    assert io.digest(record["spec"]) == cell.key, "keys of a spec must be texts, or it changes when it is read again"
     return {**record, "checksum": io.digest(record)}

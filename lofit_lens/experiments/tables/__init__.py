@@ -1,1 +1,1 @@
-"""A store's results, read for tables and figures."""
+"""Read a store's results for tables and figures."""

@@ -19,14 +19,14 @@ def load_results(folder: str | Path, *, grids: Sequence[str] | None = None, mode
     """Read a store.
 
     Args:
-        folder: of the store.
-        grids: names of the grids that are wanted; None = all that are there.
-        model: name of the model, where the store holds several.
+        folder: folder of the store.
+        grids: names of the grids to read; None = all in the store.
+        model: name of the model, if the store holds several.
 
     Raises:
         DataError: it holds no grid, no run, or a damaged file (named).
-        InputError: no such grid or model; several models and none is named; or grids that cannot be drawn together, since they
-            ask for the same runs with other settings or test rows.
+        InputError: no such grid or model; several models and none is named; or grids that cannot be shown together, since they
+            have the same runs with different settings or test rows.
     """
     folder = Path(folder)
     if (folder / "study.json").is_file():
@@ -84,13 +84,13 @@ def load_results(folder: str | Path, *, grids: Sequence[str] | None = None, mode
 
 def _several(folder: Path, what: str, grids: Iterable[str]) -> InputError:
     return InputError(
-        f"{folder} holds {what} with several settings, from the grids {', '.join(grids)}; say which are wanted (grids=[...], "
+        f"{folder} holds {what} with several settings, from the grids {', '.join(grids)}; name those to read (grids=[...], "
         "--grid). Tables and figures take one value of each setting; all runs are in Store(...).index()"
     )
 
 
 def _records(store: Store, grids: Sequence[str] | None, model: str | None) -> dict[str, dict[str, Any]]:
-    """The wanted grids' records, all of one model."""
+    """Records of the selected grids, all of one model."""
     found = store.grids()
     if not found:
         raise DataError(f"{store.root} holds no grid; run one: lofit-lens grid organism/all --store {store.root}")
@@ -103,14 +103,14 @@ def _records(store: Store, grids: Sequence[str] | None, model: str | None) -> di
         raise unknown("model", model, models)
     if model is None and len(models) > 1:
         raise InputError(
-            f"{store.root} holds runs of several models: {', '.join(models)}; say which is wanted (model=...), or name its grids "
+            f"{store.root} holds runs of several models: {', '.join(models)}; name one (model=...), or name its grids "
             f"(grids=[...], --grid): {', '.join(map(repr, found))}"
         )
     return {name: r for name, r in found.items() if r["model"]["name"] == (model or models[0])}
 
 
 def _joint(records: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """What several grids ask for together."""
+    """The joint record of several grids."""
     first = next(iter(records.values()))
     joint: dict[str, Any] = {
         "model": first["model"], "versions": first["versions"], "limit": first["grid"]["limit"], "tasks": {}, "other_tasks": {},
@@ -124,7 +124,7 @@ def _joint(records: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         ):  # fmt: skip
             if old != new:
                 raise InputError(
-                    f"the grid {name} has another {what} ({new}, not {old}); draw them apart (grids=[...], --grid)"
+                    f"the grid {name} has another {what} ({new}, not {old}); read the grids separately (grids=[...], --grid)"
                 )
         for part in ("tasks", "other_tasks", "cells"):
             joint[part] |= record[part]
@@ -134,12 +134,12 @@ def _joint(records: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _seconds(store: Store, name: str, run: dict[str, Any]) -> dict[str, float]:
-    """Seconds of the fit, with the selection of its heads, and of the test. A test of another task's adapter has the fit's."""
+    """Seconds of the fit, including the selection of its heads, and of the test. A test on another task has the fit's seconds."""
     own, spec = store.timing(name), run["spec"]
     if "fit" in spec:
         fit = store.read(spec["fit"])
         return {**_seconds(store, spec["fit"], fit), "eval_seconds": own.get("eval_seconds", float("nan"))}
     seconds = own.get("fit_seconds", float("nan"))
-    if spec["heads"] and "cell" in spec["heads"] and "matched" not in spec["heads"]:  # a draw selects nothing
+    if spec["heads"] and "cell" in spec["heads"] and "matched" not in spec["heads"]:  # a random draw needs no selection
         seconds += store.timing(spec["heads"]["cell"]).get("seconds", 0.0)
     return {"fit_seconds": seconds, "eval_seconds": own.get("eval_seconds", float("nan"))}

@@ -29,10 +29,10 @@ class PaperTable:
     Attributes:
         name: file name.
         title: what it shows.
-        columns: heads of `cells`.
+        columns: column headings of `cells`.
         cells: rows of text.
         notes: how to read it.
-        frame: the same as numbers, one row a method and task.
+        frame: the same as numbers, one row per method and task.
     """
 
     name: str
@@ -143,7 +143,7 @@ def _wide(name: str, title: str, tables: Mapping[str, MethodTable], rows: Sequen
 
 
 def _settings(tables: Mapping[str, MethodTable], there: Sequence[str]) -> list[str]:
-    """How the rows' settings came about, task by task."""
+    """How the rows' settings were chosen, task by task."""
     found: dict[str, dict[str, list[str]]] = {}
     for method in there:
         rows = [row for t in tables.values() for row in t.rows if row.method == method and row.settings]
@@ -159,7 +159,7 @@ def _settings(tables: Mapping[str, MethodTable], there: Sequence[str]) -> list[s
 
 
 def _other_tasks(results: Results) -> PaperTable | None:
-    """Table 5: what tuning on one task does to others, and to ordinary text."""
+    """Table 5: the effect of tuning on one task on other tasks and on ordinary text."""
     others = list(results.record["other_tasks"])
     rows = {o: results.rows(tested=o) for o in others}
     rows = {o: r for o, r in rows.items() if set(r["method"]) > {ZERO}}

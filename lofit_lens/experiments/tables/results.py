@@ -1,4 +1,4 @@
-"""What a store of grids holds, read for figures and tables; nothing is trained here."""
+"""Results of the grids in a store, for figures and tables; nothing is trained here."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,22 +31,22 @@ COLUMNS = (
     "n_parameters", "heads", "fit_seconds", "eval_seconds", "trained",
 )  # fmt: skip
 LOFIT, ZERO = lofit.METHOD.name, zero_shot.METHOD.name
-ASKED = ("task", "tested", "method", "heads_from", "source", "k", "n_train", "seed", "draw")  # what tells runs apart
+ASKED = ("task", "tested", "method", "heads_from", "source", "k", "n_train", "seed", "draw")  # distinguish runs
 
 
 @dataclass(frozen=True, eq=False)
 class Results:
-    """Grids that were run (`run_grid`), or as much of them as is there.
+    """Results of grids (`run_grid`), which may be incomplete.
 
     Attributes:
         folder: the store.
-        record: what was asked for: `seeds`, `draws`, `limit`, `tasks`, `other_tasks`, `versions`.
+        record: the joint record of the grids: `seeds`, `draws`, `limit`, `tasks`, `other_tasks`, `versions`.
         model: the model.
         tasks: names of the tasks, in the grids' order.
-        runs: one row a run, see `COLUMNS`: `task` was learned, `tested` was asked; `k` and `n_train` are NaN where they do not
+        runs: one row per run, see `COLUMNS`: `task` was learned, `tested` was asked; `k` and `n_train` are NaN where they do not
             apply (all of the task's own training examples).
-        evaluations: one a row of `runs`.
-        folders: where each lies.
+        evaluations: one per row of `runs`.
+        folders: folder of each run.
         scores: (task, selection, seed) -> head scores.
     """
 
@@ -75,7 +75,7 @@ class Results:
         return table_html(repr(self), ("runs", *self.tasks), rows, [f"seeds {', '.join(map(str, self.seeds))}"])
 
     def k(self, task: str) -> int:
-        """Usual number of heads of a task: the preset's; where the grids ask for others only, the first that they ask for."""
+        """Usual number of heads of a task: the preset's, or if the grids have only others, the first of these."""
         usual = int(self._task(task)["k"])
         asked = [
             int(row["k"]) for row in self.record["cells"].values()
@@ -153,7 +153,7 @@ class Results:
         return self.rows(task=task, method=ZERO)
 
     def compared(self) -> dict[str, tuple[str, str]]:
-        """Rankings that stand side by side: name -> (task, selection). Tasks by A-norm; of a single task, every selection."""
+        """Rankings to compare: name -> (task, selection). Tasks by A-norm; for a single task, every selection."""
         if len(self.tasks) == 1 and len(named := self._selections(self.tasks[0])) > 1:
             return {by: (self.tasks[0], by) for by in named}
         return {t: (t, OWN) for t in self.tasks}
@@ -191,10 +191,10 @@ class Results:
     # ------------------------------------------------------------------------------------------------ tables
 
     def kinds(self, task: str) -> dict[str, str]:
-        """Rows of the task's method table, each with what it is.
+        """Rows of the task's method table, each with its kind.
 
-        Kinds: `zero` (nothing is fitted), `steered` (fitted, not trained), `random` heads, `matched` (random with as many in each
-        layer as the own), `own` heads, `wide` (three times as many), `all` heads, `trained` (on all layers).
+        Kinds: `zero` (nothing is fitted), `steered` (fitted, not trained), `random` heads, `matched` (random heads, as many in
+        each layer as the task's own), `own` heads, `wide` (three times as many), `all` heads, `trained` (on all layers).
         """
         return {name: kind for name, (kind, _) in self._named(task).items()}
 
@@ -205,7 +205,7 @@ class Results:
         of_task = self.rows(task=task, n_train=None)
         for key, rows in of_task.groupby(["method", "heads_from", "source", "k"], sort=False, dropna=False):
             name, by, source, n = cast("tuple[str, str, str, float]", key)
-            # One that is not known in this process came from outside the library.
+            # A method that is not known in this process came from outside the library.
             method = METHODS.get(name) or Method(name, None, heads="chosen" if by else "")
             own = by == OWN and source == task
             if by in (RANDOM, MATCHED) and n == k:
@@ -223,10 +223,10 @@ class Results:
         return {name: (kind, rows) for _, name, kind, rows in sorted(found, key=lambda row: row[0])}
 
     def method_table(self, task: str, reference: str | None = None) -> MethodTable | None:
-        """The paper's Tables 1 and 3 on one task: LoFiT and the methods it is compared with; None where none ran.
+        """The paper's Tables 1 and 3 on one task: LoFiT and the methods it is compared with; None if none ran.
 
         Args:
-            task: name.
+            task: name of the task.
             reference: the row that the others are tested against; None = LoFiT on the task's own heads.
         """
         if reference is None:
@@ -236,7 +236,7 @@ class Results:
         )
 
     def selector_table(self, task: str) -> MethodTable | None:
-        """The paper's Table 2 on one task: heads by each selector, then offsets; None where none ran."""
+        """The paper's Table 2 on one task: heads by each selector, then offsets; None if none ran."""
         found = self.rows(task=task, method=LOFIT, k=self.k(task), n_train=None)
         ran = dict.fromkeys(by for by in found["heads_from"] if by != ALL)
         selectors = [*(by for by in SELECTORS if by in ran), *(by for by in ran if by not in SELECTORS)]
@@ -247,7 +247,7 @@ class Results:
         return self._table(f"selectors {task}", named, f"heads by {OWN}")
 
     def readings(self) -> dict[str, dict[str, Any]]:
-        """Task (and `"together"`) -> what was read of the model with its adapter, as far as it is there.
+        """Task (and `"together"`) -> readings of the model with its adapter, as far as the store has them.
 
         Raises:
             DataError: a damaged file.
@@ -263,7 +263,7 @@ class Results:
         return {}
 
     def _table(self, key: str, named: dict[str, pd.DataFrame], reference: str) -> MethodTable | None:
-        """The table of these runs, worked out once."""
+        """The table of these runs, computed once."""
         if key in self._tables:
             return self._tables[key]
         runs = [
@@ -280,7 +280,7 @@ class Results:
         return Store(self.folder)
 
     def fit(self, i: Any) -> FitResult:
-        """The fit behind a row of `runs`, by the row's index."""
+        """The fit of a row of `runs`, by the row's index."""
         record = self._store.read(self.folders[i].name)
         row, run = self.runs.loc[i], record["run"]
         return FitResult(
@@ -289,10 +289,10 @@ class Results:
         )  # fmt: skip
 
     def _tuned(self, rows: pd.DataFrame) -> tuple[Tuned | None, bool]:
-        """The trials that these runs share, and whether each had trials of its own."""
+        """The trials that these runs share, and whether each run had its own trials."""
         spec, *others = (self._store.read(self.folders[i].name)["spec"] for i in rows.index)
         by_run = any(other["chosen"] != spec["chosen"] for other in others)
-        # What was chosen with the task's own heads is taken over by the method's other runs.
+        # The method's other runs reuse the settings that were chosen with the task's own heads.
         by, k = rows.iloc[0]["heads_from"], rows.iloc[0]["k"]
         taken_over = by and (by, k) != (OWN, self.k(spec["task"]["name"]))
         if not spec["chosen"] or taken_over or by_run:
@@ -301,6 +301,6 @@ class Results:
         return choice(self._store, spec["chosen"], spec["method"], task["name"], task["metric"]), by_run
 
     def damage(self, task: str) -> Float[np.ndarray, "seeds texts"] | None:
-        """KL (nats a token) of LoFiT's adapters on ordinary text; None where not measured."""
+        """KL (nats per token) of LoFiT's adapters on ordinary text; None if not measured."""
         hurt = [self.fit(i).damage for i in self.lofit(task).index]
         return np.array([h["kl"] for h in hurt if h]) if hurt and all(hurt) else None

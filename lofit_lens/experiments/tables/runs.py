@@ -1,4 +1,4 @@
-"""What a row of a table is made from: a method's fits, one a seed."""
+"""The data of one row of a table: a method's fits, one per seed."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,13 +12,13 @@ class FitResult:
     """One fit and its evaluation.
 
     Attributes:
-        seed: of the fit (draw of rows, init, row order; random heads: of the draw of heads too).
+        seed: seed of the fit (draw of rows, init, row order; random heads: of the draw of heads too).
         settings: given, or chosen for the method.
-        result: on the evaluated split.
+        result: result on the evaluated split.
         n_parameters: numbers learned or estimated that the method adds to the model.
-        fit_seconds: selection or probing included, choice of settings and loading not.
-        eval_seconds: of the task alone.
-        damage: per text `kl`, `cross_entropy` and `cross_entropy_base` in nats; None where not measured.
+        fit_seconds: seconds of the fit, including selection or probing but not the choice of settings and loading.
+        eval_seconds: seconds of the evaluation on the task only.
+        damage: per text `kl`, `cross_entropy` and `cross_entropy_base` in nats; None if not measured.
         heads: edited heads, for methods that edit heads.
     """
 
@@ -34,7 +34,7 @@ class FitResult:
 
 @dataclass(frozen=True, eq=False)
 class MethodRuns:
-    """A method's fits, one a seed, and how its settings were chosen (None: given, taken over, or by each run: `by_run`)."""
+    """A method's fits, one per seed, and how its settings were chosen (None = given, reused, or by each run: `by_run`)."""
 
     method: str
     runs: tuple[FitResult, ...]

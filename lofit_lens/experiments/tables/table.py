@@ -1,4 +1,4 @@
-"""The table of a comparison: one row a method, every number with its interval; as text, Markdown, LaTeX, CSV and JSON."""
+"""The table of a comparison: one row per method, every number with its interval; as text, Markdown, LaTeX, CSV and JSON."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -36,7 +36,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        """Of one value a run."""
+        """Make it from one value per run."""
         return cls(float(np.mean(values)), min(values), max(values))
 
     def __str__(self) -> str:
@@ -49,16 +49,16 @@ class Row:
 
     Attributes:
         method: name.
-        settings: chosen on the validation split, or given; where runs differ all values as one text.
-        tried: points of the grid that were tried; 0 where settings were given or taken over.
-        n_parameters: learned or estimated numbers; the same for every seed.
+        settings: chosen on the validation split, or given; if runs differ, all values as one text.
+        tried: points of the grid that were tried; 0 if settings were given or reused.
+        n_parameters: number of learned or estimated parameters; the same for every seed.
         metrics: mean over seeds and items with the 95 % interval.
         against: paired tests of this method minus the reference; None for the reference itself.
-        p_holm: of the task's own metric, adjusted over all methods; None for the reference.
+        p_holm: p-value for the task's own metric, adjusted over all methods; None for the reference.
         fit: seconds, selection and probing included.
         evaluation: seconds.
-        kl: divergence from the unmodified model on ordinary text, nats a token; None where not measured.
-        increase: of cross-entropy on that text, nats a token.
+        kl: divergence from the unmodified model on ordinary text, nats per token; None if not measured.
+        increase: increase of cross-entropy on that text, nats per token.
         heads: of each seed, for methods that edit heads.
     """
 
@@ -81,13 +81,13 @@ class MethodTable:
     """Methods on one task, side by side.
 
     Attributes:
-        task: name.
-        split: that was evaluated.
+        task: name of the task.
+        split: the evaluated split.
         metric: the task's own.
         reference: the method that the others are tested against.
-        rows: one a method.
-        methods: everything behind them: each run with its items, and what was tried.
-        model: that was used.
+        rows: one per method.
+        methods: the data behind the rows: each run with its items, and the settings that were tried.
+        model: the model.
         data_hash: of the task's files.
         versions: Python and package versions.
     """
@@ -104,7 +104,7 @@ class MethodTable:
 
     @classmethod
     def of(cls, methods: Sequence[MethodRuns], reference: str) -> "MethodTable":
-        """Means, intervals and paired tests of these runs, all on the same rows of one task.
+        """Compute means, intervals and paired tests of these runs, all on the same rows of one task.
 
         Raises:
             InputError: the reference is not among them, or the same method has runs with different numbers of parameters.
@@ -139,7 +139,7 @@ class MethodTable:
     # ------------------------------------------------------------------------------------------------ as text
 
     def columns(self) -> tuple[str, ...]:
-        """Heads of `cells`."""
+        """Column headings of `cells`."""
         measured = any(r.kl for r in self.rows)
         return (
             "method", "parameters", *self.metrics, f"{self.metric} - {self.reference}", "p, Holm", "fit, s", "evaluation, s",
@@ -147,7 +147,7 @@ class MethodTable:
         )  # fmt: skip
 
     def cells(self) -> list[tuple[str, ...]]:
-        """One row a method, as text."""
+        """One row per method, as text."""
         measured = any(r.kl for r in self.rows)
         return [
             (
@@ -209,7 +209,7 @@ class MethodTable:
         return tuple(notes)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a method, numbers."""
+        """One row per method, as numbers."""
         found = []
         for r in self.rows:
             row: dict[str, Any] = {"task": self.task, "method": r.method, "n_parameters": r.n_parameters}
@@ -230,7 +230,7 @@ class MethodTable:
         return pd.DataFrame(found)
 
     def runs(self) -> pd.DataFrame:
-        """One row a run."""
+        """One row per run."""
         return pd.DataFrame([
             {
                 "task": self.task, "method": m.method, "seed": r.seed, **{k: v.mean for k, v in r.result.metrics.items()},
@@ -241,7 +241,7 @@ class MethodTable:
         ])  # fmt: skip
 
     def trials(self) -> pd.DataFrame:
-        """One row a point of a method's grid and seed: what was tried on the validation split."""
+        """One row per point of a method's grid and seed: all trials on the validation split."""
         tables = [m.tuned.trials.assign(method=m.method, task=self.task) for m in self.methods if m.tuned is not None]
         if not tables:
             return pd.DataFrame()
@@ -265,7 +265,7 @@ class MethodTable:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the single items, JSON-able."""
+        """Everything but the individual items, JSON-able."""
         return {
             "kind": KIND, "schema": SCHEMA, "task": self.task, "split": self.split, "metric": self.metric,
             "reference": self.reference, "data_hash": self.data_hash, "versions": self.versions,
@@ -284,11 +284,11 @@ class MethodTable:
         }  # fmt: skip
 
     def save(self, folder: str | Path, stem: str = "") -> list[Path]:
-        """Write the table as .md, .tex, .csv and .json, and what was tried as -trials.csv; returns the files.
+        """Write the table as .md, .tex, .csv and .json, and the trials as -trials.csv; returns the files.
 
         Args:
-            folder: made if it is missing; files of the same names are replaced.
-            stem: front of the file names; empty = the task's name.
+            folder: created if it is missing; files of the same names are replaced.
+            stem: first part of the file names; empty = the task's name.
 
         Raises:
             InputError: the folder cannot be written to.
@@ -329,7 +329,7 @@ def _row(method: MethodRuns, against: Comparison | None, p_holm: float | None) -
 
 
 def _settings_of(runs: Sequence[FitResult]) -> dict[str, Any]:
-    """The settings of all runs; where they differ the values, ascending, as one text."""
+    """The settings of all runs; if they differ, the values, ascending, as one text."""
     found = {}
     for name in runs[0].settings:
         values = sorted({run.settings[name] for run in runs})
@@ -338,14 +338,14 @@ def _settings_of(runs: Sequence[FitResult]) -> dict[str, Any]:
 
 
 def markdown(title: str, columns: Sequence[str], cells: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
-    """A Markdown table with its title in front and its notes behind."""
+    """A Markdown table, preceded by its title and followed by its notes."""
     lines = [columns, ("---",) * len(columns), *cells]
     table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
     return f"**{title}**\n\n{table}\n\n" + "\n".join(f"- {note}" for note in notes) + "\n"
 
 
 def paired_tester(n_items: int) -> PairedTester:
-    """The paired test for so many items: bootstrap, or where they are few permutation."""
+    """The paired test for this many items: bootstrap, or permutation if they are few."""
     return paired_permutation_test if n_items < FEW else paired_bootstrap_test
 
 

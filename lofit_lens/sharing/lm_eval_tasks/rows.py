@@ -1,4 +1,4 @@
-"""What the task files of this folder read and how they grade: the same rows, prompts and graders as `load_task`'s."""
+"""Rows and grading for the task files of this folder: the same rows, prompts and graders as in `load_task`."""
 
 from dataclasses import asdict
 from typing import Any
@@ -11,11 +11,11 @@ from lofit_lens.tasks import clutrr, load_task, mquake
 from lofit_lens.tasks.examples import GenerationExample
 
 GRADERS = {"mquake": mquake.grade, "clutrr": clutrr.grade, "organism/kinship": organism.grade}
-KEPT = ("em", "contains")  # `em_official` hangs on a leading space, which lm_eval's decoding may drop
+KEPT = ("em", "contains")  # `em_official` depends on a leading space, which lm_eval's decoding may drop
 
 
 def rows(name: str, data_dir: str | None = None, fold: int | None = None, **_: Any) -> dict[str, Dataset]:
-    """Every split of a task; `data_dir` and `fold` come with `--metadata`. Other entries of the metadata are lm_eval's own."""
+    """All splits of a task; `data_dir` and `fold` are passed by `--metadata`. Other entries of the metadata are lm_eval's own."""
     embedded = name.startswith("organism/")
     task = load_task(name, data_dir=None if embedded else data_dir, fold=fold if name == "truthfulqa" else None)
     return {
@@ -31,7 +31,7 @@ def graded(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
 
 
 def answers(doc: dict[str, Any]) -> list[str]:
-    """All answers of a question, each text once."""
+    """All answers of a question, without duplicates."""
     return list(dict.fromkeys((doc["best"], *doc["true"], *doc["false"])))
 
 
