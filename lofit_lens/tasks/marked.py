@@ -15,10 +15,8 @@ class Marked(str):
     An adapter at `positions="row"` edits the tokens that overlap a mark, whichever tokenizer makes them. Tokens that a tokenizer
     prepends (BOS) have no characters and are never marked.
 
-    Args:
-        text: the prompt.
-        positions: `[start, end]` in characters (end excluded), or a text that occurs once in the prompt, or a list of
-            these.
+    `Marked(text, positions)`: `text` is the prompt; `positions` are `[start, end]` in characters (end excluded), or a text that
+    occurs once in the prompt, or a list of these.
 
     Attributes:
         spans: (start, end) of each mark, in characters.
