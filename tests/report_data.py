@@ -66,5 +66,17 @@ def large() -> Explorer:
     return Explorer(read_source(sets), k=48)
 
 
+def sized(n_layers: int, n_heads: int) -> Explorer:
+    """Eight sets of a model of this size."""
+    n = n_layers * n_heads
+    places = np.arange(n)
+    tasks = ("truth", "edits", "kinship", "arc")
+    sets = {
+        (task, method): HeadScores(((places * step + 5) % (n + 1)).reshape(n_layers, n_heads), kind=method)
+        for task, step in zip(tasks, (7, 11, 13, 17), strict=True) for method in ("A-norm", "probe accuracy")
+    }  # fmt: skip
+    return Explorer(read_source(sets), k=max(8, n // 33))
+
+
 def saved(ex: Explorer, folder: Path, name: str = "page") -> Path:
     return ex.save(folder / f"{name}.html", title="Heads of <b>tiny</b> & co")
