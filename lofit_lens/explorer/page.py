@@ -66,9 +66,10 @@ def view_data(
         work: where no Python will answer: convolutions to spend on the chance of every pair of sets (`IN_PAGE`, `IN_NOTEBOOK`).
 
     Returns:
-        `shape`, `heat` and `colours` (of the left, the right and both sets), `edited` (those given, and those of `readings`), `sets` (`name`, `task`, `kind`, `ranking` and `scores` by layer-major number), `readings`
-        (head -> list), `attention`, and `chance`: `ks`, by K `expected`, `low`, `high` (shared heads by chance, mean and 95 %)
-        and, with `work`, `pairs`: "i,j" (places of sets) -> by K, p over all heads and p within layers, in thousandths.
+        `shape`, `heat` and `colours` (of the left, the right and both sets), `edited` (that given, and what `readings` say),
+        `sets` (`name`, `task`, `kind`, `ranking` and `scores` by layer-major number), `readings` (head -> list), `attention`, and
+        `chance`: `ks`, by K `expected`, `low`, `high` (shared heads by chance, mean and 95 %) and, with `work`, `pairs`: "i,j"
+        (places of sets) -> by K, p over all heads and p within layers, in thousandths.
     """
     entries, (n_layers, n_heads), total = list(source.entries.values()), source.shape, source.shape.n_total
     pairs = [(i, j) for j in range(len(entries)) for i in range(j)] if work else []
@@ -179,8 +180,7 @@ def picture(state: State) -> str:
     grids = ""
     for entry, top in zip(state.shown, state.tops, strict=True):
         hover: dict[tuple[int, int], str] = {head: f"{head}, rank {entry.ranks[head]}" for head in top}
-        # Pale enough for a black mark.
-        level: dict[tuple[int, int], float] = {head: 0.7 * shade for head, shade in entry.shades.items()}
+        level: dict[tuple[int, int], float] = {**entry.shades}
         mark: dict[tuple[int, int], str] = {head: SHARED if head in shared else OWN for head in top}
         grid = grid_html(state.source.shape, level, hover, f"{entry.name}: {entry.kind}, top {len(top)}", mark=mark)
         grids += f'<td style="{cell}">{grid}</td>'
@@ -188,7 +188,7 @@ def picture(state: State) -> str:
     return (
         '<div style="background:#fff;color:#222;padding:8px;overflow-x:auto;font:13px Helvetica,Arial,sans-serif">'
         f"<p>{html.escape(state.summary())}.</p><table><tr>{grids}</tr></table>"
-        f"<p>{SHARED} in the top K of both sets, {OWN} of this one only. Darker blue: larger score, or earlier place. "
+        f"<p>{SHARED} in the top K of both sets, {OWN} of this one only. Lighter: larger score, or earlier place. "
         f"Shared heads: {shared or 'none'}.{marked}</p>"
         "<p><small>This is a still picture: scripts do not run here.</small></p></div>"
     )
