@@ -1,9 +1,11 @@
-"""Small HTML for Jupyter: no script, no network."""
+"""What objects show of themselves: lines of text, and small HTML for Jupyter without script and network."""
 
 import html
+import textwrap
 from collections.abc import Mapping, Sequence
 
 HEAT = "Cividis"  # that of figures (plots/style.py): light is much
+WIDTH = 100  # columns
 ROOM, LARGE, SMALL = 250, 14, 5  # pixels: height of a grid where cells of these sizes allow it
 NO_LEVEL = "#8884"
 
@@ -11,6 +13,11 @@ NO_LEVEL = "#8884"
 def first_of(names: Sequence[object], most: int = 12) -> str:
     """The first names in one line, with dots if there are more."""
     return " ".join(map(str, names[:most])) + (" ..." if len(names) > most else "")
+
+
+def wrapped(text: str, indent: str = "    ") -> str:
+    """A text for `print` in lines of at most 100 columns; words stay whole, further lines begin with `indent`."""
+    return textwrap.fill(" ".join(text.split()), WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def grid_html(

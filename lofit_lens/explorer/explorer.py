@@ -16,6 +16,7 @@ from lofit_lens.explorer.running import PromptRun, adapters_for, edited_heads, h
 from lofit_lens.explorer.source import Source, read_source
 from lofit_lens.explorer.state import State
 from lofit_lens.heads import Head
+from lofit_lens.html import wrapped
 from lofit_lens.models import tokenizer_of
 from lofit_lens.tasks.chat import as_conversation, has_template, turn_of
 
@@ -239,7 +240,7 @@ class Explorer(State):
         return self.to_html()
 
     def __repr__(self) -> str:
-        return f"Explorer({self.summary()})"
+        return wrapped(f"Explorer({self.summary()})")
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
         data, meta = self.widget._repr_mimebundle_()
