@@ -3,6 +3,7 @@
 import html
 import textwrap
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 HEAT = "Cividis"  # that of figures (plots/style.py): light is much
 WIDTH = 100  # columns
@@ -17,7 +18,9 @@ def first_of(names: Sequence[object], most: int = 12) -> str:
 
 def wrapped(text: str, indent: str = "    ") -> str:
     """A text for `print` in lines of at most 100 columns; words stay whole, further lines begin with `indent`."""
-    return textwrap.fill(" ".join(text.split()), WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(
+        " ".join(text.split()), WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def grid_html(
@@ -48,7 +51,9 @@ def grid_html(
     (down, n_down), (along, n_along) = (("head", n_heads), ("layer", n_layers))[:: 1 if across else -1]
     side = max(SMALL, min(LARGE, ROOM // n_down - 1))
     box = f"width:{side}px;height:{side}px;padding:0;border:1px solid #8884"
-    colors = dict(zip(level, sample_colorscale(HEAT, [min(1.0, max(0.0, x)) for x in level.values()]), strict=True))
+    colors: dict[Any, Any] = dict(
+        zip(level, sample_colorscale(HEAT, [min(1.0, max(0.0, x)) for x in level.values()]), strict=True)
+    )
     step = next(n for n in (1, 2, 4, 8, 10, 20, 50) if n * side >= 12)
     rows = []
     for y in reversed(range(n_down)):

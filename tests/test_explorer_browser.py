@@ -204,7 +204,9 @@ def test_running_a_prompt(b):
         b.js("[...document.querySelectorAll('.llx-attention tbody')].map(e => e.querySelectorAll('td[title]').length)")
         == [n * (n + 1) // 2] * 2
     )
-    boxes = b.js("[...document.querySelectorAll('.llx-attention tbody tr:last-child')].map(e => e.getBoundingClientRect().toJSON())")
+    boxes = b.js(
+        "[...document.querySelectorAll('.llx-attention tbody tr:last-child')].map(e => e.getBoundingClientRect().toJSON())"
+    )
     assert abs(boxes[0]["top"] - boxes[1]["top"]) < 1.5, "before and after stand side by side, row by row"
     assert boxes[0]["right"] <= boxes[1]["left"]
     first = b.js("document.querySelector('.llx-attention tbody').innerHTML")
@@ -243,7 +245,9 @@ def test_forty_layers_of_forty_heads(b):
 def test_jupyters_theme_decides(b):
     """Dark in JupyterLab's dark theme, whatever the system says; its rows of tables do not colour the small grid."""
     ground = "getComputedStyle(document.querySelector('#llx-first')).backgroundColor"
-    rows = "[...document.querySelectorAll('.jp-OutputArea-output table tr')].map(e => getComputedStyle(e).backgroundColor)"
+    rows = (
+        "[...document.querySelectorAll('.jp-OutputArea-output table tr')].map(e => getComputedStyle(e).backgroundColor)"
+    )
     assert b.js(ground) == "rgb(255, 255, 255)"
     for theme, wanted in (("JupyterLab Dark", "rgb(22, 25, 29)"), ("JupyterLab Light", "rgb(255, 255, 255)")):
         b.js(f"jupyterapp.commands.execute('apputils:change-theme', {{theme: '{theme}'}}).then(() => true)")
