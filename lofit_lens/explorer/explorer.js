@@ -206,7 +206,7 @@ function render({ model, el: place }) {
     panel.replaceChildren(el("div", { class: "llx-head" }, el("h3", { class: "llx-head-name", text: state.head }), button),
       placesTable(index, sets, shown, state.k), ...readings.map(readingBlock), ...edits.map(quiet),
       ...(readings.length || edits.length ? [] : [quiet("No edit of this head is known.")]),
-      groups.length ? attentionBlock(state.head, groups, heat, looks, (panel.clientWidth || 440) - 24) : quiet(live.note));
+      groups.length ? attentionBlock(state.head, groups, heat, looks) : quiet(live.note));
   }
 
   function drawPrompt() {

@@ -43,7 +43,6 @@ const FIRST = {
     return row.map((x, j) => (j && rest >= 20 ? Math.round((1000 * x) / rest) : null));
   } },
 };
-const LEGIBLE = 5.5; // pixels of a cell; maps stand side by side where their cells are no smaller
 
 // rows: of each token, thousandths of its attention on itself and the tokens before it; null: not shown.
 function attentionMap({ title, tokens }, rows, most, heat) {
@@ -57,16 +56,14 @@ function attentionMap({ title, tokens }, rows, most, heat) {
       el("table", {}, el("thead", {}, el("tr", {}, el("th"), ...heads)), el("tbody", {}, ...body))));
 }
 
-// groups: lists of maps that stand together; the reader chooses among them. looks: how, kept by the caller. room: pixels across.
-function attentionBlock(name, groups, heat, looks, room) {
-  const box = el("div"), legend = el("p", { class: "llx-quiet" });
+// groups: lists of maps that stand together; the reader chooses among them. looks: how, kept by the caller.
+function attentionBlock(name, groups, heat, looks) {
+  const box = el("div", { class: "llx-maps" }), legend = el("p", { class: "llx-quiet" });
   const draw = () => {
-    const maps = groups[looks.group], n = maps[0].tokens.length;
+    const maps = groups[looks.group];
     const rows = maps.map(({ weights }) => weights.map(FIRST[looks.first].of));
     const most = looks.first === "masked" ? Math.max(1, ...rows.flat(2)) : 1000;
-    const side = maps.length > 1 && (room / 2 - 48) / n >= LEGIBLE;
-    box.className = `llx-maps${side ? " llx-beside" : ""}`;
-    box.style.setProperty("--tokens", n);
+    box.style.setProperty("--tokens", maps[0].tokens.length);
     box.replaceChildren(...maps.map((map, i) => attentionMap(map, rows[i], most, heat)));
     legend.replaceChildren("Each row looks at the columns; share of attention: 0 ", ramp(heat), ` ${most / 1000}`);
   };
