@@ -112,7 +112,8 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME, *_PARTS})
+    """What a user calls: not what this file imports."""
+    return sorted({*_HOME, *_PARTS, "errors", "__doc__", "__version__"})
 
 
 __version__ = "0.1.0"

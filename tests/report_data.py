@@ -17,8 +17,6 @@ from lofit_lens.explorer.source import read_source
 from lofit_lens.heads import HeadScores, HeadSet
 
 HOSTILE = "</script><script>window.pwned=1</script> </SCRIPT> <!-- <b>bold</b> & \u2028 \u2029 \u00e9"
-# The same text as a token is shown.
-SHOWN = "</script><script>window.pwned=1</script>␣</SCRIPT>␣<!--␣<b>bold</b>␣&␣<U+2028>␣<U+2029>␣\u00e9"
 TRUTH = ["L0H0", "L1H1", "L2H2", "L0H3", "L1H0"]
 EDITS = ["L1H1", "L0H0", "L2H3", "L2H2", "L0H1"]
 SHAPE = (3, 4)
@@ -66,6 +64,18 @@ def large() -> Explorer:
         (f"{name}{i}", "A-norm"): HeadScores((places * step % 1600).reshape(40, 40)) for i, step in enumerate((7, 11))
     }
     return Explorer(read_source(sets), k=48)
+
+
+def sized(n_layers: int, n_heads: int) -> Explorer:
+    """Eight sets of a model of this size."""
+    n = n_layers * n_heads
+    places = np.arange(n)
+    tasks = ("truth", "edits", "kinship", "arc")
+    sets = {
+        (task, method): HeadScores(((places * step + 5) % (n + 1)).reshape(n_layers, n_heads), kind=method)
+        for task, step in zip(tasks, (7, 11, 13, 17), strict=True) for method in ("A-norm", "probe accuracy")
+    }  # fmt: skip
+    return Explorer(read_source(sets), k=max(8, n // 33))
 
 
 def saved(ex: Explorer, folder: Path, name: str = "page") -> Path:

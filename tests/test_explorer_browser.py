@@ -24,6 +24,7 @@ pytestmark = pytest.mark.browser
 NOISE = (
     "debug: Starting application in workspace",  # its start
     "debug: Starting WebSocket",  # its connection to the kernel
+    "warning: Plugin @jupyter",  # that a part of it was slow to start
 )
 SCORES = f"""
 import numpy as np, torch
@@ -44,6 +45,7 @@ LARGE = """
 large = np.arange(1600.0).reshape(40, 40)
 wide = ll.explore({"up": ll.HeadScores(large), "down": ll.HeadScores(-large)}, k=80)
 wide"""
+GRID = 'named["kinship", "A-norm"]'
 STILL = "from IPython.display import HTML; HTML(ex.to_html())"
 APP = "window.jupyterapp?.shell?.currentWidget"
 READY = f"{APP}?.content?.widgets?.length && {APP}.sessionContext?.session?.kernel?.status === 'idle'"
@@ -76,7 +78,7 @@ def eventually(b, expression):
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     """JupyterLab with its cells run: the explorer of two tasks, one of 40 x 40 heads, and the first one as it is saved."""
-    with Browser(chrome()) as b, lab(tmp_path_factory.mktemp("lab") / "lab", [SCORES, SHOW, LARGE, STILL]) as url:
+    with Browser(chrome()) as b, lab(tmp_path_factory.mktemp("lab") / "lab", [SCORES, SHOW, LARGE, STILL, GRID]) as url:
         run_all(b, url)
         eventually(b, "[...document.querySelectorAll('.llx')].filter(e => e.dataset.version).length === 3")
         b.js(
@@ -164,6 +166,7 @@ def test_opening_a_head(b):
     assert b.js("document.querySelectorAll('.llx-tokens li').length") == 16
     assert kernel(b, "[str(ex.head), str(ex.selection)]") == ["L2H3", "L2H3"]
     after(b, lambda: b.click(f'{RIGHT} [data-head="L0H0"]'))
+    assert "L0H0 is outside LoFiT, which edits L2H3 L1H13." in text(b, ".llx-panel")
     assert (text(b, ".llx-head-name"), b.js("document.querySelectorAll('.llx-tokens li').length")) == ("L0H0", 0)
     after(b, lambda: b.click(f'{RIGHT} [data-head="L0H0"]'))
     assert kernel(b, "str(ex.selection)") == "L2H3"
@@ -176,7 +179,7 @@ def test_opening_a_head(b):
     assert b.js(f"[{APP}.content.activeCellIndex, {APP}.content.mode, {APP}.content.widgets.length]") == [
         cell,
         "command",
-        4,
+        5,
     ]
 
 
@@ -201,6 +204,11 @@ def test_running_a_prompt(b):
         b.js("[...document.querySelectorAll('.llx-attention tbody')].map(e => e.querySelectorAll('td[title]').length)")
         == [n * (n + 1) // 2] * 2
     )
+    boxes = b.js(
+        "[...document.querySelectorAll('.llx-attention tbody tr:last-child')].map(e => e.getBoundingClientRect().toJSON())"
+    )
+    assert abs(boxes[0]["top"] - boxes[1]["top"]) < 1.5, "before and after stand side by side, row by row"
+    assert boxes[0]["right"] <= boxes[1]["left"]
     first = b.js("document.querySelector('.llx-attention tbody').innerHTML")
     after(b, lambda: b.click(f'{LEFT} [data-head="L0H2"]'))
     assert b.js("document.querySelector('.llx-attention tbody').innerHTML") != first
@@ -232,6 +240,19 @@ def test_forty_layers_of_forty_heads(b):
     assert b.js("(e => e.scrollWidth <= e.clientWidth)(document.querySelector('#llx-wide'))")
     assert b.js("document.querySelector('#llx-wide .llx-row button').getBoundingClientRect().width") > 6
     assert b.js("document.querySelectorAll('.llx')[0].querySelector('.llx-head-name')?.innerText ?? ''") != "L39H39"
+
+
+def test_jupyters_theme_decides(b):
+    """Dark in JupyterLab's dark theme, whatever the system says; its rows of tables do not colour the small grid."""
+    ground = "getComputedStyle(document.querySelector('#llx-first')).backgroundColor"
+    rows = (
+        "[...document.querySelectorAll('.jp-OutputArea-output table tr')].map(e => getComputedStyle(e).backgroundColor)"
+    )
+    assert b.js(ground) == "rgb(255, 255, 255)"
+    for theme, wanted in (("JupyterLab Dark", "rgb(22, 25, 29)"), ("JupyterLab Light", "rgb(255, 255, 255)")):
+        b.js(f"jupyterapp.commands.execute('apputils:change-theme', {{theme: '{theme}'}}).then(() => true)")
+        b.wait(f"{ground} === '{wanted}'")
+        assert set(b.js(rows)) == {"rgba(0, 0, 0, 0)"}
 
 
 def test_what_is_saved_needs_no_kernel(b):

@@ -1,12 +1,17 @@
 """Scores of heads: ranking, ties, files, grids, and the heads of the official runs."""
 
+import re
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from plotly.colors import sample_colorscale
 
 from lofit_lens.errors import InputError
 from lofit_lens.heads import HeadScores, HeadSet
+from lofit_lens.html import HEAT
+from lofit_lens.plots import style
 from tests.records import edited_record
 
 SHAPE = (3, 4)
@@ -116,11 +121,33 @@ def test_the_grid_has_a_cell_a_head_and_needs_no_script(made):
 
 
 def test_the_grid_names_rank_and_score():
-    """A chosen head's cell says its rank and score; another's only its name, and stays blank."""
+    """A chosen head's cell says its rank and score; another's only its name, and stays grey."""
     page = HeadSet(["L2H1", "L0H0"], [2.0, 1.0], SHAPE)._repr_html_()
     assert "L2H1: rank 1, score 2" in page
     assert "L0H0: rank 2, score 1" in page
-    assert page.count("rgba(0,114,178,0.000)") == 10
+    assert page.count("background:#8884") == 10
+
+
+def test_the_grid_has_the_colours_of_figures_and_its_own_rows():
+    """Light is much, as in figures; no row takes the stripes and the hover colour that Jupyter gives to rows of tables."""
+    page = HeadScores(torch.arange(12.0).view(3, 4))._repr_html_()
+    assert HEAT == style.HEAT
+    first, last = sample_colorscale(HEAT, [0.0, 1.0])
+    cell = r'<td title="{}: [^"]*" style="[^"]*background:{}">'
+    assert re.search(cell.format("L0H0", re.escape(first.replace(" ", ""))), page)
+    assert re.search(cell.format("L2H3", re.escape(last.replace(" ", ""))), page)
+    assert page.count("<tr") == page.count('<tr style="background:none') == 4
+
+
+def test_a_grid_fits_a_third_of_a_screen():
+    """The longer axis lies across: 30 layers of 9 heads are 9 rows, of 16 pixels; 40 rows have 6 pixels each."""
+    deep = HeadScores(torch.rand(30, 9))._repr_html_()
+    assert deep.count("<tr") == 10
+    assert "layer 0 to 29" in deep
+    assert deep.index('title="L0H8') < deep.index('title="L1H8') < deep.index('title="L0H7')
+    for page, rows in ((deep, 9), (HeadScores(torch.rand(40, 40))._repr_html_(), 40)):
+        height = int(re.search(r"height:(\d+)px", page)[1]) + 1  # with its border
+        assert rows * height <= 260
 
 
 def test_heads_are_named_below_the_grid():

@@ -8,8 +8,8 @@ import lofit_lens
 
 ROOT = Path(lofit_lens.__file__).parent
 GROUPS = (
-    "errors", "checks", "io", "hub", "html", "heads", "models", "tasks", "organism", "interventions", "probing", "training",
-    "evaluation", "sharing", "analysis", "experiments", "plots", "explorer", "report", "cli",
+    "errors", "checks", "io", "hub", "html", "progress", "heads", "models", "tasks", "organism", "interventions", "probing",
+    "training", "evaluation", "sharing", "analysis", "experiments", "plots", "explorer", "report", "cli",
 )  # fmt: skip
 FILES = sorted(p for p in ROOT.rglob("*.py"))
 MAX_LINES = 400

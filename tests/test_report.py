@@ -13,6 +13,7 @@ from lofit_lens.analysis.overlap import overlap
 from lofit_lens.errors import InputError
 from lofit_lens.explorer import page
 from lofit_lens.explorer.source import read_source
+from lofit_lens.models import visible
 from tests import report_data
 
 
@@ -52,7 +53,7 @@ def test_text_cannot_leave_its_place(text):
     assert text.count("Heads of &lt;b&gt;tiny&lt;/b&gt; &amp; co") == 2  # the window's title and the heading
     held = embedded(text)
     assert held["data"]["sets"][3]["name"] == f"edits, {report_data.HOSTILE}"
-    assert held["data"]["readings"]["L1H1"][0]["suppressed"] == [[report_data.SHOWN, "-1.50"]]
+    assert held["data"]["readings"]["L1H1"][0]["suppressed"] == [[visible(report_data.HOSTILE), "-1.50"]]
     assert held["data"]["attention"][0]["heads"]["L1H1"] == [[1000], [250, 750], [200, 700, 100]]
 
 

@@ -24,7 +24,6 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lofit_lens.analysis.controls import ControlTest, chosen_against_random
 from lofit_lens.analysis.measure import Items, check_draws, records, summary
@@ -32,6 +31,7 @@ from lofit_lens.errors import InputError
 from lofit_lens.heads import Heads, HeadSet
 from lofit_lens.interventions.base import Intervention, attached
 from lofit_lens.models import hook_z, hooked, model_info, tokenizer_of
+from lofit_lens.progress import tqdm
 from lofit_lens.tasks.base import Task
 from lofit_lens.tasks.collate import Encoded, encode_continuations
 from lofit_lens.tasks.examples import SFTExample, TrainingExample

@@ -21,7 +21,6 @@ import torch
 from jaxtyping import Float64
 from scipy import stats
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lofit_lens.analysis.measure import records
 from lofit_lens.checks import check_whole, given, texts_of
@@ -42,6 +41,7 @@ from lofit_lens.models import (
     run_through,
     tokenizer_of,
 )
+from lofit_lens.progress import tqdm
 from lofit_lens.tasks.base import Task
 from lofit_lens.tasks.collate import encode
 

@@ -15,7 +15,6 @@ from functools import reduce
 from typing import Any
 
 import pandas as pd
-from tqdm.auto import tqdm
 
 from lofit_lens.analysis.measure import Items, items_of, paired, records, summary
 from lofit_lens.checks import check_is, check_seed, check_whole, shown, texts_of
@@ -25,6 +24,7 @@ from lofit_lens.heads import Heads
 from lofit_lens.interventions.base import Intervention, attached, check_adapter
 from lofit_lens.interventions.lofit import Lofit
 from lofit_lens.models import backend_of, context_length, rules_of, tokenizer_of
+from lofit_lens.progress import tqdm
 from lofit_lens.tasks.base import Task
 from lofit_lens.tasks.collate import encode
 from lofit_lens.tasks.registry import task_of

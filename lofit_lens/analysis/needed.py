@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
 
 from lofit_lens.analysis.controls import chosen_against_random
 from lofit_lens.analysis.measure import Items, check_draws, check_ks, items_of, paired, records, summary
@@ -30,6 +29,7 @@ from lofit_lens.interventions.ablation import HOW, HeadAblation, How, mean_z
 from lofit_lens.interventions.base import Intervention
 from lofit_lens.interventions.lofit import LOFIT, Lofit
 from lofit_lens.models import model_info
+from lofit_lens.progress import tqdm
 from lofit_lens.tasks.base import Task
 from lofit_lens.tasks.registry import task_of
 

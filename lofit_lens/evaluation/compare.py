@@ -23,6 +23,7 @@ from lofit_lens.evaluation.stats import (
     minimum_detectable_difference,
     paired_bootstrap_test,
 )
+from lofit_lens.html import wrapped
 
 POWER = 0.8
 ASKED = ("prompt", "references", "best", "true", "false", "options", "right")  # what must be the same on both sides
@@ -124,7 +125,7 @@ class Comparison:
 
     def __repr__(self) -> str:
         tests = ", ".join(f"{name} {t}" for name, t in self.tests.items())
-        return f"Comparison({self.labels[0]} - {self.labels[1]}, {self.task}: {tests})"
+        return wrapped(f"Comparison({self.labels[0]} - {self.labels[1]}, {self.task}: {tests})")
 
     def _repr_html_(self) -> str:
         title = f"{self.labels[0]} against {self.labels[1]}: {self.task}"

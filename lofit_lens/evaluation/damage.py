@@ -22,7 +22,6 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lofit_lens import io
 from lofit_lens.checks import check_seed, check_whole, given, shown
@@ -34,6 +33,7 @@ from lofit_lens.evaluation.stats import (
     paired_bootstrap_test,
     paired_permutation_test,
 )
+from lofit_lens.html import wrapped
 from lofit_lens.interventions import Intervention, attached
 from lofit_lens.interventions.base import adapters_of
 from lofit_lens.models import (
@@ -48,6 +48,7 @@ from lofit_lens.models import (
     not_finite,
     tokenizer_of,
 )
+from lofit_lens.progress import tqdm
 from lofit_lens.tasks.collate import encode, pad, pad_id
 
 COLUMNS = ("cross_entropy_base", "cross_entropy", "kl")
@@ -111,7 +112,7 @@ class Damage:
 
     def __repr__(self) -> str:
         m = self.metrics
-        return (
+        return wrapped(
             f"Damage({self.label or 'intervention'}, {m['kl'].n} texts: cross-entropy {m['cross_entropy_base']} -> "
             f"{m['cross_entropy']} nats, KL {m['kl']} nats)"
         )

@@ -9,7 +9,6 @@ from typing import Any, overload
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lofit_lens.checks import check_whole, given, shown
 from lofit_lens.errors import DataError, InputError
@@ -34,6 +33,7 @@ from lofit_lens.models import (
     together,
     tokenizer_of,
 )
+from lofit_lens.progress import tqdm
 from lofit_lens.tasks.chat import as_conversation, parsed, turn_of
 from lofit_lens.tasks.collate import encode, marks_of, pad, pad_id
 

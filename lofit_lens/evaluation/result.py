@@ -13,6 +13,7 @@ import pandas as pd
 from lofit_lens import io
 from lofit_lens.errors import DataError, InputError
 from lofit_lens.evaluation.stats import bootstrap_interval
+from lofit_lens.html import wrapped
 from lofit_lens.models import ModelInfo
 
 KIND, SCHEMA = "lofit_lens.EvalResult", 1
@@ -167,7 +168,7 @@ class EvalResult:
     def __repr__(self) -> str:
         metrics = ", ".join(f"{name} {m}" for name, m in self.metrics.items())
         found = f"; {', '.join(f'{k} {n}' for k, n in self.counted.items())}" if self.counted else ""
-        return f"EvalResult({self._title()}: {metrics}{found})"
+        return wrapped(f"EvalResult({self._title()}: {metrics}{found})")
 
     def _repr_html_(self) -> str:
         rows = [(name, f"{m.mean:.3f}", _between(m)) for name, m in self.metrics.items()]

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lofit_lens.errors import DataError, InputError
 from lofit_lens.evaluation.batches import TOKEN_BUDGET, grouped
@@ -37,6 +36,7 @@ from lofit_lens.models import (
     remember,
     tokenizer_of,
 )
+from lofit_lens.progress import tqdm
 from lofit_lens.tasks.collate import Encoded, collate, encode_continuations, pad, pad_id
 from lofit_lens.training.losses import NO_LABEL, token_log_probs
 

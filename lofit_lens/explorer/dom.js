@@ -1,6 +1,7 @@
 // Small helpers. Text reaches the page as text only, never as HTML.
 
 const SVG = "http://www.w3.org/2000/svg"; // a name, not an address: nothing is asked for
+const SIDES = ["left", "right"];
 const KEYS = ["button", "input", "select", "textarea"]; // what takes keys; JupyterLab would take them for its shortcuts
 
 function fill(node, attributes, children) {
@@ -41,7 +42,9 @@ function ramp(heat) {
   return el("span", { class: "llx-ramp", style: `background:linear-gradient(to right,${colors})` });
 }
 
-const short = (x) => String(Number(x.toPrecision(4)));
+const short = (x) => (x === 0 || Math.abs(x) >= 0.001 ? String(Number(x.toPrecision(4))) : x.toExponential(2));
+
+const badge = (side) => el("span", { class: `llx-badge llx-${side}`, text: side });
 
 // Every how many of n ticks a label stands.
 const labelStep = (n) => [1, 2, 4, 8].find((s) => n / s <= 12) || 10;

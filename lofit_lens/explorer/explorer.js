@@ -2,7 +2,6 @@
 // `data` stays as it is. `state` is what the reader chose: it lives here and, where there is a kernel, in Python as well.
 // `said` is what Python answers: chance of the sets shown, what the model says. A saved page has all that it needs in `data`.
 
-const SIDES = ["left", "right"];
 const HINT = "Click a head, or move with the arrow keys and press Enter: its scores and ranks everywhere, the tokens it promotes, " +
   "where it looks. A second click takes the mark away; Escape closes.";
 
@@ -32,6 +31,7 @@ function render({ model, el: place }) {
   const sets = data.sets.map((s) => withRanks(s, nLayers * nHeads));
   const saved = data.chance.pairs !== undefined;
   const nameOf = (index) => `L${Math.floor(index / nHeads)}H${index % nHeads}`;
+  const indexOf = (name) => name.slice(1).split("H").map(Number).reduce((layer, head) => layer * nHeads + head);
   let state = model.get("state"), said = model.get("said");
   const shownSets = () => SIDES.map((side) => sets.find((s) => s.name === state[side]));
 
@@ -77,7 +77,7 @@ function render({ model, el: place }) {
     setK(0, state.k[0]);
   } } });
   const overlap = el("dl", { class: "llx-overlap", "aria-live": "polite", "aria-label": "overlap of the two sets" });
-  const readout = el("p", { class: "llx-readout", "aria-hidden": "true" });
+  const readout = el("div", { class: "llx-readout", "aria-hidden": "true", hidden: true });
 
   // ----------------------------------------------------------------------------------------- grids, marks and the open head
 
@@ -87,21 +87,28 @@ function render({ model, el: place }) {
       change({ head, selection: marked ? state.selection.filter((h) => h !== head) : [...state.selection, head] });
       grids.find((g) => g.body.contains(document.activeElement))?.home.scrollIntoView({ block: "nearest" });
     },
-    point(index) {
+    point(index, cell) {
       for (const grid of grids) {
         grid.body.querySelector(".llx-twin")?.classList.remove("llx-twin");
         if (index !== null) grid.cells[index].classList.add("llx-twin");
       }
-      if (index === null) {
-        readout.textContent = "Point at a head, or click it to open and mark it.";
-        return;
-      }
-      const places = shownSets().map((set, i) => `${SIDES[i]}: ${describe(set, index)}`);
+      readout.hidden = index === null;
+      if (index === null) return;
+      const places = shownSets().map((set, i) => el("div", {}, badge(SIDES[i]), ` ${describe(set, index)}`));
       const promoted = (data.readings[nameOf(index)] ?? []).flatMap((r) => r.promoted.slice(0, 5)).map(([token]) => token);
-      const tokens = promoted.length ? [`promotes ${promoted.slice(0, 8).join(" ")}`] : [];
-      readout.textContent = [nameOf(index), ...places, ...tokens].join("  \u00b7  ");
+      const tokens = promoted.length ? [el("div", { text: `promotes ${promoted.slice(0, 8).join(" ")}` })] : [];
+      readout.replaceChildren(el("b", { text: nameOf(index) }), ...places, ...tokens);
+      beside(cell);
     },
   };
+  // Put what is said of a head where the eye is: below its cell, or above it in the lower half of the window.
+  function beside(cell) {
+    const [at, frame] = [cell, main].map((e) => e.getBoundingClientRect());
+    const below = at.bottom < window.innerHeight / 2;
+    const left = Math.min(at.left + at.width / 2 - frame.left - readout.offsetWidth / 2, frame.width - readout.offsetWidth);
+    readout.style.left = `${Math.max(0, left)}px`;
+    readout.style.top = `${below ? at.bottom - frame.top + 10 : at.top - frame.top - readout.offsetHeight - 10}px`;
+  }
   const grids = SIDES.map((side) => new Grid(side, data.shape, heat, on));
   const colour = el("select", { "aria-label": "colour of a head", on: { change: () => { drawn.clear(); draw(); } } },
     el("option", { value: "score", text: "score" }), el("option", { value: "rank", text: "rank" }));
@@ -110,6 +117,7 @@ function render({ model, el: place }) {
   const sample = (mark, text) => el("span", { class: "llx-key" }, el("span", { class: "llx-sample", "data-mark": mark }), text);
   const panel = el("aside", { class: "llx-panel", "aria-label": "the open head" });
   const lower = plots();
+  const looks = { group: 0, first: "shown" }; // how attention is looked at, from head to head
 
   function close() {
     const grid = grids.find((g) => g.body.contains(document.activeElement)) ?? grids[0];
@@ -179,20 +187,26 @@ function render({ model, el: place }) {
   }
 
   function drawPanel(shown) {
-    const index = grids[0].cells.findIndex((c) => c.dataset.head === state.head);
-    if (index < 0) {
+    if (state.head === null) {
       panel.replaceChildren(quiet(HINT));
       return;
     }
+    const index = indexOf(state.head);
     const live = said.head === state.head ? said : { readings: [], maps: [], note: "" };
     const readings = [...live.readings, ...(data.readings[state.head] ?? [])];
+    const edits = Object.entries(data.edited).filter(([name]) => !readings.some((r) => r.title === name)).map(([name, heads]) => {
+      if (heads === null) return `${name} edits no single heads.`;
+      if (heads.includes(state.head)) return `${name} edits this head.`; // its tokens are on their way, or were not kept
+      const more = heads.length > 6 ? ` and ${heads.length - 6} more` : "";
+      return `${state.head} is outside ${name}, which edits ${heads.slice(0, 6).join(" ")}${more}.`;
+    });
     const stored = data.attention.filter((a) => shown.some((s) => s.task === a.task) && state.head in a.heads);
     const groups = live.maps.length ? [live.maps] : stored.map(({ title, tokens, heads }) => [{ title, tokens, weights: heads[state.head] }]);
     const button = el("button", { type: "button", class: "llx-plain", text: "close", on: { click: close } });
     panel.replaceChildren(el("div", { class: "llx-head" }, el("h3", { class: "llx-head-name", text: state.head }), button),
-      placesTable(index, sets, shown, state.k), ...readings.map(readingBlock),
-      ...(readings.length ? [] : [quiet("No edit of this head is known.")]),
-      groups.length ? attentionBlock(state.head, groups, heat) : quiet(live.note));
+      placesTable(index, sets, shown, state.k), ...readings.map(readingBlock), ...edits.map(quiet),
+      ...(readings.length || edits.length ? [] : [quiet("No edit of this head is known.")]),
+      groups.length ? attentionBlock(state.head, groups, heat, looks) : quiet(live.note));
   }
 
   function drawPrompt() {
@@ -236,8 +250,10 @@ function render({ model, el: place }) {
       grid.show(shown[i], colour.value === "rank");
       drawn.delete("marks");
     }));
-    when("marks", [state.k, state.left, state.right, state.selection, state.head], () => {
-      grids.forEach((grid, i) => grid.mark(isIn[i], isIn[1 - i], new Set(state.selection), state.head));
+    when("marks", [state.k, state.left, state.right], () => grids.forEach((grid, i) => grid.mark(isIn[i], isIn[1 - i])));
+    when("picks", [state.selection, state.head], () => {
+      const open = state.head === null ? [] : [indexOf(state.head)];
+      grids.forEach((grid) => grid.pick(state.selection.map(indexOf), open));
     });
     when("plots", [state.k, state.left, state.right], () => {
       const counts = shown.map((set, i) => Array.from({ length: nLayers }, (_, layer) =>
@@ -256,18 +272,20 @@ function render({ model, el: place }) {
     root.dataset.version = said.version;
   }
 
+  const across = Math.max(nLayers, nHeads) >= 3 * Math.min(nLayers, nHeads); // much wider than high: one above the other
+  const main = el("div", { class: "llx-main" }, el("div", { class: `llx-two${across ? " llx-stacked" : ""}` }, ...grids.map((g) => g.root)),
+    el("div", { class: "llx-keys" }, sample("shared", "in the top K of both"), sample("own", "of this set only"),
+      el("span", { class: "llx-key" }, el("span", { class: "llx-sample llx-picked" }), "marked by you", picked, clear),
+      el("label", {}, "colour ", colour)),
+    asked, lower.root, readout);
   const error = el("div", { class: "llx-error", role: "alert", hidden: true });
-  const root = el("div", { class: "llx", on: { keydown: (e) => { if (e.key === "Escape" && state.head !== null) close(); } } },
+  const colours = SIDES.concat("both").map((name, i) => `--${name}:${data.colours[i]}`).join(";");
+  const root = el("div", { class: "llx", style: colours, on: { keydown: (e) => { if (e.key === "Escape" && state.head !== null) close(); } } },
     error,
     el("div", { class: "llx-two" }, ...SIDES.map((side, i) =>
-      el("label", {}, el("span", { class: `llx-badge llx-${side}`, text: side }), choosers[i]))),
+      el("label", {}, badge(side), choosers[i]))),
     el("div", { class: "llx-bar" }, el("div", { class: "llx-ks" }, ...ks, el("label", {}, link, " same K")), overlap),
-    el("div", { class: "llx-body" },
-      el("div", { class: "llx-main" }, readout, el("div", { class: "llx-two" }, ...grids.map((g) => g.root)),
-        el("div", { class: "llx-keys" }, sample("shared", "in the top K of both"), sample("own", "of this set only"),
-          el("span", { class: "llx-key" }, el("span", { class: "llx-sample llx-picked" }), "marked by you", picked, clear),
-          el("label", {}, "colour ", colour)),
-        asked, lower.root), panel));
+    el("div", { class: "llx-body" }, main, panel));
   on.point(null);
   draw();
   place.append(root);

@@ -11,11 +11,12 @@ from lofit_lens import io
 from lofit_lens.checks import check_one_of, check_whole, texts_of
 from lofit_lens.errors import InputError
 from lofit_lens.explorer import page
-from lofit_lens.explorer.readings import reading, token_reading
+from lofit_lens.explorer.readings import reading, stored_title, token_reading
 from lofit_lens.explorer.running import PromptRun, adapters_for, edited_heads, head_tokens, run_prompt
 from lofit_lens.explorer.source import Source, read_source
 from lofit_lens.explorer.state import State
 from lofit_lens.heads import Head
+from lofit_lens.html import wrapped
 from lofit_lens.models import tokenizer_of
 from lofit_lens.tasks.chat import as_conversation, has_template, turn_of
 
@@ -190,7 +191,7 @@ class Explorer(State):
         if self._view is None:
             from lofit_lens.explorer.widget import View
 
-            self._view = View(data=page.view_data(self.source))
+            self._view = View(data=page.view_data(self.source, self._edited()))
             self._put(self._error)
             self._view.listen(self._chosen, self._asked)
         return self._view
@@ -200,10 +201,11 @@ class Explorer(State):
         return self._html(page.IN_NOTEBOOK)
 
     def _html(self, work: int) -> str:
-        data = page.view_data(self.source, work=work)
+        # Saying it reads the open head's tokens, which then are among those kept.
+        said = {**self._said(), "readings": [], "note": "", "ask": None, "busy": "", "error": ""}
+        data = page.view_data(self.source, self._edited(), work=work)
         for (_, head), found in self._tokens.items():
             data["readings"] = {**data["readings"], str(head): [found, *data["readings"].get(str(head), [])]}
-        said = {**self._said(), "readings": [], "note": "", "ask": None, "busy": "", "error": ""}
         return page.fragment({"data": data, "state": self._choices(), "said": said}, self)
 
     def save(self, path: str | Path, *, title: str = "") -> Path:
@@ -238,7 +240,7 @@ class Explorer(State):
         return self.to_html()
 
     def __repr__(self) -> str:
-        return f"Explorer({self.summary()})"
+        return wrapped(f"Explorer({self.summary()})")
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
         data, meta = self.widget._repr_mimebundle_()
@@ -313,12 +315,18 @@ class Explorer(State):
             "ask": NO_MODEL if tokenizer is None else "", "busy": self._busy, "error": self._error,
         }  # fmt: skip
 
+    def _edited(self) -> dict[str, list[str] | None]:
+        return {
+            name: None if (heads := edited_heads(adapter)) is None else [str(h) for h in heads]
+            for name, adapter in self.adapters.items()
+        }
+
     def _readings(self, head: Head) -> list[dict[str, Any]]:
         """What the model shows of this head's edits, by adapters of which the results do not say it."""
         known = {r["title"] for r in self.source.readings.get(str(head), [])}
         return [] if self._model is None else [
             self._read(name, head) for name, adapter in self.adapters.items()
-            if f"{name}, from the results" not in known and head in (edited_heads(adapter) or ())
+            if stored_title(name) not in known and head in (edited_heads(adapter) or ())
         ]  # fmt: skip
 
     def _read(self, name: str, head: Head) -> dict[str, Any]:

@@ -1,43 +1,50 @@
-// One layer x head grid of buttons, last layer on top. One of them takes Tab; arrow keys move between them.
+// One layer x head grid of buttons. The longer of the two axes lies across, since windows are wide; the last layer, or the last
+// head, is on top. One of the buttons takes Tab; arrow keys move between them.
 
 class Grid {
   // on: what to do with a head's number (layer-major): `click`, and `point` when the mouse or the keyboard is at it (null: left).
   constructor(side, [nLayers, nHeads], heat, on) {
-    [this.side, this.nLayers, this.nHeads, this.heat] = [side, nLayers, nHeads, heat];
-    this.cells = [];
+    [this.side, this.nHeads, this.heat, this.cells, this.picked] = [side, nHeads, heat, [], []];
+    this.layersAcross = nLayers > nHeads;
+    const axes = [["layer", nLayers], ["head", nHeads]];
+    const [[down, nDown], [across, nAcross]] = this.layersAcross ? axes.reverse() : axes;
+    [this.nDown, this.nAcross] = [nDown, nAcross];
     const rows = [];
-    for (let layer = nLayers - 1; layer >= 0; layer--) {
-      const label = layer % labelStep(nLayers) ? "" : layer;
+    for (let y = nDown - 1; y >= 0; y--) {
       rows.push(el("div", { class: "llx-row", role: "row" },
-        el("span", { class: "llx-axis", role: "rowheader", "aria-label": `layer ${layer}`, text: label }),
-        ...Array.from({ length: nHeads }, (_, head) => this.cell(layer, head))));
+        el("span", { class: "llx-axis", role: "rowheader", "aria-label": `${down} ${y}`, text: y % labelStep(nDown) ? "" : y }),
+        ...Array.from({ length: nAcross }, (_, x) => this.cell(y, x))));
     }
-    const ticks = Array.from({ length: nHeads }, (_, head) => el("span", { text: head % labelStep(nHeads) ? "" : head }));
+    const ticks = Array.from({ length: nAcross }, (_, x) => el("span", { text: x % labelStep(nAcross) ? "" : x }));
     this.caption = el("figcaption");
-    this.legend = el("div", { class: "llx-legend" });
-    const indexOf = (act) => (event) => event.target.dataset.head && act(event.target.index, event.target);
+    const at = (act) => (event) => event.target.dataset.head && act(event.target.index, event.target);
     this.body = el("div", { class: "llx-cells", role: "grid", "data-side": side, on: {
-      click: indexOf(on.click),
-      pointerover: indexOf(on.point),
+      click: at(on.click),
+      pointerover: (event) => event.pointerType !== "touch" && at(on.point)(event),
       pointerleave: () => on.point(null),
-      focusin: indexOf((index, cell) => { this.setHome(cell); on.point(index); }),
+      focusin: at((index, cell) => { this.setHome(cell); on.point(index, cell); }),
       focusout: () => on.point(null),
       keydown: (event) => this.move(event),
     } }, ...rows);
-    this.root = el("figure", { class: "llx-grid" }, this.caption,
-      el("div", { class: "llx-plane" }, el("span", { class: "llx-y", text: "layer" }),
-        el("div", { class: "llx-core", style: `--heads:${nHeads}` }, this.body,
+    this.root = el("figure", { class: "llx-grid", style: `--across:${nAcross}` }, this.caption,
+      el("div", { class: "llx-plane" }, el("span", { class: "llx-y", text: down }),
+        el("div", { class: "llx-core" }, this.body,
           el("div", { class: "llx-row llx-ticks", "aria-hidden": "true" }, el("span", { class: "llx-axis" }), ...ticks),
-          el("div", { class: "llx-x", text: "head" }))),
-      this.legend);
+          el("div", { class: "llx-x", text: across }))));
     this.home = this.cells[0];
     this.setHome(this.home);
   }
 
-  cell(layer, head) {
-    const made = el("button", { type: "button", role: "gridcell", tabindex: "-1", "data-head": `L${layer}H${head}` });
-    made.index = layer * this.nHeads + head;
-    this.cells[made.index] = made;
+  indexAt(y, x) {
+    return this.layersAcross ? x * this.nHeads + y : y * this.nHeads + x;
+  }
+
+  cell(y, x) {
+    const index = this.indexAt(y, x);
+    const name = `L${Math.floor(index / this.nHeads)}H${index % this.nHeads}`;
+    const made = el("button", { type: "button", role: "gridcell", tabindex: "-1", "data-head": name, "aria-pressed": "false" });
+    made.index = index;
+    this.cells[index] = made;
     return made;
   }
 
@@ -51,14 +58,16 @@ class Grid {
     const from = event.target.index;
     if (from === undefined || event.altKey || event.ctrlKey || event.metaKey) return;
     const [layer, head] = [Math.floor(from / this.nHeads), from % this.nHeads];
+    const [y, x] = this.layersAcross ? [head, layer] : [layer, head];
+    const [top, last] = [this.nDown - 1, this.nAcross - 1];
     const to = {
-      ArrowRight: [layer, Math.min(this.nHeads - 1, head + 1)], ArrowLeft: [layer, Math.max(0, head - 1)],
-      ArrowUp: [Math.min(this.nLayers - 1, layer + 1), head], ArrowDown: [Math.max(0, layer - 1), head],
-      Home: [layer, 0], End: [layer, this.nHeads - 1], PageUp: [this.nLayers - 1, head], PageDown: [0, head],
+      ArrowRight: [y, Math.min(last, x + 1)], ArrowLeft: [y, Math.max(0, x - 1)],
+      ArrowUp: [Math.min(top, y + 1), x], ArrowDown: [Math.max(0, y - 1), x],
+      Home: [y, 0], End: [y, last], PageUp: [top, x], PageDown: [0, x],
     }[event.key];
     if (!to) return;
     event.preventDefault();
-    this.cells[to[0] * this.nHeads + to[1]].focus();
+    this.cells[this.indexAt(...to)].focus();
   }
 
   // Colour by score, or by rank where that is wanted or all that is known.
@@ -78,25 +87,34 @@ class Grid {
       cell.style.backgroundColor = t === null ? "" : this.heat(t);
       cell.dataset.mark = "";
     });
-    this.caption.replaceChildren(el("span", { class: `llx-badge llx-${this.side}`, text: this.side }), " ",
-      el("b", { text: set.name }), ` ${set.kind}`);
+    this.caption.replaceChildren(el("span", {}, badge(this.side), " ", el("b", { text: set.name }), ` ${set.kind}`),
+      el("span", { class: "llx-legend" }, short(low), ramp(this.heat), `${short(high)}${kind === set.kind ? "" : ` (${kind})`}`));
     this.body.setAttribute("aria-label", `${set.name}, heads by layer; arrow keys move, Enter opens a head`);
-    this.legend.replaceChildren(el("span", { text: short(low) }), ramp(this.heat), el("span", { text: `${short(high)} (${kind})` }));
   }
 
   // Marks: "shared" (top K of both sets), "own" (of this one only), "none". `isIn` tells whether a head is in a side's top K.
-  mark(isIn, other, selection, open) {
+  mark(isIn, other) {
     for (const cell of this.cells) {
       const mark = !isIn(cell.index) ? "none" : other(cell.index) ? "shared" : "own";
-      if (cell.dataset.mark !== mark) {
-        cell.dataset.mark = mark;
-        const words = { shared: ", in the top K of both sets", own: ", in the top K of this set", none: "" };
-        cell.setAttribute("aria-label", `${cell.dataset.head}: ${describe(this.set, cell.index)}${words[mark]}`);
-      }
-      cell.classList.toggle("llx-picked", selection.has(cell.dataset.head));
-      cell.setAttribute("aria-pressed", selection.has(cell.dataset.head));
-      cell.classList.toggle("llx-open", cell.dataset.head === open);
+      if (cell.dataset.mark === mark) continue;
+      cell.dataset.mark = mark;
+      const words = { shared: ", in the top K of both sets", own: ", in the top K of this set", none: "" };
+      cell.setAttribute("aria-label", `${cell.dataset.head}: ${describe(this.set, cell.index)}${words[mark]}`);
     }
+  }
+
+  // What the reader marked, and the open head; only these cells are touched.
+  pick(marked, open) {
+    for (const cell of this.picked) {
+      cell.classList.remove("llx-picked", "llx-open");
+      cell.setAttribute("aria-pressed", "false");
+    }
+    this.picked = [...marked, ...open].map((index) => this.cells[index]);
+    for (const index of marked) {
+      this.cells[index].classList.add("llx-picked");
+      this.cells[index].setAttribute("aria-pressed", "true");
+    }
+    for (const index of open) this.cells[index].classList.add("llx-open");
   }
 }
 

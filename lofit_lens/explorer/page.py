@@ -8,7 +8,7 @@ import html
 import importlib.resources
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,11 +22,12 @@ from lofit_lens.analysis.chance import (
     shared_by_depth,
 )
 from lofit_lens.errors import InputError
+from lofit_lens.explorer.readings import stored_title
 from lofit_lens.explorer.source import Entry, Source
 from lofit_lens.explorer.state import State
 from lofit_lens.heads import Grid
 from lofit_lens.html import grid_html
-from lofit_lens.plots.style import HEAT
+from lofit_lens.plots.style import COLORS, HEAT
 
 SCRIPTS = ("dom.js", "grid.js", "panel.js", "plots.js", "explorer.js")
 SHARED, OWN = "\u25c6", "\u25cb"  # a filled diamond, an open circle
@@ -54,17 +55,21 @@ def script() -> str:
 # ---------------------------------------------------------------------------------------------------------- data
 
 
-def view_data(source: Source, *, work: int = 0) -> dict[str, Any]:
+def view_data(
+    source: Source, edited: Mapping[str, Sequence[str] | None] | None = None, *, work: int = 0
+) -> dict[str, Any]:
     """What the front-end is given once: shape, sets, what was read of heads, and chance.
 
     Args:
         source: what can be shown.
+        edited: adapter's name -> the heads that it edits; None: it edits no single heads.
         work: where no Python will answer: convolutions to spend on the chance of every pair of sets (`IN_PAGE`, `IN_NOTEBOOK`).
 
     Returns:
-        `shape`, `heat` (colours), `sets` (`name`, `task`, `kind`, `ranking` and `scores` by layer-major number), `readings`
-        (head -> list), `attention`, and `chance`: `ks`, by K `expected`, `low`, `high` (shared heads by chance, mean and 95 %)
-        and, with `work`, `pairs`: "i,j" (places of sets) -> by K, p over all heads and p within layers, in thousandths.
+        `shape`, `heat` and `colours` (of the left, the right and both sets), `edited` (that given, and what `readings` say),
+        `sets` (`name`, `task`, `kind`, `ranking` and `scores` by layer-major number), `readings` (head -> list), `attention`, and
+        `chance`: `ks`, by K `expected`, `low`, `high` (shared heads by chance, mean and 95 %) and, with `work`, `pairs`: "i,j"
+        (places of sets) -> by K, p over all heads and p within layers, in thousandths.
     """
     entries, (n_layers, n_heads), total = list(source.entries.values()), source.shape, source.shape.n_total
     pairs = [(i, j) for j in range(len(entries)) for i in range(j)] if work else []
@@ -77,8 +82,13 @@ def view_data(source: Source, *, work: int = 0) -> dict[str, Any]:
     }  # fmt: skip
     if work:
         chance["pairs"] = {f"{i},{j}": _chances(entries[i], entries[j], ks, source.shape) for i, j in pairs}
+    known: dict[str, Any] = {}
+    for head, found in source.readings.items():
+        for r in found:
+            known.setdefault(r["title"], []).append(head)
     return {
-        "shape": [n_layers, n_heads], "heat": [color for _, color in get_colorscale(HEAT)],
+        "shape": [n_layers, n_heads], "heat": [color for _, color in get_colorscale(HEAT)], "colours": list(COLORS[:3]),
+        "edited": {**known, **{name: heads for name, heads in (edited or {}).items() if stored_title(name) not in known}},
         "sets": [_set(e, n_heads) for e in entries], "readings": source.readings, "attention": source.attention, "chance": chance,
     }  # fmt: skip
 
@@ -170,8 +180,7 @@ def picture(state: State) -> str:
     grids = ""
     for entry, top in zip(state.shown, state.tops, strict=True):
         hover: dict[tuple[int, int], str] = {head: f"{head}, rank {entry.ranks[head]}" for head in top}
-        # Pale enough for a black mark.
-        level: dict[tuple[int, int], float] = {head: 0.7 * shade for head, shade in entry.shades.items()}
+        level: dict[tuple[int, int], float] = {**entry.shades}
         mark: dict[tuple[int, int], str] = {head: SHARED if head in shared else OWN for head in top}
         grid = grid_html(state.source.shape, level, hover, f"{entry.name}: {entry.kind}, top {len(top)}", mark=mark)
         grids += f'<td style="{cell}">{grid}</td>'
@@ -179,7 +188,7 @@ def picture(state: State) -> str:
     return (
         '<div style="background:#fff;color:#222;padding:8px;overflow-x:auto;font:13px Helvetica,Arial,sans-serif">'
         f"<p>{html.escape(state.summary())}.</p><table><tr>{grids}</tr></table>"
-        f"<p>{SHARED} in the top K of both sets, {OWN} of this one only. Darker blue: larger score, or earlier place. "
+        f"<p>{SHARED} in the top K of both sets, {OWN} of this one only. Lighter: larger score, or earlier place. "
         f"Shared heads: {shared or 'none'}.{marked}</p>"
         "<p><small>This is a still picture: scripts do not run here.</small></p></div>"
     )

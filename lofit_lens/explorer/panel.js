@@ -33,26 +33,48 @@ function readingBlock(r) {
     facts.length ? el("dl", {}, ...facts) : null, r.promoted.length ? el("div", { class: "llx-pair" }, ...lists) : null);
 }
 
-// weights: of each token, thousandths of its attention on itself and the tokens before it.
-function attentionMap({ title, tokens, weights }, heat) {
-  const cell = (row, i, j) => el("td", { style: `background:${heat(row[j] / 1000)}`,
-    title: `${tokens[i]} looks at ${tokens[j]}: ${row[j] / 1000}` });
-  const rows = weights.map((row, i) => el("tr", {}, el("th", { scope: "row", text: tokens[i] }),
-    ...tokens.map((_, j) => (j > i ? el("td") : cell(row, i, j)))));
+// Ways to look at a pattern. Most of a head's attention often lies on the first token (BOS where there is one), whatever the text.
+const FIRST = {
+  shown: { text: "shown", of: (row) => row },
+  masked: { text: "masked, scale to the rest", of: (row) => [null, ...row.slice(1)] },
+  // Weights are whole thousandths: of less than 2 % that is left, shares would be noise.
+  left: { text: "left out, the rest sums to 1", of: (row) => {
+    const rest = row.slice(1).reduce((sum, x) => sum + x, 0);
+    return row.map((x, j) => (j && rest >= 20 ? Math.round((1000 * x) / rest) : null));
+  } },
+};
+
+// rows: of each token, thousandths of its attention on itself and the tokens before it; null: not shown.
+function attentionMap({ title, tokens }, rows, most, heat) {
+  const cell = (x, i, j) => (x === null ? el("td", { class: "llx-none", title: `${tokens[i]}, ${tokens[j]}: not shown` })
+    : el("td", { style: `background:${heat(x / most)}`, title: `${tokens[i]} looks at ${tokens[j]}: ${x / 1000}` }));
+  const body = rows.map((row, i) => el("tr", {}, el("th", { scope: "row", text: tokens[i] }),
+    ...tokens.map((_, j) => (j > i ? el("td") : cell(row[j], i, j)))));
   const heads = tokens.map((text) => el("th", { scope: "col", class: "llx-down" }, el("span", { text })));
-  return el("figure", { class: "llx-attention", style: `--tokens:${tokens.length}` }, el("figcaption", { text: title }),
+  return el("figure", { class: "llx-attention" }, el("figcaption", { text: title }),
     el("div", { class: "llx-scroll" },
-      el("table", {}, el("thead", {}, el("tr", {}, el("th"), ...heads)), el("tbody", {}, ...rows))));
+      el("table", {}, el("thead", {}, el("tr", {}, el("th"), ...heads)), el("tbody", {}, ...body))));
 }
 
-// groups: lists of maps that stand together; the reader chooses among them.
-function attentionBlock(name, groups, heat) {
-  const box = el("div");
-  const draw = (i) => box.replaceChildren(...groups[i].map((map) => attentionMap(map, heat)));
-  const options = groups.map(([first], i) => el("option", { value: i, text: first.title }));
-  const chooser = el("select", { class: "llx-which", "aria-label": "prompt", on: { change: () => draw(chooser.value) } }, ...options);
-  draw(0);
-  return el("section", { class: "llx-maps" }, el("h4", { text: `Where ${name} looks` }),
-    groups.length > 1 ? chooser : null,
-    el("p", { class: "llx-quiet" }, "Row: the token that looks; column: the token looked at. Share of attention 0 ", ramp(heat), " 1"), box);
+// groups: lists of maps that stand together; the reader chooses among them. looks: how, kept by the caller.
+function attentionBlock(name, groups, heat, looks) {
+  const box = el("div", { class: "llx-maps" }), legend = el("p", { class: "llx-quiet" });
+  const draw = () => {
+    const maps = groups[looks.group];
+    const rows = maps.map(({ weights }) => weights.map(FIRST[looks.first].of));
+    const most = looks.first === "masked" ? Math.max(1, ...rows.flat(2)) : 1000;
+    box.style.setProperty("--tokens", maps[0].tokens.length);
+    box.replaceChildren(...maps.map((map, i) => attentionMap(map, rows[i], most, heat)));
+    legend.replaceChildren("Each row looks at the columns; share of attention: 0 ", ramp(heat), ` ${most / 1000}`);
+  };
+  const choose = (label, key, options) => el("select", { "aria-label": label, on: { change: (e) => { looks[key] = e.target.value; draw(); } } },
+    ...options.map(([value, text]) => el("option", { value, text, selected: `${value}` === `${looks[key]}` })));
+  if (!(looks.group in groups)) looks.group = 0;
+  const which = choose("prompt", "group", groups.map(([first], i) => [i, first.title]));
+  which.className = "llx-which";
+  const first = choose("first token", "first", Object.entries(FIRST).map(([value, { text }]) => [value, text]));
+  draw();
+  return el("section", {}, el("h4", { text: `Where ${name} looks` }), groups.length > 1 ? which : null,
+    el("label", { class: "llx-first", title: "the first token takes much of many heads' attention whatever the text is" },
+      "first token ", first), legend, box);
 }

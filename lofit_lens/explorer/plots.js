@@ -1,7 +1,6 @@
 // Two small plots as SVG: heads in both sets for every K beside chance, and the layers of the top K.
 
 const [WIDTH, HEIGHT, LEFT, BOTTOM, TOP] = [420, 190, 46, 34, 8];
-const COLOURS = ["#0072b2", "#b84e00"];
 
 // Axes with some five ticks each; gives the plot and the places of values on it.
 function axes(label, xTitle, yTitle, [xLow, xHigh], yHigh, children) {
@@ -46,7 +45,7 @@ function layersPlot(counts, k) {
   return axes("Where the top K lie", "layer", "share of the top K (%)", [-0.6, nLayers - 0.4], Math.max(...shares.flat()), (x, y) => {
     const width = (x(1) - x(0)) * 0.4;
     return shares.flatMap((listed, side) => listed.map((share, layer) => svg("rect", {
-      x: x(layer) + (side - 1) * width, y: y(share), width, height: y(0) - y(share), fill: COLOURS[side],
+      x: x(layer) + (side - 1) * width, y: y(share), width, height: y(0) - y(share), class: `llx-${SIDES[side]}`,
     }, svg("title", { text: `layer ${layer}: ${counts[side][layer]} heads, ${share.toFixed(1)} %` }))));
   });
 }

@@ -19,6 +19,11 @@ def adapter_name(task: str) -> str:
     return f"LoFiT on {task}"
 
 
+def stored_title(name: str) -> str:
+    """Title of what a results folder holds of an adapter."""
+    return f"{name}, from the results"
+
+
 def reading(
     title: str, *, facts: Iterable[Sequence[str]] = (), note: str = "", unit: str = "", promoted: Iterable[Token] = (),
     suppressed: Iterable[Token] = (),
@@ -69,7 +74,7 @@ def stored_readings(task: str, parts: Mapping[str, Any]) -> dict[str, dict[str, 
         if row["head"] != TOTAL and row["rank"] <= TOKENS:
             listed[row["head"]].append(row)
             tokens[row["head"]][row["kind"]].append((row["token"], row["logit"]))
-    title = f"{adapter_name(task)}, from the results"
+    title = stored_title(adapter_name(task))
     return {
         h: reading(
             title,

@@ -14,7 +14,7 @@ from lofit_lens import io
 from lofit_lens.errors import InputError
 from lofit_lens.heads.grid import Grid
 from lofit_lens.heads.sets import SCHEMA, Head, HeadSet, check_k
-from lofit_lens.html import first_of, grid_html
+from lofit_lens.html import first_of, grid_html, wrapped
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -162,7 +162,7 @@ class HeadScores:
 
     def __repr__(self) -> str:
         of = ", ".join(filter(None, [self.kind, self.model, self.task]))
-        return f"HeadScores({of}: {self.shape[0]} layers x {self.shape[1]} heads, best {self.top(1)})"
+        return wrapped(f"HeadScores({of}: {self.shape[0]} layers x {self.shape[1]} heads, best {self.top(1)})")
 
     def _repr_html_(self) -> str:
         low, high = self.at_heads.min().item(), self.at_heads.max().item()

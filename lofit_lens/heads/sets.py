@@ -21,7 +21,7 @@ from lofit_lens import io
 from lofit_lens.checks import check_number, check_seed, check_whole, shown
 from lofit_lens.errors import DataError, InputError
 from lofit_lens.heads.grid import Grid, check_shape, joint_grid, layers_of
-from lofit_lens.html import first_of, grid_html
+from lofit_lens.html import first_of, grid_html, wrapped
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -334,12 +334,15 @@ class HeadSet:
         return cls.from_dict(io.read_json(path), where=str(path))
 
     def __str__(self) -> str:
-        return " ".join(map(str, self.heads))
+        return wrapped(f"{self}", "")
+
+    def __format__(self, spec: str) -> str:
+        return format(" ".join(map(str, self.heads)), spec)  # inside a sentence: one line
 
     def __repr__(self) -> str:
         of = f" of {self.shape[0]}x{self.shape[1]}" if self.shape else ""
         label = f" {self.label}:" if self.label else ""
-        return f"HeadSet({len(self)}{of} heads:{label} {first_of(self.heads)})"
+        return wrapped(f"HeadSet({len(self)}{of} heads:{label} {first_of(self.heads)})")
 
     def _repr_html_(self) -> str:
         shape = self.shape or (max((h.layer for h in self), default=0) + 1, max((h.head for h in self), default=0) + 1)

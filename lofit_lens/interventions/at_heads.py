@@ -13,7 +13,7 @@ from lofit_lens import io
 from lofit_lens.checks import check_whole, shown
 from lofit_lens.errors import AdapterError, InputError
 from lofit_lens.heads import Grid, Head, Heads, HeadSet, joint_grid
-from lofit_lens.html import first_of
+from lofit_lens.html import first_of, wrapped
 from lofit_lens.interventions.base import Adapter, AdapterMeta, Edit
 from lofit_lens.interventions.cards import plain, table
 from lofit_lens.interventions.files import CONFIG_FILE, check_tensors
@@ -72,7 +72,7 @@ class HeadAdapter(Adapter):
         return {"shape": list(self.shape), "heads": self.heads.to_dict()}
 
     def __repr__(self) -> str:
-        return f"{super().__repr__()[:-1]}: {first_of(self.heads.heads, 8)})"
+        return wrapped(f"{super().__repr__()[:-1]}: {first_of(self.heads.heads, 8)})")
 
     def _repr_html_(self) -> str:
         return f"<p>{html.escape(repr(self))}</p>{self.heads._repr_html_()}"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lofit_lens import io
 from lofit_lens.checks import shown
 from lofit_lens.errors import AdapterError, InputError
+from lofit_lens.html import wrapped
 from lofit_lens.hub import pushed
 from lofit_lens.interventions.cards import model_card
 from lofit_lens.interventions.files import (
@@ -26,20 +27,13 @@ from lofit_lens.interventions.files import (
     write_files,
 )
 from lofit_lens.interventions.provenance import KEPT, AdapterMeta, check_weights, meta_of, warn_of_other, with_metrics
-from lofit_lens.models import (
-    ALL,
-    Layout,
-    Positions,
-    backend_of,
-    declared,
-    device_of,
-    hooked,
-    layout_of,
-    model_info,
-)
+from lofit_lens.models import ALL, Layout, Positions, backend_of, declared, device_of, hooked, layout_of, model_info
 
 Some = TypeVar("Some", bound="Adapter")
 Edit = Callable[[Tensor], Tensor]  # values at a HookPoint -> the same shape
+OF_TORCH = frozenset(
+    {"named_parameters", "parameters", "requires_grad_", "state_dict", "to"}
+)  # of nn.Module: what a user calls
 
 
 @runtime_checkable
@@ -179,7 +173,12 @@ class Adapter(nn.Module):
     def __repr__(self) -> str:
         info = self.meta.model
         parts = [info.name if info else "no model", self.meta.task or "no task", *self._parts()]
-        return f"{type(self).__name__}({', '.join(parts)})"
+        return wrapped(f"{type(self).__name__}({', '.join(parts)})")
+
+    def __dir__(self) -> list[str]:
+        """What a user calls; of torch's eighty names only `OF_TORCH`, so that the method's own are found by Tab."""
+        of_torch = {"training", *dir(nn.Module)} - OF_TORCH
+        return [name for name in super().__dir__() if name.startswith("_") or name not in of_torch]
 
     # ---------------------------------------------------------------------------------------------- attaching
 

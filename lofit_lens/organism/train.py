@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm.auto import trange
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lofit_lens import io
@@ -23,6 +22,7 @@ from lofit_lens.organism.planting import ATTENTION, PlantedHeads, additive, coll
 from lofit_lens.organism.tokenizer import build_tokenizer
 from lofit_lens.organism.words import CUE_KINDS, TASKS, CueKind, TaskName
 from lofit_lens.organism.world import N_HEADS, N_LAYERS, SPECIAL, Row, build_world, planted_heads, rows, with_cue
+from lofit_lens.progress import tqdm
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def train(seed: int, planted: PlantedHeads, settings: Settings, *, progress: boo
     ]
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda s: learning_rate_factor(s, settings)) for o in optimizers]
     running = 0.0
-    for step in (bar := trange(settings.steps, disable=not progress, desc=f"organism, seed {seed}")):
+    for step in (bar := tqdm(range(settings.steps), disable=not progress, desc=f"organism, seed {seed}")):
         max_length = rng.choice(settings.packed_lengths) if is_packed(step, settings) else None
         documents = draw_batch(world, settings.batch, rng, max_length=max_length)
         batch = collate(documents, word_ids, planted, N_HEADS)

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 from einops import rearrange
-from tqdm.auto import tqdm
 
 from lofit_lens import io
 from lofit_lens.heads import HeadScores
 from lofit_lens.models import attached_to, model_info
 from lofit_lens.probing.probes import _each, _jobs, labelled
 from lofit_lens.probing.record import record, statement_ids
+from lofit_lens.progress import tqdm
 from lofit_lens.tasks.base import Task
 from lofit_lens.tasks.registry import task_of
 

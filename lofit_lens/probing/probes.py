@@ -26,17 +26,18 @@ from jaxtyping import Bool, Float
 from joblib import Parallel, delayed
 from threadpoolctl import threadpool_limits
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lofit_lens import io
 from lofit_lens.checks import check_one_of, check_whole, given
 from lofit_lens.errors import DataError
 from lofit_lens.heads import Heads, HeadScores, HeadSet
+from lofit_lens.html import wrapped
 from lofit_lens.interventions.base import AdapterMeta
 from lofit_lens.interventions.iti import ALPHA, ITI
 from lofit_lens.models import Positions, attached_to, device_of, model_info, tokenizer_of
 from lofit_lens.probing.directions import mass_mean_direction, random_directions, spread, unit
 from lofit_lens.probing.record import MEMORY_LIMIT, TOKEN_BUDGET, record, statement_ids
+from lofit_lens.progress import tqdm
 from lofit_lens.tasks.base import Task
 from lofit_lens.tasks.registry import task_of
 from lofit_lens.tasks.statements import Statement, statements
@@ -183,7 +184,7 @@ class Probes:
 
     def __repr__(self) -> str:
         best, meta = self.scores.top(1), self.scores.meta
-        return (
+        return wrapped(
             f"Probes({self.scores.model}, {self.scores.task}: {self.scores.shape[0]}x{self.scores.shape[1]} heads, best {best} "
             f"{self.scores[best[0]]:.3f} of {meta['n_validation']} statements, majority {meta['majority']:.3f})"
         )

@@ -24,6 +24,7 @@ from lofit_lens import io
 from lofit_lens.checks import check_is, check_one_of, check_seed, check_whole, shown
 from lofit_lens.errors import DataError, InputError
 from lofit_lens.heads import layers_of
+from lofit_lens.html import wrapped
 from lofit_lens.interventions.base import AdapterMeta
 from lofit_lens.interventions.repe import RepE
 from lofit_lens.models import ALL, Positions, attached_to, backend_of, device_of, model_info, tokenizer_of
@@ -145,7 +146,7 @@ class ReadingVectors:
         at = self.layers.index(best)
         of = f"{self.meta.config['pairs']} pairs{f' of {self.meta.task}' if self.meta.task else ''}"
         shown = f"best layer {best} ({self.accuracy[at]:.3f} of {self.meta.config['accuracy_on']} pairs)"
-        return f"ReadingVectors({self.meta.config['reading']}, {of}, {len(self.layers)} layers, {shown})"
+        return wrapped(f"ReadingVectors({self.meta.config['reading']}, {of}, {len(self.layers)} layers, {shown})")
 
 
 def reading_vectors(

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from jaxtyping import Float32
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lofit_lens.checks import check_is, check_one_of, check_whole, shown
 from lofit_lens.errors import DataError, InputError
 from lofit_lens.heads import layers_of
+from lofit_lens.html import wrapped
 from lofit_lens.models import (
     ModelInfo,
     check_residual,
@@ -35,6 +35,7 @@ from lofit_lens.models import (
     run_through,
     tokenizer_of,
 )
+from lofit_lens.progress import tqdm
 from lofit_lens.tasks.collate import encode_continuations, pad, pad_id
 from lofit_lens.tasks.statements import Statement
 
@@ -109,7 +110,7 @@ class Activations:
 
     def __repr__(self) -> str:
         where = "in memory" if self.path is None else f"in {self.path}"
-        return f"Activations({self.what}: {len(self)} sequences, {len(self.layers)} layers, {where})"
+        return wrapped(f"Activations({self.what}: {len(self)} sequences, {len(self.layers)} layers, {where})")
 
 
 def statement_ids(model: Any, statements: Iterable[Statement]) -> list[tuple[int, ...]]:

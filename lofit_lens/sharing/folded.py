@@ -24,13 +24,13 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lofit_lens import io
 from lofit_lens.errors import AdapterError, InputError, ModelError
 from lofit_lens.hub import commit_of, leads_out
 from lofit_lens.interventions import Adapter
 from lofit_lens.models import same_weights, source_of
+from lofit_lens.progress import tqdm
 from lofit_lens.sharing.affine import affine
 from lofit_lens.sharing.checkpoints import CONFIG, INDEX, Checkpoint, open_checkpoint
 from lofit_lens.sharing.outputs import Outputs, outputs_of

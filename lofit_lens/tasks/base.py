@@ -13,6 +13,7 @@ from typing import Any, Literal
 from lofit_lens import io
 from lofit_lens.checks import check_is, check_one_of, check_seed, check_whole, given, records_of, shown
 from lofit_lens.errors import InputError, unknown
+from lofit_lens.html import wrapped
 from lofit_lens.tasks.chat import as_conversation, asked, template_digest, turn_of
 from lofit_lens.tasks.examples import (
     SPLITS,
@@ -282,7 +283,9 @@ class Task:
         counts = "/".join(str(len(self.test.get(s, ()))) for s in SPLITS)
         form = f", form {self.form}" if self.form else ""
         found = f", {', '.join(f'{k} {n}' for k, n in self.counted.items())}" if self.counted else ""
-        return f"Task({self.name}: {self.objective}, {counts} train/val/test, metric {self.metric}{form}{found})"
+        return wrapped(
+            f"Task({self.name}: {self.objective}, {counts} train/val/test, metric {self.metric}{form}{found})"
+        )
 
     @classmethod
     def from_records(

@@ -19,11 +19,11 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lofit_lens import io
 from lofit_lens.checks import check_is, check_seed, check_whole, shown
 from lofit_lens.errors import AdapterError, InputError, TrainingDiverged
+from lofit_lens.progress import tqdm
 from lofit_lens.training.config import TrainConfig
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lofit_lens.checks import check_whole
 from lofit_lens.errors import DataError
@@ -32,6 +31,7 @@ from lofit_lens.models import (
     remember,
     tokenizer_of,
 )
+from lofit_lens.progress import tqdm
 from lofit_lens.tasks.chat import asked
 from lofit_lens.tasks.collate import Encoded, encode, encode_continuations, pad, pad_id
 from lofit_lens.tasks.examples import SFTExample, TrainingExample

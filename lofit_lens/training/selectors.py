@@ -25,7 +25,6 @@ import torch
 from einops import rearrange, reduce
 from jaxtyping import Float, Float64
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lofit_lens import io
 from lofit_lens.checks import check_is, check_number, check_seed, check_whole
@@ -45,6 +44,7 @@ from lofit_lens.models import (
     tokenizer_of,
 )
 from lofit_lens.probing import probe_heads, probe_layers, record
+from lofit_lens.progress import tqdm
 from lofit_lens.tasks.base import Task
 from lofit_lens.tasks.collate import encode_training
 from lofit_lens.tasks.registry import task_of

@@ -12,7 +12,7 @@ from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from tqdm import tqdm
+from tqdm import tqdm as Bar
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lofit_lens.errors import DiskFull, InputError
@@ -21,6 +21,7 @@ from lofit_lens.experiments.executors.local import LocalExecutor
 from lofit_lens.experiments.executors.schedule import TOGETHER, Group, Schedule, grouped
 from lofit_lens.experiments.store.cells import Cell
 from lofit_lens.experiments.store.store import Store
+from lofit_lens.progress import is_live, tqdm
 from lofit_lens.training.loop import first_ctrl_c
 
 TICK = 0.2  # seconds between two checks for Ctrl-C
@@ -135,7 +136,7 @@ def run_cells(
 class _Run:
     """One run of a grid: the loop between its schedule and its executor."""
 
-    bar: tqdm
+    bar: Bar
 
     def __init__(self, store: Store, cells: dict[str, Cell], executor: Executor, retries: int, together: int) -> None:
         self.store, self.cells, self.executor = store, cells, executor
@@ -171,7 +172,8 @@ class _Run:
     def _show(self) -> None:
         running = ", ".join(group.label for group in self.schedule.running)
         self.bar.set_description_str(self.schedule.counts, refresh=False)
-        self.bar.set_postfix_str(f"{STOPPING} {running}" if self.stopped else running)
+        self.bar.set_postfix_str(f"{STOPPING} {running}" if self.stopped else running, refresh=is_live())
+        self.bar.update(0)  # in a log: a line if it is time for one
 
     def _hand_out(self) -> None:
         running = self.schedule.running
@@ -241,14 +243,13 @@ class _Run:
 
 
 @contextmanager
-def _bar(run: _Run, progress: bool) -> Iterator[tqdm]:
-    """Show a bar over the cost of the remaining cells, on a terminal only; log records appear above it."""
+def _bar(run: _Run, progress: bool) -> Iterator[Bar]:
+    """Show a bar over the cost of the remaining cells; on a terminal log records appear above it."""
     cost = sum(run.cells[name].cost for name in run.schedule.left)
     form = "{desc} |{bar}| {elapsed}, {remaining} left{postfix}"
-    quiet = None if progress else True
     with (
-        tqdm(total=cost, bar_format=form, smoothing=0, dynamic_ncols=True, leave=False, disable=quiet) as bar,
-        nullcontext() if bar.disable else logging_redirect_tqdm(),
+        tqdm(total=cost, bar_format=form, smoothing=0, dynamic_ncols=True, leave=False, disable=not progress) as bar,
+        logging_redirect_tqdm() if progress and is_live() else nullcontext(),
     ):
         yield bar
 

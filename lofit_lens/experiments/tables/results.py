@@ -22,6 +22,7 @@ from lofit_lens.experiments.store.store import Store
 from lofit_lens.experiments.tables.runs import FitResult, MethodRuns
 from lofit_lens.experiments.tables.table import MethodTable
 from lofit_lens.heads import HeadScores, HeadSet
+from lofit_lens.html import wrapped
 from lofit_lens.interventions import Lofit
 from lofit_lens.models import ModelInfo
 from lofit_lens.training.selectors import SELECTORS
@@ -60,7 +61,7 @@ class Results:
     scores: dict[tuple[str, str, int], HeadScores]
 
     def __repr__(self) -> str:
-        return f"Results({self.folder}: {len(self.runs)} runs of {self.model.name} on {', '.join(self.tasks)})"
+        return wrapped(f"Results({self.folder}: {len(self.runs)} runs of {self.model.name} on {', '.join(self.tasks)})")
 
     def _repr_html_(self) -> str:
         counts: Any = (

@@ -21,6 +21,7 @@ from lofit_lens.evaluation.stats import (
     paired_permutation_test,
 )
 from lofit_lens.experiments.tables.runs import FitResult, MethodRuns
+from lofit_lens.html import wrapped
 from lofit_lens.models import ModelInfo
 
 KIND, SCHEMA = "lofit_lens.MethodTable", 1
@@ -303,7 +304,7 @@ class MethodTable:
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{r.method} {r.metrics[self.metric]}" for r in self.rows)
-        return f"MethodTable({self.title()}, {self.metric}: {shown})"
+        return wrapped(f"MethodTable({self.title()}, {self.metric}: {shown})")
 
     def _repr_html_(self) -> str:
         return table_html(self.title(), self.columns(), self.cells(), self.notes())
