@@ -295,7 +295,7 @@ def test_bad_grids_are_refused_before_anything_is_made(llama, tmp_path):
     own = grid_of(Run(n_train=9))
     for grid, options, message in (
         (own, {}, "9 training examples asked for; kin has 8"),
-        (grid_of(Run(), other_tasks="kin"), {"other_tasks": [KIN]}, "kin is a task and an other task"),
+        (grid_of(Run(), other_tasks="kin"), {"other_tasks": [KIN]}, "kin is both a task and an other task"),
         (grid_of(Run(tested=True)), {}, "says 'tested', and the grid has no other_tasks; add them"),
         (grid_of(Run(damage=True)), {}, "says 'damage', and the grid has no texts; add them"),
         (grid_of(Run(), tasks=["kin", "kin"]), {"tasks": [KIN, KIN]}, "each once"),

@@ -244,7 +244,7 @@ def test_a_model_that_goes_round_its_projections_is_refused(checkpoint):
     model = load_model(checkpoint("gpt2"), backend="bridge", device="cpu")
     lora = random(model)
     model.set_use_split_qkv_input(True)
-    with pytest.raises(ModelError, match=r"run 0 times .*use_split_qkv_input"):
+    with pytest.raises(ModelError, match=r"ran 0 times .*use_split_qkv_input"):
         lora.attach_check(model)
 
 

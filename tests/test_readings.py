@@ -105,7 +105,7 @@ def test_large_models_keep_the_adapters_patterns(results, bridge_llama, monkeypa
     record = readings._patterns(bridge_llama, lofit, prompts)
     assert record["heads"]["heads"] == [list(h) for h in lofit.heads]
     assert record["prompts"] == prompts[1:3]
-    with pytest.raises(InputError, match="longer than 60 tokens"):
+    with pytest.raises(InputError, match="more than 60 tokens"):
         readings._patterns(bridge_llama, lofit, prompts[:1])
 
 
@@ -158,7 +158,7 @@ def test_older_records_without_p_lose_their_intervals(results, part):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "nix"}, "kind 'nix'"),
+        ({"kind": "nix"}, "kind of record 'nix'"),
         ({"schema": 2}, "schema 2"),
         ({"rows": None}, "incomplete"),
         ({"task": ...}, "incomplete"),

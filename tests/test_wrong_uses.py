@@ -371,7 +371,7 @@ def test_one_prompt_is_not_read_letter_by_letter(model):
     (lambda m: ll.LofitRun(TASK, "B", HEADS).fit(m), "unknown component 'B'"),
     (lambda m: ll.Lofit.for_model(m).norms("B"), "unknown component 'B'"),
     (lambda m: ll.preset(ll.model_info(m), "x", "stf"), "unknown objective 'stf'"),
-    (lambda m: ll.compare(5, 5), "a result is 5; give what evaluate gives"),
+    (lambda m: ll.compare(5, 5), "a result is 5; give what evaluate returns"),
     (lambda m: ll.over_seeds("x"), "a result is 'x'"),
     (lambda m: 2.5 * ll.Lofit.for_model(m) * float("nan"), "factor is nan"),
     (lambda m: ll.Lofit.for_model(m) + 1, "the other adapter is 1"),
