@@ -95,9 +95,7 @@ class HeadSet:
         listed, printed = _read(heads)
         shape = printed if shape is None else check_shape(shape)
         if printed not in (None, shape):
-            raise InputError(
-                f"these heads belong to a model of {printed} heads, not of {shape}; give the shape of their model"
-            )
+            raise InputError(f"these heads are of a model of {printed} heads, not of {shape}; give their model's shape")
         numbers = None if scores is None else _numbers(scores)
         if len(set(listed)) != len(listed):
             twice = next(h for i, h in enumerate(listed) if h in listed[:i])
