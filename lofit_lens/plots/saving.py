@@ -155,7 +155,6 @@ def _printed(svg: str) -> bytes:
         f"</style>{svg}"
     )
     options = {"printBackground": True, "preferCSSPageSize": True, "pageRanges": "1"}
-    options |= dict.fromkeys(("marginTop", "marginBottom", "marginLeft", "marginRight"), 0)
 
     async def ask() -> bytes:
         async with choreographer.Browser(headless=True) as browser:
