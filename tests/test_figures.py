@@ -209,7 +209,8 @@ def test_method_bars_draw_means_and_intervals():
     assert list(first.y) == ["LoFiT 3 %", "ITI"]
     assert list(first.error_x.array) == pytest.approx([20.0, 25.0])
     assert list(first.error_x.arrayminus) == pytest.approx([10.0, 0.0])
-    assert list(fig.layout.yaxis.categoryarray) == ["ITI", "LoFiT 3 %"]
+    assert list(fig.layout.yaxis.categoryarray) == ["LoFiT 3 %", "ITI"]
+    assert fig.layout.yaxis.autorange == "reversed", "from the top down"
     assert [a.text for a in fig.layout.annotations][:2] == ["a (EM, n=9)", "b (EM, n=9)"]
     assert "95% interval" in fig.layout.annotations[-1].text
     assert "2 runs per method" in fig.layout.annotations[-1].text

@@ -149,7 +149,14 @@ def test_transposed_bars_and_curves(figures):
     assert bars.layout.shapes[0].x0 == bars.layout.shapes[0].x1 == figures["layers"].layout.shapes[0].y0
     mean = next(a for a in bars.layout.annotations if a.text == "◀")
     assert (mean.xref, mean.yref) == ("x domain", "y")
+    assert "◀ mean layer" in bars.layout.annotations[-1].text
+    loss = for_paper(figures["leave_one_out"], transpose=True)
+    assert loss.layout.yaxis.range[0] > loss.layout.yaxis.range[1], "the first head on top"
+    overlap = for_paper(figures["overlap"], transpose=True)
+    assert overlap.layout.yaxis.autorange == "reversed"
+    assert overlap.layout.xaxis.autorange is True
     methods = for_paper(figures["methods"], transpose=True)
+    assert methods.layout.xaxis.autorange is True, "the first method on the left"
     assert methods.data[0].error_y.array is not None
     assert methods.data[0].error_x.array is None
     k = for_paper(figures["k_sweep"], transpose=True)
@@ -204,7 +211,8 @@ def test_matplotlib_draws_the_same_numbers(figures):
     names = dict(zip(map(round, methods.axes[0].get_yticks()), [t.get_text() for t in ticks], strict=True))
     dots = {names[round(y)]: x for x, y in methods.axes[0].collections[-1].get_offsets().tolist()}
     source = figures["methods"].data[0]
-    assert names[8] == source.y[0], "the first method stands on top"
+    low, high = methods.axes[0].get_ylim()
+    assert (names[0], low > high) == (source.y[0], True), "the first method stands on top"
     assert dots == pytest.approx(dict(zip(source.y, source.x, strict=True))), "each dot stands at its method"
     assert [t.get_text() for t in k.legends[0].get_texts()] == [
         t.name for t in figures["k_sweep"].data if t.showlegend is not False

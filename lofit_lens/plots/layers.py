@@ -54,7 +54,7 @@ def layer_distribution(sets: Sets, *, n_layers: int | None = None, title: str = 
                 hovertemplate="layer %{x}: %{customdata} heads, %{y:.1f} %<extra>" + name + "</extra>",
             ), row=row, col=1,
         )  # fmt: skip
-        panel_title(fig, f"<b>{name}</b> (K={len(heads)}, mean layer {heads.mean_layer:.1f})", row, color=color)
+        panel_title(fig, f"{name} (K={len(heads)}, mean layer {heads.mean_layer:.1f})", row, color=color)
         fig.add_hline(y=100 / n, line={"color": GREY, "dash": "dot", "width": 1}, row=row, col=1)  # pyright: ignore[reportArgumentType]
         fig.add_annotation(
             text="▼", x=heads.mean_layer, y=1, yref="y domain", yanchor="bottom", yshift=-9, showarrow=False,
@@ -65,5 +65,5 @@ def layer_distribution(sets: Sets, *, n_layers: int | None = None, title: str = 
     fig.update_layout(bargap=0.2)
     note = "dotted: even spread over layers; ▼ mean layer"
     wide, tall = max(320, min(680, 60 + 18 * n)), 92 if len(sets) > 1 else 210
-    finish(fig, title, note, panel=(wide, tall), share="x", whole="x", legend=len(sets) + 1)
+    finish(fig, title, note, panel=(wide, tall), share="x", narrow=80, whole="x", legend=len(sets) + 1)
     return fig

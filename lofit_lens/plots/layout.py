@@ -16,8 +16,9 @@ from lofit_lens.plots.text import LINE, lines_of, narrowed, text_width, wrapped
 
 KEY = "lofit_lens"
 EDGE = 8  # pixels between the figure's edge and what is next to it
+PAGE = 600  # pixels that all panels under each other may take, where they can
 NUMBER = "0.00"  # as wide as the numbers that plotly chooses by itself
-STEPS = (1, 2, 4, 5, 8, 10, 16, 20, 32, 40, 50, 64, 100, 200, 500, 1000)
+STEPS = (1, 2, 4, 5, 10, 20, 50, 100, 200, 500, 1000)
 MARKS = "*+°"
 
 
@@ -162,14 +163,15 @@ class _Layout:
         """Height of a panel: its own, or as its cells ask for."""
         cells = self.plan["cells"]
         if cells is None:
-            return float(self.plan["panel"][1])
+            tall = float(self.plan["panel"][1])
+            return max(90.0, min(tall, PAGE / self.rows)) if self.rows > 1 else tall
         across, down = cells
         least, most = max(6.0, 80 / down), 26.0 if down <= 8 else 20.0 if down <= 16 else 14.0
         if self.y_labels[0]:  # a name beside each row
             least = max(lines_of(t) for t in self.y_labels[0]) * LINE * self.sizes.tick
             most = max(least, self.plan["panel"][1] / down)
-        elif self.rows > 1:  # all panels on one page
-            most = max(least, min(most, 600 / (down * self.rows)))
+        elif self.rows > 1:
+            most = max(least, min(most, PAGE / (down * self.rows)))
         return down * max(least, min(self.widths[0] / across, most))
 
     def _y_room(self, i: int) -> float:
@@ -205,7 +207,8 @@ class _Layout:
         layout, sizes, plan = self.layout, self.sizes, self.plan
         panels = [a for a in layout.annotations or () if a.name == "panel"]
         for i, a in enumerate(panels):
-            a.text, a.font.size = wrapped(a.text, self.widths[i % self.cols] - 6, sizes.panel), sizes.panel
+            wide = self.widths[i % self.cols] - 6
+            a.text, a.font.size = narrowed(wrapped(a.text, wide, sizes.panel), wide, sizes.panel), sizes.panel
         lift = max((lines_of(a.text) for a in panels), default=0) * LINE * sizes.panel + (8 if panels else 0)
         below = [self._x_axis(i) for i in range(len(self.axes))]
         for i in range(len(self.axes)):

@@ -50,7 +50,7 @@ def method_bars(frame: pd.DataFrame, *, title: str = "Methods on the test rows")
     runs = counted(frame["seeds"].tolist(), "run")
     note = f"dots: mean over runs and items ({runs} per method); bars: 95% interval; orange: LoFiT"
     fig.update_xaxes(title_text="share right", ticksuffix="%", range=[-6, 106], dtick=25)
-    fig.update_yaxes(categoryorder="array", categoryarray=methods[::-1])
+    fig.update_yaxes(categoryorder="array", categoryarray=methods, autorange="reversed")
     finish(fig, title, note, panel=(190, 26 * len(methods)), cols=len(tasks), share="xy", narrow=100)
     return fig
 

@@ -28,6 +28,7 @@ IN_PIXELS = {
     "size", "width", "height", "thickness", "xgap", "ygap", "xshift", "yshift", "standoff", "ticklen", "tickwidth", "xpad",
     "ypad", "entrywidth", "itemwidth", "linewidth", "gridwidth", "zerolinewidth", "tracegroupgap", "l", "r", "t", "b",
 }  # fmt: skip
+TURNED = str.maketrans("\u25bc\u25c0", "\u25c0\u25bc")  # the mark of a mean layer points at its axis
 MIRRORED = {"bottom": "left", "top": "right", "middle": "center", "left": "bottom", "right": "top", "center": "middle"}
 
 
@@ -134,9 +135,8 @@ def _transposed(spec: dict[str, Any]) -> dict[str, Any]:
     layout = {_other(k): v for k, v in spec["layout"].items()}
     for name in (k for k in layout if re.fullmatch(r"[xy]axis\d*", k)):
         layout[name] = _mirrored_axis(name, layout[name])
-    layout["annotations"] = [
-        a if a.get("name") in ("note", "panel") else _mirrored_text(a) for a in layout.get("annotations", [])
-    ]
+    texts = [{**a, "text": a["text"].translate(TURNED)} for a in layout.get("annotations", [])]
+    layout["annotations"] = [a if a.get("name") in ("note", "panel") else _mirrored_text(a) for a in texts]
     layout["shapes"] = [{_other(k): _refs(v) for k, v in s.items()} for s in layout.get("shapes", [])]
     plan = dict(layout["meta"]["lofit_lens"])
     n = sum(k.startswith("xaxis") for k in layout)
@@ -188,18 +188,17 @@ def _mirrored_trace(trace: dict[str, Any]) -> dict[str, Any]:
 
 def _mirrored_axis(name: str, axis: dict[str, Any]) -> dict[str, Any]:
     axis = {k: _refs(v) for k, v in axis.items() if k not in ("tickangle", "domain", "side")}
-    # Names read from the top down and from left to right, whichever axis they are on.
-    down = axis.get("autorange") == "reversed" or ("range" in axis and axis["range"][0] > axis["range"][1])
-    named = "ticktext" in axis and isinstance(axis["tickvals"][0], str | float)
-    if name.startswith("x") and down:
-        axis.pop("autorange", None)
-        if "range" in axis:
-            axis["range"] = list(axis["range"])[::-1]
-    elif name.startswith("y") and named and isinstance(axis["tickvals"][0], str):
-        axis["autorange"] = "reversed"
+    # Names read from the top down and from left to right, whichever axis they are on; numbers grow upwards and to the right.
+    ends = list(axis["range"]) if "range" in axis else []
+    down = axis.get("autorange") == "reversed" or (ends and ends[0] > ends[1])
+    named = "ticktext" in axis and not all(str(t)[:1].isdigit() for t in axis["ticktext"])
+    if bool(down) != (named and name.startswith("y")):
+        if ends:
+            axis["range"] = ends[::-1]
+        else:
+            axis["autorange"] = True if down else "reversed"
     return axis
 
 
 def _mirrored_text(a: dict[str, Any]) -> dict[str, Any]:
-    a = {_other(k): MIRRORED.get(v, v) if k in ("xanchor", "yanchor") else _refs(v) for k, v in a.items()}
-    return {**a, "text": a["text"].replace("\u25bc", "\u25c0")}
+    return {_other(k): MIRRORED.get(v, v) if k in ("xanchor", "yanchor") else _refs(v) for k, v in a.items()}
