@@ -116,7 +116,7 @@ def __dir__() -> list[str]:
     return sorted({*_HOME, *_PARTS, "errors", "__doc__", "__version__"})
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ITI", "PLAIN", "ContrastVectors", "Damage", "EvalResult", "Grid", "Head", "HeadScores", "HeadSet", "Intervention", "LoReft",

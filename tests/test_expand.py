@@ -204,15 +204,16 @@ def test_names_follow_all_that_can_change_a_result(monkeypatch):
 
 
 def test_versions_are_cut_to_what_may_change_a_result(monkeypatch):
-    """1.2.3 counts as 1; 0.1.2 as 0.1, since a 0.x may change anything with the minor."""
+    """1.2.3 counts as 1; 0.1.2 as 0.1, since a 0.x may change anything with the minor; a release keeps stored runs."""
     found = {
         "python": "3.11",
-        "lofit-lens": "0.1.2",
+        "lofit-lens": "7.8.9",
         "torch": "2.13.0+cpu",
         "transformers": "5.9",
         "transformer-lens": "4.3.0",
     }
     monkeypatch.setattr(keys.io, "environment", lambda: found)
+    monkeypatch.setattr(keys, "RESULTS_SINCE", "0.1.2")
     assert keys.versions_key() == {"lofit-lens": "0.1", "torch": "2", "transformers": "5", "transformer-lens": "4"}
 
 

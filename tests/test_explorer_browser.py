@@ -98,11 +98,14 @@ def b(page):
 def by_jupyterlab(line):
     """Whether JupyterLab alone said it: a known message, or an exception with no frame outside its own scripts."""
     frames = re.findall(r"^ +at .*", line, re.MULTILINE) if line.startswith("exception: ") else []
-    return line.startswith(NOISE) or bool(frames) and all("/static/lab/" in frame for frame in frames)
+    return line.startswith(NOISE) or (bool(frames) and all("/static/lab/" in frame for frame in frames))
 
 
 def test_only_jupyterlabs_own_exceptions_are_left_out():
-    own, ours = "    at http://127.0.0.1:1/static/lab/jlab_core.1.js?v=1:2:3", "    at click (blob:http://127.0.0.1:1/2:3:4)"
+    own, ours = (
+        "    at http://127.0.0.1:1/static/lab/jlab_core.1.js?v=1:2:3",
+        "    at click (blob:http://127.0.0.1:1/2:3:4)",
+    )
     assert by_jupyterlab(f"exception: NotFoundError: not a child of this node.\n{own}")
     assert not by_jupyterlab(f"exception: Error: ours\n{ours}\n{own}")
     assert not by_jupyterlab(f"exception: Error: called by it\n{own}\n{ours}")

@@ -12,6 +12,10 @@ from lofit_lens.models import ModelInfo
 from lofit_lens.tasks.base import Task
 from lofit_lens.training.selectors import SELECTORS
 
+# Version of lofit-lens from which on results are the same: stored runs of it are taken over. A release that changes a
+# result moves it.
+RESULTS_SINCE = "0.1"
+
 
 def model_key(info: ModelInfo, files: str = "") -> dict[str, Any]:
     """What of a model can change a result: weights, configuration and tokenizer, class, dtype, BOS; not their location.
@@ -84,8 +88,8 @@ def check_code(spec: Mapping[str, Any], tasks: Mapping[str, Task]) -> None:
 
 
 def versions_key() -> dict[str, str]:
-    """Major versions (for 0.x also the minor one) of the packages that compute."""
-    found = io.environment()
+    """Major versions (for 0.x also the minor one) of the packages that compute; of lofit-lens the last that changed results."""
+    found = {**io.environment(), "lofit-lens": RESULTS_SINCE}
     return {
         name: _cut(found[name]) for name in ("lofit-lens", "torch", "transformers", "transformer-lens") if name in found
     }
