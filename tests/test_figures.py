@@ -9,11 +9,13 @@ import pytest
 
 from lofit_lens import HeadSet
 from lofit_lens.analysis.overlap import overlap
+from lofit_lens.analysis.resampling import paired_test_of_means
 from lofit_lens.errors import DataError, InputError
 from lofit_lens.evaluation.stats import bootstrap_interval_over_seeds
 from lofit_lens.experiments.grid.paper import PARTS, SCORES_ALONE, paper_grid
 from lofit_lens.experiments.grid.run import run_grid
 from lofit_lens.experiments.tables.load import load_results
+from lofit_lens.experiments.tables.paper_tables import paper_tables
 from lofit_lens.plots import methods as method_plots
 from lofit_lens.plots import saving
 from lofit_lens.plots.methods import method_bars
@@ -89,6 +91,10 @@ def test_sweeps_are_of_the_right_runs(results, drawn):
     assert rows.loc[2.0, "mean"] == pytest.approx(values.mean())
     low, high = bootstrap_interval_over_seeds(values, binary=True)
     assert (rows.loc[2.0, "low"], rows.loc[2.0, "high"]) == (low, high)
+    most = results.values(results.lofit(KIN, k=3))
+    assert rows.loc[2.0, "difference"] == pytest.approx(values.mean() - most.mean())
+    assert rows.loc[2.0, "p"] == paired_test_of_means(values, most).p
+    assert np.isnan(rows.loc[3.0, "difference"]), "the reference itself"
     data = drawn["fig4_data_kin"].data
     assert {(r.series, r.x) for r in data.itertuples()} == {
         ("zero-shot", 0.0), ("LoFiT", 4.0), ("LoFiT", 8.0), ("RED", 4.0), ("RED", 8.0)
@@ -96,6 +102,22 @@ def test_sweeps_are_of_the_right_runs(results, drawn):
     red = results.values(results.rows(task=KIN, method="RED", n_train=4.0))
     at = data.set_index(["series", "x"])
     assert at.loc[("RED", 4.0), "mean"] == pytest.approx(red.mean())
+
+
+def test_tables_hold_the_differences_they_mark(results):
+    """The numbers of Table 1 beside its marks: a row minus the reference with interval and adjusted p, as the method table's."""
+    frame = next(t for t in paper_tables(results) if t.name == "table1").frame.set_index(["task", "method"])
+    table = results.method_table(KIN)
+    assert table is not None
+    for row in table.rows:
+        if (KIN, row.method) in frame.index:
+            found = frame.loc[(KIN, row.method)]
+            if row.against is None:
+                assert np.isnan(found["difference"])
+                continue
+            test = row.against[table.metric]
+            assert (found["difference"], found["p_holm"]) == (test.difference, row.p_holm)
+            assert (found["low_of_difference"], found["high_of_difference"]) == test.interval
 
 
 def test_head_sets_are_those_of_the_first_seed(results, drawn):

@@ -25,7 +25,7 @@ from lofit_lens import io
 from lofit_lens.analysis.layers import layer_shares
 from lofit_lens.analysis.overlap import agreement_by_k, overlap
 from lofit_lens.analysis.stability import stability
-from lofit_lens.analysis.sweeps import sweep
+from lofit_lens.analysis.sweeps import paired_differences, sweep
 from lofit_lens.analysis.transfer import Transfer, transfer_matrix
 from lofit_lens.errors import DataError, InputError
 from lofit_lens.experiments.methods.base import OWN
@@ -240,7 +240,19 @@ def _k_sweep(results: Results) -> Iterator[Drawn]:
     if all(len(v) < 2 for v in values.values()):
         raise InputError("one number of heads only; run paper/fig5 or organism/fig5 into the same store")
     frame = sweep(values)
-    yield Drawn("fig5_heads", k_sweep(frame, n_heads_total=results.model.grid.n_total), frame)
+    fig = k_sweep(frame, n_heads_total=results.model.grid.n_total)
+    yield Drawn("fig5_heads", fig, frame.merge(_against_most_heads(values), how="left", on=["series", "x"]))
+
+
+def _against_most_heads(values: Mapping[str, Mapping[float, Any]]) -> pd.DataFrame:
+    """Each number of heads minus the largest one of its series, with p adjusted over the series."""
+    found = []
+    for series, points in values.items():
+        if len(points) > 1:
+            pairs = paired_differences({str(k): {0.0: at} for k, at in points.items()}, str(max(points)))
+            found.append(pairs.assign(x=pairs["series"].astype(float), series=series))
+    columns = {"low": "low_of_difference", "high": "high_of_difference"}
+    return pd.concat(found).rename(columns=columns)[["series", "x", "difference", *columns.values(), "p", "p_holm"]]
 
 
 def _data_efficiency(results: Results) -> Iterator[Drawn]:

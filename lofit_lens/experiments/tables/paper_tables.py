@@ -14,7 +14,7 @@ import pandas as pd
 from lofit_lens import io
 from lofit_lens.evaluation.compare import compare, over_seeds
 from lofit_lens.evaluation.result import Metric, table_html
-from lofit_lens.evaluation.stats import holm, mark
+from lofit_lens.evaluation.stats import PairedTest, holm, mark
 from lofit_lens.experiments.tables.results import LOFIT, ZERO, Results
 from lofit_lens.experiments.tables.table import MethodTable, markdown, over_texts, paired_tester, settings_text, tex
 
@@ -126,8 +126,8 @@ def _wide(name: str, title: str, tables: Mapping[str, MethodTable], rows: Sequen
             counts.append(row.n_parameters)
             line.append(f"{short(metric)} {mark(row.p_holm) if row.p_holm is not None else ''}".strip())
             numbers.append({
-                "method": method, "task": task, "metric": table.metric, **_numbers(metric), "p_holm": row.p_holm,
-                "n_parameters": row.n_parameters,
+                "method": method, "task": task, "metric": table.metric, **_numbers(metric), "n_parameters": row.n_parameters,
+                **_difference(row.against and row.against[table.metric], row.p_holm),
             })  # fmt: skip
         count = " to ".join(f"{n:,}" for n in sorted(set(counts))[:: max(1, len(set(counts)) - 1)])
         cells.append((method, count, *line))
@@ -178,7 +178,9 @@ def _other_tasks(results: Results) -> PaperTable | None:
         for name, runs in {"unmodified": base, **tuned}.items():
             mean, p = over_seeds(runs)[metric], adjusted.get(name)
             cells.setdefault(name, []).append(f"{short(mean)} {mark(p) if p is not None else ''}".strip())
-            numbers.append({"tuned_on": name, "task": other, "metric": metric, **_numbers(mean), "p_holm": p})
+            numbers.append(
+                {"tuned_on": name, "task": other, "metric": metric, **_numbers(mean), **_difference(tests.get(name), p)}
+            )
     extra: tuple[str, ...] = ()
     hurt = {t: found for t in results.tasks if t in cells and (found := results.damage(t)) is not None}
     if hurt:
@@ -187,7 +189,9 @@ def _other_tasks(results: Results) -> PaperTable | None:
     for t, kl in hurt.items():
         mean = over_texts(kl)
         cells[t].append(short(mean))
-        numbers.append({"tuned_on": t, "task": "ordinary text", "metric": "kl", **_numbers(mean), "p_holm": None})
+        numbers.append(
+            {"tuned_on": t, "task": "ordinary text", "metric": "kl", **_numbers(mean), **_difference(None, None)}
+        )
     heads = [f"{o}, {next(iter(results.evaluations[r.index[0]].metrics)).upper()}" for o, r in rows.items()]
     title = f"LoFiT's adapters elsewhere: other tasks and ordinary text ({results.model.name})"
     return PaperTable(
@@ -205,6 +209,14 @@ def short(metric: Metric) -> str:
 
     between = f" [{two(metric.interval[0])}, {two(metric.interval[1])}]" if metric.interval else ""
     return two(metric.mean) + between
+
+
+def _difference(test: PairedTest | None, p_holm: float | None) -> dict[str, Any]:
+    """Of a row minus the table's reference."""
+    low, high = (test and test.interval) or (None, None)
+    return {
+        "difference": test and test.difference, "low_of_difference": low, "high_of_difference": high, "p_holm": p_holm
+    }  # fmt: skip
 
 
 def _numbers(metric: Metric) -> dict[str, Any]:
