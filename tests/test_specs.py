@@ -1,5 +1,7 @@
 """What a grid is asked for: read from YAML or Python, and refused where it cannot be meant."""
 
+from pathlib import Path
+
 import pytest
 
 from lofit_lens.errors import DataError, InputError
@@ -168,6 +170,14 @@ def test_numbers_of_heads():
     assert heads_of("0.1 %", 3, 4) == 1
     with pytest.raises(InputError, match="1025"):
         heads_of(1025, 32, 1024)
+
+
+def test_the_grids_of_the_study_can_be_read_together():
+    """The files in grids/: every one is a grid, named as its file, and their runs fit into one store."""
+    files = sorted((Path(__file__).parents[1] / "grids").glob("*.yaml"))
+    read = [read_grid(file) for file in files]
+    assert [grid.name for grid in read] == [file.stem for file in files]
+    assert len({(grid.model, grid.limit, grid.tuning_limit, grid.seeds) for grid in read}) == 1
 
 
 def test_the_grids_that_come_with_the_library():
