@@ -42,7 +42,7 @@ def shell(capsys, monkeypatch):
 
 @pytest.fixture
 def small_grids(monkeypatch):
-    """Two points a method instead of four: the shell is tested here, not the methods."""
+    """Two points per method instead of four: the shell is tested here, not the methods."""
     monkeypatch.setattr("lofit_lens.experiments.methods.base.RATES", (0.3, 1.0))
     monkeypatch.setattr("lofit_lens.experiments.methods.iti.STRENGTHS", (5.0, 15.0))
     monkeypatch.setattr("lofit_lens.experiments.methods.repe.POINTS", repe.POINTS[:2])

@@ -127,7 +127,7 @@ def test_markdown_is_a_table_of_equal_rows(table):
     assert len(lines) == 5
     assert {line.count(" | ") for line in lines} == {len(table.columns()) - 1}
     assert table.to_markdown().startswith("**caps_%, test split, n=60")
-    assert "2 points a method" in table.to_markdown()
+    assert "2 points per method" in table.to_markdown()
 
 
 def test_latex_escapes_what_latex_would_eat(table):
@@ -162,7 +162,7 @@ def test_notes_say_how_settings_came_about(table):
     """Seeds where they differ, points tried, the test and Holm."""
     notes = "\n".join(table.notes())
     assert "seeds: 2; zero-shot 1" in notes
-    assert "2 points a method" in notes
+    assert "2 points per method" in notes
     assert "Holm" in notes
     assert "paired bootstrap" in notes
 

@@ -151,7 +151,7 @@ def test_method_table_has_all_methods_and_what_was_chosen(results):
     runs = [results.evaluations[i] for i in results.lofit(KIN).index]
     assert table["LoFiT 3 %"].metrics == over_seeds(runs)
     notes = " ".join(table.notes())
-    assert "chosen on the validation split, 4 points a method" in notes
+    assert "chosen on the validation split, 4 points per method" in notes
     assert "given or taken over: random heads: lr" in notes
 
 
@@ -178,7 +178,7 @@ def test_paper_tables_repeat_the_runs(results):
         p.append(compare(runs, base, test=paired_permutation_test)["em"].p)
     found = last.frame[last.frame["metric"] == "em"].set_index("tuned_on").loc[[KIN, PLACE], "p_holm"].tolist()
     assert found == pytest.approx(holm(p))
-    assert last.columns[-1] == "text: KL, nats a token"
+    assert last.columns[-1] == "text: KL, nats per token"
     kl = last.frame[last.frame["metric"] == "kl"].set_index("tuned_on").loc[KIN, "mean"]
     assert kl == pytest.approx(results.damage(KIN).mean())
     few = paper_tables(replace_methods(results, ("LoFiT", "zero-shot")))

@@ -56,7 +56,7 @@ def interference_figure(found: Interference, *, title: str = "") -> go.Figure:
     default = "Adapters learned in turn" if after else "Adapters of several tasks together"
     # Room for error bars that reach 100 % or 0 %, and for the marks above them.
     fig.update_yaxes(
-        title_text="metric", range=[-0.02, 1.12], tick0=0, dtick=0.25, zeroline=True, zerolinecolor="#888888"
+        title_text="accuracy", range=[-0.02, 1.12], tick0=0, dtick=0.25, zeroline=True, zerolinecolor="#888888"
     )
     percent(fig)
     fig.update_xaxes(showgrid=False)

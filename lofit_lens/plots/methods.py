@@ -14,7 +14,7 @@ NEEDED = ("task", "metric", "method", "mean", "low", "high", "n_items", "seeds",
 
 
 def method_bars(frame: pd.DataFrame, *, title: str = "Methods on the test rows") -> go.Figure:
-    """One panel a task: each method's mean with its 95 % interval; LoFiT's stand out.
+    """One panel per task: each method's mean with its 95 % interval; LoFiT's stand out.
 
     Args:
         frame: one row a task and method: task, metric, method, mean, low, high (in [0, 1]), n_items, seeds, n_parameters.
@@ -49,7 +49,7 @@ def method_bars(frame: pd.DataFrame, *, title: str = "Methods on the test rows")
         panel_title(fig, f"{task} ({metric_name(_of(frame, task, 'metric'))}, n={_of(frame, task, 'n_items')})", i)
     runs = counted(frame["seeds"].tolist(), "run")
     note = f"dots: mean over runs and items ({runs} per method); bars: 95% interval; orange: LoFiT"
-    fig.update_xaxes(title_text="share right", ticksuffix="%", range=[-6, 106], dtick=25)
+    fig.update_xaxes(title_text="accuracy", ticksuffix="%", range=[-6, 106], dtick=25)
     fig.update_yaxes(categoryorder="array", categoryarray=methods, autorange="reversed")
     finish(fig, title, note, panel=(190, 26 * len(methods)), cols=len(tasks), share="xy", narrow=100)
     return fig

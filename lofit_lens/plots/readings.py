@@ -29,7 +29,7 @@ CHANCE = {"cos_mass_mean": "chance_sd_head", "cos_probe": "chance_sd_head", "cos
 def promoted_figure(
     tokens: HeadTokens, *, top: int | None = None, title: str = "Tokens that each head's offset promotes"
 ) -> go.Figure:
-    """Logits that each head's offset adds to its strongest tokens, one panel a head, bars from the most promoted down.
+    """Logits that each head's offset adds to its strongest tokens, one panel per head, bars from the most promoted down.
 
     Args:
         tokens: of `analysis.logit_lens.promoted_tokens`; the first 9 heads are shown, and up to 8 of them with their total.
@@ -122,7 +122,7 @@ def cosine_figure(frame: pd.DataFrame, *, title: str = "Offsets beside direction
             marker={"color": COLORS[i], "size": 9, "symbol": ("circle", "diamond", "square")[i]}, customdata=heads,
             hovertemplate="%{customdata}: %{y:.3f}<extra>" + COSINES[kind] + "</extra>",
         ))  # fmt: skip
-    note = f"{len(heads)} heads; grey: 95 % of random directions ({'; darker: '.join(bands)})"
+    note = f"{len(heads)} heads; grey: 95% of random directions ({'; darker: '.join(bands)})"
     _heads_axis(fig, heads)
     fig.update_yaxes(title_text="cosine", range=[-1.05, 1.05], zeroline=True, zerolinecolor="#888888")
     finish(fig, title, note, panel=(max(440, min(1120, 26 * len(heads))), 260))
@@ -165,7 +165,7 @@ def leave_one_out_figure(found: LeaveOneOut, *, title: str = "What the adapter l
 
 
 def keep_figure(found: KeepOnly, *, title: str = "Are a few heads enough?") -> go.Figure:
-    """The task's metric with the edits of k heads alone: best first, and in random orders, with 95 % bands.
+    """The task's metric with the edits of only k heads: best first, and in random orders, with 95 % bands.
 
     Args:
         found: of `analysis.needed.keep_only`.
@@ -261,7 +261,7 @@ def removal_bars(
         )
     draws = "/".join(dict.fromkeys(str(r.draws) for r in found.values()))
     note = f"bars: 95% over items, over {draws} draws too for random heads; above: chosen - random in points (95%)"
-    fig.update_yaxes(title_text="metric", range=[-0.02, 1.3], tickvals=[0, 0.25, 0.5, 0.75, 1])
+    fig.update_yaxes(title_text="accuracy", range=[-0.02, 1.3], tickvals=[0, 0.25, 0.5, 0.75, 1])
     percent(fig)
     fig.update_xaxes(showgrid=False)
     fig.update_layout(barmode="group", bargap=0.25)

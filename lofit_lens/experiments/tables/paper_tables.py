@@ -134,7 +134,7 @@ def _wide(name: str, title: str, tables: Mapping[str, MethodTable], rows: Sequen
     heads = [f"{t.task}, {t.metric.upper()} (n={len(t.methods[0].runs[0].result.items)})" for t in tables.values()]
     seeds = sorted({n["seeds"] for n in numbers})
     notes = (
-        MEAN, f"seeds or draws a row: {', '.join(map(str, seeds))}", STARS.format(reference=first.reference, rows=what),
+        MEAN, f"seeds or draws per row: {', '.join(map(str, seeds))}", STARS.format(reference=first.reference, rows=what),
         "parameters: numbers that the method adds to the model",
         *_settings(tables, there),
     )  # fmt: skip
@@ -185,7 +185,7 @@ def _other_tasks(results: Results) -> PaperTable | None:
     hurt = {t: found for t in results.tasks if t in cells and (found := results.damage(t)) is not None}
     if hurt:
         cells["unmodified"].append("0")
-        extra = ("text: KL, nats a token",)
+        extra = ("text: KL, nats per token",)
     for t, kl in hurt.items():
         mean = over_texts(kl)
         cells[t].append(short(mean))

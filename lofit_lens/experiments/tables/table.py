@@ -190,7 +190,7 @@ class MethodTable:
             notes.append(f"differences: {tested.notes()[0]}; p adjusted over the methods by Holm")
         if chosen:
             notes.append(
-                f"settings chosen on the validation split, {' or '.join(map(str, tried))} points a method, before the "
+                f"settings chosen on the validation split, {' or '.join(map(str, tried))} points per method, before the "
                 f"{self.split} split was touched: {_all_settings(chosen)}"
             )
         if by_run:
