@@ -118,7 +118,8 @@ def few_heads(folder: Path) -> Iterator[Answer]:
     most = table.groupby("series")["x"].max()
     for row in table.loc[table["difference"].notna()].to_dict("records"):
         found = minus(row, sign=1)
-        text = f"K = {row['x']:.0f}: {value(row)}; {words(found, f'from K = {most[row["series"]]:.0f} ')}"
+        against = f"from K = {most[row['series']]:.0f} "
+        text = f"K = {row['x']:.0f}: {value(row)}; {words(found, against)}"
         yield Answer(row["series"], text, as_well(**found))
 
 
