@@ -139,14 +139,15 @@ def localised(folder: Path) -> Iterator[Answer]:
     for file in sorted(folder.glob("*-localisation.json")):
         found = json.loads(file.read_text(encoding="utf-8"))
         test = found["test"]
-        low, high = test["interval"]
-        difference = words({"difference": test["difference"], "low": low, "high": high, "p": test["p"]})
+        difference = dict(zip(("low", "high"), test["interval"], strict=True)) | {
+            name: test[name] for name in ("difference", "p")
+        }
         text = (
             f"K = {found['k']}: chosen heads {number(test['chosen'])}, {test['n_sets']} random sets {number(test['random'])}, "
-            f"unmodified {number(found['unmodified'])}; {difference}; equivalence within {100 * test['margin']:.0f} points "
-            f"{p_text(test['p_equivalence'])}"
+            f"unmodified {number(found['unmodified'])}; {words(difference)}; equivalence within {100 * test['margin']:.0f} "
+            f"points {p_text(test['p_equivalence'])}"
         )
-        yield Answer(found["task"], text, {"localised": HOLDS, "cannot tell": OPEN}.get(found["verdict"], FAILS))
+        yield Answer(found["task"], text, better(**difference))
 
 
 def steered(method: str) -> bool:
@@ -164,7 +165,11 @@ CLAIMS: tuple[tuple[str, str, Answers], ...] = (
     ("LoFiT does as well as methods that learn more", "Table 3", against_reference("table3", learned, as_well)),
     ("A task's own heads do better than another task's", "Figure 2", own_heads),
     ("A-norm selects better heads than other scores", "Table 2", against_reference("table2", lambda _: True, better)),
-    ("It matters which heads are edited", "[against random sets](howto/localisation.md)", localised),
+    (
+        "The chosen heads do better than random ones in the same layers",
+        "[against random sets](howto/localisation.md)",
+        localised,
+    ),
     ("Tasks use heads in different layers", "Figure 3", layers),
     ("Few heads do as well as many", "Figure 5", few_heads),
     ("Other tasks do as well under the adapter", "Table 5", damage),
