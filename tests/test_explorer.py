@@ -433,6 +433,12 @@ def test_the_still_picture(pair):
     text = ll.explore({report_data.HOSTILE: scores(TRUTH, "<b>x</b>")}).to_html()
     assert text.lower().count("<script") == 2
     assert "<b>x" not in text
+    alone = ll.explore(pair["LoFiT"], k=4)
+    text = alone.to_html().split("<script")[0]
+    assert (text.count("<caption"), text.count(">&#9675;</td>"), text.count("&#9670;")) == (1, 4, 0)
+    assert "shared" not in text.lower()
+    assert repr(alone).endswith("(top 4 of 3x4 heads))"), "one set is not compared with itself"
+    assert " vs " not in alone.title
 
 
 def test_what_a_notebook_keeps(pair):

@@ -215,12 +215,12 @@ class Explorer(State):
 
         Args:
             path: the file; one of that name is replaced.
-            title: of the page; empty = the two sets' names.
+            title: of the page; empty = the names of the two sets.
 
         Raises:
             InputError: a page of 10 MB or more, or a file that cannot be written.
         """
-        heading = title or f"Heads of {self.left} and {self.right}"
+        heading = title or f"Attention heads: {self.title}"
         return io.write_text(path, self.document(heading, before=f"<h1>{html.escape(heading)}</h1>"))
 
     def document(self, title: str, *, before: str = "", after: str = "") -> str:

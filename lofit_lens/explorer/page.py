@@ -25,7 +25,7 @@ from lofit_lens.errors import InputError
 from lofit_lens.explorer.readings import stored_title
 from lofit_lens.explorer.source import Entry, Source
 from lofit_lens.explorer.state import State
-from lofit_lens.heads import Grid
+from lofit_lens.heads import Grid, HeadSet
 from lofit_lens.html import grid_html
 from lofit_lens.plots.style import COLORS, HEAT
 
@@ -176,20 +176,23 @@ def script_json(value: Any) -> str:
 
 def picture(state: State) -> str:
     """Both grids with the top K and shared heads marked, and the overlap, without script and style sheet."""
-    cell, shared = "vertical-align:top;text-align:left;padding:0 24px 8px 0", state.shared
+    cell = "vertical-align:top;text-align:left;padding:0 24px 8px 0"
+    shared = HeadSet([], shape=state.source.shape) if state.is_single else state.shared
+    key = f"{OWN} in the top K" if state.is_single else f"{SHARED} in the top K of both sets, {OWN} of this one only"
     grids = ""
-    for entry, top in zip(state.shown, state.tops, strict=True):
+    for entry, top in list(zip(state.shown, state.tops, strict=True))[: 1 if state.is_single else 2]:
         hover: dict[tuple[int, int], str] = {head: f"{head}, rank {entry.ranks[head]}" for head in top}
         level: dict[tuple[int, int], float] = {**entry.shades}
         mark: dict[tuple[int, int], str] = {head: SHARED if head in shared else OWN for head in top}
-        grid = grid_html(state.source.shape, level, hover, f"{entry.name}: {entry.kind}, top {len(top)}", mark=mark)
+        kind = "" if entry.kind in entry.name else f"{entry.kind}, "
+        grid = grid_html(state.source.shape, level, hover, f"{entry.name}: {kind}top {len(top)}", mark=mark)
         grids += f'<td style="{cell}">{grid}</td>'
+    both = "" if state.is_single else f" Shared heads: {shared or 'none'}."
     marked = f" Marked by the reader: {state.selection}." if len(state.selection) else ""
     return (
         '<div style="background:#fff;color:#222;padding:8px;overflow-x:auto;font:13px Helvetica,Arial,sans-serif">'
         f"<p>{html.escape(state.summary())}.</p><table><tr>{grids}</tr></table>"
-        f"<p>{SHARED} in the top K of both sets, {OWN} of this one only. Lighter: larger score, or earlier place. "
-        f"Shared heads: {shared or 'none'}.{marked}</p>"
+        f"<p>{key}. Lighter: larger score, or better rank.{both}{marked}</p>"
         "<p><small>This is a still picture: scripts do not run here.</small></p></div>"
     )
 

@@ -204,12 +204,24 @@ class State:
                 )
             scores[entry.name] = entry.scores
         tops = dict(zip((self.left, self.right), self.tops, strict=True))
-        shared = dict.fromkeys(scores, self.shared)
-        return head_grid(scores, tops, marked=shared, marked_label="shared", title=f"{self.left} and {self.right}")
+        shared = {} if self.is_single else dict.fromkeys(scores, self.shared)
+        return head_grid(scores, tops, marked=shared, marked_label="shared", title=self.title)
+
+    @property
+    def title(self) -> str:
+        """The names of the rankings shown."""
+        return self.left if self.is_single else f"{self.left} vs {self.right}"
+
+    @property
+    def is_single(self) -> bool:
+        """Whether there is one ranking only, so that nothing is compared."""
+        return len(self.names) == 1
 
     def summary(self) -> str:
-        """The comparison in one line."""
+        """The comparison in one line; for a single ranking, its name and K."""
         row, (k_left, k_right), (n_layers, n_heads) = self.overlap.to_dict(), self.k, self.source.shape
+        if self.is_single:
+            return f"{self.left} (top {k_left} of {n_layers}x{n_heads} heads)"
         return (
             f"{self.left} (top {k_left}) and {self.right} (top {k_right}) of {n_layers}x{n_heads} heads: {row['shared']} "
             f"shared, {row['expected']:.2f} expected by chance, p = {p_text(row['p_hypergeometric'])} over all heads, "
