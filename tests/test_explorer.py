@@ -123,7 +123,7 @@ def test_one_set_stands_on_both_sides():
     assert (ex.left, ex.right, len(ex.sets)) == ("only", "only", 1)
     ex.k = (1, 3)
     assert {n: len(s) for n, s in ex.sets.items()} == {"only (left)": 1, "only (right)": 3}
-    assert ex.figure().layout.title.text == "only and only"
+    assert ex.figure().layout.title.text == "only"
 
 
 # -------------------------------------------------------------------------------------------------------- choosing
@@ -402,7 +402,7 @@ def test_promoted_tokens(bridge_llama, pair, lofit):
     assert first["unit"] == "logits"
     words = ["no better than chance" if p > 0.05 else "beyond chance" for p in own["p"][[0, 8]]]
     assert first["note"] == (
-        "The final norm's scale was measured on 1 prompts. Beside random offsets of equal norm: promoted "
+        "The final norm's scale was measured on 1 prompt. Compared with random offsets of equal norm: promoted "
         f"{words[0]} (p = {own['p'][0]:.3f}), suppressed {words[1]} (p = {own['p'][8]:.3f})."
     )
     shift = (steer.alpha * steer.sigma[0] * steer.directions[0])[None]

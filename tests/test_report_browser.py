@@ -281,6 +281,17 @@ def test_eight_sets_and_tokens_stand_apart(shown):
     assert b.js(size.format("th", "fontSize")) < b.js(size.format("td", "height"))
 
 
+def test_grids_side_by_side_are_level(shown):
+    """Also at widths where one caption takes two lines and the other one."""
+    b = shown()
+    b.choose(".llx-set[data-side=right]", "edits, A-norm")
+    b.choose(".llx-set[data-side=left]", "truth, probes")
+    for width in range(900, 1440, 60):
+        b.send("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+        boxes = [place(b, side) for side in (LEFT, RIGHT)]
+        assert abs(boxes[0]["top"] - boxes[1]["top"]) < 1, width
+
+
 def test_layers_lie_across_where_there_are_more_of_them(shown):
     """30 layers of 9 heads: right is the next layer, up the next head."""
     b = shown("30x9", width=1440, height=900)

@@ -65,7 +65,7 @@ function attentionBlock(name, groups, heat, looks) {
     const most = looks.first === "masked" ? Math.max(1, ...rows.flat(2)) : 1000;
     box.style.setProperty("--tokens", maps[0].tokens.length);
     box.replaceChildren(...maps.map((map, i) => attentionMap(map, rows[i], most, heat)));
-    legend.replaceChildren("Rows are queries, columns are keys; attention weight: 0 ", ramp(heat), ` ${most / 1000}`);
+    legend.replaceChildren("Rows are queries, columns keys; weight: 0 ", ramp(heat), ` ${most / 1000}`);
   };
   const choose = (label, key, options) => el("select", { "aria-label": label, on: { change: (e) => { looks[key] = e.target.value; draw(); } } },
     ...options.map(([value, text]) => el("option", { value, text, selected: `${value}` === `${looks[key]}` })));

@@ -42,7 +42,8 @@ def token_reading(name: str, found: HeadTokens, head: Head) -> dict[str, Any]:
     promoted, suppressed = (
         [(r["token"], r["logit"]) for r in rows if r["kind"] == kind] for kind in ("promoted", "suppressed")
     )
-    scale = f"The final norm's scale was measured on {found.n_prompts} prompts." if found.n_prompts else ""
+    plural = "" if found.n_prompts == 1 else "s"
+    scale = f"The final norm's scale was measured on {found.n_prompts} prompt{plural}." if found.n_prompts else ""
     note = f"{scale} {chance_note(rows)}".strip()
     return reading(name, note=note, unit=found.unit, promoted=promoted, suppressed=suppressed)
 
@@ -54,7 +55,7 @@ def chance_note(rows: Sequence[Mapping[str, Any]]) -> str:
         f"{kind} {'no better than chance' if value > LEVEL else 'beyond chance'} (p = {value:.3f})"
         for kind, value in p.items()
     ]
-    return f"Beside random offsets of equal norm: {', '.join(parts)}." if parts else ""
+    return f"Compared with random offsets of equal norm: {', '.join(parts)}." if parts else ""
 
 
 def stored_readings(task: str, parts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
