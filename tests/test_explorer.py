@@ -1,6 +1,7 @@
 """The explorer without a browser: what is chosen, what is computed, what the view is given, what stands in its place."""
 
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -412,6 +413,23 @@ def test_promoted_tokens(bridge_llama, pair, lofit):
     assert "every offset of these heads is zero" in third["note"]
     ex.head = "L2H2"
     assert said(ex)["readings"] == []
+
+
+# ------------------------------------------------------------------------------- what VS Code and Colab ask of a widget
+
+
+def test_the_script_needs_its_model_and_the_page_only(pair):
+    """One ES module (anywidget's contract): no import, no require.js, no request, no global of a notebook, one export."""
+    script = re.sub(r"(?m)//.*$", "", ll.explore(pair).widget._esm)
+    words = set(re.findall(r"[A-Za-z_$][\w$]*", re.sub(r'"[^"\n]*"|`[^`$]*`', "", script)))
+    assert words.isdisjoint({
+        "import", "require", "define", "fetch", "XMLHttpRequest", "WebSocket", "eval", "Function", "Jupyter", "IPython",
+        "jupyterapp", "google", "acquireVsCodeApi", "globalThis", "localStorage", "sessionStorage", "innerHTML",
+    })  # fmt: skip
+    assert script.count("export ") == 1
+    assert script.rstrip().endswith("export default { render };")
+    assert set(re.findall(r"\bwindow\.(\w+)", script)) == {"innerHeight"}
+    assert set(re.findall(r"\bmodel\.(\w+)", script)) == {"get", "set", "save_changes", "send", "on", "off"}
 
 
 # ------------------------------------------------------------------------------------------------- the still picture

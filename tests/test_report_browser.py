@@ -1,5 +1,7 @@
 """A saved page opened in headless Chrome: it stays silent, asks for nothing, and does what the reader asks."""
 
+import json
+
 import pytest
 
 from tests import report_data
@@ -292,6 +294,43 @@ def test_grids_side_by_side_are_level(shown):
         assert abs(boxes[0]["top"] - boxes[1]["top"]) < 1, width
 
 
+def test_the_widget_runs_wherever_anywidget_does(browser, tmp_path):
+    """Imported as a module, in a page without Jupyter, with a model that has no more than anywidget promises."""
+    view = report_data.full().widget
+    given = {"esm": view._esm, "values": {"data": view.data, "state": view.state, "said": view.said}}
+    (tmp_path / "bare.html").write_text('<!doctype html><link rel="icon" href="data:,"><body><div id="cell"></div>')
+    browser.open(tmp_path / "bare.html")
+    browser.js(f"""(async () => {{
+      for (const name of ["require", "define", "Jupyter", "IPython", "jupyterapp", "google"])
+        Object.defineProperty(window, name, {{ get() {{ throw new Error(`${{name}} was asked for`); }} }});
+      const {{ esm, values }} = {json.dumps(given)}, heard = {{}};
+      const known = {{
+        get: (name) => values[name],
+        set(name, value) {{
+          values[name] = value;
+          (heard[`change:${{name}}`] ?? []).forEach((act) => act());
+        }},
+        save_changes() {{ window.saves = (window.saves ?? 0) + 1; }},
+        send() {{}},
+        on(name, act) {{ (heard[name] ??= []).push(act); }},
+        off(name) {{ delete heard[name]; }},
+      }};
+      const model = new Proxy(known, {{ get(of, name) {{
+        if (!(name in of)) throw new Error(`the model has no ${{name}}`);
+        return of[name];
+      }} }});
+      const file = new Blob([esm], {{ type: "text/javascript" }});
+      const module = await import(URL.createObjectURL(file));
+      window.end = module.default.render({{ model, el: document.querySelector("#cell") }});
+      window.left = () => Object.keys(heard).length;
+    }})()""")
+    browser.click(L1H1)
+    browser.choose(".llx-k-number", "3")
+    assert browser.js(f"[{OPEN}, window.saves, (window.end(), window.left())]") == ["L1H1", 2, 0]
+    assert browser.said == []
+    assert all(url.startswith(("file:", "blob:", "data:")) for url in browser.asked)
+
+
 def test_layers_lie_across_where_there_are_more_of_them(shown):
     """30 layers of 9 heads: right is the next layer, up the next head."""
     b = shown("30x9", width=1440, height=900)
@@ -362,5 +401,6 @@ def test_fits_a_phone(shown, name):
     assert panel["top"] < 600
     assert panel["bottom"] <= 700.5
     assert place(b, L1H1)["bottom"] <= panel["top"]
-    heights = b.js("[...document.querySelectorAll('.llx-plots text')].map(e => e.getBoundingClientRect()).map(r => Math.min(r.width, r.height))")
+    boxes = "[...document.querySelectorAll('.llx-plots text')].map(e => e.getBoundingClientRect())"
+    heights = b.js(f"{boxes}.map(r => Math.min(r.width, r.height))")
     assert min(h for h in heights if h > 7) >= 10, "axes are read without a lens"

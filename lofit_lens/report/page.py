@@ -86,11 +86,13 @@ def _notes(results: Results, source: Source) -> str:
     if source.readings or source.attention:
         notes += [
             f"Promoted tokens and attention patterns are those of the adapters of seed {seeds[0]}.",
-            "Promoted tokens: a head's offset v through W_O, the final norm at its mean scale, and W_U; later layers are ignored.",
+            "Promoted tokens: a head's offset v through W_O, the final norm at its mean scale, and W_U; later layers are left out.",
             "Attention patterns: with the adapter of the task attached.",
         ]
     if source.left_out:
-        notes.append(f"{source.left_out} attention patterns are left out to keep this page small; the figures have them.")
+        notes.append(
+            f"{source.left_out} attention patterns are left out to keep this page small; the figures have them."
+        )
     return (
         f"<p><b>{escape(model.name)}</b> ({escape(model.class_name)}): {model.n_layers} layers of {model.n_heads} heads"
         f'{escape(revision)}</p><p class="quiet">{ABOUT}</p><ul>{"".join(f"<li>{escape(n)}</li>" for n in notes)}</ul>'
