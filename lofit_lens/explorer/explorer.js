@@ -128,7 +128,7 @@ function render({ model, el: place }) {
 
   // -------------------------------------------------------------------------------------------------------- a typed prompt
 
-  const prompt = el("textarea", { rows: 2, "aria-label": "prompt", placeholder: "Type a prompt for the model to go on from", on: {
+  const prompt = el("textarea", { rows: 2, "aria-label": "prompt", placeholder: "Type a prompt for the model to continue", on: {
     keydown: (e) => { if (e.key === "Enter" && (e.ctrlKey || e.metaKey)) { e.preventDefault(); run(); } },
   } });
   const adapter = el("select", { "aria-label": "adapter", on: { change: () => change({ adapter: adapter.value }) } });
@@ -138,8 +138,8 @@ function render({ model, el: place }) {
   const go = el("button", { type: "button", class: "llx-run", text: "Run", on: { click: () => run() } });
   const busy = el("span", { class: "llx-busy", role: "status", "aria-live": "polite" });
   const labels = { adapter: el("label", {}, "adapter ", adapter), examples: el("label", {}, "examples ", examples),
-    chat: el("label", { title: "Put the prompt through the model's chat template" }, chat, " as a chat") };
-  const buttons = [labels.examples, labels.adapter, labels.chat, go, busy, el("span", { class: "llx-quiet", text: "Ctrl+Enter runs, too" })];
+    chat: el("label", { title: "Apply the model's chat template to the prompt" }, chat, " as a chat") };
+  const buttons = [labels.examples, labels.adapter, labels.chat, go, busy, el("span", { class: "llx-quiet", text: "or Ctrl+Enter" })];
   const ask = el("div", { class: "llx-ask" }, prompt, el("div", { class: "llx-go" }, ...buttons));
   const why = el("p", { class: "llx-quiet" });
   const answers = el("div", { "aria-live": "polite" });
@@ -149,7 +149,7 @@ function render({ model, el: place }) {
   // ------------------------------------------------------------------------------------------------------------- drawing
 
   const drawn = new Map();
-  // Build a part anew only if what it shows has changed.
+  // Rebuild a part only if what it shows has changed.
   function when(part, value, build) {
     const now = JSON.stringify(value);
     if (drawn.get(part) === now) return;

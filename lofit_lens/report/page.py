@@ -86,7 +86,7 @@ def _notes(results: Results, source: Source) -> str:
     if source.readings or source.attention:
         notes += [
             f"Promoted tokens and attention patterns are those of the adapters of seed {seeds[0]}.",
-            "Promoted tokens: a head's offset v through W_O, the final norm at its mean scale, and W_U; later layers are left out.",
+            "Promoted tokens: a head's offset v through W_O, the final norm at its mean scale, and W_U, without later layers.",
             "Attention patterns: with the adapter of the task attached.",
         ]
     if source.left_out:
