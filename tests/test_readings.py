@@ -208,7 +208,7 @@ def test_explorer_and_report_have_what_was_read(results, monkeypatch):
     few = read_source(results)
     assert [a["task"] for a in few.attention] == [KIN, PLACE]
     assert few.left_out == 24
-    assert "24 attention patterns were left out" in render(results)
+    assert "24 attention patterns are left out" in render(results)
 
 
 def test_report_without_readings_and_transfer(study_folder, tmp_path):
