@@ -1,6 +1,7 @@
 """The explorer without a browser: what is chosen, what is computed, what the view is given, what stands in its place."""
 
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -108,7 +109,7 @@ def test_a_set_without_scores():
     """Its places are shown, and K ends at its size."""
     ex = ll.explore({"file": HeadSet(EDITS), "LoFiT": scores(TRUTH)})
     assert ex.widget.data["sets"][0] == {
-        "name": "file", "task": "", "kind": "place in the set", "ranking": [5, 0, 11, 10, 1], "scores": None
+        "name": "file", "task": "", "kind": "rank in the set", "ranking": [5, 0, 11, 10, 1], "scores": None
     }  # fmt: skip
     with pytest.raises(InputError, match="K = 6 heads asked for; file has 5"):
         ex.k = 6
@@ -123,7 +124,7 @@ def test_one_set_stands_on_both_sides():
     assert (ex.left, ex.right, len(ex.sets)) == ("only", "only", 1)
     ex.k = (1, 3)
     assert {n: len(s) for n, s in ex.sets.items()} == {"only (left)": 1, "only (right)": 3}
-    assert ex.figure().layout.title.text == "only and only"
+    assert ex.figure().layout.title.text == "only"
 
 
 # -------------------------------------------------------------------------------------------------------- choosing
@@ -211,7 +212,7 @@ def test_a_head_everywhere(four):
         ({"a": ONE, "b": HeadSet(["L0H0"], shape=(4, 4))}, {}, "a: 3x4, b: 4x4"),
         ({"a": ONE, ("t", "b"): HeadSet(["L0H0"])}, {}, r"or \(task, method\) for all"),
         ({"a": HeadScores([[1.0]], model="m1"), "b": HeadScores([[1.0]], model="m2")}, {}, r"several models \(m1, m2\)"),
-        ({("a, b", "c"): ONE, ("a", "b, c"): ONE}, {}, "read alike"),
+        ({("a, b", "c"): ONE, ("a", "b, c"): ONE}, {}, "the same name, 'a, b, c'; rename"),
         ({"a": ONE}, {"k": 2}, "K = 2 heads asked for; a has 1"), ({"a": ONE}, {"tasks": ["x"]}, "leave it out"),
         ({("t", "a"): ONE}, {"tasks": ["x"]}, "unknown task 'x'; allowed: t"),
         ({("t", "a"): ONE}, {"tasks": []}, "tasks is empty"),
@@ -248,7 +249,7 @@ def test_an_error_in_the_browser_is_one_line(pair, bridge_llama, monkeypatch, ca
     ex = ll.explore(pair, bridge_llama)
     with caplog.at_level(logging.ERROR):
         run(ex, "  ")
-        assert said(ex)["error"] == "the prompt is empty; type a text for the model to go on from"
+        assert said(ex)["error"] == "the prompt is empty; type a text for the model to continue"
         ex.prompt = PROMPT
         assert said(ex)["error"] == ""
         ex._asked({"do": "fly"})
@@ -316,7 +317,7 @@ def test_of_a_large_model_only_the_open_heads_pattern_is_kept(bridge_llama, pair
     ex.head = "L2H1"
     assert str(ex.run().attention["unmodified model"].heads) == "L2H1"
     ex.head = "L0H0"
-    assert (said(ex)["maps"], said(ex)["note"]) == ([], "Press Run to see where L0H0 looks.")
+    assert (said(ex)["maps"], said(ex)["note"]) == ([], "Press Run to see where L0H0 attends.")
 
 
 def test_a_prompt_that_is_too_long_to_be_drawn(bridge_llama, pair, monkeypatch):
@@ -327,7 +328,7 @@ def test_a_prompt_that_is_too_long_to_be_drawn(bridge_llama, pair, monkeypatch):
     found = ex.run()
     assert found.attention == {}
     assert found.texts["unmodified model"] == ll.generate(bridge_llama, PROMPT, max_new_tokens=16)
-    assert "cannot be read here: see ll.plots.attention_html" in said(ex)["note"]
+    assert "cannot be read here. Use ll.plots.attention_html" in said(ex)["note"]
 
 
 def test_what_cannot_be_run(bridge_llama, pair, lofit):
@@ -402,7 +403,7 @@ def test_promoted_tokens(bridge_llama, pair, lofit):
     assert first["unit"] == "logits"
     words = ["no better than chance" if p > 0.05 else "beyond chance" for p in own["p"][[0, 8]]]
     assert first["note"] == (
-        "The final norm's scale was measured on 1 prompts. Beside random offsets of equal norm: promoted "
+        "The final norm's scale was measured on 1 prompt. Compared with random offsets of equal norm: promoted "
         f"{words[0]} (p = {own['p'][0]:.3f}), suppressed {words[1]} (p = {own['p'][8]:.3f})."
     )
     shift = (steer.alpha * steer.sigma[0] * steer.directions[0])[None]
@@ -412,6 +413,23 @@ def test_promoted_tokens(bridge_llama, pair, lofit):
     assert "every offset of these heads is zero" in third["note"]
     ex.head = "L2H2"
     assert said(ex)["readings"] == []
+
+
+# ------------------------------------------------------------------------------- what VS Code and Colab ask of a widget
+
+
+def test_the_script_needs_its_model_and_the_page_only(pair):
+    """One ES module (anywidget's contract): no import, no require.js, no request, no global of a notebook, one export."""
+    script = re.sub(r"(?m)//.*$", "", ll.explore(pair).widget._esm)
+    words = set(re.findall(r"[A-Za-z_$][\w$]*", re.sub(r'"[^"\n]*"|`[^`$]*`', "", script)))
+    assert words.isdisjoint({
+        "import", "require", "define", "fetch", "XMLHttpRequest", "WebSocket", "eval", "Function", "Jupyter", "IPython",
+        "jupyterapp", "google", "acquireVsCodeApi", "globalThis", "localStorage", "sessionStorage", "innerHTML",
+    })  # fmt: skip
+    assert script.count("export ") == 1
+    assert script.rstrip().endswith("export default { render };")
+    assert set(re.findall(r"\bwindow\.(\w+)", script)) == {"innerHeight"}
+    assert set(re.findall(r"\bmodel\.(\w+)", script)) == {"get", "set", "save_changes", "send", "on", "off"}
 
 
 # ------------------------------------------------------------------------------------------------- the still picture
@@ -433,6 +451,12 @@ def test_the_still_picture(pair):
     text = ll.explore({report_data.HOSTILE: scores(TRUTH, "<b>x</b>")}).to_html()
     assert text.lower().count("<script") == 2
     assert "<b>x" not in text
+    alone = ll.explore(pair["LoFiT"], k=4)
+    text = alone.to_html().split("<script")[0]
+    assert (text.count("<caption"), text.count(">&#9675;</td>"), text.count("&#9670;")) == (1, 4, 0)
+    assert "shared" not in text.lower()
+    assert repr(alone).endswith("(top 4 of 3x4 heads))"), "one set is not compared with itself"
+    assert " vs " not in alone.label
 
 
 def test_what_a_notebook_keeps(pair):

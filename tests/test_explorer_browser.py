@@ -236,7 +236,7 @@ def test_running_a_prompt(b):
     b.press(" ")
     b.click(".llx-run")
     b.wait("!document.querySelector('.llx-error').hidden")
-    assert text(b, ".llx-error") == "the prompt is empty; type a text for the model to go on from"
+    assert text(b, ".llx-error") == "the prompt is empty; type a text for the model to continue"
 
 
 def test_set_from_code(b):

@@ -193,7 +193,7 @@ def test_explorer_and_report_have_what_was_read(results, monkeypatch):
     change, low, high = (f"{round(-loss[key], 3) + 0.0:+.3f}" for key in ("loss", "high", "low"))
     assert found["facts"][0] == ["norm of the offset v", f"{row['v_norm']:.3g}"]
     assert ["cosine with ITI mass mean", f"{row['cos_mass_mean']:.2f}"] in found["facts"]
-    assert found["facts"][-1] == ["change of the metric without it", f"{change} [{low}, {high}]"]
+    assert found["facts"][-1] == ["change of the metric without this head", f"{change} [{low}, {high}]"]
     strongest = next(
         r for r in parts["tokens"]["rows"] if (r["head"], r["kind"], r["rank"]) == (row["head"], "suppressed", 1)
     )
@@ -208,7 +208,7 @@ def test_explorer_and_report_have_what_was_read(results, monkeypatch):
     few = read_source(results)
     assert [a["task"] for a in few.attention] == [KIN, PLACE]
     assert few.left_out == 24
-    assert "24 attention patterns were left out" in render(results)
+    assert "24 attention patterns are left out" in render(results)
 
 
 def test_report_without_readings_and_transfer(study_folder, tmp_path):

@@ -1,5 +1,7 @@
 """A saved page opened in headless Chrome: it stays silent, asks for nothing, and does what the reader asks."""
 
+import json
+
 import pytest
 
 from tests import report_data
@@ -8,6 +10,8 @@ choreographer = pytest.importorskip(
     "choreographer", reason="finding Chrome needs choreographer (it comes with kaleido)"
 )
 
+from lofit_lens.explorer import Explorer  # noqa: E402
+from lofit_lens.explorer.source import read_source  # noqa: E402
 from lofit_lens.models import visible  # noqa: E402
 from tests.browser import Browser, find_chrome  # noqa: E402
 
@@ -33,6 +37,7 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
     sizes = {"30x9": (30, 9), "32x32": (32, 32), "40x40": (40, 40)}
     pages = {n: getattr(report_data, n)() for n in ("full", "large")}
+    pages["single"] = Explorer(read_source({"LoFiT": report_data.scores(report_data.TRUTH)}), k=3)
     pages |= {n: report_data.sized(*size) for n, size in sizes.items()}
     return {n: report_data.saved(page, folder, n) for n, page in pages.items()}
 
@@ -149,9 +154,9 @@ def test_opening_a_head(shown):
     assert panel["top"] < cell["bottom"], "it begins no lower than the head"
     b.choose(".llx-k-number", "1")
     assert text(b, ".llx-places tbody td:last-child") == "2 of 12, not in the top 1"
-    assert text(b, ".llx-marked") == ": L1H1 "
+    assert text(b, ".llx-marked") == "marked by you: L1H1 "
     b.click(L1H1)
-    assert (b.js(OPEN), text(b, ".llx-marked")) == ("L1H1", "")
+    assert (b.js(OPEN), text(b, ".llx-marked")) == ("L1H1", "marked by you")
     b.press("Escape")
     assert b.js(OPEN) is None
     b.click(f'{RIGHT} [data-head="L0H2"]')
@@ -253,6 +258,79 @@ def test_a_click_and_k_answer_at_once(shown, name):
     assert min(moves) < 100
 
 
+def test_a_single_set_is_not_compared_with_itself(shown):
+    """One grid, one chooser, no overlap; K, marks and the open head work as with two."""
+    b = shown("single")
+    assert b.js("[...document.querySelectorAll('.llx-cells, .llx-set, .llx-k')].length") == 3
+    assert numbers(b) == ["1.0"], "the mean layer of L0H0 L1H1 L2H2"
+    assert marks(b, LEFT) == {"own": {"L0H0", "L1H1", "L2H2"}, "shared": set()}
+    b.choose(".llx-k-number", "4")
+    assert numbers(b) == ["0.8"]
+    b.click(L1H1)
+    assert (b.js(OPEN), text(b, ".llx-places tbody")) == ("L1H1", "LoFiT1.12 of 12, in the top 4")
+    seen = b.js("document.querySelector('.llx').innerText")
+    assert not [word for word in ("left", "right", "both", "Jaccard", "chance") if word in seen]
+
+
+def test_eight_sets_and_tokens_stand_apart(shown):
+    """A head's place in eight sets is read without scrolling; labels of tokens do not run into the next row."""
+    b = shown("40x40", width=1440, height=900)
+    b.click(f'{LEFT} [data-head="L29H8"]')
+    assert b.js("(e => e.scrollHeight <= e.clientHeight)(document.querySelector('.llx-places'))")
+    b = shown()
+    b.click(L1H1)
+    size = "parseFloat(getComputedStyle(document.querySelector('.llx-attention tbody {}')).{})"
+    assert b.js(size.format("th", "fontSize")) < b.js(size.format("td", "height"))
+
+
+def test_grids_side_by_side_are_level(shown):
+    """Also at widths where one caption takes two lines and the other one."""
+    b = shown()
+    b.choose(".llx-set[data-side=right]", "edits, A-norm")
+    b.choose(".llx-set[data-side=left]", "truth, probes")
+    for width in range(900, 1440, 60):
+        b.send("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+        boxes = [place(b, side) for side in (LEFT, RIGHT)]
+        assert abs(boxes[0]["top"] - boxes[1]["top"]) < 1, width
+
+
+def test_the_widget_runs_wherever_anywidget_does(browser, tmp_path):
+    """Imported as a module, in a page without Jupyter, with a model that has no more than anywidget promises."""
+    view = report_data.full().widget
+    given = {"esm": view._esm, "values": {"data": view.data, "state": view.state, "said": view.said}}
+    (tmp_path / "bare.html").write_text('<!doctype html><link rel="icon" href="data:,"><body><div id="cell"></div>')
+    browser.open(tmp_path / "bare.html")
+    browser.js(f"""(async () => {{
+      for (const name of ["require", "define", "Jupyter", "IPython", "jupyterapp", "google"])
+        Object.defineProperty(window, name, {{ get() {{ throw new Error(`${{name}} was asked for`); }} }});
+      const {{ esm, values }} = {json.dumps(given)}, heard = {{}};
+      const known = {{
+        get: (name) => values[name],
+        set(name, value) {{
+          values[name] = value;
+          (heard[`change:${{name}}`] ?? []).forEach((act) => act());
+        }},
+        save_changes() {{ window.saves = (window.saves ?? 0) + 1; }},
+        send() {{}},
+        on(name, act) {{ (heard[name] ??= []).push(act); }},
+        off(name) {{ delete heard[name]; }},
+      }};
+      const model = new Proxy(known, {{ get(of, name) {{
+        if (!(name in of)) throw new Error(`the model has no ${{name}}`);
+        return of[name];
+      }} }});
+      const file = new Blob([esm], {{ type: "text/javascript" }});
+      const module = await import(URL.createObjectURL(file));
+      window.end = module.default.render({{ model, el: document.querySelector("#cell") }});
+      window.left = () => Object.keys(heard).length;
+    }})()""")
+    browser.click(L1H1)
+    browser.choose(".llx-k-number", "3")
+    assert browser.js(f"[{OPEN}, window.saves, (window.end(), window.left())]") == ["L1H1", 2, 0]
+    assert browser.said == []
+    assert all(url.startswith(("file:", "blob:", "data:")) for url in browser.asked)
+
+
 def test_layers_lie_across_where_there_are_more_of_them(shown):
     """30 layers of 9 heads: right is the next layer, up the next head."""
     b = shown("30x9", width=1440, height=900)
@@ -323,3 +401,6 @@ def test_fits_a_phone(shown, name):
     assert panel["top"] < 600
     assert panel["bottom"] <= 700.5
     assert place(b, L1H1)["bottom"] <= panel["top"]
+    boxes = "[...document.querySelectorAll('.llx-plots text')].map(e => e.getBoundingClientRect())"
+    heights = b.js(f"{boxes}.map(r => Math.min(r.width, r.height))")
+    assert min(h for h in heights if h > 7) >= 10, "axes are read without a lens"

@@ -185,6 +185,10 @@ def test_paper_tables_repeat_the_runs(results):
     assert [t.name for t in few] == ["table1", "table2", "table5"], "no table of methods that were not run"
     assert "random heads" in few[0].title
     assert "ITI" not in few[0].title, "it names what ran"
+    trial = results.method_table(KIN).methods[1].tuned.trials["n_items"].iloc[0]
+    assert f"settings (chosen on {trial} validation rows): ITI: alpha" in tables["table1"].to_markdown()
+    usual = kept_rows(results, ~results.runs["heads_from"].isin(["probe accuracy"]))
+    assert "table2" not in [t.name for t in paper_tables(usual)], "it would repeat rows of Table 1"
     text = tables["table1"].to_latex()
     assert text.count("\\\\") == 1 + len(tables["table1"].cells)
     assert "| method | parameters |" in tables["table1"].to_markdown()
@@ -192,7 +196,11 @@ def test_paper_tables_repeat_the_runs(results):
 
 def replace_methods(results, kept):
     """The same results without the runs of other methods."""
-    rows = [i for i, m in enumerate(results.runs["method"]) if m in kept]
+    return kept_rows(results, results.runs["method"].isin(kept))
+
+
+def kept_rows(results, which):
+    rows = [i for i, kept in enumerate(which) if kept]
     return replace(
         results, runs=results.runs.iloc[rows].reset_index(drop=True), folders=tuple(results.folders[i] for i in rows),
         evaluations=tuple(results.evaluations[i] for i in rows),

@@ -2,8 +2,8 @@
 // `data` stays as it is. `state` is what the reader chose: it lives here and, where there is a kernel, in Python as well.
 // `said` is what Python answers: chance of the sets shown, what the model says. A saved page has all that it needs in `data`.
 
-const HINT = "Click a head, or move with the arrow keys and press Enter: its scores and ranks everywhere, the tokens it promotes, " +
-  "where it looks. A second click takes the mark away; Escape closes.";
+const HINT = "Click a head, or move with the arrow keys and press Enter, to see its score and rank in every set, the tokens it " +
+  "promotes and where it attends. The click also marks the head; a second one unmarks it. Escape closes the panel.";
 
 function withRanks(set, nHeads) {
   const ranks = new Array(nHeads).fill(0);
@@ -30,10 +30,11 @@ function render({ model, el: place }) {
   const heat = scale(data.heat);
   const sets = data.sets.map((s) => withRanks(s, nLayers * nHeads));
   const saved = data.chance.pairs !== undefined;
+  const sides = sets.length > 1 ? SIDES : SIDES.slice(0, 1); // a single set is not compared with itself
   const nameOf = (index) => `L${Math.floor(index / nHeads)}H${index % nHeads}`;
   const indexOf = (name) => name.slice(1).split("H").map(Number).reduce((layer, head) => layer * nHeads + head);
   let state = model.get("state"), said = model.get("said");
-  const shownSets = () => SIDES.map((side) => sets.find((s) => s.name === state[side]));
+  const shownSets = () => sides.map((side) => sets.find((s) => s.name === state[side]));
 
   function change(part) {
     model.set("state", { ...state, ...part }); // which draws
@@ -42,7 +43,7 @@ function render({ model, el: place }) {
 
   // ------------------------------------------------------------------------------------------------- the two sets and K
 
-  const isTied = () => state.linked || saved; // a saved page knows chance for equal K
+  const isTied = () => state.linked || saved || sides.length < 2; // a saved page knows chance for equal K
   const longest = (i) => Math.min(...shownSets().filter((_, j) => j === i || isTied()).map((s) => s.ranking.length));
   const every = saved ? data.chance.ks : Array.from({ length: nLayers * nHeads }, (_, i) => i + 1);
   const stops = (i) => every.filter((k) => k <= longest(i));
@@ -65,13 +66,13 @@ function render({ model, el: place }) {
       ...tasks.flatMap((task) => (task ? [el("optgroup", { label: task }, ...options(task))] : options(task))));
   }
 
-  const choosers = SIDES.map(chooser);
-  const sliders = SIDES.map((side, i) => el("input", { type: "range", min: "0", class: "llx-k", "aria-label": `K, ${side}`,
+  const choosers = sides.map(chooser);
+  const sliders = sides.map((side, i) => el("input", { type: "range", min: "0", class: "llx-k", "aria-label": `K, ${side}`,
     on: { input: (e) => setK(i, stops(i)[e.target.value]) } }));
-  const numbers = SIDES.map((side, i) => el("input", { type: "number", min: "1", class: "llx-k-number",
+  const numbers = sides.map((side, i) => el("input", { type: "number", min: "1", class: "llx-k-number",
     "aria-label": `K, ${side}, as a number`, on: { change: (e) => setK(i, Number(e.target.value) || state.k[i]) } }));
-  const mosts = SIDES.map(() => el("span", { class: "llx-quiet" }));
-  const ks = SIDES.map((_, i) => el("label", {}, el("span"), sliders[i], numbers[i], mosts[i]));
+  const mosts = sides.map(() => el("span", { class: "llx-quiet" }));
+  const ks = sides.map((_, i) => el("label", {}, el("span"), sliders[i], numbers[i], mosts[i]));
   const link = el("input", { type: "checkbox", on: { change: (e) => {
     state = { ...state, linked: e.target.checked };
     setK(0, state.k[0]);
@@ -109,7 +110,7 @@ function render({ model, el: place }) {
     readout.style.left = `${Math.max(0, left)}px`;
     readout.style.top = `${below ? at.bottom - frame.top + 10 : at.top - frame.top - readout.offsetHeight - 10}px`;
   }
-  const grids = SIDES.map((side) => new Grid(side, data.shape, heat, on));
+  const grids = sides.map((side) => new Grid(side, data.shape, heat, on));
   const colour = el("select", { "aria-label": "colour of a head", on: { change: () => { drawn.clear(); draw(); } } },
     el("option", { value: "score", text: "score" }), el("option", { value: "rank", text: "rank" }));
   const picked = el("span", { class: "llx-marked" });
@@ -127,7 +128,7 @@ function render({ model, el: place }) {
 
   // -------------------------------------------------------------------------------------------------------- a typed prompt
 
-  const prompt = el("textarea", { rows: 2, "aria-label": "prompt", placeholder: "Type a prompt for the model to go on from", on: {
+  const prompt = el("textarea", { rows: 2, "aria-label": "prompt", placeholder: "Type a prompt for the model to continue", on: {
     keydown: (e) => { if (e.key === "Enter" && (e.ctrlKey || e.metaKey)) { e.preventDefault(); run(); } },
   } });
   const adapter = el("select", { "aria-label": "adapter", on: { change: () => change({ adapter: adapter.value }) } });
@@ -137,8 +138,8 @@ function render({ model, el: place }) {
   const go = el("button", { type: "button", class: "llx-run", text: "Run", on: { click: () => run() } });
   const busy = el("span", { class: "llx-busy", role: "status", "aria-live": "polite" });
   const labels = { adapter: el("label", {}, "adapter ", adapter), examples: el("label", {}, "examples ", examples),
-    chat: el("label", { title: "Put the prompt through the model's chat template" }, chat, " as a chat") };
-  const buttons = [labels.examples, labels.adapter, labels.chat, go, busy, el("span", { class: "llx-quiet", text: "Ctrl+Enter runs, too" })];
+    chat: el("label", { title: "Apply the model's chat template to the prompt" }, chat, " as a chat") };
+  const buttons = [labels.examples, labels.adapter, labels.chat, go, busy, el("span", { class: "llx-quiet", text: "or Ctrl+Enter" })];
   const ask = el("div", { class: "llx-ask" }, prompt, el("div", { class: "llx-go" }, ...buttons));
   const why = el("p", { class: "llx-quiet" });
   const answers = el("div", { "aria-live": "polite" });
@@ -148,7 +149,7 @@ function render({ model, el: place }) {
   // ------------------------------------------------------------------------------------------------------------- drawing
 
   const drawn = new Map();
-  // Build a part anew only if what it shows has changed.
+  // Rebuild a part only if what it shows has changed.
   function when(part, value, build) {
     const now = JSON.stringify(value);
     if (drawn.get(part) === now) return;
@@ -156,6 +157,7 @@ function render({ model, el: place }) {
     build();
   }
 
+  // Of the two sets shown.
   function chance() {
     const [i, j] = shownSets().map((s) => sets.indexOf(s)).sort((a, b) => a - b);
     const { left, right, k } = said.overlap;
@@ -166,24 +168,28 @@ function render({ model, el: place }) {
   }
 
   function drawNumbers(shown, shared) {
-    const { expected, p, p_layer: pLayer } = chance();
-    const [k, l] = state.k, same = state.left === state.right;
     const layers = shown.map((set, i) => {
       const found = set.ranking.slice(0, state.k[i]).map((head) => Math.floor(head / nHeads));
       return found.reduce((sum, layer) => sum + layer) / found.length;
     });
-    const note = (how) => `probability of at least so many shared heads by chance, heads drawn ${how}; ` +
-      "not adjusted for trying several K or sets";
-    const items = [
-      ["shared heads", `${shared} of ${k === l ? k : `${k} and ${l}`}`, "heads in the top K of both sets"],
-      ["expected by chance", expected?.toFixed(2) ?? "\u2026", "K left times K right over all heads of the model"],
-      ["p, over all heads", same ? "\u2013" : pText(p), note("from all heads of the model")],
-      ["p, within layers", same ? "\u2013" : pText(pLayer), note("within each layer, so that favourite layers do not count")],
-      ["Jaccard", (shared / (k + l - shared)).toFixed(2), "shared heads over heads in either set"],
-      ["mean layer", layers.map((x) => x.toFixed(1)).join(", "), "of the left and of the right top K"],
-    ];
+    const mean = ["mean layer", layers.map((x) => x.toFixed(1)).join(", "), "of the heads in the top K of each set"];
+    const items = shown.length > 1 ? [...comparison(shared), mean] : [mean];
     overlap.replaceChildren(...items.map(([label, value, title]) =>
       el("div", { title }, el("dt", { text: label }), el("dd", { text: value }))));
+  }
+
+  function comparison(shared) {
+    const { expected, p, p_layer: pLayer } = chance();
+    const [k, l] = state.k, same = state.left === state.right;
+    const note = (how) => `probability that at least this many heads are shared by chance, with heads drawn ${how}; ` +
+      "not corrected for trying several K or sets";
+    return [
+      ["shared heads", `${shared} of ${k === l ? k : `${k} and ${l}`}`, "heads in the top K of both sets"],
+      ["expected by chance", expected?.toFixed(2) ?? "\u2026", "K of the left set times K of the right set, divided by the model's number of heads"],
+      ["p, over all heads", same ? "\u2013" : pText(p), note("from all heads of the model")],
+      ["p, within layers", same ? "\u2013" : pText(pLayer), note("within each layer, so that a preference for the same layers does not count")],
+      ["Jaccard", (shared / (k + l - shared)).toFixed(2), "shared heads divided by the heads in either set"],
+    ];
   }
 
   function drawPanel(shown) {
@@ -205,7 +211,7 @@ function render({ model, el: place }) {
     const button = el("button", { type: "button", class: "llx-plain", text: "close", on: { click: close } });
     panel.replaceChildren(el("div", { class: "llx-head" }, el("h3", { class: "llx-head-name", text: state.head }), button),
       placesTable(index, sets, shown, state.k), ...readings.map(readingBlock), ...edits.map(quiet),
-      ...(readings.length || edits.length ? [] : [quiet("No edit of this head is known.")]),
+      ...(readings.length || edits.length ? [] : [quiet("No adapter here edits this head.")]),
       groups.length ? attentionBlock(state.head, groups, heat, looks) : quiet(live.note));
   }
 
@@ -232,8 +238,9 @@ function render({ model, el: place }) {
 
   function draw() {
     const shown = shownSets();
-    const isIn = SIDES.map((_, i) => (head) => shown[i].ranks[head] > 0 && shown[i].ranks[head] <= state.k[i]);
-    const shared = shown[0].ranking.slice(0, state.k[0]).filter(isIn[1]).length;
+    const isIn = sides.map((_, i) => (head) => shown[i].ranks[head] > 0 && shown[i].ranks[head] <= state.k[i]);
+    const other = (i) => isIn[1 - i] ?? (() => false);
+    const shared = shown[0].ranking.slice(0, state.k[0]).filter(other(0)).length;
     choosers.forEach((select, i) => { select.value = state[SIDES[i]]; });
     ks.forEach((label, i) => {
       label.hidden = i === 1 && isTied();
@@ -245,12 +252,12 @@ function render({ model, el: place }) {
       mosts[i].textContent = `of ${longest(i)}`;
     });
     link.checked = state.linked;
-    link.parentElement.hidden = saved;
+    link.parentElement.hidden = saved || sides.length < 2;
     grids.forEach((grid, i) => when(SIDES[i], state[SIDES[i]], () => {
       grid.show(shown[i], colour.value === "rank");
       drawn.delete("marks");
     }));
-    when("marks", [state.k, state.left, state.right], () => grids.forEach((grid, i) => grid.mark(isIn[i], isIn[1 - i])));
+    when("marks", [state.k, state.left, state.right], () => grids.forEach((grid, i) => grid.mark(isIn[i], other(i))));
     when("picks", [state.selection, state.head], () => {
       const open = state.head === null ? [] : [indexOf(state.head)];
       grids.forEach((grid) => grid.pick(state.selection.map(indexOf), open));
@@ -258,10 +265,10 @@ function render({ model, el: place }) {
     when("plots", [state.k, state.left, state.right], () => {
       const counts = shown.map((set, i) => Array.from({ length: nLayers }, (_, layer) =>
         set.ranking.slice(0, state.k[i]).filter((h) => Math.floor(h / nHeads) === layer).length));
-      lower.draw(data.chance, sharedByK(...shown), counts, state.k);
+      lower.draw(data.chance, shown.length > 1 ? sharedByK(...shown) : null, counts, state.k);
     });
     drawNumbers(shown, shared);
-    picked.textContent = state.selection.length ? `: ${state.selection.join(" ")} ` : "";
+    picked.textContent = state.selection.length ? `marked by you: ${state.selection.join(" ")} ` : "marked by you";
     clear.hidden = !state.selection.length;
     when("panel", [state.k, state.left, state.right, state.head, said.head, said.readings, said.maps, said.note], () => drawPanel(shown));
     drawPrompt();
@@ -274,16 +281,15 @@ function render({ model, el: place }) {
 
   const across = Math.max(nLayers, nHeads) >= 3 * Math.min(nLayers, nHeads); // much wider than high: one above the other
   const main = el("div", { class: "llx-main" }, el("div", { class: `llx-two${across ? " llx-stacked" : ""}` }, ...grids.map((g) => g.root)),
-    el("div", { class: "llx-keys" }, sample("shared", "in the top K of both"), sample("own", "of this set only"),
-      el("span", { class: "llx-key" }, el("span", { class: "llx-sample llx-picked" }), "marked by you", picked, clear),
+    el("div", { class: "llx-keys" }, ...(sides.length > 1 ? [sample("shared", "in the top K of both"), sample("own", "of this set only")] : [sample("own", "in the top K")]),
+      el("span", { class: "llx-key" }, el("span", { class: "llx-sample llx-picked" }), picked, clear),
       el("label", {}, "colour ", colour)),
     asked, lower.root, readout);
   const error = el("div", { class: "llx-error", role: "alert", hidden: true });
   const colours = SIDES.concat("both").map((name, i) => `--${name}:${data.colours[i]}`).join(";");
-  const root = el("div", { class: "llx", style: colours, on: { keydown: (e) => { if (e.key === "Escape" && state.head !== null) close(); } } },
+  const root = el("div", { class: sides.length > 1 ? "llx" : "llx llx-alone", style: colours, on: { keydown: (e) => { if (e.key === "Escape" && state.head !== null) close(); } } },
     error,
-    el("div", { class: "llx-two" }, ...SIDES.map((side, i) =>
-      el("label", {}, badge(side), choosers[i]))),
+    el("div", { class: "llx-two" }, ...sides.map((side, i) => el("label", {}, badge(side), choosers[i]))),
     el("div", { class: "llx-bar" }, el("div", { class: "llx-ks" }, ...ks, el("label", {}, link, " same K")), overlap),
     el("div", { class: "llx-body" }, main, panel));
   on.point(null);

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 MAX_NEW_TOKENS = 16
 NO_MODEL = (
     "No model was given. With one, ll.explore(..., model, adapters={'LoFiT': lofit}) shows which tokens an adapter's head "
-    "promotes, where heads look on your own prompt, and what the model answers with and without the adapter or the head."
+    "promotes, where heads attend on your own prompt, and what the model answers with and without the adapter or the head."
 )
 
 
@@ -37,21 +37,22 @@ def explore(
 
     Args:
         source: a results folder, `ll.load_results(...)`, or a mapping of names, or of (task, method), to `HeadScores` or
-            `HeadSet`. Of a `HeadSet` alone the places in it are shown, and K ends at its size.
+            `HeadSet`. For a `HeadSet`, ranks in it are shown, and K is at most its size.
         model: any HookedTransformer or TransformerBridge; needed for promoted tokens of an adapter, attention on a typed prompt,
             and answers. A results folder shows what was read of its adapters without one.
         adapters: name -> adapter; None = LoFiT's of a results folder, where there are some.
         k: heads of each set: one number, a pair, or None for the usual ones (the preset's; 3 % of all heads; a set's size).
         tasks: of a results folder, or of keys (task, method); None = all.
-        prompts: examples to choose from, the first one stands in the field at first; on them the final norm's scale is measured
-            that promoted tokens need to be in logits. None given: those kept in a results folder.
+        prompts: examples to choose from; the field starts with the first. On them the final norm's scale is measured, which
+            promoted tokens in logits need. Empty: those stored in a results folder.
         max_new_tokens: limit of an answer, tokens.
-        chat: put the typed prompt through the model's chat template; the switch beside it says so and may be moved.
-        system: text of the system's turn of a chat; means `chat`.
+        chat: put the typed prompt through the model's chat template; a switch beside the prompt changes it.
+        system: text of the system turn; implies `chat`.
 
     Raises:
-        InputError: nothing to show, heads of several models, a model of another shape or other weights, an adapter that is none
-            or does not fit, a K that a set does not have, or anywidget missing (`pip install "lofit-lens[notebook]"`).
+        InputError: nothing to show, heads of several models, a model of another shape or other weights, an invalid
+            adapter or one that does not fit, a K larger than its set, or no anywidget
+            (`pip install "lofit-lens[notebook]"`).
         DataError: a folder that holds no results, or damaged ones.
     """
     if importlib.util.find_spec("anywidget") is None:
@@ -76,7 +77,7 @@ def explore(
 
 
 class Explorer(State):
-    """What `explore` gives.
+    """The explorer that `explore` returns.
 
     Args:
         source: what can be shown.
@@ -157,7 +158,7 @@ class Explorer(State):
 
     @property
     def last_run(self) -> PromptRun | None:
-        """What `run` found last: texts, and attention patterns for `ll.plots.attention_figure`."""
+        """The result of the last `run`: texts, and attention patterns for `ll.plots.attention_figure`."""
         return self._run
 
     def run(self) -> PromptRun:
@@ -197,7 +198,7 @@ class Explorer(State):
         return self._view
 
     def to_html(self) -> str:
-        """The same as HTML with its data, for where no kernel runs; a still picture where scripts may not run either."""
+        """Return the explorer as HTML with its data, for views without a kernel; a still picture where scripts may not run."""
         return self._html(page.IN_NOTEBOOK)
 
     def _html(self, work: int) -> str:
@@ -211,25 +212,25 @@ class Explorer(State):
     def save(self, path: str | Path, *, title: str = "") -> Path:
         """Write it as a page that opens in any browser without Python and without a network, and return the file's path.
 
-        What needs the live model, as typing a prompt, is left out; answers and tokens that were shown are kept.
+        What needs the live model, such as typing a prompt, is left out; answers and tokens already shown are kept.
 
         Args:
             path: the file; one of that name is replaced.
-            title: of the page; empty = the two sets' names.
+            title: of the page; empty = the names of the two sets.
 
         Raises:
             InputError: a page of 10 MB or more, or a file that cannot be written.
         """
-        heading = title or f"Heads of {self.left} and {self.right}"
+        heading = title or f"Attention heads: {self.label}"
         return io.write_text(path, self.document(heading, before=f"<h1>{html.escape(heading)}</h1>"))
 
     def document(self, title: str, *, before: str = "", after: str = "") -> str:
-        """The page as text.
+        """Return the page as text.
 
         Args:
             title: of the window.
-            before: HTML in front of it.
-            after: HTML behind it.
+            before: HTML before the explorer.
+            after: HTML after it.
 
         Raises:
             InputError: it would be 10 MB or more.
@@ -296,12 +297,12 @@ class Explorer(State):
         return {**self.choices(), "adapter": self._adapter, "chat": self._chat}
 
     def _said(self) -> dict[str, Any]:
-        """What is said about the present choices, as texts and numbers that the view only places."""
+        """Return what is known about the present choices, as texts and numbers that the view only places."""
         head, run = self.head, self._run
         row, tokenizer = self.overlap.to_dict(), None if self._model is None else tokenizer_of(self._model)
         maps, note = ([], "") if run is None or head is None else run.maps(head)
         if run is None and tokenizer is not None:
-            note = "Type a prompt and press Run to see where it looks."
+            note = "Type a prompt and press Run to see where it attends."
         return {
             "version": self._version, "head": None if head is None else str(head),
             "overlap": {
@@ -322,7 +323,7 @@ class Explorer(State):
         }
 
     def _readings(self, head: Head) -> list[dict[str, Any]]:
-        """What the model shows of this head's edits, by adapters of which the results do not say it."""
+        """Read this head's edits with the model, for adapters without a stored reading."""
         known = {r["title"] for r in self.source.readings.get(str(head), [])}
         return [] if self._model is None else [
             self._read(name, head) for name, adapter in self.adapters.items()

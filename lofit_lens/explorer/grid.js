@@ -87,7 +87,7 @@ class Grid {
       cell.style.backgroundColor = t === null ? "" : this.heat(t);
       cell.dataset.mark = "";
     });
-    this.caption.replaceChildren(el("span", {}, badge(this.side), " ", el("b", { text: set.name }), ` ${set.kind}`),
+    this.caption.replaceChildren(el("span", {}, badge(this.side), " ", el("b", { text: set.name }), set.name.includes(set.kind) ? "" : ` ${set.kind}`),
       el("span", { class: "llx-legend" }, short(low), ramp(this.heat), `${short(high)}${kind === set.kind ? "" : ` (${kind})`}`));
     this.body.setAttribute("aria-label", `${set.name}, heads by layer; arrow keys move, Enter opens a head`);
   }

@@ -25,7 +25,7 @@ from lofit_lens.errors import InputError
 from lofit_lens.explorer.readings import stored_title
 from lofit_lens.explorer.source import Entry, Source
 from lofit_lens.explorer.state import State
-from lofit_lens.heads import Grid
+from lofit_lens.heads import Grid, HeadSet
 from lofit_lens.html import grid_html
 from lofit_lens.plots.style import COLORS, HEAT
 
@@ -43,12 +43,12 @@ POLICY = (
 
 
 def asset(name: str) -> str:
-    """A file of this package."""
+    """Read a file of this package."""
     return (importlib.resources.files("lofit_lens.explorer") / name).read_text(encoding="utf-8")
 
 
 def script() -> str:
-    """The front-end; it defines `render` (for a widget) and `open` (for a saved page)."""
+    """Return the front-end, which defines `render` (for a widget) and `open` (for a saved page)."""
     return "\n".join(map(asset, SCRIPTS))
 
 
@@ -58,12 +58,12 @@ def script() -> str:
 def view_data(
     source: Source, edited: Mapping[str, Sequence[str] | None] | None = None, *, work: int = 0
 ) -> dict[str, Any]:
-    """What the front-end is given once: shape, sets, what was read of heads, and chance.
+    """Return what the front-end is given once: shape, sets, stored readings, and chance.
 
     Args:
         source: what can be shown.
         edited: adapter's name -> the heads that it edits; None: it edits no single heads.
-        work: where no Python will answer: convolutions to spend on the chance of every pair of sets (`IN_PAGE`, `IN_NOTEBOOK`).
+        work: for a page without Python: convolutions to spend on chance for all pairs of sets (`IN_PAGE`, `IN_NOTEBOOK`).
 
     Returns:
         `shape`, `heat` and `colours` (of the left, the right and both sets), `edited` (that given, and what `readings` say),
@@ -94,7 +94,7 @@ def view_data(
 
 
 def thousandths(p: float) -> int:
-    """A probability as the view shows it; 0 is less than half of one."""
+    """Return a probability in thousandths, as the view shows it; 0 means below 0.0005."""
     return 0 if p < 0.0005 else max(1, round(1000 * p))
 
 
@@ -108,7 +108,7 @@ def _set(entry: Entry, n_heads: int) -> dict[str, Any]:
 
 
 def _steps(most: int, usual: Sequence[int], room: int) -> list[int]:
-    """Every K from 1 to `most`, or about `room` of them, the usual ones among them, small ones nearest to each other."""
+    """Return every K from 1 to `most`, or about `room` of them: denser for small K, with the usual ones."""
     if room >= most:
         return list(range(1, most + 1))
     spaced = np.geomspace(1, most, max(2, room)).round().astype(int).tolist()
@@ -116,7 +116,7 @@ def _steps(most: int, usual: Sequence[int], room: int) -> list[int]:
 
 
 def _chances(a: Entry, b: Entry, ks: Sequence[int], shape: Grid) -> list[list[int]]:
-    """By K, as far as both rankings go: p over all heads and p within layers, in thousandths."""
+    """Compute, per K that both rankings reach, p over all heads and p within layers, in thousandths."""
     n_layers, n_heads = shape
     shared = shared_by_depth(a.ranking.heads, b.ranking.heads)
     layers = [np.array([h.layer for h in e.ranking]) for e in (a, b)]
@@ -133,7 +133,7 @@ def _chances(a: Entry, b: Entry, ks: Sequence[int], shape: Grid) -> list[list[in
 
 
 def fragment(values: dict[str, Any], state: State) -> str:
-    """The explorer as HTML for a notebook: the picture, then what puts the live view in its place. ASCII only.
+    """Return the explorer as HTML for a notebook: the picture, and the script that replaces it. ASCII only.
 
     Args:
         values: `data`, `state` and `said`, as the widget has them.
@@ -147,7 +147,7 @@ def fragment(values: dict[str, Any], state: State) -> str:
 
 
 def document(title: str, *parts: str) -> str:
-    """A whole page of these pieces of HTML.
+    """Join these pieces of HTML into a whole page.
 
     Raises:
         InputError: it would be 10 MB or more.
@@ -167,7 +167,7 @@ def document(title: str, *parts: str) -> str:
 
 
 def script_json(value: Any) -> str:
-    """JSON that may stand inside a script element: no `<`, `>` or `&`, and ASCII only."""
+    """Write JSON that may stand inside a script element: no `<`, `>` or `&`, and ASCII only."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
     for sign in "<>&":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
@@ -175,22 +175,25 @@ def script_json(value: Any) -> str:
 
 
 def picture(state: State) -> str:
-    """Both grids with the top K and shared heads marked, and the overlap, without script and style sheet."""
-    cell, shared = "vertical-align:top;text-align:left;padding:0 24px 8px 0", state.shared
+    """Draw both grids with the top K and shared heads marked, and the overlap, without script and style sheet."""
+    cell = "vertical-align:top;text-align:left;padding:0 24px 8px 0"
+    shared = HeadSet([], shape=state.source.shape) if state.is_single else state.shared
+    key = f"{OWN} in the top K" if state.is_single else f"{SHARED} in the top K of both sets, {OWN} of this one only"
     grids = ""
-    for entry, top in zip(state.shown, state.tops, strict=True):
+    for entry, top in list(zip(state.shown, state.tops, strict=True))[: 1 if state.is_single else 2]:
         hover: dict[tuple[int, int], str] = {head: f"{head}, rank {entry.ranks[head]}" for head in top}
         level: dict[tuple[int, int], float] = {**entry.shades}
         mark: dict[tuple[int, int], str] = {head: SHARED if head in shared else OWN for head in top}
-        grid = grid_html(state.source.shape, level, hover, f"{entry.name}: {entry.kind}, top {len(top)}", mark=mark)
+        kind = "" if entry.kind in entry.name else f"{entry.kind}, "
+        grid = grid_html(state.source.shape, level, hover, f"{entry.name}: {kind}top {len(top)}", mark=mark)
         grids += f'<td style="{cell}">{grid}</td>'
+    both = "" if state.is_single else f" Shared heads: {shared or 'none'}."
     marked = f" Marked by the reader: {state.selection}." if len(state.selection) else ""
     return (
         '<div style="background:#fff;color:#222;padding:8px;overflow-x:auto;font:13px Helvetica,Arial,sans-serif">'
         f"<p>{html.escape(state.summary())}.</p><table><tr>{grids}</tr></table>"
-        f"<p>{SHARED} in the top K of both sets, {OWN} of this one only. Lighter: larger score, or earlier place. "
-        f"Shared heads: {shared or 'none'}.{marked}</p>"
-        "<p><small>This is a still picture: scripts do not run here.</small></p></div>"
+        f"<p>{key}. Lighter: larger score, or better rank.{both}{marked}</p>"
+        "<p><small>This is a still picture, because scripts do not run here.</small></p></div>"
     )
 
 

@@ -1,4 +1,4 @@
-// What is said of the open head: its place in every set, what its edits do, where it looks.
+// The open head: its place in every set, what its edits do, where it attends.
 
 const quiet = (text) => el("p", { class: "llx-quiet", text });
 
@@ -47,7 +47,7 @@ const FIRST = {
 // rows: of each token, thousandths of its attention on itself and the tokens before it; null: not shown.
 function attentionMap({ title, tokens }, rows, most, heat) {
   const cell = (x, i, j) => (x === null ? el("td", { class: "llx-none", title: `${tokens[i]}, ${tokens[j]}: not shown` })
-    : el("td", { style: `background:${heat(x / most)}`, title: `${tokens[i]} looks at ${tokens[j]}: ${x / 1000}` }));
+    : el("td", { style: `background:${heat(x / most)}`, title: `${tokens[i]} attends to ${tokens[j]}: ${x / 1000}` }));
   const body = rows.map((row, i) => el("tr", {}, el("th", { scope: "row", text: tokens[i] }),
     ...tokens.map((_, j) => (j > i ? el("td") : cell(row[j], i, j)))));
   const heads = tokens.map((text) => el("th", { scope: "col", class: "llx-down" }, el("span", { text })));
@@ -65,7 +65,7 @@ function attentionBlock(name, groups, heat, looks) {
     const most = looks.first === "masked" ? Math.max(1, ...rows.flat(2)) : 1000;
     box.style.setProperty("--tokens", maps[0].tokens.length);
     box.replaceChildren(...maps.map((map, i) => attentionMap(map, rows[i], most, heat)));
-    legend.replaceChildren("Each row looks at the columns; share of attention: 0 ", ramp(heat), ` ${most / 1000}`);
+    legend.replaceChildren("Rows are queries, columns keys; weight: 0 ", ramp(heat), ` ${most / 1000}`);
   };
   const choose = (label, key, options) => el("select", { "aria-label": label, on: { change: (e) => { looks[key] = e.target.value; draw(); } } },
     ...options.map(([value, text]) => el("option", { value, text, selected: `${value}` === `${looks[key]}` })));
@@ -74,7 +74,7 @@ function attentionBlock(name, groups, heat, looks) {
   which.className = "llx-which";
   const first = choose("first token", "first", Object.entries(FIRST).map(([value, { text }]) => [value, text]));
   draw();
-  return el("section", {}, el("h4", { text: `Where ${name} looks` }), groups.length > 1 ? which : null,
-    el("label", { class: "llx-first", title: "the first token takes much of many heads' attention whatever the text is" },
+  return el("section", {}, el("h4", { text: `Where ${name} attends` }), groups.length > 1 ? which : null,
+    el("label", { class: "llx-first", title: "many heads put much of their attention on the first token, whatever the text" },
       "first token ", first), legend, box);
 }

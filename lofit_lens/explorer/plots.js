@@ -1,6 +1,6 @@
 // Two small plots as SVG: heads in both sets for every K beside chance, and the layers of the top K.
 
-const [WIDTH, HEIGHT, LEFT, BOTTOM, TOP] = [420, 190, 46, 34, 8];
+const [WIDTH, HEIGHT, LEFT, BOTTOM, TOP] = [420, 190, 50, 36, 8];
 
 // Axes with some five ticks each; gives the plot and the places of values on it.
 function axes(label, xTitle, yTitle, [xLow, xHigh], yHigh, children) {
@@ -53,12 +53,13 @@ function layersPlot(counts, k) {
 function plots() {
   const overlap = el("div"), layers = el("div");
   const key = (swatch, text) => el("span", { class: "llx-key" }, el("span", { class: `llx-swatch ${swatch}` }), text);
-  const root = el("div", { class: "llx-two llx-plots" },
-    el("figure", {}, el("figcaption", {}, "Shared heads for every K ", key("llx-s-curve", "both sets"),
-      key("llx-s-chance", "chance: 95 %, mean dashed")), overlap),
+  const compared = el("figure", {}, el("figcaption", {}, "Shared heads for every K ", key("llx-s-curve", "observed"),
+      key("llx-s-chance", "chance: 95 %, mean dashed")), overlap);
+  const root = el("div", { class: "llx-two llx-plots" }, compared,
     el("figure", {}, el("figcaption", {}, "Layers of the top K ", key("llx-left", "left"), key("llx-right", "right")), layers));
   return { root, draw(chance, shared, counts, k) {
-    overlap.replaceChildren(overlapPlot(chance, shared, k));
+    compared.hidden = shared === null; // one set only
+    if (shared) overlap.replaceChildren(overlapPlot(chance, shared, k));
     layers.replaceChildren(layersPlot(counts, k));
   } };
 }

@@ -1,4 +1,4 @@
-"""What is said of single heads, as texts and numbers that the view only has to place: what an edit does, where a head looks."""
+"""Readings of single heads as texts and numbers, which the view only places: what an edit does, where a head attends."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,12 +15,12 @@ Token = tuple[str, float]
 
 
 def adapter_name(task: str) -> str:
-    """What LoFiT's adapter of a task in a results folder is called."""
+    """Name LoFiT's adapter of a task in a results folder."""
     return f"LoFiT on {task}"
 
 
 def stored_title(name: str) -> str:
-    """Title of what a results folder holds of an adapter."""
+    """Title the stored reading of an adapter."""
     return f"{name}, from the results"
 
 
@@ -28,7 +28,7 @@ def reading(
     title: str, *, facts: Iterable[Sequence[str]] = (), note: str = "", unit: str = "", promoted: Iterable[Token] = (),
     suppressed: Iterable[Token] = (),
 ) -> dict[str, Any]:  # fmt: skip
-    """What an edit of one head does: `facts` (name, value), a `note`, and tokens with their values in `unit`."""
+    """Describe what an edit of one head does: `facts` (name, value), a `note`, and tokens with their values in `unit`."""
     lists = [[[visible(token), f"{x:+.2f}"] for token, x in tokens] for tokens in (promoted, suppressed)]
     return {
         "title": title, "facts": [list(f) for f in facts], "note": note, "unit": unit,
@@ -37,28 +37,29 @@ def reading(
 
 
 def token_reading(name: str, found: HeadTokens, head: Head) -> dict[str, Any]:
-    """The tokens that an adapter's edit of one head promotes and suppresses."""
+    """List the tokens that an adapter's edit of one head promotes and suppresses."""
     rows = found.of(head).to_dict("records")
     promoted, suppressed = (
         [(r["token"], r["logit"]) for r in rows if r["kind"] == kind] for kind in ("promoted", "suppressed")
     )
-    scale = f"The final norm's scale was measured on {found.n_prompts} prompts." if found.n_prompts else ""
+    plural = "" if found.n_prompts == 1 else "s"
+    scale = f"The final norm's scale was measured on {found.n_prompts} prompt{plural}." if found.n_prompts else ""
     note = f"{scale} {chance_note(rows)}".strip()
     return reading(name, note=note, unit=found.unit, promoted=promoted, suppressed=suppressed)
 
 
 def chance_note(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Whether a head's tokens stand out from those of random offsets of equal norm; "" where older results do not say."""
+    """Say whether a head's tokens stand out from those of random offsets of equal norm; "" for results without these p."""
     p = {r["kind"]: r["p"] for r in rows if r.get("p") is not None}
     parts = [
         f"{kind} {'no better than chance' if value > LEVEL else 'beyond chance'} (p = {value:.3f})"
         for kind, value in p.items()
     ]
-    return f"Beside random offsets of equal norm: {', '.join(parts)}." if parts else ""
+    return f"Compared with random offsets of equal norm: {', '.join(parts)}." if parts else ""
 
 
 def stored_readings(task: str, parts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Head -> what a results folder holds of the edit by its task's adapter: norm, cosines, what it is worth, tokens."""
+    """Map heads to what a results folder holds of their task's adapter: norm, cosines, loss without the head, tokens."""
     facts: dict[str, list[list[str]]] = defaultdict(list)
     tokens: dict[str, dict[str, list[Token]]] = defaultdict(lambda: {"promoted": [], "suppressed": []})
     listed: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
@@ -69,7 +70,7 @@ def stored_readings(task: str, parts: Mapping[str, Any]) -> dict[str, dict[str, 
     for row in parts.get("leave_one_out", {}).get("rows", []):
         if row["low"] is not None:  # a loss, so that the metric's change has the other sign
             value, low, high = (f"{round(-row[key], 3) + 0.0:+.3f}" for key in ("loss", "high", "low"))
-            facts[row["head"]].append(["change of the metric without it", f"{value} [{low}, {high}]"])
+            facts[row["head"]].append(["change of the metric without this head", f"{value} [{low}, {high}]"])
     for row in parts.get("tokens", {}).get("rows", []):
         if row["head"] != TOTAL and row["rank"] <= TOKENS:
             listed[row["head"]].append(row)
@@ -89,10 +90,10 @@ def stored_readings(task: str, parts: Mapping[str, Any]) -> dict[str, dict[str, 
 
 
 def stored_attention(records: Mapping[str, dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
-    """Attention patterns of a results folder, by task, and how many of them were left out.
+    """Read the attention patterns of a results folder, and count those left out.
 
     Returns:
-        A record a prompt, the first prompt of every task first: `task`, `prompt`, `title`, `tokens`, and `heads`: name ->
+        One record per prompt, the first prompt of every task first: `task`, `prompt`, `title`, `tokens`, and `heads`: name ->
         weights as in `attention_map`. Those that do not fit into PATTERN_NUMBERS are left out and counted.
     """
     found, room, left = [], PATTERN_NUMBERS, 0
@@ -116,7 +117,7 @@ def stored_attention(records: Mapping[str, dict[str, Any]]) -> tuple[list[dict[s
 
 
 def attention_map(title: str, tokens: Iterable[str], pattern: Iterable[Sequence[float]]) -> dict[str, Any]:
-    """One pattern: `title`, `tokens`, and `weights`: of each token, thousandths on itself and the tokens before it."""
+    """Make one pattern: `title`, `tokens`, and `weights`: per query token, thousandths on itself and the tokens before it."""
     return {"title": title, "tokens": [visible(t) for t in tokens], "weights": _weights(pattern)}
 
 

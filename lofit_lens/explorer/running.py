@@ -1,5 +1,5 @@
-"""What needs the model: where heads look on a typed prompt, what the model answers with and without an adapter or one of its
-heads, and which tokens a head's edit promotes."""
+"""What needs the model: where heads attend on a typed prompt, what the model answers with and without an adapter or one of
+its heads, and which tokens a head's edit promotes."""
 
 import contextlib
 from collections.abc import Mapping, Sequence
@@ -25,15 +25,15 @@ UNEDITED = "unmodified model"
 
 
 class PromptRun(NamedTuple):
-    """What a prompt gave.
+    """The result of running a prompt.
 
     Attributes:
         prompt: the text.
         head: the head that was open, or None.
         adapter: name of the adapter, or None.
-        texts: what acted on the model -> the new text, greedy.
-        attention: what acted -> patterns of the kept heads; empty where the prompt is too long to be read.
-        n_tokens: of the prompt, with all that stands in front of it and, of a chat, around it.
+        texts: condition, e.g. `"with LoFiT"` -> the generated text, greedy.
+        attention: condition -> patterns of the kept heads; empty if the prompt is too long for them to be read.
+        n_tokens: length of the prompt, with BOS and chat template.
     """
 
     prompt: str
@@ -44,18 +44,18 @@ class PromptRun(NamedTuple):
     n_tokens: int
 
     def maps(self, head: Head) -> tuple[list[dict[str, Any]], str]:
-        """Where a head looks, one map for each that acted, and a note where there is none."""
+        """Return a head's patterns, one per condition, and a note if there is none."""
         if self.n_tokens > MOST_TOKENS:
             return [], (
-                f"This prompt has {self.n_tokens} tokens; a pattern of more than {MOST_TOKENS} cannot be read here: see "
+                f"This prompt has {self.n_tokens} tokens; a pattern of more than {MOST_TOKENS} cannot be read here. Use "
                 "ll.plots.attention_html."
             )
         kept = {said: p for said, p in self.attention.items() if head in p.heads}
         found = [attention_map(said, p.tokens[0], p.of(head).tolist()) for said, p in kept.items()]
-        return found, "" if found else f"Press Run to see where {head} looks."
+        return found, "" if found else f"Press Run to see where {head} attends."
 
     def answers(self, head: Head | None, adapter: str | None, *, chat: bool) -> dict[str, Any]:
-        """What the model said: `prompt`, `rows` of (what acted, text), and a `note` where something else was chosen since."""
+        """Return the answers: `prompt`, `rows` of (condition, text), and a `note` if the choices have changed since."""
         note = ""
         if head not in (None, self.head) or adapter != self.adapter:
             note = (
@@ -82,10 +82,10 @@ def run_prompt(
 
     Raises:
         InputError: an empty prompt, something attached to the model already, or an adapter that cannot be attached.
-        DataError: a prompt that the context does not hold.
+        DataError: a prompt longer than the context.
     """
     if not prompt.strip():
-        raise InputError("the prompt is empty; type a text for the model to go on from")
+        raise InputError("the prompt is empty; type a text for the model to continue")
     if positions_of(model):
         raise InputError(
             "something is attached to this model already; leave its `with` block or detach() it, so that it can run unmodified"
@@ -111,13 +111,13 @@ def run_prompt(
 
 
 def edited_heads(adapter: Any) -> HeadSet | None:
-    """The heads that an adapter edits; None for one that does not edit single heads (RepE, LoRA, RED, LoReFT, ...)."""
+    """Return the heads that an adapter edits; None for one that does not edit single heads (RepE, LoRA, RED, LoReFT, ...)."""
     found = getattr(adapter, "heads", None)
     return found if isinstance(found, HeadSet) else None
 
 
 def without_head(adapter: Any, head: Head) -> Lofit | ITI | None:
-    """An adapter without its edit of one head; None where it does not edit that head, or no single heads."""
+    """Return an adapter without its edit of one head; None if it does not edit that head, or no single heads."""
     heads = edited_heads(adapter)
     if heads is None or head not in heads:
         return None
@@ -138,7 +138,7 @@ def _iti_on(adapter: ITI, heads: HeadSet) -> ITI:
 
 
 def head_tokens(model: Any, adapter: Any, head: Head, prompts: Sequence[str] = ()) -> HeadTokens:
-    """The tokens that an adapter's edit of one head promotes and suppresses; in logits if there are prompts to measure on.
+    """Find the tokens that an adapter's edit of one head promotes and suppresses; in logits if there are prompts.
 
     Raises:
         InputError: an adapter whose edit of that head adds no constant vector.
@@ -151,12 +151,12 @@ def head_tokens(model: Any, adapter: Any, head: Head, prompts: Sequence[str] = (
         shift = adapter.shift(head.layer)[head.head][None]
         return promoted_by(model, shift, HeadSet([head]), top=TOKENS, prompts=list(prompts) or None)
     raise InputError(
-        f"a {type(adapter).__name__} adapter adds no vector at single heads, so that no token can be read off"
+        f"a {type(adapter).__name__} adapter adds no vector at single heads, so no tokens can be read from it"
     )
 
 
 def adapters_for(source: Source, model: Any, given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The adapters to show, checked against the model."""
+    """Return the adapters to show, checked against the model."""
     if given is None:
         if model is None or source.results is None:
             return {}

@@ -1,4 +1,4 @@
-"""What is explored, brought to one form: named rankings of the heads of one model, and what was read of adapters before."""
+"""The data to explore, in one form: named rankings of the heads of one model, and stored readings of adapters."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,9 +29,9 @@ class Entry:
     """One ranking of heads.
 
     Attributes:
-        name: what it is called, e.g. `"LoFiT"` or `"organism/truth, A-norm, seed 0"`.
-        task: what it was made on; empty where the source does not say.
-        method: how; the name where the source does not say.
+        name: shown to the reader, e.g. `"LoFiT"` or `"organism/truth, A-norm, seed 0"`.
+        task: what it was computed on; empty if unknown.
+        method: how it was computed; the name if unknown.
         seed: of the method, or None.
         kind: what the score is.
         ranking: heads, best first; all of the model, or those of a given set.
@@ -50,7 +50,7 @@ class Entry:
 
     @cached_property
     def shades(self) -> dict[Head, float]:
-        """Head -> 0 (lowest score, or last place) to 1; all alike: 0.5. Heads that are not listed are left out."""
+        """Head -> 0 (lowest score, or last rank) to 1; 0.5 if all scores are equal. Unranked heads are left out."""
         if self.scores is None:
             return {head: 1 - (rank - 1) / len(self.ranking) for head, rank in self.ranks.items()}
         values = {head: self.scores[head] for head in self.ranking}
@@ -59,7 +59,7 @@ class Entry:
 
     @cached_property
     def ranks(self) -> dict[Head, int]:
-        """Head -> place, from 1."""
+        """Head -> rank, from 1."""
         return {head: i for i, head in enumerate(self.ranking, start=1)}
 
 
@@ -70,9 +70,9 @@ class Source:
     Attributes:
         entries: name -> ranking, in the order to show.
         shape: `(n_layers, n_heads)`, and which layers have heads.
-        readings: head -> what was read of its edits (`readings.reading`).
+        readings: head -> stored readings of its edits (`readings.reading`).
         attention: prompts with patterns, as `readings.stored_attention` gives them.
-        left_out: patterns that were left out of them.
+        left_out: number of attention patterns left out.
         results: where they come from, or None.
     """
 
@@ -124,14 +124,15 @@ def read_source(source: Any, model: Any = None, *, tasks: Sequence[str] | None =
         )
     if info is not None and made.results is not None and not same_weights(made.results.model, info):
         raise InputError(
-            f"these results are of {made.results.model.name}, and {info.name} has other weights; load that model, or give none"
+            f"these results are of {made.results.model.name}, but {info.name} has other weights; load that model, or give no "
+            "model"
         )
     if tasks is None:
         return made
     known = list(dict.fromkeys(e.task for e in made.entries.values() if e.task))
     if not known:
         raise InputError(
-            "tasks= names tasks of a results folder, or of keys (task, method); these head sets go by one name each: leave it out"
+            "tasks= chooses among tasks, but these head sets are named without a task; leave it out, or use keys (task, method)"
         )
     for task in (tasks := texts_of("tasks", tasks)):
         check_one_of("task", task, known)
@@ -183,7 +184,9 @@ def _of_mapping(source: Any, info: ModelInfo | None) -> Source:
     names = [isinstance(key, str) for key in source]
     pairs = [isinstance(key, tuple) and len(key) == 2 and all(isinstance(p, str) for p in key) for key in source]
     if not all(names) and not all(pairs):
-        raise InputError(f"keys {list(source)}: give names ('LoFiT'), or (task, method) for all")
+        raise InputError(
+            f"keys {list(source)} are not of one form; give names ('LoFiT') for all, or (task, method) for all"
+        )
     total = shape.n_total
     entries = []
     for key, value in source.items():
@@ -192,10 +195,11 @@ def _of_mapping(source: Any, info: ModelInfo | None) -> Source:
         entries.append(_entry(value, task, method, None, k=k, shape=shape))
     said = list(dict.fromkeys(v.model for v in source.values() if isinstance(v, HeadScores) and v.model))
     if len(said) > 1:
-        raise InputError(f"these head scores are of several models ({', '.join(said)}); explore one model at a time")
+        raise InputError(f"these head scores come from several models ({', '.join(said)}); explore one model at a time")
     named = {e.name: e for e in entries}
     if len(named) < len(entries):
-        raise InputError(f"keys {list(source)}: two of them read alike; name them otherwise")
+        twice = next(name for name in named if [e.name for e in entries].count(name) > 1)
+        raise InputError(f"keys {list(source)} give two head sets the same name, {twice!r}; rename one of them")
     return Source(named, shape)
 
 
@@ -206,5 +210,5 @@ def _entry(
     if isinstance(value, HeadScores):
         return Entry(name, task, method, seed, value.kind, value.ranking(), value, k)
     return Entry(
-        name, task, method, seed, "place in the set", HeadSet(value.heads, value.scores, shape, value.label), None, k
+        name, task, method, seed, "rank in the set", HeadSet(value.heads, value.scores, shape, value.label), None, k
     )

@@ -1,4 +1,4 @@
-"""What the reader has chosen (the two rankings shown, K of each, the open head, the marked heads), and the numbers that follow.
+"""The reader's choices (the two rankings shown, K of each, the open head, the marked heads), and the numbers that follow.
 
 No widget and no model here. In the browser `explorer.js` keeps the same choices and sends them here.
 """
@@ -40,20 +40,20 @@ class State:
         self._set_k([entry.k for entry in self.shown] if k is None else k)
 
     def _changed(self) -> None:
-        """Whoever shows this redefines it: something else was chosen from code."""
+        """Do nothing; a view overrides this to follow choices made from code."""
 
     # ------------------------------------------------------------------------------------------------ choosing
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All sets that can be shown."""
+        """Names of all sets that can be shown."""
         return tuple(self.source.entries)
 
     @property
     def left(self) -> str:
         """Name of the set on the left; may be set to another name, or to (task, method) or (task, method, seed).
 
-        K stays, as far as that set has so many heads (both K, if they are linked).
+        K stays unless that set has fewer heads; linked K change together.
         """
         return self.shown[0].name
 
@@ -78,7 +78,7 @@ class State:
 
     @property
     def k(self) -> tuple[int, int]:
-        """Heads of the left and of the right set; may be set to one number or a pair. Equal numbers move together."""
+        """Number of heads of the left and of the right set; may be set to one number or a pair. Equal numbers move together."""
         return (self._k[0], self._k[1])
 
     @k.setter
@@ -118,17 +118,17 @@ class State:
         return list(HeadSet(heads, shape=self.source.shape))
 
     def choices(self) -> dict[str, Any]:
-        """All of it as the view keeps it: `left` and `right` (names), `k`, `linked`, `head`, `selection`."""
+        """Return all choices as the view keeps them: `left` and `right` (names), `k`, `linked`, `head`, `selection`."""
         return {
             "left": self.left, "right": self.right, "k": list(self._k), "linked": self.linked,
             "head": None if self.head is None else str(self.head), "selection": [str(h) for h in self._selection],
         }  # fmt: skip
 
     def take(self, choices: Mapping[str, Any]) -> None:
-        """Choose all that the view has chosen, or nothing.
+        """Take over all choices of the view, or none of them.
 
         Raises:
-            InputError: something that cannot be chosen.
+            InputError: an invalid choice.
         """
         made = State(self.source)
         made.shown = [self.source.entry(choices[side]) for side in SIDES]
@@ -170,7 +170,7 @@ class State:
         return row
 
     def table(self, head: Head | str | Sequence[int] | None = None) -> pd.DataFrame:
-        """A head (None = the open one) in every ranking, one row each, in the source's order.
+        """List a head (None = the open one) in every ranking, one row per ranking, in the source's order.
 
         Returns:
             set, task, method, seed, kind, score (NaN without), rank (NaN where it is not listed), of (heads ranked).
@@ -191,7 +191,7 @@ class State:
         ])  # fmt: skip
 
     def figure(self) -> go.Figure:
-        """The two grids as a figure for a paper, top K and shared heads marked.
+        """Draw the two grids as a figure for a paper, with top K and shared heads marked.
 
         Raises:
             InputError: a set without scores of all heads.
@@ -204,12 +204,24 @@ class State:
                 )
             scores[entry.name] = entry.scores
         tops = dict(zip((self.left, self.right), self.tops, strict=True))
-        shared = dict.fromkeys(scores, self.shared)
-        return head_grid(scores, tops, marked=shared, marked_label="shared", title=f"{self.left} and {self.right}")
+        shared = {} if self.is_single else dict.fromkeys(scores, self.shared)
+        return head_grid(scores, tops, marked=shared, marked_label="shared", title=self.label)
+
+    @property
+    def label(self) -> str:
+        """The names of the rankings shown."""
+        return self.left if self.is_single else f"{self.left} vs {self.right}"
+
+    @property
+    def is_single(self) -> bool:
+        """Whether there is one ranking only, so that nothing is compared."""
+        return len(self.names) == 1
 
     def summary(self) -> str:
-        """The comparison in one line."""
+        """Describe the comparison in one line; for a single ranking, name it and its K."""
         row, (k_left, k_right), (n_layers, n_heads) = self.overlap.to_dict(), self.k, self.source.shape
+        if self.is_single:
+            return f"{self.left} (top {k_left} of {n_layers}x{n_heads} heads)"
         return (
             f"{self.left} (top {k_left}) and {self.right} (top {k_right}) of {n_layers}x{n_heads} heads: {row['shared']} "
             f"shared, {row['expected']:.2f} expected by chance, p = {p_text(row['p_hypergeometric'])} over all heads, "
@@ -218,12 +230,12 @@ class State:
 
 
 def p_text(p: float) -> str:
-    """A p-value with three decimals, or `< 0.001`."""
+    """Format a p-value with three decimals, or `< 0.001`."""
     return "< 0.001" if p < 0.0005 else f"{p:.3f}"
 
 
 def _second(entries: list[Entry]) -> Entry:
-    """What stands on the right at first: another method on the first entry's task, else the next entry, else the same."""
+    """Choose what the right side shows first: another method on the first entry's task, else the next entry, else the same."""
     first = entries[0]
     others = [e for e in entries[1:] if e.task == first.task and e.method != first.method]
     return (others or entries[1:] or entries)[0]

@@ -259,7 +259,7 @@ def _data_efficiency(results: Results) -> Iterator[Drawn]:
     drawn, names = False, short_names(results.tasks)
     for task in results.tasks:
         found: dict[str, dict[float, Any]] = {ZERO: {0.0: results.values(results.zero_shot(task))}}
-        for method in results.methods():
+        for method in results.methods:
             rows = results.rows(task=task, method=method)
             if bool(rows["heads_from"].any()):
                 rows = results.rows(task=task, method=method, heads_from=OWN, source=task, k=results.k(task))

@@ -14,7 +14,7 @@ from lofit_lens.errors import DataError, InputError
 from lofit_lens.experiments.tables.paper_tables import paper_tables
 from lofit_lens.experiments.tables.results import Results
 from lofit_lens.explorer.explorer import Explorer
-from lofit_lens.explorer.source import read_source
+from lofit_lens.explorer.source import Source, read_source
 from lofit_lens.explorer.state import p_text
 from lofit_lens.plots.style import HEAT
 from lofit_lens.report.figures import transfer
@@ -23,10 +23,12 @@ ABOUT = (
     "LoFiT finds the attention heads that a task uses (a learned scale for each head's output, ranked by its norm), then tunes "
     "one offset vector in each chosen head: <code>z * (1 + A) + v</code>."
 )
+REVISION = len("sha256:") + 12  # characters of a revision that the heading shows; the table of versions has all
 METHOD = (
-    "One file, made by lofit-lens; it works without a network. Chance: two sets of K heads drawn at random from all heads share "
-    "K&sup2;/heads heads on average; p is the exact probability of as many or more, for one pair of sets (not corrected for "
-    "looking at several pairs or several K), over all heads and with each set's heads shuffled within their layers."
+    "This page is one file, made by lofit-lens, and needs no network. Chance: two sets of K heads drawn at random from N heads "
+    "share K&sup2;/N heads on average. p is the exact probability of sharing at least as many heads as observed, once with heads "
+    "drawn from the whole model and once within each layer. It holds for one pair of sets and one K, without a correction for "
+    "looking at several."
 )
 
 
@@ -55,7 +57,9 @@ def render(results: Results) -> str:
     tables = "".join(
         f"<h3>{escape(t.title)}</h3>{_table(t.columns, t.cells, t.title, t.notes)}" for t in paper_tables(results)
     )
-    versions = _table(("package", "version"), sorted(results.record["versions"].items()), "Versions")
+    versions = dict(sorted(results.record["versions"].items()))
+    weights = {"weights": results.model.revision} if results.model.revision else {}
+    versions = _table(("software", "version"), {**versions, **weights}.items(), "Versions")
     parts = {
         "Summary": tables,
         "Heads": "",
@@ -67,7 +71,7 @@ def render(results: Results) -> str:
     }
     links = "".join(f'<a href="#{name.lower()}">{name}</a>' for name in shown)
     title = f"Which heads does {results.model.name} use?"
-    header = f'<h1>{escape(title)}</h1>{_notes(results, source.left_out)}<nav aria-label="Sections">{links}</nav>'
+    header = f'<h1>{escape(title)}</h1>{_notes(results, source)}<nav aria-label="Sections">{links}</nav>'
     return Explorer(source).document(
         title,
         before=f"<header>{header}</header><main>{shown.get('Summary', '')}{shown['Heads']}",
@@ -75,17 +79,20 @@ def render(results: Results) -> str:
     )
 
 
-def _notes(results: Results, left_out: int) -> str:
-    model = results.model
-    revision = f", revision {model.revision}" if model.revision else ""
-    notes = [
-        f"Seeds {', '.join(map(str, results.seeds))}; adapters whose heads, tokens and patterns are shown are those of seed "
-        f"{results.seeds[0]}.",
-        "Promoted tokens: a head's offset v through W_O, the final norm at its mean scale, and W_U; later layers are left out.",
-        "Attention: with the adapter of the task attached.",
-    ]
-    if left_out:
-        notes.append(f"{left_out} attention patterns were left out to keep this page small; figures have them.")
+def _notes(results: Results, source: Source) -> str:
+    model, seeds = results.model, results.seeds
+    revision = f", revision {model.revision[:REVISION]}" if model.revision else ""
+    notes = [f"Seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}."]
+    if source.readings or source.attention:
+        notes += [
+            f"Promoted tokens and attention patterns are those of the adapters of seed {seeds[0]}.",
+            "Promoted tokens: a head's offset v through W_O, the final norm at its mean scale, and W_U, without later layers.",
+            "Attention patterns: with the adapter of the task attached.",
+        ]
+    if source.left_out:
+        notes.append(
+            f"{source.left_out} attention patterns are left out to keep this page small; the figures have them."
+        )
     return (
         f"<p><b>{escape(model.name)}</b> ({escape(model.class_name)}): {model.n_layers} layers of {model.n_heads} heads"
         f'{escape(revision)}</p><p class="quiet">{ABOUT}</p><ul>{"".join(f"<li>{escape(n)}</li>" for n in notes)}</ul>'
@@ -130,9 +137,9 @@ def _transfer(results: Results) -> str:
         for s in found.sources
     )  # fmt: skip
     return (
-        '<p class="quiet">Offsets are tuned on the task of the column, in the heads that were chosen for the row. Large: '
-        "accuracy relative to the task's own heads (100 %); below it the accuracy itself with its interval, mean of "
-        f"{min(found.frame['n_seeds'])} seed(s); then p of the paired test over test items against the task's own heads "
+        "<p class=\"quiet\">Offsets are tuned on the column's task, in the heads chosen for the row's task. Large: accuracy "
+        "relative to the column's own heads (100 %). Below: the accuracy with its interval, mean over "
+        f"{min(found.frame['n_seeds'])} seed(s), and p of the paired test over test items against the column's own heads "
         "(* p &lt; 0.05, + p &lt; 0.1). Lighter: larger.</p>"
     ) + _scrolled(
         f'<table class="transfer"><thead><tr><th scope="col">heads from</th>{heads}</tr></thead><tbody>{rows}</tbody></table>',

@@ -373,11 +373,11 @@ def choice(store: Store, points: list[list[str]], method: str, task: str, metric
         record = store.read(name)
         if place == 0:
             settings.append(record["settings"])
-        found: dict[str, Any] = {"value": None, "low": None, "high": None}
+        found: dict[str, Any] = {"value": None, "low": None, "high": None, "n_items": None}
         if "result" in record:
             mean = record["result"]["metrics"][metric]
             low, high = mean["interval"] or (None, None)
-            found = {"value": mean["mean"], "low": low, "high": high}
+            found = {"value": mean["mean"], "low": low, "high": high, "n_items": mean["n"]}
         seconds = store.timing(name).get("fit_seconds")
         rows.append({
             **record["settings"], "seed": record["spec"]["seed"], **found, "seconds": seconds, "note": record.get("note", "")

@@ -23,7 +23,8 @@ class Tuned:
         settings: the chosen point of the grid.
         tried: number of points of the grid.
         trials: one row per point and seed: settings, seed, `value` (mean of the metric over the validation rows; None where
-            training diverged), `low` and `high` (95 % over items), `seconds` (fit), `note`, `chosen`.
+            training diverged), `low` and `high` (95 % over items), `n_items` (validation rows), `seconds` (fit), `note`,
+            `chosen`.
     """
 
     method: str

@@ -1,4 +1,4 @@
-"""The paper's tables from a study: methods (Tables 1 and 3), head selectors (Table 2), tasks that were not learned (Table 5).
+"""The paper's tables from a study: methods (Tables 1 and 3), head selectors (Table 2), tasks not tuned on (Table 5).
 
 Rows are methods, columns are tasks; every cell is a mean with its 95 % interval over seeds and items, and a mark for its paired
 test against the table's reference (Holm over the methods of a task).
@@ -15,10 +15,12 @@ from lofit_lens import io
 from lofit_lens.evaluation.compare import compare, over_seeds
 from lofit_lens.evaluation.result import Metric, table_html
 from lofit_lens.evaluation.stats import PairedTest, holm, mark
+from lofit_lens.experiments.methods.base import OWN, RANDOM
 from lofit_lens.experiments.tables.results import LOFIT, ZERO, Results
 from lofit_lens.experiments.tables.table import MethodTable, markdown, over_texts, paired_tester, settings_text, tex
 
 STARS = "* differs from {reference}, p < .05; + p < .1; paired tests, adjusted over the {rows} of a task by Holm"
+IN_TABLE_1 = (f"heads by {OWN}", f"heads by {RANDOM}")  # these alone would repeat its rows
 MEAN = "mean [95 % bootstrap interval over seeds and items]; with few seeds such intervals can be too narrow"
 
 
@@ -96,7 +98,7 @@ def paper_tables(results: Results) -> list[PaperTable]:
                 *front, last = (r for r in rows if not r.startswith(LOFIT))
                 beside = f"{', '.join(front)} and {last}" if front else last
                 found.append(_wide(name, f"LoFiT beside {beside} ({model})", methods, rows, "methods"))
-    if selectors:
+    if any(row not in IN_TABLE_1 for table in selectors.values() for row in (r.method for r in table.rows)):
         named = list(dict.fromkeys(r.method for table in selectors.values() for r in table.rows))
         table = _wide(
             "table2",
@@ -148,14 +150,21 @@ def _settings(tables: Mapping[str, MethodTable], there: Sequence[str]) -> list[s
     for method in there:
         rows = [row for t in tables.values() for row in t.rows if row.method == method and row.settings]
         if rows:
-            how = "chosen on the validation rows" if rows[0].tried > 1 else "presets, or taken over from LoFiT's"
+            how = f"chosen on {_validation_rows(tables, method)}" if rows[0].tried > 1 else "presets, or those of LoFiT"
             each = [settings_text(row.settings) for row in rows]
             text = each[0] if len(set(each)) == 1 else " / ".join(each)
             found.setdefault(how, {}).setdefault(text, []).append(method)
     return [
-        f"settings, {how}: " + "; ".join(f"{', '.join(methods)}: {text}" for text, methods in texts.items())
+        f"settings ({how}): " + "; ".join(f"{', '.join(methods)}: {text}" for text, methods in texts.items())
         for how, texts in found.items()
     ]
+
+
+def _validation_rows(tables: Mapping[str, MethodTable], method: str) -> str:
+    """On how many validation rows a method's settings were chosen, as far as its trials say it."""
+    trials = [m.tuned.trials for t in tables.values() for m in t.methods if m.method == method and m.tuned]
+    counts = sorted({int(n) for frame in trials if "n_items" in frame for n in frame["n_items"].dropna()})
+    return f"{' or '.join(map(str, counts))} validation rows" if counts else "the validation rows"
 
 
 def _other_tasks(results: Results) -> PaperTable | None:

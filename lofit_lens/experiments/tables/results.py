@@ -140,6 +140,7 @@ class Results:
             "task": task, "method": LOFIT, "heads_from": OWN, "source": task, "k": self.k(task), "n_train": None, **wanted,
         })  # fmt: skip
 
+    @property
     def methods(self) -> list[str]:
         """Methods that ran, in the tables' order."""
         ran = dict.fromkeys(self.runs["method"])
