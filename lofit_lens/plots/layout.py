@@ -18,6 +18,7 @@ KEY = "lofit_lens"
 EDGE = 8  # pixels between the figure's edge and what is next to it
 PAGE = 600  # pixels that all panels under each other may take, where they can
 NUMBER = "0.00"  # as wide as the numbers that plotly chooses by itself
+PERCENT = "100%"
 STEPS = (1, 2, 4, 5, 10, 20, 50, 100, 200, 500, 1000)
 MARKS = "*+°"
 
@@ -141,9 +142,13 @@ class _Layout:
             self._bar_room(inner=True) if len(self.bars) > 1 else 0
         )
         self.cols = min(n, plan["cols"])
-        if width is not None and self.bars and self._numbers_need(width):
+        if width is not None and self.bars and not self._numbers_fit(width):
+            bars, right = self.bars, self.right
             self.right, self.bars = EDGE + 14, []  # the numbers say what the colors say
-            fig.update_traces(showscale=False, selector={"type": "heatmap"})
+            if self._numbers_fit(width, bars):
+                fig.update_traces(showscale=False, selector={"type": "heatmap"})
+            else:  # only colors are left to say it
+                self.right, self.bars = right, bars
         if width is None:
             self.wide = float(plan["panel"][0])
             width = self.left + self.right + self.cols * self.wide + (self.cols - 1) * self.gap
@@ -176,7 +181,8 @@ class _Layout:
 
     def _y_room(self, i: int) -> float:
         """Pixels for the labels and the title of a y axis."""
-        labels = self.y_labels[i] or [NUMBER]
+        y = self.axes[i][1]
+        labels = self.y_labels[i] or [PERCENT if "%" in (y.tickformat or "") + (y.ticksuffix or "") else NUMBER]
         return (
             max(text_width(t, self.sizes.tick) for t in labels) + 14 + LINE * self.sizes.axis * self._y_title_lines(i)
         )
@@ -197,11 +203,11 @@ class _Layout:
     def _one_title(self) -> bool:
         return len({t.colorbar.title.text for t in self.bars} - {None}) == 1
 
-    def _numbers_need(self, width: float) -> bool:
-        """Whether the numbers in a map's cells have no room beside its color bar."""
-        texts = [str(s) for t in self.bars if t.texttemplate for row in t.text for s in row]
+    def _numbers_fit(self, width: float, maps: Sequence[Any] | None = None) -> bool:
+        """Whether the numbers in the cells of these maps (None = those with a color bar) can be read at this width."""
+        texts = [str(s) for t in (self.bars if maps is None else maps) if t.texttemplate for row in t.text for s in row]
         wide = self._panel_width(width) / self.plan["cells"][0] if texts else 0
-        return any(text_width(s, self.sizes.note) + 4 > wide for s in texts)
+        return all(text_width(s, self.sizes.note) + 4 <= wide for s in texts)
 
     def apply(self) -> None:
         layout, sizes, plan = self.layout, self.sizes, self.plan

@@ -1,4 +1,4 @@
-"""Which head sets and scores agree: a square of pairs, curves over K, and two scores against each other."""
+"""Agreement of head sets and scores: a matrix of pairs, curves over K, and two scores against each other."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,10 +24,10 @@ VALUES = {
 
 
 def overlap_heatmap(frame: pd.DataFrame, value: str = "jaccard", *, title: str = "Overlap of head sets") -> go.Figure:
-    """Every pair of head sets as a cell, with its number and significance; the diagonal says how many heads a set has.
+    """Draw each pair of head sets as a cell, with its value and significance; the diagonal says how many heads a set has.
 
-    The marks `*` and `+` are of the layer-matched test: sets that only favour the same layers have none. `°` marks pairs with
-    p < 0.05 by the plain hypergeometric test only.
+    The marks `*` and `+` are of the layer-matched test: sets that only prefer the same layers get none. `°` marks pairs with
+    p < 0.05 only by the plain hypergeometric test.
 
     Args:
         frame: of `analysis.overlap.overlap`.
@@ -64,25 +64,26 @@ def overlap_heatmap(frame: pd.DataFrame, value: str = "jaccard", *, title: str =
             colorbar={"title": {"text": label}, **({"dtick": max(1, -(-top // 5)), "tick0": 0} if value == "shared" else {})},
         )
     )  # fmt: skip
-    note = "* p < 0.05, + p < 0.1: more shared heads than sets of the same heads per layer"
+    note = "* p < 0.05, + p < 0.1: more shared heads than random sets with the same number of heads in each layer"
     if any(_mark(row) == "°" for row in frame.to_dict("records")):
-        note += "; ° p < 0.05 only by the plain hypergeometric test"
+        note += "; ° p < 0.05 only against random sets over all layers (hypergeometric test)"
     n, wide = len(names), side * len(names)
     fig.update_yaxes(autorange="reversed", showgrid=False)
     fig.update_xaxes(showgrid=False)
-    finish(fig, title, f"{note} (Holm over pairs)", panel=(wide, wide), cells=(n, n))
+    ks = " or ".join(dict.fromkeys(str(k) for k in size.values()))
+    finish(fig, title, f"{note}; Holm over pairs; K={ks} heads per set", panel=(wide, wide), cells=(n, n))
     return fig
 
 
 def _mark(row: Mapping[Any, Any]) -> str:
-    """Of the layer-matched test, else `°` where the plain one alone is significant."""
+    """Return the mark of the layer-matched test, or `°` where only the plain one is significant."""
     return mark(row["p_layer_holm"]) or ("°" if row["p_holm"] < 0.05 else "")
 
 
 def agreement_curves(
     frame: pd.DataFrame, value: str = "shared", *, title: str = "Agreement of the top K heads"
 ) -> go.Figure:
-    """Shared heads (or Jaccard index) of two rankings against K, over the band that chance would give.
+    """Draw the shared heads (or Jaccard index) of two rankings against K, with the band that chance gives.
 
     Args:
         frame: of `analysis.overlap.agreement_by_k`, or `agreement` with a column `pair`.
@@ -131,7 +132,7 @@ def agreement_curves(
         fig.update_yaxes(range=[-0.03 * most, 1.05 * most])
     if len(x) <= MANY_TICKS:
         ticks_at(fig, x)
-    note = "grey: mean and 95% range of heads drawn by chance"
+    note = "gray: mean and 95% range of random heads"
     finish(fig, title, note, panel=(480, 255), whole="y" if value == "shared" else "")
     return fig
 
@@ -140,7 +141,7 @@ def score_scatter(
     a: HeadScores, b: HeadScores, k: int | None = None, labels: tuple[str, str] | None = None, *,
     title: str = "Two scores of the same heads",
 ) -> go.Figure:  # fmt: skip
-    """Every head as a dot, one score against the other; with `k`, the top K heads of each in colour.
+    """Draw each head as a dot, one score against the other; with `k`, the top K heads of each in color.
 
     Args:
         a: scores on the x axis.
@@ -179,7 +180,7 @@ def score_scatter(
                 hovertemplate="%{text}: %{x:.4g}, %{y:.4g}<extra>" + name + "</extra>",
             ))  # fmt: skip
     rho = "not defined" if np.ptp(x) == 0 or np.ptp(y) == 0 else f"{stats.spearmanr(x, y)[0]:.2f}"
-    top = f"; top K = {k} of each marked" if k else ""
+    top = f"; marked: top K={k} of each" if k else ""
     fig.update_xaxes(title_text=names[0])
     fig.update_yaxes(title_text=names[1])
     finish(fig, title, f"Spearman's rho {rho}, n={x.size} heads{top}", panel=(400, 320))
