@@ -161,7 +161,7 @@ def test_a_lacking_part_is_said_and_the_rest_is_drawn(study_folder, tmp_path, ca
     names = {d.name for d in figures(load_results(copy))}
     assert "fig2_transfer" not in names
     assert {"fig3_layers", "fig5_heads", "methods"} <= names
-    assert any("transfer is left out" in m and "no such run" in m for m in caplog.messages)
+    assert any(m.startswith("Figure 2 (transfer of heads between tasks): left out, ") and "no such run" in m for m in caplog.messages)
 
 
 def test_damaged_results_stop_it(study_folder, tmp_path):

@@ -302,6 +302,33 @@ def test_labels_leave_each_other_alone(figures, chrome, tmp_path, look):
     assert faults == []
 
 
+PLACES = """(() => { const box = e => document.querySelector(e).getBoundingClientRect(), lines = e => [
+  ...document.querySelectorAll(e)].map(t => t.getBoundingClientRect());
+  const scale = document.querySelector('svg').getScreenCTM().a, title = box('.gtitle'), note = box('.annotation-text');
+  return {title: title.top / scale, below: title.bottom / scale, left: title.left / scale, note: note.top / scale,
+          note_left: note.left / scale, axis: Math.max(...lines('.infolayer text[class^=x]').map(r => r.bottom)) / scale,
+          legend: Math.min(...lines('.legendtext').map(r => r.top)) / scale}; })()"""
+
+
+@pytest.mark.browser
+def test_titles_notes_and_legends_have_their_own_room(chrome, tmp_path):
+    """A title of one, two or three lines starts at the same height and left edge; note and legend stand below what is over them."""
+    places = []
+    with saving.many_figures(["svg"]), Browser(chrome) as browser:
+        for words in (2, 9, 15):
+            fig = grid((6, 16)).update_layout(title=" ".join(["heading"] * words))
+            fig.layout.annotations = [a for a in fig.layout.annotations if a.name == "note"]  # the only annotation
+            save_figure(fig, tmp_path / "figure.svg", paper="neurips", width="column")
+            browser.open(tmp_path / "figure.svg", width=1400, height=2000)
+            places.append(browser.js(PLACES))
+    assert [p["title"] for p in places] == pytest.approx([places[0]["title"]] * 3, abs=1)
+    for p in places:
+        assert p["note"] >= p["below"] - 1
+        assert p["note_left"] == pytest.approx(p["left"], abs=1)
+        print(p["legend"] - p["axis"])
+        assert p["legend"] >= p["axis"] + 4
+
+
 @pytest.mark.browser
 def test_pdf_has_the_size_fonts_and_text_of_the_paper(figures, chrome, tmp_path):
     """Page within a point, every text at 6 points and more, all fonts inside the file, text as text."""

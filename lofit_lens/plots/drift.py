@@ -15,7 +15,7 @@ NAMES = {"z": "z (mean over heads)", "resid": "residual stream"}
 
 
 def drift_layers(drift: Drift, *, title: str = "How far the adapter moves activations") -> go.Figure:
-    """Cosine, relative change and relative norm by layer, for z and the residual stream, with bands of 95 % intervals over texts.
+    """Draw cosine, relative change and relative norm by layer, for z and the residual stream, with bands of 95 % intervals over texts.
 
     Args:
         drift: of `analysis.drift.drift`.
@@ -50,7 +50,7 @@ def drift_layers(drift: Drift, *, title: str = "How far the adapter moves activa
 def drift_positions(
     drift: Drift, *, where: str = "resid", measure: str = "change", title: str = "Where in the text the adapter moves activations"
 ) -> go.Figure:
-    """Heat map of layers by positions, counted from the start and from the end of each text.
+    """Draw a heat map of layers by positions, counted from the start and from the end of each text.
 
     Args:
         drift: of `analysis.drift.drift`.

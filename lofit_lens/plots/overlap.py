@@ -130,10 +130,13 @@ def agreement_curves(
     if value == "shared":
         most = max([1.0, *frame["shared"].tolist(), *high.tolist()])
         fig.update_yaxes(range=[-0.03 * most, 1.05 * most])
-    if len(x) <= MANY_TICKS:
+    many = len(x) > MANY_TICKS
+    if many:
+        fig.update_xaxes(range=[x[0], x[-1]])
+    else:
         ticks_at(fig, x)
     note = "gray: mean and 95% range of random heads"
-    finish(fig, title, note, panel=(480, 255), whole="y" if value == "shared" else "")
+    finish(fig, title, note, panel=(480, 255), whole=("y" if value == "shared" else "") + ("x" if many else ""))
     return fig
 
 

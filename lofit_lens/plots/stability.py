@@ -46,7 +46,10 @@ def stability_curves(
     fig.update_xaxes(title_text="K (heads)")
     fig.update_yaxes(title_text="Jaccard index of two runs' top K", range=[-0.03, 1.03])
     ks = {k for points in chance for k, _ in points}
-    if len(ks) <= MANY_TICKS:
+    many = len(ks) > MANY_TICKS
+    if many:
+        fig.update_xaxes(range=[min(ks), max(ks)])
+    else:
         ticks_at(fig, sorted(ks))
-    finish(fig, title, "bands and bars: lowest to highest pair of runs", panel=(480, 255))
+    finish(fig, title, "bands and bars: lowest to highest pair of runs", panel=(480, 255), whole="x" if many else "")
     return fig

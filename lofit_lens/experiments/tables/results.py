@@ -260,6 +260,15 @@ class Results:
                 found[row["task"]] = io.read_json(self._store.folder(name) / READINGS)
         return {task: found[task] for task in (*self.tasks, TOGETHER) if task in found}
 
+    def read_adapters(self, task: str) -> tuple[list[int], int]:
+        """Return K of the adapters that a reading (of a task, or `"together"`) is about, and their seed."""
+        cells = self.record["cells"]
+        # The last one, as in `readings`.
+        name = [n for n, row in cells.items() if (row["kind"], row["task"]) == ("reading", task) and self._store.done(n)][-1]
+        spec = self._store.read(name)["spec"]
+        fits = list(spec["fits"].values()) if "fits" in spec else [spec["fit"]]
+        return [int(cells[fit]["k"]) for fit in fits], int(cells[name]["seed"])
+
     @cached_property
     def _tables(self) -> dict[str, MethodTable]:
         return {}
