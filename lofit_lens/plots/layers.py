@@ -57,7 +57,7 @@ def layer_distribution(sets: Sets, *, n_layers: int | None = None, title: str = 
         panel_title(fig, f"{name} (K={len(heads)}, mean layer {heads.mean_layer:.1f})", row, color=color)
         fig.add_hline(y=100 / n, line={"color": GREY, "dash": "dot", "width": 1}, row=row, col=1)  # pyright: ignore[reportArgumentType]
         fig.add_annotation(
-            text="▼", x=heads.mean_layer, y=1, yref="y domain", yanchor="bottom", yshift=-9, showarrow=False,
+            text="▼", x=heads.mean_layer, y=1, yref="y domain", yanchor="bottom", yshift=-11, showarrow=False,
             font={"size": 11, "color": color}, hovertext=f"mean layer {heads.mean_layer:.2f}", row=row, col=1,
         )  # fmt: skip
     fig.update_xaxes(range=[-0.6, n - 0.4], title_text="layer")

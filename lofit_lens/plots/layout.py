@@ -77,7 +77,7 @@ def panel_title(fig: go.Figure, text: str, number: int, *, color: str = "#222222
     i = "" if number == 1 else number
     fig.add_annotation(
         name="panel", text=text, showarrow=False, align="left", font={"color": color}, borderwidth=0, borderpad=0, x=0,
-        xref=f"x{i} domain", xanchor="left", y=1, yref=f"y{i} domain", yanchor="bottom", yshift=1,
+        xref=f"x{i} domain", xanchor="left", y=1, yref=f"y{i} domain", yanchor="bottom", yshift=3,
     )  # fmt: skip
 
 
@@ -187,7 +187,7 @@ class _Layout:
     def _y_room(self, i: int) -> float:
         """Pixels for the labels and the title of a y axis."""
         y = self.axes[i][1]
-        labels = self.y_labels[i] or [PERCENT if "%" in (y.tickformat or "") + (y.ticksuffix or "") else NUMBER]
+        labels = self.y_labels[i] or [PERCENT if "%" in _format(y) else NUMBER]
         return (
             max(text_width(t, self.sizes.tick) for t in labels) + 14 + LINE * self.sizes.axis * self._y_title_lines(i)
         )
@@ -203,7 +203,8 @@ class _Layout:
         """Pixels of a color bar with its numbers and title; bars that say the same have one title, at the last."""
         titles = [wrapped(t.colorbar.title.text or "", self._least_height(), self.sizes.axis) for t in self.bars]
         lines = 0 if inner and self._one_title() else max(map(lines_of, titles))
-        return (28 if inner else 36) + text_width(NUMBER, self.sizes.tick) + LINE * self.sizes.axis * lines
+        wide = text_width(PERCENT if any("%" in _format(t.colorbar) for t in self.bars) else NUMBER, self.sizes.tick)
+        return (32 if inner else 40) + wide + LINE * self.sizes.axis * lines
 
     def _one_title(self) -> bool:
         return len({t.colorbar.title.text for t in self.bars} - {None}) == 1
@@ -229,7 +230,7 @@ class _Layout:
         entry = max((text_width(e, sizes.tick) for e in self.entries), default=0) + 44
         # Plotly breaks a legend at the width of the panels, with a gap after each entry that does not shrink on paper.
         per_row = max(1, int((self.width - self.left - self.right) // (entry + ENTRY_GAP)))
-        legend = math.ceil(len(self.entries) / per_row) * 1.5 * sizes.tick + 12 if self.entries else 0
+        legend = math.ceil(len(self.entries) / per_row) * (LINE * sizes.tick + 8) + 12 if self.entries else 0
         bottom, inner = max(below) + legend + 6, self.rows * self.tall + (self.rows - 1) * between
         height = math.ceil(top + inner + bottom)
         room = self.width - self.left - self.right
@@ -312,7 +313,7 @@ class _Layout:
         x.showticklabels = i + self.cols >= len(self.axes) or "x" not in self.plan["share"]
         if not x.showticklabels:
             x.title.text = None
-        title = lines_of(x.title.text or "") * LINE * sizes.axis + 14
+        title = lines_of(x.title.text or "") * LINE * sizes.axis + 19
         labels, places = self._labels("x", i), self._places("x", i)
         if not labels:
             if "x" in self.plan["whole"]:
@@ -382,6 +383,10 @@ def _step(axis: Any, pixels: float, room: float) -> None:
     span = abs(axis.range[1] - axis.range[0])
     step = next((s for s in STEPS if pixels * s / span >= room), STEPS[-1])
     axis.update(tickmode="linear", tick0=0, dtick=step, tickangle=0)
+
+
+def _format(axis: Any) -> str:
+    return (axis.tickformat or "") + (axis.ticksuffix or "")
 
 
 def _numbers(labels: Sequence[str]) -> bool:
