@@ -161,7 +161,10 @@ def test_a_lacking_part_is_said_and_the_rest_is_drawn(study_folder, tmp_path, ca
     names = {d.name for d in figures(load_results(copy))}
     assert "fig2_transfer" not in names
     assert {"fig3_layers", "fig5_heads", "methods"} <= names
-    assert any(m.startswith("Figure 2 (transfer of heads between tasks): left out, ") and "no such run" in m for m in caplog.messages)
+    assert any(
+        m.startswith("Figure 2 (transfer of heads between tasks): left out, ") and "no such run" in m
+        for m in caplog.messages
+    )
 
 
 def test_damaged_results_stop_it(study_folder, tmp_path):
@@ -235,7 +238,7 @@ def test_method_bars_draw_means_and_intervals():
     assert fig.layout.yaxis.autorange == "reversed", "from the top down"
     assert [a.text for a in fig.layout.annotations][:2] == ["a (EM, n=9)", "b (EM, n=9)"]
     assert "95% interval" in fig.layout.annotations[-1].text
-    assert "2 runs per method" in fig.layout.annotations[-1].text
+    assert "per method: 2 runs;" in fig.layout.annotations[-1].text
     assert first.marker.color[0] != first.marker.color[1], "LoFiT stands out"
     with pytest.raises(InputError, match="1 methods to draw"):
         method_bars(frame[frame["method"] == "ITI"])

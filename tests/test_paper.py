@@ -8,11 +8,13 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 
+from lofit_lens import plots
+from lofit_lens.analysis.overlap import overlap
 from lofit_lens.errors import InputError
 from lofit_lens.plots import for_paper, save_figure, saving, to_matplotlib
 from lofit_lens.plots.paper import PAPERS
 from tests.browser import Browser, find_chrome
-from tests.figure_kinds import grid, kinds
+from tests.figure_kinds import grid, kinds, scores
 
 LOOKS = {
     "neurips column": {"paper": "neurips", "width": "column"}, "neurips text": {"paper": "neurips"},
@@ -104,6 +106,42 @@ def test_font_size_is_that_of_axis_titles(figures):
     fig = for_paper(figures["k_sweep"], "neurips", font_size=10)
     assert fig.layout.xaxis.title.font.size * 0.75 == pytest.approx(10, abs=0.01)
     assert fig.layout.xaxis.tickfont.size < fig.layout.xaxis.title.font.size
+
+
+def test_a_map_shows_numbers_or_their_colors(figures, made):
+    """Where the numbers have no room, the color bar stays; where only the bar is in their way, it goes."""
+    for (name, look), fig in made.items():
+        if not name.startswith("overlap") and name != "transfer":
+            continue
+        written = any(c.isdigit() for row in fig.data[0].text for text in row for c in text.removeprefix("K="))
+        assert written or fig.data[0].showscale is not False, (name, look)
+    many = {f"set {i}": scores((6, 16), i).top(3) for i in range(15)}
+    tight = for_paper(plots.overlap_heatmap(overlap(many), "shared"), "neurips", width="column").data[0]
+    assert not any(c.isdigit() for row in tight.text for text in row for c in text)
+    assert tight.showscale is not False
+
+
+def test_error_bars_and_bands_lie_inside_their_axes(figures):
+    """With a fixed range, none is cut off."""
+    cut = []
+    for name, fig in figures.items():
+        for t in fig.data:
+            for letter in "xy":
+                axis = fig.layout[(t[f"{letter}axis"] or letter).replace(letter, f"{letter}axis", 1)]
+                if axis.range is None or axis.type == "log" or t.type == "heatmap" or isinstance(t[letter][0], str):
+                    continue
+                at, error = np.array(t[letter], dtype=float), t[f"error_{letter}"] if t.type != "heatmap" else None
+                more, less = (np.array(error[k] if error[k] is not None else 0.0) for k in ("array", "arrayminus"))
+                low, high = sorted(axis.range)
+                if np.nanmax(at + more) > high or np.nanmin(at - less) < low:
+                    cut.append((name, t.name, letter))
+    assert cut == []
+
+
+def test_every_named_row_of_a_panel_has_its_name(figures, made):
+    """The tokens of a head, however narrow the figure is and however many panels are stacked."""
+    wide, narrow = figures["tokens"], made["tokens", "neurips column"]
+    assert [len(a.ticktext) for a in narrow.select_yaxes()] == [len(a.ticktext) for a in wide.select_yaxes()]
 
 
 def test_title_and_note_can_be_left_to_the_caption(figures):
@@ -324,7 +362,7 @@ PLACES = """(() => { const box = e => document.querySelector(e).getBoundingClien
 
 @pytest.mark.browser
 def test_titles_notes_and_legends_have_their_own_room(chrome, tmp_path):
-    """A title of one, two or three lines starts at the same height and left edge; note and legend stand below what is over them."""
+    """A title of one, two or three lines starts at one height and left edge; note and legend stand below what is over them."""
     places = []
     with saving.many_figures(["svg"]), Browser(chrome) as browser:
         for words in (2, 9, 15):

@@ -1,8 +1,7 @@
 """Curves with a band, shared by the figures that plot something against K, n or depth."""
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -41,21 +40,6 @@ def percent(fig: go.Figure, letter: str = "y", **where: int) -> None:
     """Label the ticks of an axis of shares in percent."""
     update: Any = fig.update_yaxes if letter == "y" else fig.update_xaxes
     update(tickformat="~%", **where)
-
-
-def counted(numbers: Iterable[tuple[str, int]], what: str) -> str:
-    """Say how many there are; where they differ, the most common number, and the names of all that have another.
-
-    >>> counted([("LoFiT", 2), ("ITI", 2), ("random heads", 5)], "run")
-    '2 runs (random heads: 5)'
-    """
-    named: dict[str, set[int]] = {}
-    listed = [(str(name), int(n)) for name, n in numbers]
-    for name, n in listed:
-        named.setdefault(name, set()).add(n)
-    usual = Counter(n for _, n in listed).most_common(1)[0][0]
-    others = [f"{name}: {' or '.join(map(str, sorted(n)))}" for name, n in named.items() if n != {usual}]
-    return f"{usual} {what}{'' if usual == 1 else 's'}" + (f" ({'; '.join(others)})" if others else "")
 
 
 def rows_where(frame: pd.DataFrame, column: str, value: object, *, by: str) -> pd.DataFrame:

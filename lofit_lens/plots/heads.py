@@ -28,9 +28,9 @@ def head_grid(
         chosen: panel title -> heads to mark as chosen; for one panel, a head set.
         marked: panel title -> a second set to mark, e.g. known truth.
         marked_label: name of the second set in the legend.
-        scale: of the colors. `"kind"`: panels of one kind of score share one, so that they can be compared; different kinds (norms
-            and accuracies) have one each. `"panel"`: each panel has its own, so that low scores of
-            one task stay visible next to high scores of another. `"rank"`: the rank within the panel, 1 = the highest score.
+        scale: of the colors. `"kind"`: panels of one kind of score share one, so that they can be compared; different kinds
+            (norms and accuracies) have one each. `"panel"`: each panel has its own, so that low scores of one task stay visible
+            next to high scores of another. `"rank"`: the rank within the panel, 1 = the highest score.
         title: of the figure.
 
     Raises:

@@ -28,7 +28,8 @@ MARKERS = {
 def to_matplotlib(fig: go.Figure) -> Any:
     """Return a figure as a matplotlib figure of the same size: lines, bands, bars, dots, heat maps, axes, legend, color bars.
 
-    The figure is not registered with `pyplot`: save it with `made.savefig("grid.pdf")`, without `bbox_inches`, which changes its size.
+    The figure is not registered with `pyplot`: save it with `made.savefig("grid.pdf")`, without `bbox_inches`, which
+    changes its size.
     Set `rcParams` before the call: `pdf.fonttype = 42` for TrueType fonts, or the font family of your paper.
 
     Args:

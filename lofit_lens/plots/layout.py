@@ -13,6 +13,7 @@ import plotly.graph_objects as go
 
 from lofit_lens.plots.style import style
 from lofit_lens.plots.text import LINE, lines_of, narrowed, text_width, wrapped
+from lofit_lens.plots.ticks import all_numbers, apart, pixels, step
 
 KEY = "lofit_lens"
 EDGE = 8  # pixels between the figure's edge and what is next to it
@@ -21,7 +22,6 @@ NUMBER = "0.00"  # as wide as the numbers that plotly chooses by itself
 PERCENT = "100%"
 ENTRY_GAP = 16
 CAPITAL = 0.7  # height of a capital letter as a share of the font size
-STEPS = (1, 2, 4, 5, 10, 20, 50, 100, 200, 500, 1000)
 MARKS = "*+°"
 
 
@@ -66,8 +66,8 @@ def finish(
     }})  # fmt: skip
     if note:
         fig.add_annotation(
-            name="note", text=note, showarrow=False, align="left", font={"color": "#555555"}, borderwidth=0, borderpad=0, x=0, xref="paper",
-            xanchor="left", y=1, yref="paper", yanchor="bottom",
+            name="note", text=note, showarrow=False, align="left", font={"color": "#555555"}, borderwidth=0, borderpad=0, x=0,
+            xref="paper", xanchor="left", y=1, yref="paper", yanchor="bottom",
         )  # fmt: skip
     lay_out(fig)
 
@@ -173,7 +173,7 @@ class _Layout:
             tall = float(self.plan["panel"][1])
             tall = max(90.0, min(tall, PAGE / self.rows)) if self.rows > 1 else tall
             # Each row keeps its name, even if the panels then take more than a page; numbers may be left out.
-            named = [t for t in self.y_labels if not _numbers(t)]
+            named = [t for t in self.y_labels if not all_numbers(t)]
             return max([tall, *(len(t) * max(map(lines_of, t)) * LINE * self.sizes.tick for t in named)])
         across, down = cells
         least, most = max(6.0, 80 / down), 26.0 if down <= 8 else 20.0 if down <= 16 else 14.0
@@ -301,7 +301,7 @@ class _Layout:
             keep = max(1, math.ceil(LINE * sizes.tick * max(map(lines_of, labels)) * len(labels) / self.tall - 0.01))
             y.update(tickmode="array", tickvals=self._places("y", i)[::keep], ticktext=labels[::keep], tickangle=0)
         elif "y" in self.plan["whole"]:
-            _step(y, self.tall, 1.5 * sizes.tick)
+            step(y, self.tall, 1.5 * sizes.tick)
         else:
             y.nticks = max(4, int(self.tall // 30))
 
@@ -317,13 +317,13 @@ class _Layout:
         labels, places = self._labels("x", i), self._places("x", i)
         if not labels:
             if "x" in self.plan["whole"]:
-                _step(x, wide, max(text_width(str(round(end)), sizes.tick) for end in x.range) + 8)
+                step(x, wide, max(text_width(str(round(end)), sizes.tick) for end in x.range) + 8)
             else:
                 x.nticks = max(4, int(wide // 38))
             return LINE * sizes.tick + title
-        at = _pixels(x, places, wide)
-        if _numbers(labels):  # some may be left out
-            kept = _apart(at, [text_width(t, sizes.tick) + 6 for t in labels])
+        at = pixels(x, places, wide)
+        if all_numbers(labels):  # some may be left out
+            kept = apart(at, [text_width(t, sizes.tick) + 6 for t in labels])
             labels, places, angle = [labels[k] for k in kept], [places[k] for k in kept], 0
         else:
             slot = min((abs(b - a) for a, b in itertools.pairwise(at)), default=wide)
@@ -378,34 +378,5 @@ class _Layout:
                     t.textfont.size = size
 
 
-def _step(axis: Any, pixels: float, room: float) -> None:
-    """Ticks at whole numbers, as many as there is room for."""
-    span = abs(axis.range[1] - axis.range[0])
-    step = next((s for s in STEPS if pixels * s / span >= room), STEPS[-1])
-    axis.update(tickmode="linear", tick0=0, dtick=step, tickangle=0)
-
-
 def _format(axis: Any) -> str:
     return (axis.tickformat or "") + (axis.ticksuffix or "")
-
-
-def _numbers(labels: Sequence[str]) -> bool:
-    return all(t[:1].isdigit() for t in labels)
-
-
-def _pixels(axis: Any, places: Sequence[Any], wide: float) -> list[float]:
-    """Where these values lie along an axis."""
-    if isinstance(places[0], str):
-        return [(k + 0.5) * wide / len(places) for k in range(len(places))]
-    at = [math.log10(p) if axis.type == "log" else float(p) for p in places]
-    low, high = axis.range or (min(at) - 0.06 * (max(at) - min(at)), max(at) + 0.06 * (max(at) - min(at)))
-    return [(a - low) / ((high - low) or 1) * wide for a in at]
-
-
-def _apart(at: Sequence[float], widths: Sequence[float]) -> list[int]:
-    """Indices of labels that do not run into each other, from the last one on."""
-    kept: list[int] = []
-    for k in sorted(range(len(at)), key=lambda k: -at[k]):
-        if not kept or at[kept[-1]] - at[k] >= (widths[k] + widths[kept[-1]]) / 2:
-            kept.append(k)
-    return kept[::-1]

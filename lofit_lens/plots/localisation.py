@@ -20,8 +20,8 @@ SECOND: dict[str, Any] = {"row": 1, "col": 2}
 def localisation_figure(found: Localisation, *, title: str = "Chosen heads and random sets") -> go.Figure:
     """Draw the mean of the chosen set and of each random set, from the best to the worst, with 95 % intervals.
 
-    The dashed line is the mean of the random sets, the band around it the equivalence margin, the dotted line the unmodified model.
-    A second panel has the controls that were run: the chosen heads and the mean of the random sets.
+    The dashed line is the mean of the random sets, the band around it the equivalence margin, the dotted line the unmodified
+    model. A second panel has the controls that were run: the chosen heads and the mean of the random sets.
 
     Args:
         found: what `localisation` returns.

@@ -6,7 +6,8 @@ from plotly.subplots import make_subplots
 
 from lofit_lens.checks import check_is
 from lofit_lens.errors import InputError
-from lofit_lens.plots.curves import counted, metric_name
+from lofit_lens.evaluation.result import how_many
+from lofit_lens.plots.curves import metric_name
 from lofit_lens.plots.layout import finish, panel_title
 from lofit_lens.plots.style import COLORS
 
@@ -47,7 +48,7 @@ def method_bars(frame: pd.DataFrame, *, title: str = "Methods on the test split"
             ), row=1, col=i,
         )  # fmt: skip
         panel_title(fig, f"{task} ({metric_name(_of(frame, task, 'metric'))}, n={_of(frame, task, 'n_items')})", i)
-    runs = counted(zip(frame["method"], frame["seeds"], strict=True), "run")
+    runs = how_many(zip(frame["method"], frame["seeds"], strict=True), "run")
     note = f"dots: mean over runs and items; bars: 95% interval; per method: {runs}; orange: LoFiT"
     fig.update_xaxes(title_text="accuracy", ticksuffix="%", range=[-6, 106], dtick=25)
     fig.update_yaxes(categoryorder="array", categoryarray=methods, autorange="reversed")

@@ -15,6 +15,7 @@ from lofit_lens.heads import HeadScores, HeadSet, joint_grid
 from lofit_lens.plots.curves import GREY, MANY_TICKS, add_curve, faded, need, rows_where, ticks_at
 from lofit_lens.plots.layout import finish
 from lofit_lens.plots.style import COLORS, HEAT
+from lofit_lens.plots.ticks import STEPS
 
 VALUES = {
     "jaccard": ("Jaccard index", "{:.2f}"),
@@ -56,12 +57,13 @@ def overlap_heatmap(frame: pd.DataFrame, value: str = "jaccard", *, title: str =
             z[i, j], hover[i, j] = row[value], said
             text[i, j] = f"{form.format(row[value])}{_mark(row)}"
     top = max(frame[value].tolist()) or 1.0
+    step = next((s for s in STEPS if s >= top / 5), STEPS[-1])
     side = max(64, min(100, 560 // len(names)))
     fig = go.Figure(
         go.Heatmap(
             z=z.tolist(), x=names, y=names, text=text.tolist(), customdata=hover.tolist(), texttemplate="%{text}",
             hovertemplate="%{customdata}<extra></extra>", colorscale=HEAT, zmin=0, zmax=top, meta=2,
-            colorbar={"title": {"text": label}, **({"dtick": max(1, -(-top // 5)), "tick0": 0} if value == "shared" else {})},
+            colorbar={"title": {"text": label}, **({"dtick": step, "tick0": 0} if value == "shared" else {})},
         )
     )  # fmt: skip
     note = "* p < 0.05, + p < 0.1: more shared heads than random sets with the same number of heads in each layer"

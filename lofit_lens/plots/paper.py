@@ -51,7 +51,8 @@ def for_paper(
         transpose: swap x and y, so that layers run from left to right; panels that were side by side are then stacked.
 
     Raises:
-        InputError: an unknown paper or width, a width or font size that leaves no room, or a figure that no plot of this library made.
+        InputError: an unknown paper or width, a width or font size that leaves no room, or a figure that this
+            library did not make.
 
     Examples:
         >>> from lofit_lens import HeadScores

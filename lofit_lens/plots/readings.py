@@ -154,8 +154,8 @@ def leave_one_out_figure(found: LeaveOneOut, *, title: str = "What the adapter l
             fig.add_annotation(x=i, y=top, text=text, showarrow=False, yanchor="bottom", font={"size": 16})
     n = int(frame["n"].iloc[0])
     note = (
-        f"{found.task} {found.split}, n={n} items; all heads: {float(frame['full'].iloc[0]):.1%}; bars: 95% intervals over items; "
-        "* p < 0.05, + p < 0.1 (paired test, Holm over heads)"
+        f"{found.task} {found.split}, n={n} items; all heads: {float(frame['full'].iloc[0]):.1%}; "
+        "bars: 95% intervals over items; * p < 0.05, + p < 0.1 (paired test, Holm over heads)"
     )
     _heads_axis(fig, heads)
     fig.update_yaxes(title_text=f"loss in {metric_name(found.metric)}", zeroline=True, zerolinecolor="#888888")
@@ -178,7 +178,10 @@ def keep_figure(found: KeepOnly, *, title: str = "Are a few heads enough?") -> g
     fig = go.Figure()
     add_curve(fig, best, "k", "value", ("low", "high"), name=names[0], place=0, hover=hover)
     add_curve(fig, found.curve, "k", "random", ("random_low", "random_high"), name=names[1], place=1, hover=hover)
-    note = f"{found.task} {found.split}, n={int(found.curve['n'].iloc[0])} items; bands: 95% intervals over items, for random orders over draws too"
+    note = (
+        f"{found.task} {found.split}, n={int(found.curve['n'].iloc[0])} items; "
+        "bands: 95% intervals over items, for random orders over draws too"
+    )
     fig.update_xaxes(zeroline=False, title_text="k (heads whose edits are kept)")
     ticks_at(fig, [float(k) for k in found.curve["k"]])
     fig.update_yaxes(title_text=metric_name(found.metric), range=[-0.03, 1.03])
@@ -203,7 +206,8 @@ def removal_figure(found: Removal, *, title: str = "Does the task need the chose
     fig.add_hline(y=float(curve["none"].iloc[0]), line={"color": GREY, "dash": "dash", "width": 1.5})
     last = curve.to_dict("records")[-1]
     note = (
-        f"{found.task} {found.split}, n={int(last['n'])} items; dashed: nothing removed; bands: 95% intervals over items, for random heads over draws too; "
+        f"{found.task} {found.split}, n={int(last['n'])} items; dashed: nothing removed; "
+        "bands: 95% intervals over items, for random heads over draws too; "
         f"k = {int(last['k'])}: chosen - random {_difference(last)} points ({_how(found.how)})"
     )
     fig.update_xaxes(title_text="k (heads removed)")

@@ -35,8 +35,8 @@ def save_figure(
     """Write a figure and the data that it shows.
 
     A name that ends in `.html` (one self-contained page, plotly.js inside, opens offline), `.png`, `.svg` or `.pdf` is written
-    as that one file. PDF and SVG have the figure's true size, in points, with text as text; a PDF embeds its fonts. Any other name gets one
-    file per format; its page loads plotly.js from `plotly.min.js` in the same folder, which all figures there share.
+    as that one file. PDF and SVG have the figure's true size, in points, with text as text; a PDF embeds its fonts. Any other
+    name gets one file per format; its page loads plotly.js from `plotly.min.js` in the same folder, which the folder shares.
     PNG, SVG and PDF need Chrome; without it the page is written all the same, and a warning says how to get the rest.
     The data are written too: `data` as `.csv`, otherwise the traces as `.json`.
 

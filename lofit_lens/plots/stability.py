@@ -6,7 +6,8 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from lofit_lens.errors import InputError
-from lofit_lens.plots.curves import GREY, MANY_TICKS, add_curve, counted, need, ticks_at
+from lofit_lens.evaluation.result import how_many
+from lofit_lens.plots.curves import GREY, MANY_TICKS, add_curve, need, ticks_at
 from lofit_lens.plots.layout import finish
 
 
@@ -32,7 +33,7 @@ def stability_curves(
         part = frame.sort_values("k")
         chance.setdefault(tuple(zip(part["k"], part["expected"], strict=True)), []).append(name)
         hover = "K=%{x}: %{y:.3f}, pairs %{customdata[0]:.3f} to %{customdata[1]:.3f}<br>%{customdata[2]:.0f} runs"
-        label = f"{name} ({counted(((name, n) for n in part['n_runs']), 'run')})"
+        label = f"{name} ({how_many(((name, n) for n in part['n_runs']), 'run')})"
         add_curve(fig, part, "k", "jaccard", ("lowest", "highest"), name=label, place=i, hover=hover,
                   more=("lowest", "highest", "n_runs"))  # fmt: skip
     for points, names in chance.items():

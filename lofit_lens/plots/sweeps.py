@@ -5,7 +5,8 @@ import plotly.graph_objects as go
 
 from lofit_lens.checks import check_whole, given
 from lofit_lens.errors import InputError
-from lofit_lens.plots.curves import GREY, add_curve, counted, faded, need, percent, rows_where, ticks_at
+from lofit_lens.evaluation.result import how_many
+from lofit_lens.plots.curves import GREY, add_curve, faded, need, percent, rows_where, ticks_at
 from lofit_lens.plots.layout import finish
 
 UNTUNED = ("zero-shot", "0-shot", "zero shot", "unmodified", "untuned")
@@ -67,7 +68,7 @@ def _tuned(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _finish(fig: go.Figure, frame: pd.DataFrame, title: str) -> None:
     tuned = _tuned(frame)
-    seeds, items = (counted(zip(tuned["series"], tuned[f"n_{what}s"], strict=True), what) for what in ("seed", "item"))
+    seeds, items = (how_many(zip(tuned["series"], tuned[f"n_{what}s"], strict=True), what) for what in ("seed", "item"))
     note = f"bands and bars: 95% intervals over seeds and items; per point: {seeds}, n={items}"
     finish(fig, title, note, panel=(480, 250))
 

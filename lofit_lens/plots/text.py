@@ -40,17 +40,19 @@ def lines_of(text: str) -> int:
 def wrapped(text: str, width: float, size: float, *, keep: bool = False) -> str:
     """Wrap a text at spaces so that no line is wider, as far as its words allow; `keep` keeps its own line breaks.
 
-    What is in brackets stays on one line if it fits.
+    What is in brackets, and `p < 0.05`, stays on one line if it fits.
 
     >>> wrapped("one two<br>three", 1000, 10)
     'one two three'
     >>> wrapped("one two", 20, 10)
     'one<br>two'
+    >>> wrapped("if p < 0.05 [1, 2]", 50, 10)
+    'if<br>p < 0.05<br>[1, 2]'
     """
     if keep:
         return "<br>".join(wrapped(line, width, size) for line in text.split("<br>"))
     lines: list[str] = []
-    words = re.findall(r"\([^()]*\)\S*|\[[^\[\]]*\]\S*|\S+", text.replace("<br>", " "))
+    words = re.findall(r"\([^()]*\)\S*|\[[^\[\]]*\]\S*|\w [<=] \S+|\S+", text.replace("<br>", " "))
     for word in (part for w in words for part in ([w] if text_width(w, size) <= width else w.split(" "))):
         if lines and text_width(f"{lines[-1]} {word}", size) <= width:
             lines[-1] = f"{lines[-1]} {word}"

@@ -6,7 +6,8 @@ import plotly.graph_objects as go
 
 from lofit_lens.analysis.transfer import RANDOM, Transfer
 from lofit_lens.checks import check_is
-from lofit_lens.plots.curves import counted, metric_name
+from lofit_lens.evaluation.result import how_many
+from lofit_lens.plots.curves import metric_name
 from lofit_lens.plots.layout import finish
 from lofit_lens.plots.style import HEAT
 
@@ -48,7 +49,7 @@ def transfer_heatmap(transfer: Transfer, *, title: str = "Accuracy with another 
     names = [f"{t}<br>({metric_name(str(first.loc[t, 'metric']))}, n={first.loc[t, 'n_items']})" for t in tasks]
     wide_cell = max(84, 8 * max(len(part) for n in names for part in n.split("<br>")))
     runs = {
-        chance: counted(zip(part["task"], part["n_seeds"], strict=True), "run")
+        chance: how_many(zip(part["task"], part["n_seeds"], strict=True), "run")
         for chance, part in transfer.frame.groupby(transfer.frame["source"].eq(RANDOM))
     }
     note = f"* p < 0.05, + p < 0.1 against the task's own heads (paired test over items); {runs[False]} per cell"

@@ -96,10 +96,12 @@ def _of_task(results: Results, task: str, parts: dict[str, Any]) -> dict[str, Dr
             drift_layers(parts["drift"], title=f"{task}: how far the adapter moves activations"), parts["drift"].layers
         )),
         "drift_positions": ("drift", lambda: (
-            drift_positions(parts["drift"], title=f"{task}: where in the text the adapter moves activations"), parts["drift"].positions
+            drift_positions(parts["drift"], title=f"{task}: where in the text the adapter moves activations"),
+            parts["drift"].positions,
         )),
         "long_context": ("long_context", lambda: (
-            long_context_figure(parts["long_context"], title=f"{task}: after other documents in the context"), parts["long_context"].frame
+            long_context_figure(parts["long_context"], title=f"{task}: after other documents in the context"),
+            parts["long_context"].frame,
         )),
         "attention": ("attention", lambda: _attention(results, task, parts["attention"])),
     }  # fmt: skip
