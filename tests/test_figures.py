@@ -62,6 +62,10 @@ def test_every_part_has_its_figure(drawn):
         assert "seed 0" in small[name], name
     for name in ("head_grid", "fig3_layers", "fig2_transfer", "fig4_data_kin"):
         assert "K=" in small[name], name
+    for name in (f"{part}_{t}" for part in READ for t in (KIN, PLACE)):
+        assert "seed 0" in small[name], name
+        assert "K=" in small[name] or name.startswith("attention"), name
+    assert "LoFiT: K=" in small["interference"]
     for d in drawn.values():
         assert len(d.data), d.name
         assert d.figure.layout.title.text, d.name

@@ -319,7 +319,7 @@ class _Layout:
             if "x" in self.plan["whole"]:
                 step(x, wide, max(text_width(str(round(end)), sizes.tick) for end in x.range) + 8)
             else:
-                x.nticks = max(4, int(wide // 38))
+                x.update(nticks=max(4, int(wide // 38)), tickangle=0)
             return LINE * sizes.tick + title
         at = pixels(x, places, wide)
         if all_numbers(labels):  # some may be left out

@@ -50,7 +50,7 @@ def method_bars(frame: pd.DataFrame, *, title: str = "Methods on the test split"
         panel_title(fig, f"{task} ({metric_name(_of(frame, task, 'metric'))}, n={_of(frame, task, 'n_items')})", i)
     runs = how_many(zip(frame["method"], frame["seeds"], strict=True), "run")
     note = f"dots: mean over runs and items; bars: 95% interval; per method: {runs}; orange: LoFiT"
-    fig.update_xaxes(title_text="accuracy", ticksuffix="%", range=[-6, 106], dtick=25)
+    fig.update_xaxes(title_text="accuracy", ticksuffix="%", range=[-6, 106])
     fig.update_yaxes(categoryorder="array", categoryarray=methods, autorange="reversed")
     finish(fig, title, note, panel=(190, 26 * len(methods)), cols=len(tasks), share="xy", narrow=100)
     return fig

@@ -46,8 +46,8 @@ def wrapped(text: str, width: float, size: float, *, keep: bool = False) -> str:
     'one two three'
     >>> wrapped("one two", 20, 10)
     'one<br>two'
-    >>> wrapped("if p < 0.05 [1, 2]", 50, 10)
-    'if<br>p < 0.05<br>[1, 2]'
+    >>> wrapped("if p < 0.05 [1, 2]", 60, 10)
+    'if p < 0.05<br>[1, 2]'
     """
     if keep:
         return "<br>".join(wrapped(line, width, size) for line in text.split("<br>"))
