@@ -93,14 +93,14 @@ def test_page_draws_in_a_browser_without_a_network(patterns, tmp_path):
 
 
 def test_figure_shows_one_head(patterns):
-    """Row = the token that looks, on a scale from 0 to 1; what cannot be looked at is left out."""
+    """Row = query token, on a scale from 0 to 1; later tokens, which it cannot attend to, are left out."""
     fig = attention_figure(patterns, "L0H3")
     drawn, pattern = fig.data[0], patterns.of("L0H3")
     n = len(patterns.tokens[0])
     assert [[x for x in row if x is not None] for row in drawn.z] == [pattern[i, : i + 1].tolist() for i in range(n)]
     assert (drawn.zmin, drawn.zmax) == (0, 1)
-    assert fig.layout.yaxis.title.text == "token that looks"
-    assert fig.layout.xaxis.title.text == "token looked at"
+    assert fig.layout.yaxis.title.text == "query token"
+    assert fig.layout.xaxis.title.text == "key token (attended to)"
     assert "attention" in drawn.colorbar.title.text
     assert not any("<b>" in t for t in fig.layout.xaxis.ticktext)
     assert "L0H3" in fig.layout.title.text

@@ -10,8 +10,8 @@ STEPS = (1, 2, 4, 5, 10, 20, 50, 100, 200, 500, 1000)
 def step(axis: Any, pixels: float, room: float) -> None:
     """Put ticks at whole numbers, as many as there is room for."""
     span = abs(axis.range[1] - axis.range[0])
-    step = next((s for s in STEPS if pixels * s / span >= room), STEPS[-1])
-    axis.update(tickmode="linear", tick0=0, dtick=step, tickangle=0)
+    between = next((s for s in STEPS if pixels * s / span >= room), STEPS[-1])
+    axis.update(tickmode="linear", tick0=0, dtick=between, tickangle=0)
 
 
 def all_numbers(labels: Sequence[str]) -> bool:
