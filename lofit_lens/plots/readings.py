@@ -266,7 +266,7 @@ def removal_bars(
     draws = "/".join(dict.fromkeys(str(r.draws) for r in found.values()))
     note = (
         f"bars: 95% intervals over items, for random heads over {draws} draws too; "
-        f"above: chosen - random in percentage points{' [95% interval]' if rows['low'].notna().any() else ''}"
+        f"above: chosen - random in percentage points{' [95% interval]' if any(pd.notna(low) for low in rows['low']) else ''}"
     )
     fig.update_yaxes(title_text="accuracy", range=[-0.02, 1.3], tickvals=[0, 0.25, 0.5, 0.75, 1])
     percent(fig)
