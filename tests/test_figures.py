@@ -62,6 +62,10 @@ def test_every_part_has_its_figure(drawn):
         assert "seed 0" in small[name], name
     for name in ("head_grid", "fig3_layers", "fig2_transfer", "fig4_data_kin"):
         assert "K=" in small[name], name
+    for name in (f"{part}_{t}" for part in READ for t in (KIN, PLACE)):
+        assert "seed 0" in small[name], name
+        assert "K=" in small[name] or name.startswith("attention"), name
+    assert "LoFiT: K=" in small["interference"]
     for d in drawn.values():
         assert len(d.data), d.name
         assert d.figure.layout.title.text, d.name
@@ -161,7 +165,10 @@ def test_a_lacking_part_is_said_and_the_rest_is_drawn(study_folder, tmp_path, ca
     names = {d.name for d in figures(load_results(copy))}
     assert "fig2_transfer" not in names
     assert {"fig3_layers", "fig5_heads", "methods"} <= names
-    assert any("transfer is left out" in m and "no such run" in m for m in caplog.messages)
+    assert any(
+        m.startswith("Figure 2 (transfer of heads between tasks): left out, ") and "no such run" in m
+        for m in caplog.messages
+    )
 
 
 def test_damaged_results_stop_it(study_folder, tmp_path):
@@ -235,7 +242,7 @@ def test_method_bars_draw_means_and_intervals():
     assert fig.layout.yaxis.autorange == "reversed", "from the top down"
     assert [a.text for a in fig.layout.annotations][:2] == ["a (EM, n=9)", "b (EM, n=9)"]
     assert "95% interval" in fig.layout.annotations[-1].text
-    assert "2 runs per method" in fig.layout.annotations[-1].text
+    assert "per method: 2 runs;" in fig.layout.annotations[-1].text
     assert first.marker.color[0] != first.marker.color[1], "LoFiT stands out"
     with pytest.raises(InputError, match="1 methods to draw"):
         method_bars(frame[frame["method"] == "ITI"])

@@ -127,7 +127,7 @@ def test_markdown_is_a_table_of_equal_rows(table):
     assert len(lines) == 5
     assert {line.count(" | ") for line in lines} == {len(table.columns()) - 1}
     assert table.to_markdown().startswith("**caps_%, test split, n=60")
-    assert "2 points per method" in table.to_markdown()
+    assert "2 settings per method" in table.to_markdown()
 
 
 def test_latex_escapes_what_latex_would_eat(table):
@@ -161,8 +161,8 @@ def test_files(table, tmp_path):
 def test_notes_say_how_settings_came_about(table):
     """Seeds where they differ, points tried, the test and Holm."""
     notes = "\n".join(table.notes())
-    assert "seeds: 2; zero-shot 1" in notes
-    assert "2 points per method" in notes
+    assert "(per row: 2 runs (zero-shot: 1))" in notes
+    assert "2 settings per method" in notes
     assert "Holm" in notes
     assert "paired bootstrap" in notes
 
@@ -173,8 +173,8 @@ def test_settings_of_runs_that_chose_for_themselves(table):
     rows = MethodTable.of([MethodRuns("good", tuple(apart), by_run=True), MethodRuns("one", (run(0, BAD[0]),))], "good")
     assert rows["good"].settings == {"lr": "0.01 / 0.03"}
     notes = "\n".join(rows.notes())
-    assert "settings chosen run by run on the validation split: good: lr 0.01 / 0.03" in notes
-    assert "settings given or taken over: one: lr 0.01" in notes
+    assert "settings chosen for each run on the validation split: good: lr 0.01 / 0.03" in notes
+    assert "settings given or reused: one: lr 0.01" in notes
     assert "run by run" not in "\n".join(table.notes())
 
 

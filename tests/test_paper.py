@@ -8,11 +8,13 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 
+from lofit_lens import plots
+from lofit_lens.analysis.overlap import overlap
 from lofit_lens.errors import InputError
 from lofit_lens.plots import for_paper, save_figure, saving, to_matplotlib
 from lofit_lens.plots.paper import PAPERS
 from tests.browser import Browser, find_chrome
-from tests.figure_kinds import grid, kinds
+from tests.figure_kinds import grid, kinds, scores
 
 LOOKS = {
     "neurips column": {"paper": "neurips", "width": "column"}, "neurips text": {"paper": "neurips"},
@@ -20,6 +22,8 @@ LOOKS = {
 }  # fmt: skip
 # Every text of a drawing with its box and its font, and each line of a text of several on its own.
 PAGE = "(() => { const r = document.querySelector('svg').getBoundingClientRect(); return [r.width, r.height]; })()"
+# Width and height of the first panel as drawn.
+PANEL = "(c => ['width', 'height'].map(n => parseFloat(c.getAttribute(n))))(document.querySelector('.plotclip rect'))"
 TEXTS = """[...document.querySelectorAll('text')].flatMap((t, whole) => {
   const lines = [...t.querySelectorAll('tspan.line')], scale = document.querySelector('svg').getScreenCTM().a;
   return (lines.length ? lines : [t]).filter(e => e.textContent.trim()).map(e => { const r = e.getBoundingClientRect();
@@ -44,6 +48,12 @@ def made(figures):
 
 def points(fig):
     return fig.layout.width * 0.75, fig.layout.height * 0.75
+
+
+def panel(fig):
+    """Width and height of the first panel as the layout has it."""
+    margin, (x0, x1), (y0, y1) = fig.layout.margin, fig.layout.xaxis.domain, fig.layout.yaxis.domain
+    return [(x1 - x0) * (fig.layout.width - margin.l - margin.r), (y1 - y0) * (fig.layout.height - margin.t - margin.b)]
 
 
 # ------------------------------------------------------------------------------------------------ without Chrome
@@ -96,6 +106,42 @@ def test_font_size_is_that_of_axis_titles(figures):
     fig = for_paper(figures["k_sweep"], "neurips", font_size=10)
     assert fig.layout.xaxis.title.font.size * 0.75 == pytest.approx(10, abs=0.01)
     assert fig.layout.xaxis.tickfont.size < fig.layout.xaxis.title.font.size
+
+
+def test_a_map_shows_numbers_or_their_colors(figures, made):
+    """Where the numbers have no room, the color bar stays; where only the bar is in their way, it goes."""
+    for (name, look), fig in made.items():
+        if not name.startswith("overlap") and name != "transfer":
+            continue
+        written = any(c.isdigit() for row in fig.data[0].text for text in row for c in text.removeprefix("K="))
+        assert written or fig.data[0].showscale is not False, (name, look)
+    many = {f"set {i}": scores((6, 16), i).top(3) for i in range(15)}
+    tight = for_paper(plots.overlap_heatmap(overlap(many), "shared"), "neurips", width="column").data[0]
+    assert not any(c.isdigit() for row in tight.text for text in row for c in text)
+    assert tight.showscale is not False
+
+
+def test_error_bars_and_bands_lie_inside_their_axes(figures):
+    """With a fixed range, none is cut off."""
+    cut = []
+    for name, fig in figures.items():
+        for t in fig.data:
+            for letter in "xy":
+                axis = fig.layout[(t[f"{letter}axis"] or letter).replace(letter, f"{letter}axis", 1)]
+                if axis.range is None or axis.type == "log" or t.type == "heatmap" or isinstance(t[letter][0], str):
+                    continue
+                at, error = np.array(t[letter], dtype=float), t[f"error_{letter}"] if t.type != "heatmap" else None
+                more, less = (np.array(error[k] if error[k] is not None else 0.0) for k in ("array", "arrayminus"))
+                low, high = sorted(axis.range)
+                if np.nanmax(at + more) > high or np.nanmin(at - less) < low:
+                    cut.append((name, t.name, letter))
+    assert cut == []
+
+
+def test_every_named_row_of_a_panel_has_its_name(figures, made):
+    """The tokens of a head, however narrow the figure is and however many panels are stacked."""
+    wide, narrow = figures["tokens"], made["tokens", "neurips column"]
+    assert [len(a.ticktext) for a in narrow.select_yaxes()] == [len(a.ticktext) for a in wide.select_yaxes()]
 
 
 def test_title_and_note_can_be_left_to_the_caption(figures):
@@ -287,6 +333,10 @@ def test_labels_leave_each_other_alone(figures, chrome, tmp_path, look):
             browser.open(tmp_path / "figure.svg", width=1400, height=2000)
             width, height = browser.js(PAGE)
             assert (width * 0.75, height * 0.75) == pytest.approx(points(made), abs=0.5), name
+            # Plotly shrinks panels where labels or the legend need more room than the layout gave them.
+            drawn = browser.js(PANEL)
+            if max(abs(a - b) for a, b in zip(drawn, panel(made), strict=True)) > 5:
+                faults.append((name, "panel", drawn, panel(made)))
             found = browser.js(TEXTS)
             assert len(found) > 5, name
             for i, a in enumerate(found):
@@ -299,7 +349,33 @@ def test_labels_leave_each_other_alone(figures, chrome, tmp_path, look):
                     down = min(a["bottom"], b["bottom"]) - max(a["top"], b["top"])
                     if across > 1 and down > 2.5 and a["whole"] != b["whole"]:
                         faults.append((name, a["text"], b["text"]))
-    assert faults == []
+    assert faults == [], "\n".join(map(str, faults))
+
+
+PLACES = """(() => { const box = e => document.querySelector(e).getBoundingClientRect(), lines = e => [
+  ...document.querySelectorAll(e)].map(t => t.getBoundingClientRect());
+  const scale = document.querySelector('svg').getScreenCTM().a, title = box('.gtitle'), note = box('.annotation-text');
+  return {title: title.top / scale, below: title.bottom / scale, left: title.left / scale, note: note.top / scale,
+          note_left: note.left / scale, axis: Math.max(...lines('.infolayer text[class^=x]').map(r => r.bottom)) / scale,
+          legend: Math.min(...lines('.legendtext').map(r => r.top)) / scale}; })()"""
+
+
+@pytest.mark.browser
+def test_titles_notes_and_legends_have_their_own_room(chrome, tmp_path):
+    """A title of one, two or three lines starts at one height and left edge; note and legend stand below what is over them."""
+    places = []
+    with saving.many_figures(["svg"]), Browser(chrome) as browser:
+        for words in (2, 9, 15):
+            fig = grid((6, 16)).update_layout(title=" ".join(["heading"] * words))
+            fig.layout.annotations = [a for a in fig.layout.annotations if a.name == "note"]  # the only annotation
+            save_figure(fig, tmp_path / "figure.svg", paper="neurips", width="column")
+            browser.open(tmp_path / "figure.svg", width=1400, height=2000)
+            places.append(browser.js(PLACES))
+    assert [p["title"] for p in places] == pytest.approx([places[0]["title"]] * 3, abs=1)
+    for p in places:
+        assert p["note"] >= p["below"] - 1
+        assert p["note_left"] == pytest.approx(p["left"], abs=1)
+        assert p["legend"] >= p["axis"] + 4
 
 
 @pytest.mark.browser

@@ -70,12 +70,12 @@ def test_tokens_stand_in_order_of_their_logits():
 def test_lists_of_chance_are_said():
     """Above a panel whose promoted or suppressed tokens are no stronger than chance; older results do not know."""
     found = tokens(2)
-    assert "chance" not in note(promoted_figure(found))
+    assert "n.s." not in note(promoted_figure(found))
     found.frame["p"] = [0.06 if (h, k) in {("L0H0", "promoted"), ("L1H0", "promoted"), ("L1H0", "suppressed")} else 0.05
                         for h, k in zip(found.frame["head"], found.frame["kind"], strict=True)]  # fmt: skip
     said = [a.text for a in promoted_figure(found).layout.annotations]
     said = [text.replace("<br>", " ") for text in said]
-    assert said[:3] == ["L0H0 (promoted: chance)", "L1H0 (promoted, suppressed: chance)", "all heads"]
+    assert said[:3] == ["L0H0 (promoted: n.s.)", "L1H0 (promoted, suppressed: n.s.)", "all heads"]
     assert "p > 0.05" in note(promoted_figure(found))
 
 
@@ -134,7 +134,7 @@ def test_losses_with_intervals_and_marks():
     assert [(a.x, a.y) for a in stars] == [(0, 0.6)]
     assert "n=20 items" in note(fig)
     assert "Holm" in note(fig)
-    assert fig.layout.yaxis.title.text == "loss of EM"
+    assert fig.layout.yaxis.title.text == "loss in EM"
 
 
 def test_keeping_few_heads():
@@ -150,9 +150,9 @@ def test_keeping_few_heads():
     fig = keep_figure(KeepOnly(frame, (), curve, "kin", "em", "test", 4, 0))
     lines = {t.name: t for t in fig.data if t.fill is None}
     assert list(lines["best first"].y) == [0.0, 0.8, 1.0]
-    assert list(lines["random order (mean of 4)"].y) == [0.0, 0.4, 1.0]
+    assert list(lines["random order (mean of 4 draws)"].y) == [0.0, 0.4, 1.0]
     assert band(fig, "best first") == ([0.0, 0.7, 0.9], [0.1, 0.9, 1.0])
-    assert band(fig, "random order (mean of 4)") == ([0.0, 0.2, 0.9], [0.1, 0.6, 1.0])
+    assert band(fig, "random order (mean of 4 draws)") == ([0.0, 0.2, 0.9], [0.1, 0.6, 1.0])
     assert fig.layout.xaxis.title.text == "k (heads whose edits are kept)"
     assert fig.layout.yaxis.title.text == "EM"
 
@@ -243,7 +243,7 @@ def test_drift_by_position(drift):
     assert [[list(r) for r in t.z] for t in fig.data] == [[[0, 1], [10, 11]], [[-2, -1], [8, 9]]]
     assert {(t.zmin, t.zmax) for t in fig.data} == {(-2, 11)}
     assert fig.layout.xaxis2.title.text == "position from the end"
-    assert fig.data[1].colorbar.title.text.replace("<br>", " ") == "relative change |e - b| / |b|"
+    assert fig.data[1].colorbar.title.text.replace("<br>", " ") == "relative change (|e - b| / |b|)"
     with pytest.raises(InputError, match="unknown place 'q'"):
         drift_positions(drift, where="q")
     with pytest.raises(InputError, match="unknown measure 'q'"):

@@ -77,7 +77,7 @@ def test_overlap_heatmap_shows_each_pair_twice(value, form, label):
     assert (heat.zmin, heat.zmax) == (0, frame[value].max())
     assert heat.colorbar.title.text == label
     assert fig.layout.yaxis.autorange == "reversed", "first set on top"
-    assert "same heads per layer" in notes(fig)
+    assert "same number of heads in each layer" in notes(fig)
 
 
 def test_overlap_marks_tell_layers_from_heads():
@@ -85,7 +85,7 @@ def test_overlap_marks_tell_layers_from_heads():
     a, b = (HeadSet([f"L2H{h}" for h in range(i, i + 7)], shape=(30, 8)) for i in (0, 1))
     fig = overlap_heatmap(overlap({"a": a, "b": b}), "shared")
     assert fig.data[0].text[0][1] == "6°"
-    assert "° p < 0.05 only by the plain hypergeometric test" in notes(fig)
+    assert "° p < 0.05 only against random sets over all layers (hypergeometric test)" in notes(fig)
     assert fig.data[0].colorbar.dtick == 2, "shared heads are counted in whole steps"
 
 

@@ -151,8 +151,8 @@ def test_method_table_has_all_methods_and_what_was_chosen(results):
     runs = [results.evaluations[i] for i in results.lofit(KIN).index]
     assert table["LoFiT 3 %"].metrics == over_seeds(runs)
     notes = " ".join(table.notes())
-    assert "chosen on the validation split, 4 points per method" in notes
-    assert "given or taken over: random heads: lr" in notes
+    assert "chosen on the validation split, 4 settings per method" in notes
+    assert "given or reused: random heads: lr" in notes
 
 
 def test_paper_tables_repeat_the_runs(results):

@@ -3,7 +3,8 @@
 import html
 import json
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,21 @@ def _finite(value: Any) -> Any:
 
 def _between(metric: Metric) -> str:
     return f"{metric.interval[0]:.3f} to {metric.interval[1]:.3f}" if metric.interval else "one item: none"
+
+
+def how_many(numbers: Iterable[tuple[str, int]], what: str) -> str:
+    """Say how many there are; where they differ, the most common number, and the names of all that have another.
+
+    >>> how_many([("LoFiT", 2), ("ITI", 2), ("random heads", 5)], "run")
+    '2 runs (random heads: 5)'
+    """
+    named: dict[str, set[int]] = {}
+    listed = [(str(name), int(n)) for name, n in numbers]
+    for name, n in listed:
+        named.setdefault(name, set()).add(n)
+    usual = Counter(n for _, n in listed).most_common(1)[0][0]
+    others = [f"{name}: {' or '.join(map(str, sorted(n)))}" for name, n in named.items() if n != {usual}]
+    return f"{usual} {what}{'' if usual == 1 else 's'}" + (f" ({'; '.join(others)})" if others else "")
 
 
 def table_html(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:

@@ -1,4 +1,4 @@
-"""Figures: data in, `plotly.graph_objects.Figure` out; nothing here shows or saves by itself but `save_figure`."""
+"""Figures: data in, `plotly.graph_objects.Figure` out; only `save_figure` writes files, and nothing is shown by itself."""
 
 from lofit_lens.plots.attention import attention_figure, attention_html
 from lofit_lens.plots.drift import drift_layers, drift_positions

@@ -1,7 +1,7 @@
 """Attention patterns: CircuitsVis' interactive view as a page that works offline, and a heat map for papers.
 
-CircuitsVis' own Python front end asks the internet whether it is there and loads its script from a server, so only its script
-is taken, from the installed package, and written into the page.
+CircuitsVis' Python front end looks for a connection and loads its script from a server. Here only the script is used: it is read
+from the installed package and written into the page.
 """
 
 import functools
@@ -31,10 +31,10 @@ POLICY = (
 
 @functools.cache
 def attention_script() -> str:
-    """CircuitsVis' script, to be put once into a page, in front of its `attention_block`s; 1.3 MB.
+    """Return CircuitsVis' script (1.3 MB), to be put once into a page, before its `attention_block`s.
 
     Raises:
-        InputError: circuitsvis is not installed, or has its script elsewhere.
+        InputError: CircuitsVis is not installed, or its script is not where it should be.
     """
     spec = importlib.util.find_spec("circuitsvis")
     places = [Path(p) / "dist" / "cdn" / "iife.js" for p in (spec.submodule_search_locations or [])] if spec else []
@@ -42,23 +42,23 @@ def attention_script() -> str:
     if found is None:
         raise InputError("attention pages need CircuitsVis and its script: pip install 'circuitsvis>=1.43'")
     text = found.read_text(encoding="utf-8")
-    text = text.rsplit("//# sourceMappingURL", 1)[0]  # a file that no one would find
+    text = text.rsplit("//# sourceMappingURL", 1)[0]  # names a file that the page does not have
     return "<script>" + text.replace("</script", "<\\/script") + "</script>"
 
 
 def attention_block(
     patterns: AttentionPatterns, prompt: int = 0, heads: Heads | None = None, *, name: str = "attention"
 ) -> str:  # fmt: skip
-    """One prompt's view as HTML, for a page that holds `attention_script`.
+    """Return the view of one prompt as HTML, for a page that holds `attention_script`.
 
     Args:
         patterns: what `attention_patterns` gave.
-        prompt: its number.
-        heads: which; None = all.
-        name: id of the element, different for each block of a page.
+        prompt: number of the prompt.
+        heads: the heads to show; None = all.
+        name: id of the element; each block of a page needs another.
 
     Raises:
-        InputError: a prompt or head that is not there, or no head.
+        InputError: an unknown prompt or head, or no head.
     """
     check_is(patterns, AttentionPatterns, "patterns", "what analysis.attention_patterns gives")
     chosen = _chosen(patterns, heads)
@@ -78,16 +78,16 @@ def attention_block(
 def attention_html(
     patterns: AttentionPatterns, prompt: int = 0, heads: Heads | None = None, *, title: str = ""
 ) -> str:  # fmt: skip
-    """A page of its own that shows where heads look in one prompt; it fetches nothing.
+    """Return a self-contained page of the heads' attention in one prompt; it fetches nothing.
 
     Args:
         patterns: what `attention_patterns` gave.
-        prompt: its number.
-        heads: which; None = all.
+        prompt: number of the prompt.
+        heads: the heads to show; None = all.
         title: of the page; empty = the model and the prompt.
 
     Raises:
-        InputError: a prompt or head that is not there, no head, or circuitsvis is not installed.
+        InputError: an unknown prompt or head, no head, or CircuitsVis is not installed.
     """
     block = attention_block(patterns, prompt, heads)
     shown = title or f"Attention in {patterns.model}: {patterns.prompts[prompt]}"
@@ -98,8 +98,8 @@ def attention_html(
         f"<title>{html.escape(shown)}</title></head>"
         '<body style="font-family: Helvetica, Arial, sans-serif; color: #222222; margin: 24px">'
         f'<h1 style="font-size: 18px">{html.escape(shown)}</h1>'
-        "<p>Row: the token that looks. Column: the token looked at. Darker: more attention (0 to 1). "
-        "Point at a head to see it large, click to keep it.</p>"
+        "<p>Row: query token. Column: key token (attended to). Darker: more attention (0 to 1). "
+        "Point at a head to enlarge it, click to keep it.</p>"
         f"{attention_script()}{block}</body></html>"
     )
 
@@ -107,16 +107,16 @@ def attention_html(
 def attention_figure(
     patterns: AttentionPatterns, head: Head | str | Sequence[int], prompt: int = 0, *, title: str = ""
 ) -> go.Figure:  # fmt: skip
-    """One head's pattern of one prompt as a heat map on a scale from 0 to 1.
+    """Draw one head's pattern on one prompt as a heat map from 0 to 100 %.
 
     Args:
         patterns: what `attention_patterns` gave.
         head: the head.
-        prompt: its number.
+        prompt: number of the prompt.
         title: of the figure; empty = the head and the model.
 
     Raises:
-        InputError: a prompt or head that is not there, or more tokens than can be read.
+        InputError: an unknown prompt or head, or more tokens than can be read.
     """
     check_is(patterns, AttentionPatterns, "patterns", "what analysis.attention_patterns gives")
     pattern, tokens = patterns.of(head, prompt), [visible(t) for t in patterns.tokens[prompt]]
@@ -125,22 +125,22 @@ def attention_figure(
         raise InputError(
             f"prompt {prompt} has {n} tokens, of which {MOST_TOKENS} can be read in a figure; use attention_html"
         )
-    # What lies after a token cannot be looked at: left white.
+    # A token cannot attend to later ones: left white.
     z = [[pattern[i, j].item() if j <= i else None for j in range(n)] for i in range(n)]
     fig = go.Figure(
         go.Heatmap(
             z=z, zmin=0, zmax=1, colorscale=HEAT, hoverongaps=False, name=str(Head.parse(head)),
             colorbar={"title": {"text": "attention"}, "tickformat": "~%"},
             customdata=[[[tokens[i], tokens[j]] for j in range(n)] for i in range(n)],
-            hovertemplate="%{customdata[0]} looks at %{customdata[1]}: %{z:.3f}<extra></extra>",
+            hovertemplate="%{customdata[0]} attends to %{customdata[1]}: %{z:.3f}<extra></extra>",
         )
     )  # fmt: skip
     texts = [html.escape(t) for t in tokens]
     names = {"tickmode": "array", "tickvals": list(range(n)), "ticktext": texts, "showgrid": False, "zeroline": False}
-    fig.update_xaxes(**names, title_text="token looked at", range=[-0.5, n - 0.5])
-    fig.update_yaxes(**names, title_text="token that looks", range=[n - 0.5, -0.5])
+    fig.update_xaxes(**names, title_text="key token (attended to)", range=[-0.5, n - 0.5])
+    fig.update_yaxes(**names, title_text="query token", range=[n - 0.5, -0.5])
     side = max(220, 22 * n)
-    note = f"share of attention over n={n} tokens"
+    note = f"prompt of {n} tokens; each row sums to 100%"
     finish(
         fig,
         title or f"Attention of {Head.parse(head)} in {patterns.model}",

@@ -1,4 +1,4 @@
-"""Curves with a band, shared by the figures of something against K, n or depth."""
+"""Curves with a band, shared by the figures that plot something against K, n or depth."""
 
 import re
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from lofit_lens.plots.style import COLORS
 
 GREY = "#777777"
 MANY_TICKS = 12
-FEW_POINTS = 20  # a line of more has no dots
+FEW_POINTS = 20  # a longer line has no dots
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star")
 
 
@@ -28,7 +28,7 @@ def need(frame: pd.DataFrame, columns: Sequence[str], made_by: str) -> None:
 
 
 def metric_name(metric: str) -> str:
-    """A metric as figures name it: short codes in capitals (`EM`, `MC1`), words as they are.
+    """Return a metric's name for figures: short codes in capitals (`EM`, `MC1`), words as they are.
 
     >>> metric_name("mc1"), metric_name("accuracy")
     ('MC1', 'accuracy')
@@ -37,19 +37,13 @@ def metric_name(metric: str) -> str:
 
 
 def percent(fig: go.Figure, letter: str = "y", **where: int) -> None:
-    """Number an axis of shares in per cent."""
+    """Label the ticks of an axis of shares in percent."""
     update: Any = fig.update_yaxes if letter == "y" else fig.update_xaxes
     update(tickformat="~%", **where)
 
 
-def counted(numbers: Sequence[int], what: str) -> str:
-    """`3 seeds`, `1 seed` or `2 to 5 seeds`."""
-    low, high = min(numbers), max(numbers)
-    return f"{low} {what}{'' if low == 1 else 's'}" if low == high else f"{low} to {high} {what}s"
-
-
 def rows_where(frame: pd.DataFrame, column: str, value: object, *, by: str) -> pd.DataFrame:
-    """The rows with this value, sorted by another column."""
+    """Return the rows with this value, sorted by another column."""
     return pd.DataFrame(frame[frame[column] == value]).sort_values(by)
 
 
@@ -57,16 +51,16 @@ def add_curve(
     fig: go.Figure, points: pd.DataFrame, x: str, y: str, band: tuple[str, str] | None = None, *, name: str, place: int,
     hover: str, more: Sequence[str] = (),
 ) -> None:  # fmt: skip
-    """A line through the points and a band around it; a single point gets error bars instead.
+    """Add a line through the points, with a band around it; a single point gets error bars instead.
 
     Args:
         fig: drawn on.
-        points: one row a point, in order.
+        points: one row per point, in order.
         x: column of the x values.
         y: column of the y values.
         band: columns of its lower and upper ends, NaN where there is none.
         name: in the legend.
-        place: of the series, for its colour and symbol.
+        place: number of the series, for its color and symbol.
         hover: template; the columns `more` are its `customdata`.
         more: columns.
     """
@@ -92,7 +86,7 @@ def add_curve(
 
 
 def rgba(color: str) -> tuple[float, ...]:
-    """What `faded` gives as four numbers from 0 to 1.
+    """Return the color that `faded` gives as four numbers from 0 to 1.
 
     >>> rgba(faded("#0000FF", 0.5))
     (0.0, 0.0, 1.0, 0.5)
@@ -102,12 +96,12 @@ def rgba(color: str) -> tuple[float, ...]:
 
 
 def faded(color: str, alpha: float = 0.16) -> str:
-    """`#RRGGBB` as a see-through colour."""
+    """Return `#RRGGBB` as a transparent color."""
     return f"rgba({int(color[1:3], 16)},{int(color[3:5], 16)},{int(color[5:7], 16)},{alpha})"
 
 
 def ticks_at(fig: go.Figure, x: Sequence[float], *, text: dict[float, str] | None = None) -> None:
-    """A log axis where positive values span a factor of 6 and more; a tick at every value (at most 12)."""
+    """Put a tick at every value (at most 12); the axis is logarithmic if positive values span a factor of 6 or more."""
     values = sorted(set(x))
     ticks = values if len(values) <= MANY_TICKS else [values[round(i * (len(values) - 1) / 8)] for i in range(9)]
     if len(values) > 1 and values[0] > 0 and values[-1] >= 6 * values[0]:

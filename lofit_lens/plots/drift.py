@@ -9,13 +9,17 @@ from lofit_lens.plots.curves import SYMBOLS, faded, rows_where
 from lofit_lens.plots.layout import finish
 from lofit_lens.plots.style import COLORS, HEAT
 
-LABELS = {"cosine": "cosine of e and b", "change": "relative change |e - b| / |b|", "ratio": "relative norm |e| / |b|"}
-LETTERS = "b: without the adapter, e: with it"
+LABELS = {
+    "cosine": "cosine of e and b",
+    "change": "relative change (|e - b| / |b|)",
+    "ratio": "relative norm (|e| / |b|)",
+}
+LETTERS = "b: activation without the adapter, e: with it"
 NAMES = {"z": "z (mean over heads)", "resid": "residual stream"}
 
 
 def drift_layers(drift: Drift, *, title: str = "How far the adapter moves activations") -> go.Figure:
-    """Cosine, relative change and relative norm by layer, for z and the residual stream, with 95 % bands over texts.
+    """Draw cosine, relative change and relative norm by layer, for z and the residual stream; bands: 95 % intervals over texts.
 
     Args:
         drift: of `analysis.drift.drift`.
@@ -40,7 +44,9 @@ def drift_layers(drift: Drift, *, title: str = "How far the adapter moves activa
                 hovertemplate="layer %{x}: %{y:.4f}<extra>" + NAMES[where] + "</extra>",
             ), row=1, col=col)  # fmt: skip
         fig.update_yaxes(title_text=LABELS[measure], row=1, col=col)
-    note = f"{_what(drift)}; n={drift.n_texts} texts, {drift.n_tokens} tokens; bands: 95% over texts; {LETTERS}"
+    note = (
+        f"{_what(drift)}; n={drift.n_texts} texts, {drift.n_tokens} tokens; bands: 95% intervals over texts; {LETTERS}"
+    )
     n_layers = max(drift.layers["layer"].tolist()) + 1
     fig.update_xaxes(title_text="layer", zeroline=False, range=[-0.5, n_layers - 0.5])
     finish(fig, title, note, panel=(235, 240), cols=len(MEASURES), narrow=110, whole="x")
@@ -48,9 +54,13 @@ def drift_layers(drift: Drift, *, title: str = "How far the adapter moves activa
 
 
 def drift_positions(
-    drift: Drift, *, where: str = "resid", measure: str = "change", title: str = "Where in the text activations move"
+    drift: Drift,
+    *,
+    where: str = "resid",
+    measure: str = "change",
+    title: str = "Where in the text the adapter moves activations",
 ) -> go.Figure:
-    """Heat map of layers by positions, counted from the start and from the end of each text.
+    """Draw a heat map of layers by positions, counted from the start and from the end of each text.
 
     Args:
         drift: of `analysis.drift.drift`.
@@ -88,7 +98,9 @@ def drift_positions(
             row=1,
             col=col,
         )
-    note = f"{NAMES[where]}; {_what(drift)}; {LETTERS}; mean over up to n={drift.n_texts} texts; position 0 is the first token"
+    note = (
+        f"{NAMES[where]}; {_what(drift)}; {LETTERS}; mean over at most n={drift.n_texts} texts; position 0: first token"
+    )
     n_layers = len(cells.index)
     fig.update_yaxes(showgrid=False, zeroline=False, title_text="layer", range=[-0.5, n_layers - 0.5])
     widths = [len(starts), len(ends)]

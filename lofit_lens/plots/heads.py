@@ -19,22 +19,22 @@ def head_grid(
     scores: Scores, chosen: Sets | None = None, *,
     marked: Sets | None = None, marked_label: str = "planted", scale: str = "kind", title: str = "Head scores",
 ) -> go.Figure:  # fmt: skip
-    """One panel a task: every head's score, chosen heads as filled circles, `marked` heads as open squares.
+    """Draw one panel per task: each head's score, chosen heads as filled circles, `marked` heads as open squares.
 
-    For a model of many layers, `for_paper(figure, transpose=True)` draws layers from left to right.
+    For a model of many layers, `for_paper(figure, transpose=True)` puts layers from left to right.
 
     Args:
         scores: panel title -> scores `[n_layers, n_heads]`, all of one model; or one table of scores, or a list of them.
         chosen: panel title -> heads to mark as chosen; for one panel, a head set.
         marked: panel title -> a second set to mark, e.g. known truth.
-        marked_label: what the second set is.
-        scale: of the colors. `"kind"`: panels of one kind of score share one, so that they can be compared; several kinds (norms
-            beside accuracies) have one each. `"panel"`: each panel has its own, which shows a task of low scores as well as
-            one of high scores. `"rank"`: the place in the ranking, 1 = the highest score of its panel.
+        marked_label: name of the second set in the legend.
+        scale: of the colors. `"kind"`: panels of one kind of score share one, so that they can be compared; different kinds
+            (norms and accuracies) have one each. `"panel"`: each panel has its own, so that low scores of one task stay visible
+            next to high scores of another. `"rank"`: the rank within the panel, 1 = the highest score.
         title: of the figure.
 
     Raises:
-        InputError: no scores, panels of different shapes, a head set for no panel, or an unknown scale.
+        InputError: no scores, panels of different shapes, a head set without a panel, or an unknown scale.
 
     Examples:
         >>> figure = head_grid(HeadScores([[0.1, 0.9], [0.7, 0.2]], kind="A-norm"))
@@ -47,7 +47,7 @@ def head_grid(
         raise InputError("no head scores to draw; give at least one, e.g. {'MQuAKE': select_heads(...)}")
     shapes = {s.shape for s in scores.values()}
     if len(shapes) > 1:
-        raise InputError(f"head grids of different models in one figure: {sorted(shapes)}; draw one figure a model")
+        raise InputError(f"head grids of different models in one figure: {sorted(shapes)}; draw one figure per model")
     n_layers, n_heads = shape = shapes.pop()
     chosen, marked = (_in_panels(sets, scores, shape) for sets in (chosen, marked))
     # One scale for norms and accuracies would leave one of them a single color.
@@ -84,7 +84,7 @@ def head_grid(
     fig.update_yaxes(title_text="layer", range=[-0.5, n_layers - 0.5], showgrid=False, zeroline=False)
     fig.update_layout(legend={"bgcolor": "#D8D8D8"})
     counts = dict.fromkeys(len(heads) for heads in chosen.values())
-    note = f"dots: the K={' or '.join(map(str, counts))} chosen heads" if counts else ""
+    note = f"dots: chosen heads, K={' or '.join(map(str, counts))}" if counts else ""
     wide = max(170, min(18 * n_heads, 620))
     finish(
         fig, title, note, panel=(wide, 100), cols=len(scores), share="xy", narrow=max(100, 5 * n_heads),

@@ -1,6 +1,6 @@
-"""The same figures in matplotlib, for papers that keep one style for all of theirs.
+"""The same figures in matplotlib, for papers that keep one style for all figures.
 
-A figure of this library already knows where everything stands (`layout.py`), so one function draws each trace once more.
+`layout.py` has already decided where everything stands, so one function draws each trace again.
 """
 
 import importlib
@@ -26,13 +26,14 @@ MARKERS = {
 
 
 def to_matplotlib(fig: go.Figure) -> Any:
-    """Return a figure as one of matplotlib, of the same size: lines, bands, bars, dots and maps, axes, legend, color bars.
+    """Return a figure as a matplotlib figure of the same size: lines, bands, bars, dots, heat maps, axes, legend, color bars.
 
-    `pyplot` does not know the figure: save it with `made.savefig("grid.pdf")`, without `bbox_inches`, which changes its size.
+    The figure is not registered with `pyplot`: save it with `made.savefig("grid.pdf")`, without `bbox_inches`, which
+    changes its size.
     Set `rcParams` before the call: `pdf.fonttype = 42` for TrueType fonts, or the font family of your paper.
 
     Args:
-        fig: of a plot of this library, e.g. `for_paper(plots.head_grid(scores), "icml")`.
+        fig: made by a plot of this library, e.g. `for_paper(plots.head_grid(scores), "icml")`.
 
     Returns:
         A `matplotlib.figure.Figure`.
@@ -68,7 +69,7 @@ def to_matplotlib(fig: go.Figure) -> Any:
 
 
 def _part(name: str) -> Any:
-    """A module of matplotlib, which only this file needs."""
+    """Import a module of matplotlib, which only this file needs."""
     try:
         return importlib.import_module(f"matplotlib.{name}")
     except ImportError as e:
@@ -76,7 +77,7 @@ def _part(name: str) -> Any:
 
 
 def _family(made: Any) -> None:
-    """The layout reckons with letters as wide as Arial's; matplotlib's own font is wider. A font that the user chose stays."""
+    """Set a font as wide as Arial, which the layout assumes; matplotlib's default is wider. A font that the user chose stays."""
     known = importlib.import_module("matplotlib")
     if any(known.rcParams[k] != known.rcParamsDefault[k] for k in ("font.family", "font.sans-serif")):
         return
@@ -87,7 +88,7 @@ def _family(made: Any) -> None:
 
 
 def _names(fig: go.Figure, letter: str, number: str) -> list[str]:
-    """Categories of an axis in their order, over all of its traces; [] for numbers."""
+    """Return the categories of an axis in order, over all of its traces; [] for numbers."""
     layout: Any = fig.layout
     given = layout[f"{letter}axis{number}"].categoryarray
     if given is not None:
@@ -97,7 +98,7 @@ def _names(fig: go.Figure, letter: str, number: str) -> list[str]:
 
 
 def _at(fig: go.Figure, t: Any, letter: str) -> list[Any]:
-    """A trace's values along an axis as numbers."""
+    """Return a trace's values along an axis as numbers."""
     names = _names(fig, letter, str(t[f"{letter}axis"] or letter)[1:])
     return [names.index(v) if isinstance(v, str) else v for v in t[letter]]
 
@@ -232,7 +233,7 @@ def _percent(whole: float) -> Any:
 
 
 def _texts(made: Any, panels: dict[str, Any], fig: go.Figure) -> None:
-    """Title, small line, panel titles, lines and legend."""
+    """Draw title, small line, panel titles, lines and legend."""
     layout: Any = fig.layout
     edge = 8 / layout.width
     if layout.title.text:

@@ -1,4 +1,4 @@
-"""Figures of adapters together, in turn, and behind long contexts."""
+"""Figures of adapters attached together, learned in turn, and after long contexts."""
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -12,16 +12,16 @@ from lofit_lens.plots.style import COLORS
 
 
 def interference_figure(found: Interference, *, title: str = "") -> go.Figure:
-    """Grouped bars: each task under each condition, with 95 % intervals over items and the marks of the tests.
+    """Draw grouped bars: each task under each condition, with 95 % intervals over items and the marks of the tests.
 
     Args:
         found: of `analysis.interference.interference` or `learned_in_turn`.
-        title: of the figure; empty = by what was done.
+        title: of the figure; empty = "Adapters of several tasks together" or "Adapters learned in turn".
     """
     check_is(found, Interference, "found", "what analysis.interference gives")
     frame = found.frame
     tasks, conditions = (list(dict.fromkeys(frame[c])) for c in ("task", "condition"))
-    conditions.sort(key=lambda c: c in (TOGETHER, SUM))  # behind each single adapter
+    conditions.sort(key=lambda c: c in (TOGETHER, SUM))  # after each single adapter
     tested = {
         (t, f): p for t, f, p in zip(found.tests["task"], found.tests["first"], found.tests["p_holm"], strict=True)
     }
@@ -47,12 +47,16 @@ def interference_figure(found: Interference, *, title: str = "") -> go.Figure:
                 textposition="outside", textfont={"size": 14}, offsetgroup=condition, showlegend=False, hoverinfo="skip",
                 marker={"color": "rgba(0,0,0,0)"}, name=f"marks of {condition}",
             ))  # fmt: skip
-    seconds = " or ".join(dict.fromkeys(found.tests["second"]))
-    note = (
-        f"attached in the order {', '.join(found.order)}; bars: 95% over items; "
-        f"* p < 0.05, + p < 0.1: differs from {seconds}, paired, Holm"
-    )
     after = any(c.startswith("after ") for c in conditions)
+    against = (
+        "against the step in which the task was learned"
+        if after
+        else f"against {' or '.join(dict.fromkeys(found.tests['second']))}"
+    )
+    note = (
+        f"attached in the order {', '.join(found.order)}; bars: 95% intervals over items; "
+        f"* p < 0.05, + p < 0.1 {against} (paired test, Holm)"
+    )
     default = "Adapters learned in turn" if after else "Adapters of several tasks together"
     # Room for error bars that reach 100 % or 0 %, and for the marks above them.
     fig.update_yaxes(
@@ -65,8 +69,8 @@ def interference_figure(found: Interference, *, title: str = "") -> go.Figure:
     return fig
 
 
-def long_context_figure(found: LongContext, *, title: str = "Behind other documents") -> go.Figure:
-    """The task's metric against the tokens in front of the question, with and without the adapter, with 95 % bands.
+def long_context_figure(found: LongContext, *, title: str = "After other documents in the context") -> go.Figure:
+    """Draw the task's metric against the number of tokens before the prompt, with and without the adapter, with 95 % bands.
 
     Args:
         found: of `analysis.interference.long_context`.
@@ -80,9 +84,9 @@ def long_context_figure(found: LongContext, *, title: str = "Behind other docume
             fig, points, "tokens", "value", ("low", "high"), name=name, place=i, more=("length",),
             hover="%{x:.0f} tokens (at most %{customdata[0]}): %{y:.1%}",
         )  # fmt: skip
-    note = f"{found.task} {found.split}, n={int(found.frame['n'].iloc[0])} items; bands: 95% over items"
+    note = f"{found.task} {found.split}, n={int(found.frame['n'].iloc[0])} items; bands: 95% intervals over items"
     fig.update_xaxes(
-        title_text="tokens of other documents in front (mean over items)",
+        title_text="tokens of other documents before the prompt (mean over items)",
         zeroline=False,
         range=[-0.04 * most, 1.04 * most],
     )

@@ -1,4 +1,4 @@
-"""Where in the model the chosen heads sit (the paper's Figure 3)."""
+"""The layers that chosen heads are in (the paper's Figure 3)."""
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -12,17 +12,17 @@ from lofit_lens.plots.style import COLORS
 
 
 def layer_distribution(sets: Sets, *, n_layers: int | None = None, title: str = "Chosen heads by layer") -> go.Figure:
-    """Share of each head set that lies in each layer: one panel a set, on one scale.
+    """Draw the share of each head set that is in each layer: one panel per set, all on one scale.
 
-    The dotted line is an even spread over layers, the triangle the mean layer.
+    The dotted line is an even spread over layers, the triangle marks the mean layer.
 
     Args:
         sets: panel name -> heads; or one head set, or a list of them.
-        n_layers: of the model; None = read from the head sets.
+        n_layers: number of layers of the model; None = taken from the head sets.
         title: of the figure.
 
     Raises:
-        InputError: no head set, an empty one, or none that knows its model.
+        InputError: no head set, an empty one, or head sets without a shape where `n_layers` is not given.
 
     Examples:
         >>> from lofit_lens import HeadSet
@@ -38,10 +38,10 @@ def layer_distribution(sets: Sets, *, n_layers: int | None = None, title: str = 
         if len(heads) == 0:
             raise InputError(f"head set {name!r} is empty; there is nothing to draw")
     if n_layers is not None and (deepest := max(h.layer for s in sets.values() for h in s)) >= n_layers:
-        raise InputError(f"n_layers is {n_layers}, and there is a head in layer {deepest}, layers counted from 0")
+        raise InputError(f"n_layers is {n_layers}, and there is a head in layer {deepest}, counted from 0")
     known = {s.shape[0] for s in sets.values() if s.shape}
     if n_layers is None and len(known) != 1:
-        raise InputError("give n_layers: these head sets do not name one model")
+        raise InputError("give n_layers: these head sets do not have one common number of layers")
     n = n_layers if n_layers is not None else known.pop()
     fig = make_subplots(rows=len(sets), shared_xaxes=True)
     top = max(100 * heads.layer_counts(n).max() / len(heads) for heads in sets.values())
@@ -57,7 +57,7 @@ def layer_distribution(sets: Sets, *, n_layers: int | None = None, title: str = 
         panel_title(fig, f"{name} (K={len(heads)}, mean layer {heads.mean_layer:.1f})", row, color=color)
         fig.add_hline(y=100 / n, line={"color": GREY, "dash": "dot", "width": 1}, row=row, col=1)  # pyright: ignore[reportArgumentType]
         fig.add_annotation(
-            text="▼", x=heads.mean_layer, y=1, yref="y domain", yanchor="bottom", yshift=-9, showarrow=False,
+            text="▼", x=heads.mean_layer, y=1, yref="y domain", yanchor="bottom", yshift=-11, showarrow=False,
             font={"size": 11, "color": color}, hovertext=f"mean layer {heads.mean_layer:.2f}", row=row, col=1,
         )  # fmt: skip
     fig.update_xaxes(range=[-0.6, n - 0.4], title_text="layer")

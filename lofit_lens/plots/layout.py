@@ -1,7 +1,7 @@
-"""Where everything of a figure stands, for any width: panels, labels, legend, colour bars, title and the small line.
+"""Layout of a figure at any width: panels, labels, legend, color bars, title and the small line.
 
-A plot says what it draws and hands it to `finish`; `lay_out` places it. The same function serves the screen, at the figure's own
-width, and paper, at a column's, so that nothing is drawn again. What it has to know is kept in the figure (`layout.meta`).
+A plot draws its traces and calls `finish`; `lay_out` places everything. It serves the screen, at the figure's own width, and
+paper, at a column's width, so that nothing is drawn twice. What it needs to know is kept in the figure (`layout.meta`).
 """
 
 import itertools
@@ -13,17 +13,20 @@ import plotly.graph_objects as go
 
 from lofit_lens.plots.style import style
 from lofit_lens.plots.text import LINE, lines_of, narrowed, text_width, wrapped
+from lofit_lens.plots.ticks import all_numbers, apart, pixels, step
 
 KEY = "lofit_lens"
 EDGE = 8  # pixels between the figure's edge and what is next to it
 PAGE = 600  # pixels that all panels under each other may take, where they can
 NUMBER = "0.00"  # as wide as the numbers that plotly chooses by itself
-STEPS = (1, 2, 4, 5, 10, 20, 50, 100, 200, 500, 1000)
+PERCENT = "100%"
+ENTRY_GAP = 16
+CAPITAL = 0.7  # height of a capital letter as a share of the font size
 MARKS = "*+°"
 
 
 class Sizes(NamedTuple):
-    """Fonts in pixels; a heading is never smaller than the title of an axis."""
+    """Font sizes in pixels; a heading is never smaller than an axis title."""
 
     title: float = 15
     panel: float = 13
@@ -32,7 +35,7 @@ class Sizes(NamedTuple):
     note: float = 11
 
     def at_least(self, least: float) -> "Sizes":
-        """The same, none below `least`."""
+        """Return the same sizes, none below `least`."""
         return Sizes(*(max(size, least) for size in self))
 
 
@@ -43,17 +46,17 @@ def finish(
     """Apply the theme, add the small line under the title, and place everything.
 
     Args:
-        fig: drawn; every axis has its title, and titles of panels were added with `panel_title`.
+        fig: has its traces and axis titles; titles of panels were added with `panel_title`.
         title: of the figure.
-        note: the small line; it is broken where the width asks for it.
+        note: the small line under the title; it is wrapped to the width.
         panel: width and height of one panel in pixels, without its labels.
-        cols: panels side by side, where there is room.
-        share: axes ("x", "y", "xy") that are alike in all panels: labels and titles stand at the outermost panels only.
-        narrow: pixels below which panels are stacked instead.
-        cells: columns and rows of a map, whose height then follows from the width of a cell.
-        whole: axes that count something: they have a range, and their ticks are whole numbers.
-        weights: relative widths of the panels of a row; none = alike.
-        legend: entries from which on there is a legend.
+        cols: panels side by side, if there is room.
+        share: axes ("x", "y", "xy") that all panels share: only the outermost panels have labels and titles.
+        narrow: width in pixels below which panels are stacked.
+        cells: columns and rows of a heat map; its height follows from the width of a cell.
+        whole: axes that count something; they have a range, and ticks at whole numbers.
+        weights: relative widths of the panels in a row; empty = equal.
+        legend: least number of entries for which a legend is drawn.
     """
     style(fig, title=title)
     titles = {name: fig.layout[name].title.text for axes in _axes(fig) for name in axes}  # pyright: ignore[reportIndexIssue]
@@ -63,23 +66,23 @@ def finish(
     }})  # fmt: skip
     if note:
         fig.add_annotation(
-            name="note", text=note, showarrow=False, align="left", font={"color": "#555555"}, x=0, xref="paper",
-            xanchor="left", y=1, yref="paper", yanchor="bottom",
+            name="note", text=note, showarrow=False, align="left", font={"color": "#555555"}, borderwidth=0, borderpad=0, x=0,
+            xref="paper", xanchor="left", y=1, yref="paper", yanchor="bottom",
         )  # fmt: skip
     lay_out(fig)
 
 
 def panel_title(fig: go.Figure, text: str, number: int, *, color: str = "#222222") -> None:
-    """Put a title over the panel with this number, counted from 1."""
+    """Put a title above the panel with this number, counted from 1."""
     i = "" if number == 1 else number
     fig.add_annotation(
-        name="panel", text=text, showarrow=False, align="left", font={"color": color}, x=0, xref=f"x{i} domain", xanchor="left",
-        y=1, yref=f"y{i} domain", yanchor="bottom", yshift=1,
+        name="panel", text=text, showarrow=False, align="left", font={"color": color}, borderwidth=0, borderpad=0, x=0,
+        xref=f"x{i} domain", xanchor="left", y=1, yref=f"y{i} domain", yanchor="bottom", yshift=3,
     )  # fmt: skip
 
 
 def say(fig: go.Figure, text: str) -> go.Figure:
-    """Add what only the caller knows, such as the seed, to the small line, and return the figure."""
+    """Add what only the caller knows, such as the seed, to the small line; return the figure."""
     for a in fig.layout.annotations:  # pyright: ignore[reportAttributeAccessIssue]
         if a.name == "note":
             a.text = f"{a.text}; {text}"
@@ -88,24 +91,24 @@ def say(fig: go.Figure, text: str) -> go.Figure:
 
 
 def plan_of(fig: go.Figure) -> dict[str, Any] | None:
-    """Return what `finish` kept in the figure, None for a figure of others."""
+    """Return what `finish` kept in the figure; None for a figure that this library did not make."""
     meta: Any = fig.layout.meta  # pyright: ignore[reportAttributeAccessIssue]
     return meta.get(KEY) if isinstance(meta, dict) else None
 
 
 def lay_out(fig: go.Figure, width: float | None = None, *, least: float = 0) -> None:
-    """Place everything in place.
+    """Lay the figure out, in place.
 
     Args:
         fig: a figure that went through `finish`.
-        width: of the figure in pixels; None = what its panels ask for.
+        width: of the figure in pixels; None = as its panels need.
         least: smallest font in pixels.
     """
     _Layout(fig, width, Sizes().at_least(least)).apply()
 
 
 def traces(fig: go.Figure) -> list[Any]:
-    """Return the traces; plotly's own types do not tell them from a figure's other parts."""
+    """Return the traces; plotly's types do not say that `fig.data` holds them."""
     return list(fig.data)
 
 
@@ -141,9 +144,13 @@ class _Layout:
             self._bar_room(inner=True) if len(self.bars) > 1 else 0
         )
         self.cols = min(n, plan["cols"])
-        if width is not None and self.bars and self._numbers_need(width):
+        if width is not None and self.bars and not self._numbers_fit(width):
+            bars, right = self.bars, self.right
             self.right, self.bars = EDGE + 14, []  # the numbers say what the colors say
-            fig.update_traces(showscale=False, selector={"type": "heatmap"})
+            if self._numbers_fit(width, bars):
+                fig.update_traces(showscale=False, selector={"type": "heatmap"})
+            else:  # only colors are left to say it
+                self.right, self.bars = right, bars
         if width is None:
             self.wide = float(plan["panel"][0])
             width = self.left + self.right + self.cols * self.wide + (self.cols - 1) * self.gap
@@ -164,7 +171,10 @@ class _Layout:
         cells = self.plan["cells"]
         if cells is None:
             tall = float(self.plan["panel"][1])
-            return max(90.0, min(tall, PAGE / self.rows)) if self.rows > 1 else tall
+            tall = max(90.0, min(tall, PAGE / self.rows)) if self.rows > 1 else tall
+            # Each row keeps its name, even if the panels then take more than a page; numbers may be left out.
+            named = [t for t in self.y_labels if not all_numbers(t)]
+            return max([tall, *(len(t) * max(map(lines_of, t)) * LINE * self.sizes.tick for t in named)])
         across, down = cells
         least, most = max(6.0, 80 / down), 26.0 if down <= 8 else 20.0 if down <= 16 else 14.0
         if self.y_labels[0]:  # a name beside each row
@@ -176,7 +186,8 @@ class _Layout:
 
     def _y_room(self, i: int) -> float:
         """Pixels for the labels and the title of a y axis."""
-        labels = self.y_labels[i] or [NUMBER]
+        y = self.axes[i][1]
+        labels = self.y_labels[i] or [PERCENT if "%" in _format(y) else NUMBER]
         return (
             max(text_width(t, self.sizes.tick) for t in labels) + 14 + LINE * self.sizes.axis * self._y_title_lines(i)
         )
@@ -192,16 +203,17 @@ class _Layout:
         """Pixels of a color bar with its numbers and title; bars that say the same have one title, at the last."""
         titles = [wrapped(t.colorbar.title.text or "", self._least_height(), self.sizes.axis) for t in self.bars]
         lines = 0 if inner and self._one_title() else max(map(lines_of, titles))
-        return (28 if inner else 36) + text_width(NUMBER, self.sizes.tick) + LINE * self.sizes.axis * lines
+        wide = text_width(PERCENT if any("%" in _format(t.colorbar) for t in self.bars) else NUMBER, self.sizes.tick)
+        return (32 if inner else 40) + wide + LINE * self.sizes.axis * lines
 
     def _one_title(self) -> bool:
         return len({t.colorbar.title.text for t in self.bars} - {None}) == 1
 
-    def _numbers_need(self, width: float) -> bool:
-        """Whether the numbers in a map's cells have no room beside its color bar."""
-        texts = [str(s) for t in self.bars if t.texttemplate for row in t.text for s in row]
+    def _numbers_fit(self, width: float, maps: Sequence[Any] | None = None) -> bool:
+        """Whether the numbers in the cells of these maps (None = those with a color bar) can be read at this width."""
+        texts = [str(s) for t in (self.bars if maps is None else maps) if t.texttemplate for row in t.text for s in row]
         wide = self._panel_width(width) / self.plan["cells"][0] if texts else 0
-        return any(text_width(s, self.sizes.note) + 4 > wide for s in texts)
+        return all(text_width(s, self.sizes.note) + 4 <= wide for s in texts)
 
     def apply(self) -> None:
         layout, sizes, plan = self.layout, self.sizes, self.plan
@@ -216,8 +228,9 @@ class _Layout:
         between = lift + 10 + (8 if "x" in plan["share"] else max(below))
         top = 8 + self._heading() + lift
         entry = max((text_width(e, sizes.tick) for e in self.entries), default=0) + 44
-        per_row = max(1, int((self.width - 2 * EDGE) // entry))
-        legend = math.ceil(len(self.entries) / per_row) * 1.5 * sizes.tick + 12 if self.entries else 0
+        # Plotly breaks a legend at the width of the panels, with a gap after each entry that does not shrink on paper.
+        per_row = max(1, int((self.width - self.left - self.right) // (entry + ENTRY_GAP)))
+        legend = math.ceil(len(self.entries) / per_row) * (LINE * sizes.tick + 8) + 12 if self.entries else 0
         bottom, inner = max(below) + legend + 6, self.rows * self.tall + (self.rows - 1) * between
         height = math.ceil(top + inner + bottom)
         room = self.width - self.left - self.right
@@ -234,9 +247,8 @@ class _Layout:
             orientation="h", xref="container", x=EDGE / self.width, xanchor="left", yref="container", y=4 / height,
             yanchor="bottom", entrywidthmode="pixels", entrywidth=entry - 40, tracegroupgap=0, font={"size": sizes.tick},
         )  # fmt: skip
-        at = (
-            8 + max(0, lines_of(layout.title.text or "") - 1) * LINE * sizes.title
-        )  # plotly anchors a title at its last line
+        # Plotly anchors the top of a title of one line, and the baseline of the first of several.
+        at = EDGE + (CAPITAL * sizes.title if lines_of(layout.title.text or "") > 1 else 0)
         layout.title.update(
             x=EDGE / self.width, xref="container", xanchor="left", y=1 - at / height, yref="container", yanchor="top"
         )
@@ -289,9 +301,9 @@ class _Layout:
             keep = max(1, math.ceil(LINE * sizes.tick * max(map(lines_of, labels)) * len(labels) / self.tall - 0.01))
             y.update(tickmode="array", tickvals=self._places("y", i)[::keep], ticktext=labels[::keep], tickangle=0)
         elif "y" in self.plan["whole"]:
-            _step(y, self.tall, 1.5 * sizes.tick)
+            step(y, self.tall, 1.5 * sizes.tick)
         else:
-            y.nticks = max(3, int(self.tall // 36))
+            y.nticks = max(4, int(self.tall // 30))
 
     def _x_axis(self, i: int) -> float:
         """Write an x axis; the pixels that its labels and title take."""
@@ -301,17 +313,17 @@ class _Layout:
         x.showticklabels = i + self.cols >= len(self.axes) or "x" not in self.plan["share"]
         if not x.showticklabels:
             x.title.text = None
-        title = lines_of(x.title.text or "") * LINE * sizes.axis + 14
+        title = lines_of(x.title.text or "") * LINE * sizes.axis + 19
         labels, places = self._labels("x", i), self._places("x", i)
         if not labels:
             if "x" in self.plan["whole"]:
-                _step(x, wide, max(text_width(str(round(end)), sizes.tick) for end in x.range) + 8)
+                step(x, wide, max(text_width(str(round(end)), sizes.tick) for end in x.range) + 8)
             else:
-                x.nticks = max(3, int(wide // 46))
+                x.update(nticks=max(4, int(wide // 38)), tickangle=0)
             return LINE * sizes.tick + title
-        at = _pixels(x, places, wide)
-        if all(t[:1].isdigit() for t in labels):  # numbers: some may be left out
-            kept = _apart(at, [text_width(t, sizes.tick) + 6 for t in labels])
+        at = pixels(x, places, wide)
+        if all_numbers(labels):  # some may be left out
+            kept = apart(at, [text_width(t, sizes.tick) + 6 for t in labels])
             labels, places, angle = [labels[k] for k in kept], [places[k] for k in kept], 0
         else:
             slot = min((abs(b - a) for a, b in itertools.pairwise(at)), default=wide)
@@ -366,26 +378,5 @@ class _Layout:
                     t.textfont.size = size
 
 
-def _step(axis: Any, pixels: float, room: float) -> None:
-    """Ticks at whole numbers, as many as there is room for."""
-    span = abs(axis.range[1] - axis.range[0])
-    step = next((s for s in STEPS if pixels * s / span >= room), STEPS[-1])
-    axis.update(tickmode="linear", tick0=0, dtick=step, tickangle=0)
-
-
-def _pixels(axis: Any, places: Sequence[Any], wide: float) -> list[float]:
-    """Where these values lie along an axis."""
-    if isinstance(places[0], str):
-        return [(k + 0.5) * wide / len(places) for k in range(len(places))]
-    at = [math.log10(p) if axis.type == "log" else float(p) for p in places]
-    low, high = axis.range or (min(at) - 0.06 * (max(at) - min(at)), max(at) + 0.06 * (max(at) - min(at)))
-    return [(a - low) / ((high - low) or 1) * wide for a in at]
-
-
-def _apart(at: Sequence[float], widths: Sequence[float]) -> list[int]:
-    """Indices of labels that do not run into each other, from the last one on."""
-    kept: list[int] = []
-    for k in sorted(range(len(at)), key=lambda k: -at[k]):
-        if not kept or at[kept[-1]] - at[k] >= (widths[k] + widths[kept[-1]]) / 2:
-            kept.append(k)
-    return kept[::-1]
+def _format(axis: Any) -> str:
+    return (axis.tickformat or "") + (axis.ticksuffix or "")

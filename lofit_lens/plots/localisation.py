@@ -1,4 +1,4 @@
-"""Chosen heads beside random sets of the same layers, with the margin in which differences do not matter, and the controls."""
+"""Chosen heads against random sets with as many heads in each layer, the equivalence margin, and the controls."""
 
 from typing import Any
 
@@ -18,18 +18,17 @@ SECOND: dict[str, Any] = {"row": 1, "col": 2}
 
 
 def localisation_figure(found: Localisation, *, title: str = "Chosen heads and random sets") -> go.Figure:
-    """Each random set's mean with its 95 % interval, from the best to the worst, and the chosen set's in front of them.
+    """Draw the mean of the chosen set and of each random set, from the best to the worst, with 95 % intervals.
 
-    Beside them stand the controls, as far as they were had: the chosen heads and the mean of the random sets.
-
-    The dashed line is the mean of the random sets, and the band around it the margin; the dotted line is the unmodified model.
+    The dashed line is the mean of the random sets, the band around it the equivalence margin, the dotted line the unmodified
+    model. A second panel has the controls that were run: the chosen heads and the mean of the random sets.
 
     Args:
         found: what `localisation` returns.
         title: of the figure.
 
     Raises:
-        InputError: something else.
+        InputError: `found` is not a result of `localisation`.
     """
     check_is(found, Localisation, "found", "what localisation returns")
     listed = found.controls
@@ -59,8 +58,8 @@ def localisation_figure(found: Localisation, *, title: str = "Chosen heads and r
     if len(listed):
         _controls(fig, listed, metric_name(found.metric))
     note = (
-        f"{found.title()}: {found.verdict}; dashed and band: mean of the random sets, margin of {margin:g} points; "
-        "dotted: unmodified model; bars: 95% interval over seeds and items; orange: chosen heads; blue: random sets"
+        f"{found.title()}: {found.verdict}; dashed: mean of the random sets; band: margin of {margin:g} points; "
+        "dotted: unmodified model; bars: 95% intervals over seeds and items; orange: chosen heads; blue: random sets"
     )
     fig.update_yaxes(title_text=metric_name(found.metric), ticksuffix="%", **FIRST)
     if len(listed):
@@ -76,7 +75,7 @@ def localisation_figure(found: Localisation, *, title: str = "Chosen heads and r
 
 
 def _controls(fig: go.Figure, controls: pd.DataFrame, metric: str) -> None:
-    """Chosen and random heads of every control, joined by a line; what is tested and p stand at the pointer."""
+    """Draw chosen and random heads of each control, joined by a line; hovering shows the test."""
     names = controls["control"].tolist()
     for row in controls.to_dict("records"):
         ends = [100 * row["chosen"], 100 * row["random"]]

@@ -6,24 +6,25 @@ from plotly.subplots import make_subplots
 
 from lofit_lens.checks import check_is
 from lofit_lens.errors import InputError
-from lofit_lens.plots.curves import counted, metric_name
+from lofit_lens.evaluation.result import how_many
+from lofit_lens.plots.curves import metric_name
 from lofit_lens.plots.layout import finish, panel_title
 from lofit_lens.plots.style import COLORS
 
 NEEDED = ("task", "metric", "method", "mean", "low", "high", "n_items", "seeds", "n_parameters")
 
 
-def method_bars(frame: pd.DataFrame, *, title: str = "Methods on the test rows") -> go.Figure:
-    """One panel per task: each method's mean with its 95 % interval; LoFiT's stand out.
+def method_bars(frame: pd.DataFrame, *, title: str = "Methods on the test split") -> go.Figure:
+    """Draw one panel per task: each method's mean with its 95 % interval; LoFiT has a color of its own.
 
     Args:
-        frame: one row a task and method: task, metric, method, mean, low, high (in [0, 1]), n_items, seeds, n_parameters.
+        frame: one row per task and method: task, metric, method, mean, low, high (in [0, 1]), n_items, seeds, n_parameters.
         title: of the figure.
 
     Raises:
         InputError: no row, a missing column, or fewer than two methods.
     """
-    check_is(frame, pd.DataFrame, "this table", "one row a task and method")
+    check_is(frame, pd.DataFrame, "this table", "one row per task and method")
     if missing := [c for c in NEEDED if c not in frame]:
         raise InputError(f"the table lacks the column {missing[0]!r}; it needs {', '.join(NEEDED)}")
     methods = list(dict.fromkeys(frame["method"]))
@@ -47,9 +48,9 @@ def method_bars(frame: pd.DataFrame, *, title: str = "Methods on the test rows")
             ), row=1, col=i,
         )  # fmt: skip
         panel_title(fig, f"{task} ({metric_name(_of(frame, task, 'metric'))}, n={_of(frame, task, 'n_items')})", i)
-    runs = counted(frame["seeds"].tolist(), "run")
-    note = f"dots: mean over runs and items ({runs} per method); bars: 95% interval; orange: LoFiT"
-    fig.update_xaxes(title_text="accuracy", ticksuffix="%", range=[-6, 106], dtick=25)
+    runs = how_many(zip(frame["method"], frame["seeds"], strict=True), "run")
+    note = f"dots: mean over runs and items; bars: 95% interval; per method: {runs}; orange: LoFiT"
+    fig.update_xaxes(title_text="accuracy", ticksuffix="%", range=[-6, 106])
     fig.update_yaxes(categoryorder="array", categoryarray=methods, autorange="reversed")
     finish(fig, title, note, panel=(190, 26 * len(methods)), cols=len(tasks), share="xy", narrow=100)
     return fig

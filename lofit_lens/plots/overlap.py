@@ -1,4 +1,4 @@
-"""Which head sets and scores agree: a square of pairs, curves over K, and two scores against each other."""
+"""Agreement of head sets and scores: a matrix of pairs, curves over K, and two scores against each other."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +15,7 @@ from lofit_lens.heads import HeadScores, HeadSet, joint_grid
 from lofit_lens.plots.curves import GREY, MANY_TICKS, add_curve, faded, need, rows_where, ticks_at
 from lofit_lens.plots.layout import finish
 from lofit_lens.plots.style import COLORS, HEAT
+from lofit_lens.plots.ticks import STEPS
 
 VALUES = {
     "jaccard": ("Jaccard index", "{:.2f}"),
@@ -24,10 +25,10 @@ VALUES = {
 
 
 def overlap_heatmap(frame: pd.DataFrame, value: str = "jaccard", *, title: str = "Overlap of head sets") -> go.Figure:
-    """Every pair of head sets as a cell, with its number and significance; the diagonal says how many heads a set has.
+    """Draw each pair of head sets as a cell, with its value and significance; the diagonal says how many heads a set has.
 
-    The marks `*` and `+` are of the layer-matched test: sets that only favour the same layers have none. `°` marks pairs with
-    p < 0.05 by the plain hypergeometric test only.
+    The marks `*` and `+` are of the layer-matched test: sets that only prefer the same layers get none. `°` marks pairs with
+    p < 0.05 only by the plain hypergeometric test.
 
     Args:
         frame: of `analysis.overlap.overlap`.
@@ -56,33 +57,35 @@ def overlap_heatmap(frame: pd.DataFrame, value: str = "jaccard", *, title: str =
             z[i, j], hover[i, j] = row[value], said
             text[i, j] = f"{form.format(row[value])}{_mark(row)}"
     top = max(frame[value].tolist()) or 1.0
+    step = next((s for s in STEPS if s >= top / 5), STEPS[-1])
     side = max(64, min(100, 560 // len(names)))
     fig = go.Figure(
         go.Heatmap(
             z=z.tolist(), x=names, y=names, text=text.tolist(), customdata=hover.tolist(), texttemplate="%{text}",
             hovertemplate="%{customdata}<extra></extra>", colorscale=HEAT, zmin=0, zmax=top, meta=2,
-            colorbar={"title": {"text": label}, **({"dtick": max(1, -(-top // 5)), "tick0": 0} if value == "shared" else {})},
+            colorbar={"title": {"text": label}, **({"dtick": step, "tick0": 0} if value == "shared" else {})},
         )
     )  # fmt: skip
-    note = "* p < 0.05, + p < 0.1: more shared heads than sets of the same heads per layer"
+    note = "* p < 0.05, + p < 0.1: more shared heads than random sets with the same number of heads in each layer"
     if any(_mark(row) == "°" for row in frame.to_dict("records")):
-        note += "; ° p < 0.05 only by the plain hypergeometric test"
+        note += "; ° p < 0.05 only against random sets over all layers (hypergeometric test)"
     n, wide = len(names), side * len(names)
     fig.update_yaxes(autorange="reversed", showgrid=False)
     fig.update_xaxes(showgrid=False)
-    finish(fig, title, f"{note} (Holm over pairs)", panel=(wide, wide), cells=(n, n))
+    ks = " or ".join(dict.fromkeys(str(k) for k in size.values()))
+    finish(fig, title, f"{note}; Holm over pairs; K={ks} heads per set", panel=(wide, wide), cells=(n, n))
     return fig
 
 
 def _mark(row: Mapping[Any, Any]) -> str:
-    """Of the layer-matched test, else `°` where the plain one alone is significant."""
+    """Return the mark of the layer-matched test, or `°` where only the plain one is significant."""
     return mark(row["p_layer_holm"]) or ("°" if row["p_holm"] < 0.05 else "")
 
 
 def agreement_curves(
     frame: pd.DataFrame, value: str = "shared", *, title: str = "Agreement of the top K heads"
 ) -> go.Figure:
-    """Shared heads (or Jaccard index) of two rankings against K, over the band that chance would give.
+    """Draw the shared heads (or Jaccard index) of two rankings against K, with the band that chance gives.
 
     Args:
         frame: of `analysis.overlap.agreement_by_k`, or `agreement` with a column `pair`.
@@ -129,10 +132,13 @@ def agreement_curves(
     if value == "shared":
         most = max([1.0, *frame["shared"].tolist(), *high.tolist()])
         fig.update_yaxes(range=[-0.03 * most, 1.05 * most])
-    if len(x) <= MANY_TICKS:
+    many = len(x) > MANY_TICKS
+    if many:
+        fig.update_xaxes(range=[x[0], x[-1]])
+    else:
         ticks_at(fig, x)
-    note = "grey: mean and 95% range of heads drawn by chance"
-    finish(fig, title, note, panel=(480, 255), whole="y" if value == "shared" else "")
+    note = "gray: mean and 95% range of random heads"
+    finish(fig, title, note, panel=(480, 255), whole=("y" if value == "shared" else "") + ("x" if many else ""))
     return fig
 
 
@@ -140,7 +146,7 @@ def score_scatter(
     a: HeadScores, b: HeadScores, k: int | None = None, labels: tuple[str, str] | None = None, *,
     title: str = "Two scores of the same heads",
 ) -> go.Figure:  # fmt: skip
-    """Every head as a dot, one score against the other; with `k`, the top K heads of each in colour.
+    """Draw each head as a dot, one score against the other; with `k`, the top K heads of each in color.
 
     Args:
         a: scores on the x axis.
@@ -179,7 +185,7 @@ def score_scatter(
                 hovertemplate="%{text}: %{x:.4g}, %{y:.4g}<extra>" + name + "</extra>",
             ))  # fmt: skip
     rho = "not defined" if np.ptp(x) == 0 or np.ptp(y) == 0 else f"{stats.spearmanr(x, y)[0]:.2f}"
-    top = f"; top K = {k} of each marked" if k else ""
+    top = f"; marked: top K={k} of each" if k else ""
     fig.update_xaxes(title_text=names[0])
     fig.update_yaxes(title_text=names[1])
     finish(fig, title, f"Spearman's rho {rho}, n={x.size} heads{top}", panel=(400, 320))

@@ -1,4 +1,4 @@
-"""Figures at the true size of a paper's column: one function for all of them.
+"""Figures at the true size of a paper's column; one function serves all of them.
 
 Sizes are points of 1/72 inch, as in PDF and SVG. The widths are those of the official LaTeX styles: NeurIPS has one column of
 5.5 in, ICML columns of 3.25 in on a text of 6.75 in, ACL columns of 7.7 cm on a text of 16 cm.
@@ -36,23 +36,23 @@ def for_paper(
     fig: go.Figure, paper: str | None = None, *, width: float | str | None = None, font_size: float | None = None,
     title: bool = True, note: bool = True, transpose: bool = False,
 ) -> go.Figure:  # fmt: skip
-    """Return a figure at the true size of a paper: panels, labels, legend and fonts are placed anew for its width.
+    """Return a figure at the true size that it has in a paper: panels, labels, legend and fonts are laid out for its width.
 
-    No text is smaller than 6 points. Ticks that would run into each other are left out, labels are broken or turned, panels that
-    get too narrow stand under each other, numbers that no longer fit into the cells of a map leave only their mark.
+    No text is smaller than 6 points. Ticks that would overlap are left out, labels are wrapped or rotated, panels that get too
+    narrow are stacked, and where numbers do not fit into the cells of a heat map, only their marks stay.
 
     Args:
         fig: of any plot of this library; it stays as it is.
         paper: `"neurips"`, `"icml"` or `"acl"`; None = the width that is given, or the figure's own.
-        width: `"column"` or `"text"` of the paper, or points. None = the paper's usual: the column, for NeurIPS the text.
+        width: `"column"` or `"text"` of the paper, or points. None = the paper's usual width: the column, for NeurIPS the text.
         font_size: of axis titles, in points; ticks and the small line are a little smaller, the title a little larger.
-        title: keep the title; papers say it in the caption.
+        title: keep the title; in papers the caption says it.
         note: keep the small line.
-        transpose: mirror the figure at its diagonal, so that layers run across; panels side by side then stand
-            under each other.
+        transpose: swap x and y, so that layers run from left to right; panels that were side by side are then stacked.
 
     Raises:
-        InputError: an unknown paper or width, a width or font that leaves no room, or a figure that no plot of this library made.
+        InputError: an unknown paper or width, a width or font size that leaves no room, or a figure that this
+            library did not make.
 
     Examples:
         >>> from lofit_lens import HeadScores
@@ -88,7 +88,7 @@ def for_paper(
 
 
 def check_paper(paper: str | None, width: float | str | None = None, font_size: float | None = None) -> float | None:
-    """Return the width in points, None for a figure's own; raise InputError for an unknown paper, width or font."""
+    """Return the width in points (None = the figure's own); raise InputError for an unknown paper, width or font."""
     if font_size is not None and not (isinstance(font_size, int | float) and LEAST <= font_size <= 24):
         raise InputError(f"font_size is {font_size!r}; give points from {LEAST:g} to 24")
     if paper is not None:
@@ -108,7 +108,7 @@ def check_paper(paper: str | None, width: float | str | None = None, font_size: 
 
 
 def _scaled(spec: dict[str, Any], scale: float) -> dict[str, Any]:
-    """Every size in pixels times `scale`; data, domains and ranges as they are."""
+    """Multiply every size in pixels by `scale`; data, domains and ranges stay."""
 
     def walk(part: Any, inside: str) -> Any:
         if isinstance(part, dict):
@@ -131,7 +131,7 @@ def _times(value: Any, scale: float) -> Any:
 
 
 def _transposed(spec: dict[str, Any]) -> dict[str, Any]:
-    """The figure mirrored at its diagonal: x is y and y is x, in traces, axes, lines and texts."""
+    """Swap x and y in traces, axes, lines and texts."""
     layout = {_other(k): v for k, v in spec["layout"].items()}
     for name in (k for k in layout if re.fullmatch(r"[xy]axis\d*", k)):
         layout[name] = _mirrored_axis(name, layout[name])
@@ -156,13 +156,13 @@ def _letters(text: str) -> str:
 
 
 def _other(key: str) -> str:
-    """`x0`, `yaxis2` and their like with the other letter; what names no axis stays."""
+    """Return `x0`, `yaxis2` and the like with the other letter; other keys stay."""
     found = re.fullmatch(r"(error_)?([xy])(|0|1|ref|shift|anchor|gap|axis\d*)", key)
     return (found[1] or "") + _letters(found[2]) + found[3] if found else key
 
 
 def _refs(value: Any) -> Any:
-    """A reference to an axis (`x2`, `y domain`), mirrored."""
+    """Return a reference to an axis (`x2`, `y domain`) with the other letter."""
     return (
         _letters(value[0]) + value[1:]
         if isinstance(value, str) and re.fullmatch(r"[xy]\d*( domain)?", value)

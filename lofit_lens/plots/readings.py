@@ -1,4 +1,4 @@
-"""Figures of what an adapter says and of which of its heads are needed."""
+"""Figures of what an adapter's offsets promote, and of which of its heads are needed."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -29,11 +29,11 @@ CHANCE = {"cos_mass_mean": "chance_sd_head", "cos_probe": "chance_sd_head", "cos
 def promoted_figure(
     tokens: HeadTokens, *, top: int | None = None, title: str = "Tokens that each head's offset promotes"
 ) -> go.Figure:
-    """Logits that each head's offset adds to its strongest tokens, one panel per head, bars from the most promoted down.
+    """Draw the logits that each head's offset adds to its strongest tokens, one panel per head, most promoted on top.
 
     Args:
-        tokens: of `analysis.logit_lens.promoted_tokens`; the first 9 heads are shown, and up to 8 of them with their total.
-        top: tokens of either kind; None = all that were kept.
+        tokens: of `analysis.logit_lens.promoted_tokens`. The first 9 heads are shown; of 2 to 8 heads, their total too.
+        top: number of promoted and of suppressed tokens; None = all that were kept.
         title: of the figure.
 
     Raises:
@@ -49,7 +49,7 @@ def promoted_figure(
     n = max(len(rows) for rows in listed)
     shown = ["all heads" if p == TOTAL else p for p in panels]
     weak = {p: tokens.no_better_than_chance(p) for p in panels}
-    titles = [f"{s} ({', '.join(weak[p])}: chance)" if weak[p] else s for p, s in zip(panels, shown, strict=True)]
+    titles = [f"{s} ({', '.join(weak[p])}: n.s.)" if weak[p] else s for p, s in zip(panels, shown, strict=True)]
     fig = make_subplots(rows=n_rows, cols=cols, shared_xaxes="all")  # pyright: ignore[reportArgumentType]
     for i, rows in enumerate(listed):
         panel_title(fig, titles[i], i + 1)
@@ -66,17 +66,17 @@ def promoted_figure(
             ticks="", **place,
         )  # fmt: skip
     scale = (
-        f"final norm's scale from {tokens.n_prompts} prompts"
+        f"scale of the final norm from {tokens.n_prompts} prompts"
         if tokens.scale is not None
-        else "final norm's scale taken as 1"
+        else "scale of the final norm taken as 1"
     )
     more = f"; first {len(names)} of {len(tokens.heads)} heads" if len(tokens.heads) > len(names) else ""
     note = (
-        f"direct effect of v through W_O, the final norm and W_U, centred over the vocabulary; {scale}{more}; "
+        f"direct effect of v through W_O, final norm and W_U, centered over the vocabulary; {scale}{more}; "
         "blue: promoted, orange: suppressed"
     )
     if any(weak.values()):
-        note += "; chance: no stronger than a random offset's own strongest tokens (equal norm, p > 0.05)"
+        note += "; n.s.: no stronger than the top tokens of random offsets of equal norm (p > 0.05)"
     fig.update_xaxes(
         zeroline=True, zerolinecolor="#888888", title_text="logits" if tokens.scale is not None else "logits (relative)"
     )
@@ -85,10 +85,10 @@ def promoted_figure(
     return fig
 
 
-def cosine_figure(frame: pd.DataFrame, *, title: str = "Offsets beside directions of truth") -> go.Figure:
-    """Cosine of each head's offset with ITI's and RepE's directions, beside what chance gives.
+def cosine_figure(frame: pd.DataFrame, *, title: str = "Offsets and the directions of ITI and RepE") -> go.Figure:
+    """Draw the cosine of each head's offset with ITI's and RepE's directions.
 
-    The bands hold 95 % of the cosines with a random direction (1.96 / sqrt(d)).
+    The bands hold 95 % of the cosines with a random direction, 1.96 / sqrt(d).
 
     Args:
         frame: of `analysis.geometry.geometry`, with probes or reading vectors.
@@ -122,7 +122,7 @@ def cosine_figure(frame: pd.DataFrame, *, title: str = "Offsets beside direction
             marker={"color": COLORS[i], "size": 9, "symbol": ("circle", "diamond", "square")[i]}, customdata=heads,
             hovertemplate="%{customdata}: %{y:.3f}<extra>" + COSINES[kind] + "</extra>",
         ))  # fmt: skip
-    note = f"{len(heads)} heads; grey: 95% of random directions ({'; darker: '.join(bands)})"
+    note = f"{len(heads)} heads; gray: 95% of random directions ({'; darker: '.join(bands)})"
     _heads_axis(fig, heads)
     fig.update_yaxes(title_text="cosine", range=[-1.05, 1.05], zeroline=True, zerolinecolor="#888888")
     finish(fig, title, note, panel=(max(440, min(1120, 26 * len(heads))), 260))
@@ -130,7 +130,7 @@ def cosine_figure(frame: pd.DataFrame, *, title: str = "Offsets beside direction
 
 
 def leave_one_out_figure(found: LeaveOneOut, *, title: str = "What the adapter loses without each head") -> go.Figure:
-    """Loss of the task's metric when one head's edit is left out, with 95 % intervals over items.
+    """Draw how much of the task's metric is lost when one head's edit is left out, with 95 % intervals over items.
 
     Args:
         found: of `analysis.needed.leave_one_out`.
@@ -154,18 +154,18 @@ def leave_one_out_figure(found: LeaveOneOut, *, title: str = "What the adapter l
             fig.add_annotation(x=i, y=top, text=text, showarrow=False, yanchor="bottom", font={"size": 16})
     n = int(frame["n"].iloc[0])
     note = (
-        f"{found.task} {found.split}, n={n} items; all heads: {float(frame['full'].iloc[0]):.1%}; bars: 95% over items; "
-        "* p < 0.05, + p < 0.1: paired test, Holm over heads"
+        f"{found.task} {found.split}, n={n} items; all heads: {float(frame['full'].iloc[0]):.1%}; "
+        "bars: 95% intervals over items; * p < 0.05, + p < 0.1 (paired test, Holm over heads)"
     )
     _heads_axis(fig, heads)
-    fig.update_yaxes(title_text=f"loss of {metric_name(found.metric)}", zeroline=True, zerolinecolor="#888888")
+    fig.update_yaxes(title_text=f"loss in {metric_name(found.metric)}", zeroline=True, zerolinecolor="#888888")
     percent(fig)
     finish(fig, title, note, panel=(max(440, min(1120, 30 * len(heads))), 240))
     return fig
 
 
 def keep_figure(found: KeepOnly, *, title: str = "Are a few heads enough?") -> go.Figure:
-    """The task's metric with the edits of only k heads: best first, and in random orders, with 95 % bands.
+    """Draw the task's metric with the edits of only k heads: best first, and in random orders, with 95 % bands.
 
     Args:
         found: of `analysis.needed.keep_only`.
@@ -173,12 +173,15 @@ def keep_figure(found: KeepOnly, *, title: str = "Are a few heads enough?") -> g
     """
     check_is(found, KeepOnly, "found", "what analysis.keep_only gives")
     best = pd.DataFrame(found.frame[found.frame["order"] == BEST])
-    names = ("best first", f"random order (mean of {found.draws})")
+    names = ("best first", f"random order (mean of {found.draws} draws)")
     hover = "k = %{x}: %{y:.1%}"
     fig = go.Figure()
     add_curve(fig, best, "k", "value", ("low", "high"), name=names[0], place=0, hover=hover)
     add_curve(fig, found.curve, "k", "random", ("random_low", "random_high"), name=names[1], place=1, hover=hover)
-    note = f"{found.task} {found.split}, n={int(found.curve['n'].iloc[0])} items; bands: 95% over items, and draws"
+    note = (
+        f"{found.task} {found.split}, n={int(found.curve['n'].iloc[0])} items; "
+        "bands: 95% intervals over items, for random orders over draws too"
+    )
     fig.update_xaxes(zeroline=False, title_text="k (heads whose edits are kept)")
     ticks_at(fig, [float(k) for k in found.curve["k"]])
     fig.update_yaxes(title_text=metric_name(found.metric), range=[-0.03, 1.03])
@@ -187,8 +190,8 @@ def keep_figure(found: KeepOnly, *, title: str = "Are a few heads enough?") -> g
     return fig
 
 
-def removal_figure(found: Removal, *, title: str = "Does it need the chosen heads?") -> go.Figure:
-    """The task's metric without the first k chosen heads, beside k random ones, with 95 % bands.
+def removal_figure(found: Removal, *, title: str = "Does the task need the chosen heads?") -> go.Figure:
+    """Draw the task's metric without the first k chosen heads, and without k random ones, with 95 % bands.
 
     Args:
         found: of `analysis.needed.removal` or `drop_edits`.
@@ -203,7 +206,8 @@ def removal_figure(found: Removal, *, title: str = "Does it need the chosen head
     fig.add_hline(y=float(curve["none"].iloc[0]), line={"color": GREY, "dash": "dash", "width": 1.5})
     last = curve.to_dict("records")[-1]
     note = (
-        f"{found.task} {found.split}, n={int(last['n'])} items; dashed: nothing removed; bands: 95% over items and draws; "
+        f"{found.task} {found.split}, n={int(last['n'])} items; dashed: nothing removed; "
+        "bands: 95% intervals over items, for random heads over draws too; "
         f"k = {int(last['k'])}: chosen - random {_difference(last)} points ({_how(found.how)})"
     )
     fig.update_xaxes(title_text="k (heads removed)")
@@ -215,12 +219,12 @@ def removal_figure(found: Removal, *, title: str = "Does it need the chosen head
 
 
 def removal_bars(
-    found: Mapping[str, Removal] | Removal, *, title: str = "Removing chosen heads, and as many random ones"
+    found: Mapping[str, Removal] | Removal, *, title: str = "Removing the chosen heads or as many random ones"
 ) -> go.Figure:
-    """Several removals side by side, each at its largest k: nothing, chosen and random heads removed, with 95 % intervals.
+    """Draw several removals side by side, each at its largest k: nothing, chosen or random heads removed, with 95 % intervals.
 
     Args:
-        found: label -> result of `analysis.needed.removal` or `drop_edits`; or one alone.
+        found: label -> result of `analysis.needed.removal` or `drop_edits`; or a single result.
         title: of the figure.
 
     Raises:
@@ -260,7 +264,10 @@ def removal_bars(
             font={"size": 11},
         )
     draws = "/".join(dict.fromkeys(str(r.draws) for r in found.values()))
-    note = f"bars: 95% over items, over {draws} draws too for random heads; above: chosen - random in points (95%)"
+    note = (
+        f"bars: 95% intervals over items, for random heads over {draws} draws too; "
+        f"above: chosen - random in percentage points{' [95% interval]' if rows['low'].notna().any() else ''}"
+    )
     fig.update_yaxes(title_text="accuracy", range=[-0.02, 1.3], tickvals=[0, 0.25, 0.5, 0.75, 1])
     percent(fig)
     fig.update_xaxes(showgrid=False)
@@ -270,13 +277,13 @@ def removal_bars(
 
 
 def _strongest(rows: pd.DataFrame, top: int | None) -> pd.DataFrame:
-    """Promoted tokens from the strongest down, then suppressed ones up to the strongest."""
+    """Sort promoted tokens from the strongest down, then suppressed ones up to the strongest."""
     kept = rows if top is None else rows[rows["rank"] <= top]
     return pd.DataFrame(kept).sort_values("logit", ascending=False, kind="stable").reset_index(drop=True)
 
 
 def _plain(token: str) -> str:
-    """A token as a label: as it is shown everywhere, short, and no markup."""
+    """Return a token as a label: as it is shown everywhere, shortened, without markup."""
     shown = visible(token)
     shown = shown if len(shown) <= LONGEST else shown[: LONGEST - 1] + "\u2026"
     return shown.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
@@ -298,7 +305,7 @@ def _heads_axis(fig: Any, heads: list[str]) -> None:
 
 
 def _bars(frame: pd.DataFrame, y: str, low: str, high: str) -> dict[str, object]:
-    """Error bars from a value to its bounds."""
+    """Return error bars from a value to its bounds."""
     return {
         "type": "data", "symmetric": False, "array": (frame[high] - frame[y]).tolist(), "thickness": 1.3, "width": 4,
         "arrayminus": (frame[y] - frame[low]).tolist(), "color": "#222222",
@@ -306,7 +313,7 @@ def _bars(frame: pd.DataFrame, y: str, low: str, high: str) -> dict[str, object]
 
 
 def _difference(row: Mapping[Any, Any]) -> str:
-    """In points of per cent, with its interval; few draws are not tested."""
+    """Return the difference in percentage points, with its interval if there is one (few draws are not tested)."""
     between = f" [{100 * row['low']:.0f}, {100 * row['high']:.0f}]" if pd.notna(row["low"]) else ""
     return f"{100 * row['difference']:+.0f}{between}"
 

@@ -1,4 +1,4 @@
-"""Figures as files: pages that open offline, pictures, and vector graphics at their true size."""
+"""Figures as files: pages that open offline, PNG, and vector graphics at their true size."""
 
 import asyncio
 import base64
@@ -32,27 +32,27 @@ def save_figure(
     paper: str | None = None, width: float | str | None = None, font_size: float | None = None, title: bool = True,
     note: bool = True, transpose: bool = False,
 ) -> list[Path]:  # fmt: skip
-    """Write a figure and the data behind it.
+    """Write a figure and the data that it shows.
 
-    A name that ends in `.html` (one self-contained page, plotly.js inside, opens offline), `.png`, `.svg` or `.pdf` is that one
-    file. PDF and SVG have the figure's true size, in points, with text as text; a PDF brings its fonts. Any other name is the
-    front of all of `formats`; its page takes plotly.js from the file `plotly.min.js` beside it, which a folder's figures share.
-    Where this machine has no Chrome for the last three, the page is written all the same and a warning says how to get the rest.
-    The data stand beside it: `data` as `.csv`, else the traces as `.json`.
+    A name that ends in `.html` (one self-contained page, plotly.js inside, opens offline), `.png`, `.svg` or `.pdf` is written
+    as that one file. PDF and SVG have the figure's true size, in points, with text as text; a PDF embeds its fonts. Any other
+    name gets one file per format; its page loads plotly.js from `plotly.min.js` in the same folder, which the folder shares.
+    PNG, SVG and PDF need Chrome; without it the page is written all the same, and a warning says how to get the rest.
+    The data are written too: `data` as `.csv`, otherwise the traces as `.json`.
 
     Args:
         fig: the figure.
-        path: file name, or its front.
+        path: file name; without an ending, the common part of several names.
         data: the table that the figure was drawn from.
-        formats: endings without the dot, of `FORMATS`; for the front of a name only.
-        paper, width, font_size, title, note, transpose: as in `for_paper`, which is applied where one of them is given.
+        formats: endings without the dot, of `FORMATS`; used where `path` has no ending.
+        paper, width, font_size, title, note, transpose: as in `for_paper`, which is applied if one of them is given.
 
     Returns:
         The files, figures first.
 
     Raises:
-        InputError: an unknown ending or format; a file that cannot be written; kaleido or Chrome missing where one static file
-            was asked for by name (how to get them is said); what `for_paper` refuses.
+        InputError: an unknown ending or format; a file that cannot be written; missing kaleido or Chrome where one static file
+            was asked for by name (the error says how to get them); what `for_paper` refuses.
     """
     check_is(fig, go.Figure, "fig", "a figure of plotly, e.g. plots.head_grid(scores)")
     check_is(path, (str, Path), "path", "the name of a file")
@@ -111,7 +111,7 @@ def _write_all(fig: go.Figure, front: Path, formats: Sequence[str]) -> list[Path
 
 
 class NoChrome(InputError):
-    """Static figures cannot be drawn on this machine."""
+    """This machine cannot draw static figures."""
 
 
 def _image(fig: go.Figure, path: Path) -> bytes:
@@ -131,13 +131,13 @@ def _image(fig: go.Figure, path: Path) -> bytes:
 
 
 def _scale(fig: go.Figure) -> float:
-    """Dots of a PNG per pixel: 2 on screens, on paper 300 dots an inch and more."""
+    """Return the dots of a PNG per pixel: 2 for screens, for paper at least 300 per inch."""
     plan = plan_of(fig)
     return 4 if plan and plan["scale"] != 1 else 2
 
 
 def _in_points(svg: str) -> str:
-    """The same drawing with its size in points, which LaTeX, Inkscape and browsers understand alike."""
+    """Return the drawing with its size in points, which LaTeX, Inkscape and browsers read alike."""
     for name in ("width", "height"):
         svg = re.sub(
             rf'(<svg[^>]*? {name}=")([0-9.]+)"', lambda m: f'{m[1]}{float(m[2]) / PIXELS:.10g}pt"', svg, count=1
@@ -146,7 +146,7 @@ def _in_points(svg: str) -> str:
 
 
 def _printed(svg: str) -> bytes:
-    """A drawing as a PDF of its size. Kaleido's own PDF shrinks it by a margin of 0.1 inch, and fonts with it."""
+    """Return a drawing as a PDF of its size. Kaleido's own PDF shrinks it by a margin of 0.1 inch, and fonts with it."""
     import choreographer  # what kaleido drives Chrome with
 
     width, height = re.findall(r' (?:width|height)="([0-9.]+)pt"', svg)[:2]
@@ -171,7 +171,7 @@ def _printed(svg: str) -> bytes:
 
 
 def check_static() -> None:
-    """Raise NoChrome unless static figures can be drawn here; seen by drawing an empty one."""
+    """Raise NoChrome unless static figures can be drawn here; tries an empty one."""
     _image(go.Figure(), Path("a static figure.svg"))
 
 
@@ -179,9 +179,9 @@ def check_static() -> None:
 def many_figures(formats: Sequence[str] = FORMATS) -> Iterator[None]:
     """Keep one browser open for all static figures inside the block: half a second each instead of several.
 
-    Nothing is opened where `formats` are pages alone.
+    No browser is opened if `formats` has only pages.
 
-    The first one is drawn apart, to see that there is a browser: without one kaleido's server would wait for ever.
+    A first figure is drawn separately, to see that there is a browser: without one, kaleido's server would wait forever.
     """
     check_formats(formats)
     if set(formats) <= {"html"}:

@@ -1,4 +1,4 @@
-"""Do the same heads come out again over seeds or folds?"""
+"""Whether selection finds the same heads over seeds or folds."""
 
 from collections.abc import Mapping
 
@@ -6,14 +6,15 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from lofit_lens.errors import InputError
-from lofit_lens.plots.curves import GREY, MANY_TICKS, add_curve, counted, need, ticks_at
+from lofit_lens.evaluation.result import how_many
+from lofit_lens.plots.curves import GREY, MANY_TICKS, add_curve, need, ticks_at
 from lofit_lens.plots.layout import finish
 
 
 def stability_curves(
-    frames: Mapping[str, pd.DataFrame] | pd.DataFrame, *, title: str = "Agreement of head selection over runs"
+    frames: Mapping[str, pd.DataFrame] | pd.DataFrame, *, title: str = "Agreement of head selection between runs"
 ) -> go.Figure:
-    """Mean Jaccard index of the runs' top K heads against K, the range over pairs of runs as a band, chance dashed.
+    """Draw the mean Jaccard index of two runs' top K heads against K; bands are the range over pairs of runs, dashes chance.
 
     Args:
         frames: legend name -> table of `analysis.stability.stability`; or one table.
@@ -32,7 +33,7 @@ def stability_curves(
         part = frame.sort_values("k")
         chance.setdefault(tuple(zip(part["k"], part["expected"], strict=True)), []).append(name)
         hover = "K=%{x}: %{y:.3f}, pairs %{customdata[0]:.3f} to %{customdata[1]:.3f}<br>%{customdata[2]:.0f} runs"
-        label = f"{name} ({counted(part['n_runs'].tolist(), 'run')})"
+        label = f"{name} ({how_many(((name, n) for n in part['n_runs']), 'run')})"
         add_curve(fig, part, "k", "jaccard", ("lowest", "highest"), name=label, place=i, hover=hover,
                   more=("lowest", "highest", "n_runs"))  # fmt: skip
     for points, names in chance.items():
@@ -46,7 +47,10 @@ def stability_curves(
     fig.update_xaxes(title_text="K (heads)")
     fig.update_yaxes(title_text="Jaccard index of two runs' top K", range=[-0.03, 1.03])
     ks = {k for points in chance for k, _ in points}
-    if len(ks) <= MANY_TICKS:
+    many = len(ks) > MANY_TICKS
+    if many:
+        fig.update_xaxes(range=[min(ks), max(ks)])
+    else:
         ticks_at(fig, sorted(ks))
-    finish(fig, title, "bands, bars: lowest to highest pair of runs", panel=(480, 255))
+    finish(fig, title, "bands and bars: lowest to highest pair of runs", panel=(480, 255), whole="x" if many else "")
     return fig

@@ -1,4 +1,4 @@
-"""One look for every figure: readable at column width, safe for colour-blind readers, perceptually even heat maps."""
+"""The theme of all figures: readable at column width, safe for color-blind readers, perceptually uniform heat maps."""
 
 import plotly.graph_objects as go
 

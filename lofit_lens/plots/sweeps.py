@@ -5,7 +5,8 @@ import plotly.graph_objects as go
 
 from lofit_lens.checks import check_whole, given
 from lofit_lens.errors import InputError
-from lofit_lens.plots.curves import GREY, add_curve, counted, faded, need, percent, rows_where, ticks_at
+from lofit_lens.evaluation.result import how_many
+from lofit_lens.plots.curves import GREY, add_curve, faded, need, percent, rows_where, ticks_at
 from lofit_lens.plots.layout import finish
 
 UNTUNED = ("zero-shot", "0-shot", "zero shot", "unmodified", "untuned")
@@ -19,8 +20,8 @@ def k_sweep(
 
     Args:
         frame: of `analysis.sweeps.sweep`, x = K. A series called "zero-shot" becomes a dashed line.
-        metric: what is on the y axis, with its unit if it has one.
-        n_heads_total: heads of the model; K is then also given in per cent of them.
+        metric: title of the y axis.
+        n_heads_total: heads of the model; ticks then also say what share of them K is.
         title: of the figure.
 
     Raises:
@@ -43,11 +44,11 @@ def k_sweep(
 def data_efficiency(
     frame: pd.DataFrame, *, metric: str = "accuracy", title: str = "Accuracy by training examples"
 ) -> go.Figure:
-    """Score against the number of training examples, one curve a method.
+    """Score against the number of training examples, one curve per method.
 
     Args:
         frame: of `analysis.sweeps.sweep`, x = training examples. A series called "zero-shot" becomes a dashed line.
-        metric: what is on the y axis, with its unit if it has one.
+        metric: title of the y axis.
         title: of the figure.
 
     Raises:
@@ -60,15 +61,15 @@ def data_efficiency(
 
 
 def _tuned(frame: pd.DataFrame) -> pd.DataFrame:
-    """The points that stand at their x; alone, the untuned model is a point as well."""
+    """Return the points of tuned models; if there are none, all points."""
     tuned = pd.DataFrame(frame[~frame["series"].str.lower().isin(UNTUNED)])
     return tuned if len(tuned) else frame
 
 
 def _finish(fig: go.Figure, frame: pd.DataFrame, title: str) -> None:
     tuned = _tuned(frame)
-    seeds, items = (counted(tuned[f"n_{what}s"].tolist(), what) for what in ("seed", "item"))
-    note = f"bands, bars: 95% interval over seeds and items ({seeds}, n={items} per point)"
+    seeds, items = (how_many(zip(tuned["series"], tuned[f"n_{what}s"], strict=True), what) for what in ("seed", "item"))
+    note = f"bands and bars: 95% intervals over seeds and items; per point: {seeds}, n={items}"
     finish(fig, title, note, panel=(480, 250))
 
 

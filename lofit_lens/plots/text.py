@@ -1,4 +1,4 @@
-"""How wide a text will be, and where it is broken; nothing is drawn, so widths are estimates on the safe side."""
+"""Width and wrapping of texts. Nothing is drawn, so widths are estimates, rounded up."""
 
 import html
 import re
@@ -11,7 +11,7 @@ LINE = 1.3  # height of a line as a share of the font size, as plotly sets it
 
 
 def text_width(text: str, size: float) -> float:
-    """Width of the longest line of a label in the unit of `size`; `<br>` parts lines, markup counts nothing.
+    """Return the width of a label's longest line, in the unit of `size`; `<br>` separates lines, markup has no width.
 
     >>> text_width("ii<br>mm", 10) > text_width("ii", 10)
     True
@@ -20,7 +20,7 @@ def text_width(text: str, size: float) -> float:
 
 
 def plain(text: str) -> str:
-    """A label without markup.
+    """Return a label without markup.
 
     >>> plain("<b>a</b><br>1 &lt; 2")
     'a\\n1 < 2'
@@ -29,7 +29,7 @@ def plain(text: str) -> str:
 
 
 def lines_of(text: str) -> int:
-    """Number of lines of a label.
+    """Return the number of lines of a label.
 
     >>> lines_of("a<br>b")
     2
@@ -38,19 +38,21 @@ def lines_of(text: str) -> int:
 
 
 def wrapped(text: str, width: float, size: float, *, keep: bool = False) -> str:
-    """The text broken at spaces so that no line is wider, as far as its words allow; `keep` leaves its own breaks alone.
+    """Wrap a text at spaces so that no line is wider, as far as its words allow; `keep` keeps its own line breaks.
 
-    What stands in brackets stays on one line where it fits into one.
+    What is in brackets, and `p < 0.05`, stays on one line if it fits.
 
     >>> wrapped("one two<br>three", 1000, 10)
     'one two three'
     >>> wrapped("one two", 20, 10)
     'one<br>two'
+    >>> wrapped("if p < 0.05 [1, 2]", 60, 10)
+    'if p < 0.05<br>[1, 2]'
     """
     if keep:
         return "<br>".join(wrapped(line, width, size) for line in text.split("<br>"))
     lines: list[str] = []
-    words = re.findall(r"\([^()]*\)\S*|\S+", text.replace("<br>", " "))
+    words = re.findall(r"\([^()]*\)\S*|\[[^\[\]]*\]\S*|\w [<=] \S+|\S+", text.replace("<br>", " "))
     for word in (part for w in words for part in ([w] if text_width(w, size) <= width else w.split(" "))):
         if lines and text_width(f"{lines[-1]} {word}", size) <= width:
             lines[-1] = f"{lines[-1]} {word}"
@@ -60,7 +62,7 @@ def wrapped(text: str, width: float, size: float, *, keep: bool = False) -> str:
 
 
 def narrowed(label: str, width: float, size: float) -> str:
-    """A tick label broken at spaces, and where that is not enough behind `/`, `-` and `_` too."""
+    """Wrap a tick label at spaces, and if that is not enough, after `/`, `-` and `_` too."""
     label = wrapped(label, width, size, keep=True)
     if text_width(label, size) <= width:
         return label

@@ -6,7 +6,8 @@ import plotly.graph_objects as go
 
 from lofit_lens.analysis.transfer import RANDOM, Transfer
 from lofit_lens.checks import check_is
-from lofit_lens.plots.curves import counted, metric_name
+from lofit_lens.evaluation.result import how_many
+from lofit_lens.plots.curves import metric_name
 from lofit_lens.plots.layout import finish
 from lofit_lens.plots.style import HEAT
 
@@ -14,10 +15,10 @@ GAP = 0.35  # of a row, between the tasks' heads and random ones
 
 
 def transfer_heatmap(transfer: Transfer, *, title: str = "Accuracy with another task's heads") -> go.Figure:
-    """Relative accuracy as a heat map: rows = where the heads come from, columns = the task tuned and tested.
+    """Draw relative accuracy as a heat map: rows are the tasks that heads were chosen for, columns the task tuned and tested.
 
-    The number is per cent of the accuracy with the task's own heads, with the mark of its test. Hovering gives accuracy and
-    intervals. Random heads stand apart in the last row.
+    The number is the percentage of the accuracy with the task's own heads, with the mark of its test. Hovering shows accuracy and
+    intervals. The last row, set apart, is of random heads.
 
     Args:
         transfer: of `analysis.transfer.transfer_matrix`.
@@ -48,10 +49,10 @@ def transfer_heatmap(transfer: Transfer, *, title: str = "Accuracy with another 
     names = [f"{t}<br>({metric_name(str(first.loc[t, 'metric']))}, n={first.loc[t, 'n_items']})" for t in tasks]
     wide_cell = max(84, 8 * max(len(part) for n in names for part in n.split("<br>")))
     runs = {
-        chance: counted(part["n_seeds"].tolist(), "run")
+        chance: how_many(zip(part["task"], part["n_seeds"], strict=True), "run")
         for chance, part in transfer.frame.groupby(transfer.frame["source"].eq(RANDOM))
     }
-    note = f"* p < 0.05, + p < 0.1: differs from own heads (paired test over items); {runs[False]} per cell"
+    note = f"* p < 0.05, + p < 0.1 against the task's own heads (paired test over items); {runs[False]} per cell"
     note += f", {runs[True]} with random heads" if True in runs else ""
     fig.update_yaxes(
         title_text="heads chosen for", tickvals=y, ticktext=["random heads" if s == RANDOM else s for s in sources],

@@ -83,7 +83,7 @@ def draw_all(
     files: list[Path] = []
     tables = paper_tables(results)
     for name in sorted({"table1", "table2", "table3", "table5"} - {t.name for t in tables}):
-        log.warning("%s is left out: the study has no runs for it", name)
+        log.warning("Table %s is left out: the study has no runs for it", name.removeprefix("table"))
     for table in tables:
         files += table.save(out)
     return files + save_all((*figures(results, more), *official), out, formats=formats, restyle=restyle)
@@ -103,13 +103,13 @@ def save_all(
 
 def figures(results: Results, more: Sequence[Draw] = ()) -> Iterator[Drawn]:
     """Each figure for which the study has runs; what is missing is said in the log."""
-    for draw in (*FIGURES, *more):
+    for name, draw in (*FIGURES.items(), *((draw.__name__.strip("_").replace("_", " "), draw) for draw in more)):
         try:
             yield from draw(results)
         except InputError as e:
             if isinstance(e, DataError):
                 raise
-            log.warning("%s is left out: %s", draw.__name__.removeprefix("_"), e)
+            log.warning("%s: left out, %s", name, e)
 
 
 # --------------------------------------------------------------------------------------------------- head sets
@@ -318,7 +318,10 @@ def _ks(results: Results, tasks: Iterable[str]) -> str:
     return f"K={' or '.join(dict.fromkeys(str(results.k(t)) for t in tasks))}"
 
 
-FIGURES: tuple[Draw, ...] = (
-    head_grids, layers, _overlap, _agreement, _stability, _transfer, _k_sweep, _data_efficiency, _methods,
-    reading_figures,
-)  # fmt: skip
+FIGURES: dict[str, Draw] = {
+    "head grids": head_grids, "Figure 3 (heads by layer)": layers, "overlap of head sets": _overlap,
+    "agreement of rankings by K": _agreement, "stability over seeds": _stability,
+    "Figure 2 (transfer of heads between tasks)": _transfer, "Figure 5 (number of heads)": _k_sweep,
+    "Figure 4 (number of training examples)": _data_efficiency, "comparison of methods": _methods,
+    "readings of adapters": reading_figures,
+}  # fmt: skip

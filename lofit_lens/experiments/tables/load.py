@@ -16,7 +16,7 @@ from lofit_lens.models import ModelInfo
 
 
 def load_results(folder: str | Path, *, grids: Sequence[str] | None = None, model: str | None = None) -> Results:
-    """Read a store.
+    """Read the results in a store.
 
     Args:
         folder: folder of the store.
@@ -24,7 +24,7 @@ def load_results(folder: str | Path, *, grids: Sequence[str] | None = None, mode
         model: name of the model, if the store holds several.
 
     Raises:
-        DataError: it holds no grid, no run, or a damaged file (named).
+        DataError: the store holds no grid or no run, or a damaged file, which is named.
         InputError: no such grid or model; several models and none is named; or grids that cannot be shown together, since they
             have the same runs with different settings or test rows.
     """
@@ -90,7 +90,7 @@ def _several(folder: Path, what: str, grids: Iterable[str]) -> InputError:
 
 
 def _records(store: Store, grids: Sequence[str] | None, model: str | None) -> dict[str, dict[str, Any]]:
-    """Records of the selected grids, all of one model."""
+    """Return the records of the selected grids, all of one model."""
     found = store.grids()
     if not found:
         raise DataError(f"{store.root} holds no grid; run one: lofit-lens grid organism/all --store {store.root}")
@@ -110,7 +110,7 @@ def _records(store: Store, grids: Sequence[str] | None, model: str | None) -> di
 
 
 def _joint(records: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """The joint record of several grids."""
+    """Return the joint record of several grids."""
     first = next(iter(records.values()))
     joint: dict[str, Any] = {
         "model": first["model"], "versions": first["versions"], "limit": first["grid"]["limit"], "tasks": {}, "other_tasks": {},
@@ -134,7 +134,7 @@ def _joint(records: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _seconds(store: Store, name: str, run: dict[str, Any]) -> dict[str, float]:
-    """Seconds of the fit, including the selection of its heads, and of the test. A test on another task has the fit's seconds."""
+    """Return the seconds of the fit, with the selection of its heads, and of the test; a test on another task has the fit's."""
     own, spec = store.timing(name), run["spec"]
     if "fit" in spec:
         fit = store.read(spec["fit"])

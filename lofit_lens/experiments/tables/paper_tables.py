@@ -1,6 +1,6 @@
 """The paper's tables from a study: methods (Tables 1 and 3), head selectors (Table 2), tasks not tuned on (Table 5).
 
-Rows are methods, columns are tasks; every cell is a mean with its 95 % interval over seeds and items, and a mark for its paired
+Rows are methods, columns are tasks. Each cell is a mean with its 95 % interval over seeds and items, and the mark of its paired
 test against the table's reference (Holm over the methods of a task).
 """
 
@@ -13,15 +13,15 @@ import pandas as pd
 
 from lofit_lens import io
 from lofit_lens.evaluation.compare import compare, over_seeds
-from lofit_lens.evaluation.result import Metric, table_html
+from lofit_lens.evaluation.result import Metric, how_many, table_html
 from lofit_lens.evaluation.stats import PairedTest, holm, mark
 from lofit_lens.experiments.methods.base import OWN, RANDOM
 from lofit_lens.experiments.tables.results import LOFIT, ZERO, Results
 from lofit_lens.experiments.tables.table import MethodTable, markdown, over_texts, paired_tester, settings_text, tex
 
-STARS = "* differs from {reference}, p < .05; + p < .1; paired tests, adjusted over the {rows} of a task by Holm"
+STARS = "* p < 0.05, + p < 0.1 against {reference}: paired tests, adjusted over the {rows} of a task by Holm"
 IN_TABLE_1 = (f"heads by {OWN}", f"heads by {RANDOM}")  # these alone would repeat its rows
-MEAN = "mean [95 % bootstrap interval over seeds and items]; with few seeds such intervals can be too narrow"
+MEAN = "mean [95 % bootstrap interval over seeds and items]; with few seeds these intervals can be too narrow"
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,11 +30,11 @@ class PaperTable:
 
     Attributes:
         name: file name.
-        title: what it shows.
+        title: the table's title.
         columns: column headings of `cells`.
         cells: rows of text.
-        notes: how to read it.
-        frame: the same as numbers, one row per method and task.
+        notes: explanations below the table.
+        frame: the numbers, one row per method and task.
     """
 
     name: str
@@ -45,11 +45,11 @@ class PaperTable:
     frame: pd.DataFrame
 
     def to_markdown(self) -> str:
-        """A Markdown table with title and notes."""
+        """Return a Markdown table with title and notes."""
         return markdown(self.title, self.columns, self.cells, self.notes)
 
     def to_latex(self) -> str:
-        """A LaTeX `table*` for the booktabs package."""
+        """Return a LaTeX `table*` for the booktabs package."""
         body = "\n".join("  " + " & ".join(map(tex, row)) + r" \\" for row in self.cells)
         return (
             "% needs \\usepackage{booktabs}\n\\begin{table*}\n\\centering\\small\n"
@@ -59,16 +59,16 @@ class PaperTable:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Title, columns, rows of text and notes; JSON-able."""
+        """Return title, columns, rows of text and notes; JSON-able."""
         return {
             "title": self.title, "columns": list(self.columns), "rows": [list(r) for r in self.cells], "notes": list(self.notes)
         }  # fmt: skip
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Write it as .md, .tex and .csv (numbers); files of the same names are replaced.
+        """Write the table as .md, .tex and .csv (numbers); files of the same names are replaced.
 
         Raises:
-            InputError: the folder cannot be written to.
+            InputError: the folder is not writable.
         """
         front = Path(folder) / self.name
         texts = {
@@ -81,7 +81,7 @@ class PaperTable:
 
 
 def paper_tables(results: Results) -> list[PaperTable]:
-    """The tables for which the study has runs, in the paper's order."""
+    """Return the tables for which the study has runs, in the paper's order."""
     methods = {t: table for t in results.tasks if (table := results.method_table(t)) is not None}
     selectors = {t: table for t in results.tasks if (table := results.selector_table(t)) is not None}
     found = []
@@ -97,7 +97,7 @@ def paper_tables(results: Results) -> list[PaperTable]:
                 rows = [row for row, kind in kinds.items() if kind in shown]
                 *front, last = (r for r in rows if not r.startswith(LOFIT))
                 beside = f"{', '.join(front)} and {last}" if front else last
-                found.append(_wide(name, f"LoFiT beside {beside} ({model})", methods, rows, "methods"))
+                found.append(_wide(name, f"LoFiT and {beside} ({model})", methods, rows, "methods"))
     if any(row not in IN_TABLE_1 for table in selectors.values() for row in (r.method for r in table.rows)):
         named = list(dict.fromkeys(r.method for table in selectors.values() for r in table.rows))
         table = _wide(
@@ -134,10 +134,10 @@ def _wide(name: str, title: str, tables: Mapping[str, MethodTable], rows: Sequen
         count = " to ".join(f"{n:,}" for n in sorted(set(counts))[:: max(1, len(set(counts)) - 1)])
         cells.append((method, count, *line))
     heads = [f"{t.task}, {t.metric.upper()} (n={len(t.methods[0].runs[0].result.items)})" for t in tables.values()]
-    seeds = sorted({n["seeds"] for n in numbers})
+    runs = how_many(((n["method"], n["seeds"]) for n in numbers), "run")
     notes = (
-        MEAN, f"seeds or draws per row: {', '.join(map(str, seeds))}", STARS.format(reference=first.reference, rows=what),
-        "parameters: numbers that the method adds to the model",
+        MEAN, f"per row: {runs}, each with its own seed or draw of heads", STARS.format(reference=first.reference, rows=what),
+        "parameters: learned or estimated numbers that the method adds to the model",
         *_settings(tables, there),
     )  # fmt: skip
     return PaperTable(name, title, ("method" if what == "methods" else "heads", "parameters", *heads), tuple(cells), notes,
@@ -145,12 +145,16 @@ def _wide(name: str, title: str, tables: Mapping[str, MethodTable], rows: Sequen
 
 
 def _settings(tables: Mapping[str, MethodTable], there: Sequence[str]) -> list[str]:
-    """How the rows' settings were chosen, task by task."""
+    """Say how the settings of the rows were chosen, task by task."""
     found: dict[str, dict[str, list[str]]] = {}
     for method in there:
         rows = [row for t in tables.values() for row in t.rows if row.method == method and row.settings]
         if rows:
-            how = f"chosen on {_validation_rows(tables, method)}" if rows[0].tried > 1 else "presets, or those of LoFiT"
+            how = (
+                f"chosen on {_validation_rows(tables, method)}"
+                if rows[0].tried > 1
+                else "presets, or the same as LoFiT's"
+            )
             each = [settings_text(row.settings) for row in rows]
             text = each[0] if len(set(each)) == 1 else " / ".join(each)
             found.setdefault(how, {}).setdefault(text, []).append(method)
@@ -161,14 +165,14 @@ def _settings(tables: Mapping[str, MethodTable], there: Sequence[str]) -> list[s
 
 
 def _validation_rows(tables: Mapping[str, MethodTable], method: str) -> str:
-    """On how many validation rows a method's settings were chosen, as far as its trials say it."""
+    """Say on how many validation rows a method's settings were chosen, if its trials record it."""
     trials = [m.tuned.trials for t in tables.values() for m in t.methods if m.method == method and m.tuned]
     counts = sorted({int(n) for frame in trials if "n_items" in frame for n in frame["n_items"].dropna()})
     return f"{' or '.join(map(str, counts))} validation rows" if counts else "the validation rows"
 
 
 def _other_tasks(results: Results) -> PaperTable | None:
-    """Table 5: the effect of tuning on one task on other tasks and on ordinary text."""
+    """Return Table 5: what tuning on one task does to other tasks and to ordinary text."""
     others = list(results.record["other_tasks"])
     rows = {o: results.rows(tested=o) for o in others}
     rows = {o: r for o, r in rows.items() if set(r["method"]) > {ZERO}}
@@ -202,7 +206,7 @@ def _other_tasks(results: Results) -> PaperTable | None:
             {"tuned_on": t, "task": "ordinary text", "metric": "kl", **_numbers(mean), **_difference(None, None)}
         )
     heads = [f"{o}, {next(iter(results.evaluations[r.index[0]].metrics)).upper()}" for o, r in rows.items()]
-    title = f"LoFiT's adapters elsewhere: other tasks and ordinary text ({results.model.name})"
+    title = f"LoFiT's adapters on other tasks and on ordinary text ({results.model.name})"
     return PaperTable(
         "table5", title, ("tuned on", *heads, *extra),
         tuple((name, *line) for name, line in cells.items()),
@@ -211,7 +215,7 @@ def _other_tasks(results: Results) -> PaperTable | None:
 
 
 def short(metric: Metric) -> str:
-    """`.98 [.95, 1.00]`."""
+    """Return `.98 [.95, 1.00]`."""
 
     def two(x: float) -> str:
         return f"{x:.2f}".replace("0.", ".", 1) if abs(x) < 1 else f"{x:.2f}"
@@ -221,7 +225,7 @@ def short(metric: Metric) -> str:
 
 
 def _difference(test: PairedTest | None, p_holm: float | None) -> dict[str, Any]:
-    """Of a row minus the table's reference."""
+    """Return the test of a row minus the table's reference."""
     low, high = (test and test.interval) or (None, None)
     return {
         "difference": test and test.difference, "low_of_difference": low, "high_of_difference": high, "p_holm": p_holm

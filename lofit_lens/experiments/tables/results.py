@@ -44,8 +44,8 @@ class Results:
         record: the joint record of the grids: `seeds`, `draws`, `limit`, `tasks`, `other_tasks`, `versions`.
         model: the model.
         tasks: names of the tasks, in the grids' order.
-        runs: one row per run, see `COLUMNS`: `task` was learned, `tested` was asked; `k` and `n_train` are NaN where they do not
-            apply (all of the task's own training examples).
+        runs: one row per run, see `COLUMNS`: `task` was trained on, `tested` was evaluated; `k` is NaN for methods without heads,
+            `n_train` where all training examples of the task were used.
         evaluations: one per row of `runs`.
         folders: folder of each run.
         scores: (task, selection, seed) -> head scores.
@@ -76,7 +76,7 @@ class Results:
         return table_html(repr(self), ("runs", *self.tasks), rows, [f"seeds {', '.join(map(str, self.seeds))}"])
 
     def k(self, task: str) -> int:
-        """Usual number of heads of a task: the preset's, or if the grids have only others, the first of these."""
+        """Return a task's usual number of heads: the preset's, or the first one in the grids if they lack it."""
         usual = int(self._task(task)["k"])
         asked = [
             int(row["k"]) for row in self.record["cells"].values()
@@ -86,11 +86,11 @@ class Results:
         return usual if usual in asked or not asked else asked[0]
 
     def wide_k(self, task: str) -> int:
-        """Number of heads of the 10 % setting."""
+        """Return the number of heads of the 10 % setting."""
         return heads_of("3K", int(self._task(task)["k"]), self.model.grid.n_total)
 
     def metric(self, task: str) -> str:
-        """The task's own metric."""
+        """Return the task's main metric."""
         return str(self._task(task)["metric"])
 
     def _task(self, task: str) -> dict[str, Any]:
@@ -105,8 +105,9 @@ class Results:
         return tuple(self.record["seeds"])
 
     def rows(self, **wanted: Any) -> pd.DataFrame:
-        """Rows of `runs` whose columns have these values (None: not set), by seed and draw; tested on their own task unless
-        `tested` is given.
+        """Return the rows of `runs` with these values (None: not set), sorted by seed and draw.
+
+        Without `tested`, only tests on the task itself are returned.
 
         Raises:
             InputError: no such column.
@@ -122,7 +123,7 @@ class Results:
         return self.runs.loc[keep].sort_values(["seed", "draw"], kind="stable")
 
     def values(self, rows: pd.DataFrame) -> Float[np.ndarray, "runs items"]:
-        """Item scores (the task's own metric) of some rows of `runs`.
+        """Return the item scores (the task's main metric) of some rows of `runs`.
 
         Raises:
             InputError: no row, or rows of different items.
@@ -135,7 +136,7 @@ class Results:
         return np.array([e.items[m].to_numpy(dtype=float) for e, m in zip(listed, rows["metric"], strict=True)])
 
     def lofit(self, task: str, **wanted: Any) -> pd.DataFrame:
-        """LoFiT's runs with the task's own heads by A-norm, usual K and all training examples, unless told otherwise."""
+        """Return LoFiT's runs; by default on the task's own heads by A-norm, with the usual K and all training examples."""
         return self.rows(**{
             "task": task, "method": LOFIT, "heads_from": OWN, "source": task, "k": self.k(task), "n_train": None, **wanted,
         })  # fmt: skip
@@ -147,26 +148,26 @@ class Results:
         return [*(m for m in METHODS if m in ran), *(m for m in ran if m not in METHODS)]
 
     def by_chance(self, task: str) -> pd.DataFrame:
-        """LoFiT's runs on random heads."""
+        """Return LoFiT's runs on random heads."""
         return self.lofit(task, heads_from=RANDOM, source="")
 
     def zero_shot(self, task: str) -> pd.DataFrame:
-        """The unmodified model's run."""
+        """Return the run of the unmodified model."""
         return self.rows(task=task, method=ZERO)
 
     def compared(self) -> dict[str, tuple[str, str]]:
-        """Rankings to compare: name -> (task, selection). Tasks by A-norm; for a single task, every selection."""
+        """Return the rankings to compare, name -> (task, selection): each task by A-norm; for a single task, each selection."""
         if len(self.tasks) == 1 and len(named := self._selections(self.tasks[0])) > 1:
             return {by: (self.tasks[0], by) for by in named}
         return {t: (t, OWN) for t in self.tasks}
 
     def _selections(self, task: str) -> list[str]:
-        """Selections that have scores of a task with the first seed, A-norm first."""
+        """Return the selections with scores of a task for the first seed, A-norm first."""
         found = [by for (t, by, seed) in self.scores if (t, seed) == (task, self.seeds[0])]
         return sorted(found, key=lambda by: by != OWN)
 
     def heads(self, task: str, by: str = OWN, seed: int | None = None, k: int | None = None) -> HeadSet:
-        """The best heads of a task by a selector (first seed, usual K, unless told otherwise).
+        """Return a task's best heads by a selector; by default for the first seed and the usual K.
 
         Raises:
             InputError: no such scores.
@@ -180,7 +181,7 @@ class Results:
         return self.scores[at].top(self.k(task) if k is None else k)
 
     def adapter(self, task: str, seed: int | None = None, *, k: int | None = None, model: Any = None) -> Lofit:
-        """LoFiT's adapter on the task's own heads (first seed, usual K, unless told otherwise).
+        """Return LoFiT's adapter on the task's own heads; by default for the first seed and the usual K.
 
         Raises:
             InputError: no such run.
@@ -193,7 +194,7 @@ class Results:
     # ------------------------------------------------------------------------------------------------ tables
 
     def kinds(self, task: str) -> dict[str, str]:
-        """Rows of the task's method table, each with its kind.
+        """Return the rows of the task's method table, each with its kind.
 
         Kinds: `zero` (nothing is fitted), `steered` (fitted, not trained), `random` heads, `matched` (random heads, as many in
         each layer as the task's own), `own` heads, `wide` (three times as many), `all` heads, `trained` (on all layers).
@@ -201,7 +202,7 @@ class Results:
         return {name: kind for name, (kind, _) in self._named(task).items()}
 
     def _named(self, task: str) -> dict[str, tuple[str, pd.DataFrame]]:
-        """Name of a row of the method table -> its kind and runs, in the table's order."""
+        """Return the rows of the method table in order: name -> kind and runs."""
         k, usual, wide = self.k(task), int(self._task(task)["k"]), self.wide_k(task)
         found = []
         of_task = self.rows(task=task, n_train=None)
@@ -225,7 +226,7 @@ class Results:
         return {name: (kind, rows) for _, name, kind, rows in sorted(found, key=lambda row: row[0])}
 
     def method_table(self, task: str, reference: str | None = None) -> MethodTable | None:
-        """The paper's Tables 1 and 3 on one task: LoFiT and the methods it is compared with; None if none ran.
+        """Return the paper's Tables 1 and 3 for one task: LoFiT and the other methods; None if none ran.
 
         Args:
             task: name of the task.
@@ -238,7 +239,7 @@ class Results:
         )
 
     def selector_table(self, task: str) -> MethodTable | None:
-        """The paper's Table 2 on one task: heads by each selector, then offsets; None if none ran."""
+        """Return the paper's Table 2 for one task: offsets tuned on the heads of each selector; None if none ran."""
         found = self.rows(task=task, method=LOFIT, k=self.k(task), n_train=None)
         ran = dict.fromkeys(by for by in found["heads_from"] if by != ALL)
         selectors = [*(by for by in SELECTORS if by in ran), *(by for by in ran if by not in SELECTORS)]
@@ -249,7 +250,7 @@ class Results:
         return self._table(f"selectors {task}", named, f"heads by {OWN}")
 
     def readings(self) -> dict[str, dict[str, Any]]:
-        """Task (and `"together"`) -> readings of the model with its adapter, as far as the store has them.
+        """Return the readings in the store: task, or `"together"` -> reading of the model with its adapter.
 
         Raises:
             DataError: a damaged file.
@@ -260,12 +261,23 @@ class Results:
                 found[row["task"]] = io.read_json(self._store.folder(name) / READINGS)
         return {task: found[task] for task in (*self.tasks, TOGETHER) if task in found}
 
+    def read_adapters(self, task: str) -> tuple[list[int], int]:
+        """Return K of the adapters that a reading (of a task, or `"together"`) is about, and their seed."""
+        cells = self.record["cells"]
+        # The last one, as in `readings`.
+        name = [
+            n for n, row in cells.items() if (row["kind"], row["task"]) == ("reading", task) and self._store.done(n)
+        ][-1]
+        spec = self._store.read(name)["spec"]
+        fits = list(spec["fits"].values()) if "fits" in spec else [spec["fit"]]
+        return [int(cells[fit]["k"]) for fit in fits], int(cells[name]["seed"])
+
     @cached_property
     def _tables(self) -> dict[str, MethodTable]:
         return {}
 
     def _table(self, key: str, named: dict[str, pd.DataFrame], reference: str) -> MethodTable | None:
-        """The table of these runs, computed once."""
+        """Return the table of these runs; it is computed once."""
         if key in self._tables:
             return self._tables[key]
         runs = [
@@ -282,7 +294,7 @@ class Results:
         return Store(self.folder)
 
     def fit(self, i: Any) -> FitResult:
-        """The fit of a row of `runs`, by the row's index."""
+        """Return the fit of a row of `runs`, by the row's index."""
         record = self._store.read(self.folders[i].name)
         row, run = self.runs.loc[i], record["run"]
         return FitResult(
@@ -291,7 +303,7 @@ class Results:
         )  # fmt: skip
 
     def _tuned(self, rows: pd.DataFrame) -> tuple[Tuned | None, bool]:
-        """The trials that these runs share, and whether each run had its own trials."""
+        """Return the trials that these runs share, and whether each run had its own trials."""
         spec, *others = (self._store.read(self.folders[i].name)["spec"] for i in rows.index)
         by_run = any(other["chosen"] != spec["chosen"] for other in others)
         # The method's other runs reuse the settings that were chosen with the task's own heads.
@@ -303,6 +315,6 @@ class Results:
         return choice(self._store, spec["chosen"], spec["method"], task["name"], task["metric"]), by_run
 
     def damage(self, task: str) -> Float[np.ndarray, "seeds texts"] | None:
-        """KL (nats per token) of LoFiT's adapters on ordinary text; None if not measured."""
+        """Return the KL divergence (nats per token) of LoFiT's adapters on ordinary text; None if not measured."""
         hurt = [self.fit(i).damage for i in self.lofit(task).index]
         return np.array([h["kl"] for h in hurt if h]) if hurt and all(hurt) else None

@@ -12,9 +12,9 @@ class FitResult:
     """One fit and its evaluation.
 
     Attributes:
-        seed: seed of the fit (draw of rows, init, row order; random heads: of the draw of heads too).
+        seed: seed of the fit (drawn rows, initialization, row order; for random heads, the draw of heads too).
         settings: given, or chosen for the method.
-        result: result on the evaluated split.
+        result: the result on the evaluated split.
         n_parameters: numbers learned or estimated that the method adds to the model.
         fit_seconds: seconds of the fit, including selection or probing but not the choice of settings and loading.
         eval_seconds: seconds of the evaluation on the task only.

@@ -1,4 +1,4 @@
-"""The table of a comparison: one row per method, every number with its interval; as text, Markdown, LaTeX, CSV and JSON."""
+"""The table of a comparison: one row per method, each number with its interval; as text, Markdown, LaTeX, CSV and JSON."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from lofit_lens import io
 from lofit_lens.errors import InputError
 from lofit_lens.evaluation.compare import Comparison, PairedTester, compare, over_seeds
-from lofit_lens.evaluation.result import Metric, table_html
+from lofit_lens.evaluation.result import Metric, how_many, table_html
 from lofit_lens.evaluation.stats import (
     FEW,
     bootstrap_interval_over_seeds,
@@ -29,7 +29,7 @@ KIND, SCHEMA = "lofit_lens.MethodTable", 1
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean of a time in seconds, with the lowest and highest run."""
+    """Mean time in seconds over runs, with the shortest and longest run."""
 
     mean: float
     low: float
@@ -37,7 +37,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        """Make it from one value per run."""
+        """Compute it from one value per run."""
         return cls(float(np.mean(values)), min(values), max(values))
 
     def __str__(self) -> str:
@@ -51,7 +51,7 @@ class Row:
     Attributes:
         method: name.
         settings: chosen on the validation split, or given; if runs differ, all values as one text.
-        tried: points of the grid that were tried; 0 if settings were given or reused.
+        tried: number of settings that were tried; 0 if settings were given or reused.
         n_parameters: number of learned or estimated parameters; the same for every seed.
         metrics: mean over seeds and items with the 95 % interval.
         against: paired tests of this method minus the reference; None for the reference itself.
@@ -84,7 +84,7 @@ class MethodTable:
     Attributes:
         task: name of the task.
         split: the evaluated split.
-        metric: the task's own.
+        metric: the task's main metric.
         reference: the method that the others are tested against.
         rows: one per method.
         methods: the data behind the rows: each run with its items, and the settings that were tried.
@@ -134,13 +134,13 @@ class MethodTable:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Names of all metrics, the task's own first."""
+        """Names of all metrics, the task's main metric first."""
         return tuple(self.rows[0].metrics)
 
     # ------------------------------------------------------------------------------------------------ as text
 
     def columns(self) -> tuple[str, ...]:
-        """Column headings of `cells`."""
+        """Return the column headings of `cells`."""
         measured = any(r.kl for r in self.rows)
         return (
             "method", "parameters", *self.metrics, f"{self.metric} - {self.reference}", "p, Holm", "fit, s", "evaluation, s",
@@ -148,7 +148,7 @@ class MethodTable:
         )  # fmt: skip
 
     def cells(self) -> list[tuple[str, ...]]:
-        """One row per method, as text."""
+        """Return one row of text per method."""
         measured = any(r.kl for r in self.rows)
         return [
             (
@@ -166,15 +166,13 @@ class MethodTable:
         return f"{test.difference:+.3f}{between}", f"{row.p_holm:.4f}"
 
     def title(self) -> str:
-        """What the table is about."""
+        """Return the title: task, split, number of items, model."""
         model = f", {self.model.name} ({self.model.class_name})" if self.model else ""
         return f"{self.task}, {self.split} split, n={len(self.methods[0].runs[0].result.items)}{model}"
 
     def notes(self) -> tuple[str, ...]:
-        """How to read the table."""
-        seeds = {m.method: len(m.runs) for m in self.methods}
-        usual = max(set(seeds.values()), key=list(seeds.values()).count)
-        other = ", ".join(f"{name} {n}" for name, n in seeds.items() if n != usual)
+        """Return the explanations below the table."""
+        runs = how_many(((m.method, len(m.runs)) for m in self.methods), "run")
         tested = next((r.against for r in self.rows if r.against is not None), None)
         chosen = [r for r in self.rows if r.tried > 1]
         tried = sorted({r.tried for r in chosen})
@@ -183,34 +181,35 @@ class MethodTable:
         by_run = [r for r in self.rows if r.method in apart]
         given = [r for r in self.rows if r.tried <= 1 and r.settings and r.method not in apart]
         notes = [
-            f"[ ]: 95 % bootstrap interval over seeds and items (seeds: {usual}{f'; {other}' if other else ''}); ( ): lowest to "
-            "highest run. With few seeds such intervals can be too narrow."
+            f"[ ]: 95 % bootstrap interval over seeds and items (per row: {runs}); ( ): shortest to "
+            "longest run. With few seeds these intervals can be too narrow."
         ]
         if tested is not None:
             notes.append(f"differences: {tested.notes()[0]}; p adjusted over the methods by Holm")
         if chosen:
             notes.append(
-                f"settings chosen on the validation split, {' or '.join(map(str, tried))} points per method, before the "
-                f"{self.split} split was touched: {_all_settings(chosen)}"
+                f"settings chosen on the validation split, {' or '.join(map(str, tried))} settings per method, before the "
+                f"{self.split} split was used: {_all_settings(chosen)}"
             )
         if by_run:
-            notes.append(f"settings chosen run by run on the validation split: {_all_settings(by_run)}")
+            notes.append(f"settings chosen for each run on the validation split: {_all_settings(by_run)}")
         if given:
-            notes.append(f"settings given or taken over: {_all_settings(given)}")
+            notes.append(f"settings given or reused: {_all_settings(given)}")
         if edge:
-            notes.append(f"chosen at the edge of the grid, so that a wider one might do better: {', '.join(edge)}")
+            notes.append(f"chosen at the edge of the grid, so a wider grid might do better: {', '.join(edge)}")
         if any(r.kl for r in self.rows):
             notes.append(
-                "KL and cross-entropy increase (CE) against the unmodified model on ordinary text; interval over seeds and texts"
+                "KL and increase of cross-entropy (CE) are relative to the unmodified model, in nats per token of ordinary text; "
+                "intervals over seeds and texts"
             )
         notes.append(
-            "parameters: numbers that the method adds to the model; fit: seconds with selection or probing, without loading and "
-            "the choice of settings"
+            "parameters: learned or estimated numbers that the method adds to the model; fit: seconds, including selection or "
+            "probing, without loading and the choice of settings"
         )
         return tuple(notes)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per method, as numbers."""
+        """Return one row of numbers per method."""
         found = []
         for r in self.rows:
             row: dict[str, Any] = {"task": self.task, "method": r.method, "n_parameters": r.n_parameters}
@@ -231,7 +230,7 @@ class MethodTable:
         return pd.DataFrame(found)
 
     def runs(self) -> pd.DataFrame:
-        """One row per run."""
+        """Return one row per run."""
         return pd.DataFrame([
             {
                 "task": self.task, "method": m.method, "seed": r.seed, **{k: v.mean for k, v in r.result.metrics.items()},
@@ -242,7 +241,7 @@ class MethodTable:
         ])  # fmt: skip
 
     def trials(self) -> pd.DataFrame:
-        """One row per point of a method's grid and seed: all trials on the validation split."""
+        """Return one row per setting and seed: all trials on the validation split."""
         tables = [m.tuned.trials.assign(method=m.method, task=self.task) for m in self.methods if m.tuned is not None]
         if not tables:
             return pd.DataFrame()
@@ -250,11 +249,11 @@ class MethodTable:
         return joined.reindex(columns=["task", "method", *(c for c in joined.columns if c not in ("task", "method"))])
 
     def to_markdown(self) -> str:
-        """A Markdown table with its title and notes."""
+        """Return a Markdown table with its title and notes."""
         return markdown(self.title(), self.columns(), self.cells(), self.notes())
 
     def to_latex(self) -> str:
-        """A LaTeX `table*` for the booktabs package, with its caption and notes."""
+        """Return a LaTeX `table*` for the booktabs package, with its caption and notes."""
         columns, rows = self.columns(), self.cells()
         body = "\n".join("  " + " & ".join(map(tex, row)) + r" \\" for row in rows)
         return (
@@ -266,7 +265,7 @@ class MethodTable:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the individual items, JSON-able."""
+        """Return everything except the individual items, JSON-able."""
         return {
             "kind": KIND, "schema": SCHEMA, "task": self.task, "split": self.split, "metric": self.metric,
             "reference": self.reference, "data_hash": self.data_hash, "versions": self.versions,
@@ -292,7 +291,7 @@ class MethodTable:
             stem: first part of the file names; empty = the task's name.
 
         Raises:
-            InputError: the folder cannot be written to.
+            InputError: the folder is not writable.
         """
         front = Path(folder) / (stem or self.task.replace("/", "-").replace(":", "-"))
         files = {
@@ -330,7 +329,7 @@ def _row(method: MethodRuns, against: Comparison | None, p_holm: float | None) -
 
 
 def _settings_of(runs: Sequence[FitResult]) -> dict[str, Any]:
-    """The settings of all runs; if they differ, the values, ascending, as one text."""
+    """Return the settings of all runs; where they differ, all values, ascending, as one text."""
     found = {}
     for name in runs[0].settings:
         values = sorted({run.settings[name] for run in runs})
@@ -339,19 +338,19 @@ def _settings_of(runs: Sequence[FitResult]) -> dict[str, Any]:
 
 
 def markdown(title: str, columns: Sequence[str], cells: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
-    """A Markdown table, preceded by its title and followed by its notes."""
+    """Return a Markdown table between its title and its notes."""
     lines = [columns, ("---",) * len(columns), *cells]
     table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
     return f"**{title}**\n\n{table}\n\n" + "\n".join(f"- {note}" for note in notes) + "\n"
 
 
 def paired_tester(n_items: int) -> PairedTester:
-    """The paired test for this many items: bootstrap, or permutation if they are few."""
+    """Return the paired test for this many items: bootstrap, or permutation if there are few."""
     return paired_permutation_test if n_items < FEW else paired_bootstrap_test
 
 
 def over_texts(values: ArrayLike) -> Metric:
-    """Mean of `[seeds, texts]` with its interval over both."""
+    """Return the mean of `[seeds, texts]` with its interval over both."""
     grid = np.array(values, dtype=float)
     return Metric(float(grid.mean()), bootstrap_interval_over_seeds(grid), grid.shape[1], grid.shape[0])
 
@@ -369,7 +368,7 @@ def _all_settings(rows: Sequence[Row]) -> str:
 
 
 def settings_text(settings: dict[str, Any]) -> str:
-    """`alpha 15, k 3`."""
+    """Return settings as text: `alpha 15, k 3`."""
     return ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in settings.items())
 
 
@@ -378,5 +377,5 @@ _TEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#
 
 
 def tex(text: str) -> str:
-    """Text for LaTeX: its special characters escaped."""
+    """Escape LaTeX's special characters."""
     return "".join(_TEX.get(c, c) for c in text)
