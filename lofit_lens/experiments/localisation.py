@@ -282,8 +282,16 @@ def localisation(
             [_again(f"{len(results.seeds)} seeds", _by_seed(results, task), found.k)] if len(results.seeds) > 1 else []
         )
     if halves:
-        grid = one_task_grid("localisation halves", model, task, [], scores=(OWN,), seeds=tuple(seeds)[:1])
-        grid = grid.model_copy(update={"tasks": tuple(TaskSpec(name=half.name) for half in halves)})
+        named = tuple(TaskSpec(name=half.name) for half in halves)
+        grid = grid.model_copy(
+            update={
+                "name": f"{grid.name} halves",
+                "tasks": named,
+                "runs": (),
+                "scores": (OWN,),
+                "seeds": grid.seeds[:1],
+            }
+        )
         with grid_results(grid, model, halves, None, out, **more) as results:
             again.append(_again("two halves of the training rows", list(results.scores.values()), found.k))
     return replace(found, again=pd.DataFrame(again))

@@ -252,7 +252,7 @@ def _against_most_heads(values: Mapping[str, Mapping[float, Any]]) -> pd.DataFra
             pairs = paired_differences({str(k): {0.0: at} for k, at in points.items()}, str(max(points)))
             found.append(pairs.assign(x=pairs["series"].astype(float), series=series))
     columns = {"low": "low_of_difference", "high": "high_of_difference"}
-    return pd.concat(found).rename(columns=columns)[["series", "x", "difference", *columns.values(), "p", "p_holm"]]
+    return pd.concat(found).rename(columns=columns).drop(columns=["mark", "n_items"])
 
 
 def _data_efficiency(results: Results) -> Iterator[Drawn]:

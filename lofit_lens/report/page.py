@@ -82,7 +82,7 @@ def render(results: Results) -> str:
 def _notes(results: Results, source: Source) -> str:
     model, seeds = results.model, results.seeds
     revision = f", revision {model.revision[:REVISION]}" if model.revision else ""
-    notes = [f"Seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}."]
+    notes = [f"Seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}."]
     if source.readings or source.attention:
         notes += [
             f"Promoted tokens and attention patterns are those of the adapters of seed {seeds[0]}.",

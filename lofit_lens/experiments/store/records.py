@@ -85,7 +85,7 @@ class Records:
             DataError: a record is damaged, or of a newer version.
         """
         found = {}
-        for path in sorted((self.root / "grids").glob("[!.]*.json")):
+        for path in sorted((self.root / "grids").glob("[!.]*.json"), key=lambda path: path.stem):
             record = io.read_json(path)
             io.check_record(record, GRID, GRID_SCHEMA, ("name", "cells"), str(path))
             found[record["name"]] = record
