@@ -97,10 +97,10 @@ def own_heads(folder: Path) -> Iterator[Answer]:
 def layers(folder: Path) -> Iterator[Answer]:
     """Mean layers of the tasks' heads, pair by pair."""
     grid = pd.read_csv(folder / "head_grid.csv")
+    if grid["task"].nunique() < 2:  # of one task the file has a panel for each head score
+        return
     chosen = grid.loc[grid["chosen"]].groupby("task", sort=False)
     sets = {task: HeadSet(list(zip(of["layer"], of["head"], strict=True))) for task, of in chosen}
-    if len(sets) < 2:
-        return
     overlap = pd.read_csv(folder / "overlap_tasks.csv").set_index(["a", "b"])
     for row in mean_layer_differences(sets).to_dict("records"):
         a, b = sets[row["a"]], sets[row["b"]]

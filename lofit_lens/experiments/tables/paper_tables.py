@@ -95,9 +95,8 @@ def paper_tables(results: Results) -> list[PaperTable]:
         for name, (needed, shown) in parts.items():
             if set(needed) & set(kinds.values()):
                 rows = [row for row, kind in kinds.items() if kind in shown]
-                *front, last = (r for r in rows if not r.startswith(LOFIT))
-                beside = f"{', '.join(front)} and {last}" if front else last
-                found.append(_wide(name, f"LoFiT and {beside} ({model})", methods, rows, "methods"))
+                *front, last = (LOFIT, *(r for r in rows if not r.startswith(LOFIT)))
+                found.append(_wide(name, f"{', '.join(front)} and {last} ({model})", methods, rows, "methods"))
     if any(row not in IN_TABLE_1 for table in selectors.values() for row in (r.method for r in table.rows)):
         named = list(dict.fromkeys(r.method for table in selectors.values() for r in table.rows))
         table = _wide(
