@@ -38,7 +38,7 @@ def grid_html(
 
     Args:
         shape: `(n_layers, n_heads)`.
-        level: head -> 0 (dark) to 1 (light); others are grey.
+        level: head -> 0 (dark) to 1 (light); others are gray.
         hover: head -> what a pointer shows; others show their name.
         caption: above it.
         listed: below it.

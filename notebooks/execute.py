@@ -5,11 +5,11 @@
     python notebooks/execute.py --check          # run, change nothing, tell every difference; exit code 1 if there is one
     python notebooks/execute.py --run            # run, change nothing, compare nothing: do they run here at all?
 
-A notebook runs in the environment of this command, in an empty folder, on the CPU, on one thread. Figures are PNG where there
-is a Chrome or Chromium. A cell may take ten minutes and a notebook fifteen; a kernel that dies and a Chrome that does not answer
-end the run with an error that names the cell. Out of the outputs go: widgets' state, progress bars, execution metadata and the
-folder's name. On one machine a second run gives the same file, byte for byte. Another processor rounds otherwise, so that
-`--check` lets pass
+A notebook runs in the environment of this command, on the CPU, on one thread, in an empty folder `notebooks` beside links to the
+repository's `results` and `figures`. Figures are PNG where there is a Chrome or Chromium. A cell may take ten minutes and a
+notebook fifteen; a kernel that dies and a Chrome that does not answer end the run with an error that names the cell. Out of the
+outputs go: widgets' state, progress bars, execution metadata and the folder's name. On one machine a second run gives the same
+file, byte for byte. Another processor rounds otherwise, so that `--check` lets pass
 
 - a number with decimals that is off by at most 0.02, or by 2 % of itself where that is more; whole numbers and words have to be
   the same;
@@ -43,6 +43,7 @@ CELL_SECONDS, NOTEBOOK_SECONDS = 600, 900
 CHROME_SECONDS = 120  # until a first figure is drawn
 TOLERANCE = 0.02
 PIXEL_LEVELS, PIXEL_SHARE = 32, 0.05
+COMMITTED = ("results", "figures")  # what notebooks read of the repository
 NOT_KEPT = ("application/vnd.jupyter.widget-view+json", "application/vnd.plotly.v1+json", "application/javascript")
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -50,6 +51,10 @@ METADATA = {
 }  # fmt: skip
 # Run before the first cell, and kept out of the file. One browser serves all figures. Kaleido waits without end for one that does
 # not start, so that a first figure is drawn here, where the time is short.
+QUIET = """
+import logging
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns on some processors only
+"""
 WITH_CHROME = """
 import warnings, kaleido, plotly.graph_objects, plotly.io
 warnings.filterwarnings("ignore", message="The kopts argument is ignored")
@@ -128,7 +133,7 @@ def run(path: Path, *, drawn: str) -> NotebookNode:
         NotebookFailed: a cell raised an error or took too long, or the kernel died.
     """
     notebook = nbformat.read(path, as_version=4)
-    setup = nbformat.v4.new_code_cell(WITH_CHROME if drawn else WITHOUT_CHROME)
+    setup = nbformat.v4.new_code_cell(QUIET + (WITH_CHROME if drawn else WITHOUT_CHROME))
     env = {
         **os.environ, "PLOTLY_RENDERER": "png", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
         "TOKENIZERS_PARALLELISM": "false", "PYDEVD_DISABLE_FILE_VALIDATION": "1",
@@ -138,7 +143,11 @@ def run(path: Path, *, drawn: str) -> NotebookNode:
     def seconds_for(cell: NotebookNode) -> int:
         return max(1, min(CHROME_SECONDS if cell.id == setup.id else CELL_SECONDS, round(until - time.monotonic())))
 
-    with tempfile.TemporaryDirectory(prefix="notebook-") as folder:
+    with tempfile.TemporaryDirectory(prefix="notebook-") as root:
+        folder = str(Path(root, HERE.name))
+        Path(folder).mkdir()
+        for name in COMMITTED:
+            Path(root, name).symlink_to(HERE.parent / name)
         whole = nbformat.from_dict({**notebook, "cells": [setup, *notebook.cells]})
         client = NotebookClient(
             whole, timeout_func=seconds_for, kernel_name="python3", record_timing=False, store_widget_state=False,

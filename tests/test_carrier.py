@@ -251,7 +251,7 @@ def test_a_base_can_be_named(bridge_llama, tmp_path):
     assert (got - hooked(bridge_llama, lofit)).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("wrong", ["another vector", pytest.param("a layer less", marks=slow), "a name that is none"])
+@pytest.mark.parametrize("wrong", ["another vector", pytest.param("a layer less", marks=slow), "an invalid name"])
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys")  # as PEFT says of the last
 def test_a_carrier_that_differs_is_deleted(bridge_llama, tmp_path, monkeypatch, wrong):
     """The comparison runs on what PEFT makes of the files: a wrong bias, a missing one, one that PEFT does not place."""

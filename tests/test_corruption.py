@@ -286,7 +286,7 @@ def test_fields_of_the_wrong_kind_are_refused_whoever_signed(damaged, method):
 
 
 def test_records_of_metrics_are_checked(damaged):
-    """A field missing, of another kind, or an interval that is none: a card made of it later would be wrong."""
+    """A field missing, of another kind, or an invalid interval: a card made of it later would be wrong."""
     for change in (
         {"mean": "high"},
         {"mean": ...},

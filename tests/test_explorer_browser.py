@@ -262,7 +262,7 @@ def test_forty_layers_of_forty_heads(b):
 
 
 def test_jupyters_theme_decides(b):
-    """Dark in JupyterLab's dark theme, whatever the system says; its rows of tables do not colour the small grid."""
+    """Dark in JupyterLab's dark theme, whatever the system says; its rows of tables do not color the small grid."""
     ground = "getComputedStyle(document.querySelector('#llx-first')).backgroundColor"
     rows = (
         "[...document.querySelectorAll('.jp-OutputArea-output table tr')].map(e => getComputedStyle(e).backgroundColor)"
@@ -310,7 +310,7 @@ ex""",
 
 
 def make_picture(path: Path) -> Path:
-    """Draw the explorer on the embedded model as it stands in JupyterLab; a PNG of the widget alone, in 256 colours."""
+    """Draw the explorer on the embedded model as it stands in JupyterLab; a PNG of the widget alone, in 256 colors."""
     from PIL import Image
 
     found = find_chrome()

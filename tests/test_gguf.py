@@ -88,7 +88,7 @@ def test_adapters_are_folded_into_it(tmp_path):
 
 
 def test_what_cannot_be_read_is_refused(tmp_path):
-    """Another architecture, a file that is none, one that is cut off, several in a folder, none there."""
+    """Another architecture, an invalid file, one that is cut off, several in a folder, none there."""
     gguf_file.write(tmp_path / "strange.gguf", architecture="no-such-architecture")
     with pytest.raises(ModelError, match=r"transformers cannot read strange\.gguf.*no-such-architecture"):
         load_model(tmp_path / "strange.gguf", device="cpu")

@@ -121,15 +121,15 @@ def test_the_grid_has_a_cell_a_head_and_needs_no_script(made):
 
 
 def test_the_grid_names_rank_and_score():
-    """A chosen head's cell says its rank and score; another's only its name, and stays grey."""
+    """A chosen head's cell says its rank and score; another's only its name, and stays gray."""
     page = HeadSet(["L2H1", "L0H0"], [2.0, 1.0], SHAPE)._repr_html_()
     assert "L2H1: rank 1, score 2" in page
     assert "L0H0: rank 2, score 1" in page
     assert page.count("background:#8884") == 10
 
 
-def test_the_grid_has_the_colours_of_figures_and_its_own_rows():
-    """Light is much, as in figures; no row takes the stripes and the hover colour that Jupyter gives to rows of tables."""
+def test_the_grid_has_the_colors_of_figures_and_its_own_rows():
+    """Light is much, as in figures; no row takes the stripes and the hover color that Jupyter gives to rows of tables."""
     page = HeadScores(torch.arange(12.0).view(3, 4))._repr_html_()
     assert HEAT == style.HEAT
     first, last = sample_colorscale(HEAT, [0.0, 1.0])

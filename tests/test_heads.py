@@ -167,7 +167,7 @@ def test_a_saved_set_is_read_back_the_same(tmp_path_factory, a):
      ({"heads": [[9, 9]]}, "L9H9"), ({"heads": [["a", "b"]]}, "head")],
 )  # fmt: skip
 def test_a_damaged_head_set_is_refused(tmp_path, changes, message):
-    """A missing field, a newer schema, another record, a head outside and a head that is none: each is InputError."""
+    """A missing field, a newer schema, another record, a head outside and an invalid head: each is InputError."""
     path = edited_record(tmp_path, HeadSet(["L0H1"], shape=SHAPE), **changes)
     with pytest.raises(InputError, match=message):
         HeadSet.load(path)

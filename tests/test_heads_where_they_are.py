@@ -228,7 +228,7 @@ def test_chance_counts_only_heads_that_can_be_chosen():
 
 
 def test_figures_and_explorer_leave_the_others_blank():
-    """No NaN in what a page is given, and one colour scale over the heads that have a score."""
+    """No NaN in what a page is given, and one color scale over the heads that have a score."""
     a, b = scores(0, task="x"), scores(1, task="y")
     heat = head_grid({"a": a, "b": b}).data[0]
     assert heat.zmin == pytest.approx(min(a.at_heads.min(), b.at_heads.min()).item())

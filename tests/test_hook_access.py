@@ -217,7 +217,7 @@ def processed_gpt2(loaded, *, fold_ln):
 @needs_hooked
 @pytest.mark.parametrize("fold_ln", [True, False])
 def test_folded_value_biases_are_detected(loaded, fold_ln):
-    """GPT-2 with processed weights is recognised, with layer norms folded or not; unprocessed it is not."""
+    """GPT-2 with processed weights is recognized, with layer norms folded or not; unprocessed it is not."""
     model = processed_gpt2(loaded, fold_ln=fold_ln)
     assert is_processed(model)
     assert value_biases_folded(model)

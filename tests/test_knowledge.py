@@ -1,4 +1,4 @@
-"""TriviaQA, NQ, MMLU: exact prompts, references and groups, the public normalisation, graders, bad rows."""
+"""TriviaQA, NQ, MMLU: exact prompts, references and groups, the public normalization, graders, bad rows."""
 
 import json
 
@@ -87,9 +87,9 @@ def test_they_are_for_evaluation_only(read, name):
     [("The  Beatles!", "beatles"), ("a cat, an owl & the dog", "cat owl dog"), ("Rock'n'Roll", "rock n roll"), ("them", "them"),
      ("snake_case", "snake case"), ("‘Hey´", "hey"), ("The", ""), ("", ""), ("Zoë 9-1", "zoë 9 1"), ("A.\nB", "b")],
 )  # fmt: skip
-def test_the_public_normalisation(text, plain):
+def test_the_public_normalization(text, plain):
     """Lower case; punctuation to spaces; a, an, the left out as whole words; single spaces. Accents stay."""
-    assert knowledge.normalised(text) == plain
+    assert knowledge.normalized(text) == plain
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_logits_are_linear_in_the_stream_at_a_fixed_scale(with_weights, architec
     ours = torch.cat([to_logits(model, x[None], float(s)) for x, s in zip(stream, scale, strict=True)])
     rest = logits - ours
     assert (rest - rest[0]).abs().max() < 1e-5
-    assert norm.centred == (architecture in ("gpt2", "pythia", "opt"))
+    assert norm.centered == (architecture in ("gpt2", "pythia", "opt"))
 
 
 @pytest.mark.parametrize(("architecture", "backend"), PAIRS)
@@ -118,8 +118,8 @@ def test_stream_shares_are_what_heads_add(with_weights, architecture, backend):
 def planted(model, plain):
     """An adapter of two heads, and the token that its one offset, on L1H2, must promote most.
 
-    M = W_O[h] (centred) W_U, `[d_head, d_vocab]`, from the plain model's weights (whose norm weights are 1). With v = the longest
-    column of M, no other token's logit `M[:, t] v` can be larger (Cauchy and Schwarz).
+    M = W_O[h] (centered) W_U, `[d_head, d_vocab]`, from the plain model's weights (whose norm weights are 1). With v = the
+    longest column of M, no other token's logit `M[:, t] v` can be larger (Cauchy and Schwarz).
     """
     W_O, W_U = output_projection(plain, 1).weight.detach(), plain.lm_head.weight.detach()
     if type(plain).__name__ == "GPT2LMHeadModel":  # stores W_O the other way round, and its norm takes the mean away
@@ -162,7 +162,7 @@ def test_total_is_the_sum_and_the_scale_divides(llama):
         torch.tensor(by_head[[str(h) for h in lofit.heads]].sum(axis=1).to_numpy()),
         torch.tensor(by_head["total"].to_numpy()), atol=1e-5, rtol=1e-4,
     )  # fmt: skip
-    assert abs(by_head["total"].mean()) < 1e-5, "centred over the vocabulary"
+    assert abs(by_head["total"].mean()) < 1e-5, "centered over the vocabulary"
     scales = []
     for prompt in PROMPTS:
         ids = torch.tensor([[1, *tiny.tokenizer()(prompt, add_special_tokens=False)["input_ids"]]])

@@ -1,8 +1,10 @@
 """The notebooks: what their findings say stands in their outputs, and a run gives these outputs again."""
 
+import ast
 import base64
 import importlib.util
 import io
+import pkgutil
 import re
 import sys
 from pathlib import Path
@@ -118,6 +120,34 @@ def test_no_output_names_a_place_on_the_machine_that_ran_it(books):
     assert not [(name, c.id) for name, book in books.items() for c in book.cells if place.search(shown(c))]
 
 
+def test_every_name_of_the_library_exists(books):
+    """Whatever a cell imports from lofit_lens, or reaches through `ll`, is there: notebooks are run in full more rarely."""
+    missing = []
+    for name, notebook in books.items():
+        for cell in notebook.cells:
+            if cell.cell_type != "code":
+                continue
+            tree = ast.parse(cell.source)
+            for node in ast.walk(tree):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lofit_lens"):
+                    wanted = [f"{node.module}.{alias.name}" for alias in node.names]
+                elif isinstance(node, ast.Attribute) and ast.unparse(node).startswith("ll."):
+                    wanted = [ast.unparse(node).replace("ll", "lofit_lens", 1)]
+                else:
+                    continue
+                missing += [(name, cell.id, w) for w in wanted if not re.search(r"[^\w.]", w) and not _exists(w)]
+    assert not missing
+
+
+def _exists(path):
+    """Whether a dotted name leads to something, through modules first and attributes after."""
+    try:
+        pkgutil.resolve_name(path)
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
 def test_links_lead_somewhere(books):
     texts = [(name, c.source) for name, book in books.items() for c in book.cells if c.cell_type == "markdown"]
     targets = [(name, link) for name, text in texts for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text)]
@@ -215,7 +245,7 @@ def test_texts_are_compared_up_to_rounding(old, new, same):
 
 
 def picture(share, *, size=(20, 50)):
-    """A white PNG of which a share is grey."""
+    """A white PNG of which a share is gray."""
     from PIL import Image
 
     pixels = np.full((*size, 3), 255, dtype=np.uint8)

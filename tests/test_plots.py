@@ -17,7 +17,7 @@ def scores():
 
 
 def test_grid_shows_scores_and_both_kinds_of_marks(scores):
-    """One heat map a panel on one colour scale; marks stand at (head, layer)."""
+    """One heat map a panel on one color scale; marks stand at (head, layer)."""
     fig = head_grid(scores, {"a": scores["a"].top(2)}, marked={"a": HeadSet(["L2H0"])}, marked_label="known")
     maps = [t for t in fig.data if t.type == "heatmap"]
     assert [[list(row) for row in t.z] for t in maps] == [scores["a"].values.tolist(), scores["b"].values.tolist()]

@@ -114,7 +114,7 @@ def test_agreement_curves_lie_over_the_chance_band():
     assert agreement_curves(frame).layout.yaxis.title.text == "shared heads"
 
 
-def test_score_scatter_colours_the_top_of_each():
+def test_score_scatter_colors_the_top_of_each():
     """Heads of a 2x3 model: the top 2 are L1H2 L0H0 and L1H2 L0H1; one in both, one in each alone, three others."""
     a, b = HeadScores([[5, 1, 0], [2, 3, 9]], "A-norm", task="t"), HeadScores([[1, 5, 0], [2, 3, 9]], "probe accuracy")
     fig = score_scatter(a, b, 2)
@@ -165,7 +165,7 @@ def runs():
 
 
 def test_transfer_heatmap(runs):
-    """Rows are sources, columns tasks, one colour scale; marks in the cells, all numbers in the hover; random apart."""
+    """Rows are sources, columns tasks, one color scale; marks in the cells, all numbers in the hover; random apart."""
     random = {t: (np.random.default_rng(1).random((3, 60)) < 0.3).astype(float) for t in "ab"}
     found = transfer_matrix(runs, random=random, metrics={"a": "MC1", "b": "EM"})
     fig = transfer_heatmap(found)

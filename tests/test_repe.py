@@ -177,7 +177,7 @@ def test_differences_that_all_agree_survive_the_centring():
 
 
 def test_the_first_component_by_hand():
-    """(2, 1) and (2, -1): one turned, (2, 1) and (-2, 1), centred (2, 0) and (-2, 0): whichever is turned, (1, 0)."""
+    """(2, 1) and (2, -1): one turned, (2, 1) and (-2, 1), centered (2, 0) and (-2, 0): whichever is turned, (1, 0)."""
     for seed in range(4):
         assert reading_vector(np.array([[2.0, 1.0], [2.0, -1.0]]), seed=seed) == pytest.approx([1.0, 0.0], abs=1e-12)
 

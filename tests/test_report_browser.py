@@ -107,10 +107,10 @@ def test_moving_k_changes_marks_and_numbers(shown):
 
 
 def test_choosing_a_set(shown):
-    """Names, labels, colours and the largest K follow; a list without scores is coloured by rank, all of them if asked for."""
+    """Names, labels, colors and the largest K follow; a list without scores is colored by rank, all of them if asked for."""
     b = shown()
-    colour = "getComputedStyle(document.querySelector('{} [data-head={}]')).backgroundColor"
-    best = b.js(colour.format(RIGHT, "L1H1"))
+    color = "getComputedStyle(document.querySelector('{} [data-head={}]')).backgroundColor"
+    best = b.js(color.format(RIGHT, "L1H1"))
     label = f"document.querySelector('{RIGHT} [data-head=L1H1]').getAttribute('aria-label')"
     assert b.js(label) == "L1H1: rank 1 of 12, probe accuracy 1.2, in the top K of both sets"
     b.choose(".llx-k-number", "9")
@@ -119,13 +119,13 @@ def test_choosing_a_set(shown):
     assert "<b>bold</b>" in b.js("document.querySelectorAll('.llx-grid figcaption')[1].textContent")
     assert b.js("document.querySelector('.llx-k-number').value") == "5"
     assert "of 5" in text(b, ".llx-ks")
-    assert b.js(colour.format(RIGHT, "L1H1")) == best, "rank 1 and the best score both take the end of the scale"
-    assert b.js(colour.format(RIGHT, "L1H2")) == "rgb(223, 227, 232)", (
-        "a head outside the list has no colour of the scale"
+    assert b.js(color.format(RIGHT, "L1H1")) == best, "rank 1 and the best score both take the end of the scale"
+    assert b.js(color.format(RIGHT, "L1H2")) == "rgb(223, 227, 232)", (
+        "a head outside the list has no color of the scale"
     )
-    before = b.js(colour.format(LEFT, "L2H2"))
+    before = b.js(color.format(LEFT, "L2H2"))
     b.choose(".llx-keys select", "rank")
-    assert b.js(colour.format(LEFT, "L2H2")) != before
+    assert b.js(color.format(LEFT, "L2H2")) != before
     b.choose(".llx-set[data-side=right]", "truth, A-norm")
     assert numbers(b)[2:4] == ["\u2013", "\u2013"], "a set and itself: no chance"
 
@@ -173,7 +173,7 @@ def test_everything_works_from_the_keyboard(shown):
     while len(reached) < 30 and reached[-1:] != ["BODY"]:
         b.press("Tab")
         reached.append(b.js(FOCUS))
-    wanted = ["left set", "right set", "K, left", "K, left, as a number", "L0H0", "L0H0", "colour of a head"]
+    wanted = ["left set", "right set", "K, left", "K, left, as a number", "L0H0", "L0H0", "color of a head"]
     assert [r for r in reached if r in wanted] == wanted
     b.js(f"document.querySelector('{LEFT} [data-head=L0H0]').focus()")
     seen = []
@@ -363,7 +363,7 @@ def test_attention_without_the_first_token(shown):
 
 
 def test_dark_and_light(browser, shown):
-    """The page follows the reader's system; colours of data stay. Text and ground differ enough (WCAG: 4.5) in both."""
+    """The page follows the reader's system; colors of data stay. Text and ground differ enough (WCAG: 4.5) in both."""
     heats = []
     for scheme in ("dark", "light"):
         browser.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
@@ -381,7 +381,7 @@ def test_dark_and_light(browser, shown):
 
 
 def luminance(b, color):
-    """Relative luminance (WCAG 2) of a CSS colour that an expression gives."""
+    """Relative luminance (WCAG 2) of a CSS color that an expression gives."""
     parts = b.js(f"({color}).match(/[0-9.]+/g).slice(0, 3).map(x => x / 255)")
     r, g, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
     return 0.2126 * r + 0.7152 * g + 0.0722 * blue

@@ -134,8 +134,8 @@ def test_asking_for_what_is_not_there(results):
         results.values(results.lofit(KIN, k=77))
     with pytest.raises(InputError, match="no head scores of kin by bias norm with seed 0"):
         results.heads(KIN, "bias norm")
-    with pytest.raises(InputError, match="unknown column 'colour'"):
-        results.rows(colour="red")
+    with pytest.raises(InputError, match="unknown column 'color'"):
+        results.rows(color="red")
     with pytest.raises(InputError, match="unknown task 'nix'"):
         results.k("nix")
     with pytest.raises(InputError, match="different items"):

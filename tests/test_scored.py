@@ -189,11 +189,11 @@ def test_a_model_that_mixes_logits_of_several_places(checkpoint, backend):
     model = load_model(checkpoint("llama"), backend=backend, device="cpu")
     own = model.forward
 
-    def centred(*args, **named):
+    def centered(*args, **named):
         logits = own(*args, **named)
         return logits - logits.mean(dim=1, keepdim=True)
 
-    model.forward = centred
+    model.forward = centered
     tokens, mask = padded("none")
     at = chosen(mask)
     assert torch.equal(logits_at(model, tokens, mask, at), logits_of(model, tokens, mask)[at])

@@ -315,7 +315,7 @@ def good(tmp_path_factory, loaded):
 @pytest.mark.parametrize("method", ["red", "loreft", "post-block"])
 @needs_hooked
 def test_processed_weights_are_another_model(loaded, tmp_path, method):
-    """An adapter made without weight processing is refused on a model with it, whose residual stream is centred."""
+    """An adapter made without weight processing is refused on a model with it, whose residual stream is centered."""
     plain, processed = loaded("gpt2", "hooked"), processed_gpt2(loaded, fold_ln=True)
     adapter = new(method, plain)
     with pytest.raises(AdapterError, match="with weight processing and this adapter was made without"):

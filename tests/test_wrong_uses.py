@@ -460,7 +460,7 @@ def test_compatibility_mode_without_processing_is_not_processed(checkpoint):
     {"center_writing_weights": True}, {"refactor_factored_attn_matrices": True}, {"fold_ln": True}, {"fold_value_biases": True},
 ])  # fmt: skip
 def test_each_kind_of_processing_is_seen(change, checkpoint):
-    """Weights that were centred or factored count, layer norms folded or not."""
+    """Weights that were centered or factored count, layer norms folded or not."""
     model = ll.load_model(checkpoint("gpt2"), backend="hooked", device="cpu")
     assert not ll.model_info(model).processed
     none = dict.fromkeys(("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases"), False)

@@ -201,8 +201,8 @@ def promoted_by(
     random = _random_streams(model, directions, heads, seed)
     random = torch.cat([random, random.sum(dim=0, keepdim=True)])
     for name, u, drawn in zip([*map(str, heads), TOTAL], every, random, strict=True):
-        logits = _centred(model, u[None], scale, norm)[0].cpu()
-        others = _centred(model, drawn, scale, norm)
+        logits = _centered(model, u[None], scale, norm)[0].cpu()
+        others = _centered(model, drawn, scale, norm)
         for kind, sign in KINDS.items():
             ids = torch.argsort(logits * sign, descending=True, stable=True)[:top]
             lists = (others * sign).topk(top, dim=1).values.cpu()
@@ -247,7 +247,7 @@ def _random_streams(
     return torch.stack(found)
 
 
-def _centred(
+def _centered(
     model: Any, streams: Float[Tensor, "n d_model"], scale: float | None, norm: FinalNorm
 ) -> Float[Tensor, "n d_vocab"]:
     """Logits of these vectors, minus each one's mean over the vocabulary."""

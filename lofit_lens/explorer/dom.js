@@ -27,7 +27,7 @@ function channels(color) {
   return hex ? hex.slice(1).map((x) => parseInt(x, 16)) : color.match(/\d+/g).slice(0, 3).map(Number);
 }
 
-// A scale of colours: t in 0 .. 1 -> "rgb(...)".
+// A scale of colors: t in 0 .. 1 -> "rgb(...)".
 function scale(colors) {
   const stops = colors.map(channels);
   return (t) => {

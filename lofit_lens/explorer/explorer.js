@@ -111,7 +111,7 @@ function render({ model, el: place }) {
     readout.style.top = `${below ? at.bottom - frame.top + 10 : at.top - frame.top - readout.offsetHeight - 10}px`;
   }
   const grids = sides.map((side) => new Grid(side, data.shape, heat, on));
-  const colour = el("select", { "aria-label": "colour of a head", on: { change: () => { drawn.clear(); draw(); } } },
+  const color = el("select", { "aria-label": "color of a head", on: { change: () => { drawn.clear(); draw(); } } },
     el("option", { value: "score", text: "score" }), el("option", { value: "rank", text: "rank" }));
   const picked = el("span", { class: "llx-marked" });
   const clear = el("button", { type: "button", class: "llx-plain", text: "clear", on: { click: () => change({ selection: [] }) } });
@@ -254,7 +254,7 @@ function render({ model, el: place }) {
     link.checked = state.linked;
     link.parentElement.hidden = saved || sides.length < 2;
     grids.forEach((grid, i) => when(SIDES[i], state[SIDES[i]], () => {
-      grid.show(shown[i], colour.value === "rank");
+      grid.show(shown[i], color.value === "rank");
       drawn.delete("marks");
     }));
     when("marks", [state.k, state.left, state.right], () => grids.forEach((grid, i) => grid.mark(isIn[i], other(i))));
@@ -283,11 +283,11 @@ function render({ model, el: place }) {
   const main = el("div", { class: "llx-main" }, el("div", { class: `llx-two${across ? " llx-stacked" : ""}` }, ...grids.map((g) => g.root)),
     el("div", { class: "llx-keys" }, ...(sides.length > 1 ? [sample("shared", "in the top K of both"), sample("own", "of this set only")] : [sample("own", "in the top K")]),
       el("span", { class: "llx-key" }, el("span", { class: "llx-sample llx-picked" }), picked, clear),
-      el("label", {}, "colour ", colour)),
+      el("label", {}, "color ", color)),
     asked, lower.root, readout);
   const error = el("div", { class: "llx-error", role: "alert", hidden: true });
-  const colours = SIDES.concat("both").map((name, i) => `--${name}:${data.colours[i]}`).join(";");
-  const root = el("div", { class: sides.length > 1 ? "llx" : "llx llx-alone", style: colours, on: { keydown: (e) => { if (e.key === "Escape" && state.head !== null) close(); } } },
+  const colors = SIDES.concat("both").map((name, i) => `--${name}:${data.colors[i]}`).join(";");
+  const root = el("div", { class: sides.length > 1 ? "llx" : "llx llx-alone", style: colors, on: { keydown: (e) => { if (e.key === "Escape" && state.head !== null) close(); } } },
     error,
     el("div", { class: "llx-two" }, ...sides.map((side, i) => el("label", {}, badge(side), choosers[i]))),
     el("div", { class: "llx-bar" }, el("div", { class: "llx-ks" }, ...ks, el("label", {}, link, " same K")), overlap),

@@ -70,7 +70,7 @@ class Grid {
     this.cells[this.indexAt(...to)].focus();
   }
 
-  // Colour by score, or by rank where that is wanted or all that is known.
+  // Color by score, or by rank where that is wanted or all that is known.
   show(set, byRank) {
     this.set = set;
     const last = set.ranking.length;

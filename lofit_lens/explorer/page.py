@@ -66,7 +66,7 @@ def view_data(
         work: for a page without Python: convolutions to spend on chance for all pairs of sets (`IN_PAGE`, `IN_NOTEBOOK`).
 
     Returns:
-        `shape`, `heat` and `colours` (of the left, the right and both sets), `edited` (that given, and what `readings` say),
+        `shape`, `heat` and `colors` (of the left, the right and both sets), `edited` (that given, and what `readings` say),
         `sets` (`name`, `task`, `kind`, `ranking` and `scores` by layer-major number), `readings` (head -> list), `attention`, and
         `chance`: `ks`, by K `expected`, `low`, `high` (shared heads by chance, mean and 95 %) and, with `work`, `pairs`: "i,j"
         (places of sets) -> by K, p over all heads and p within layers, in thousandths.
@@ -87,7 +87,7 @@ def view_data(
         for r in found:
             known.setdefault(r["title"], []).append(head)
     return {
-        "shape": [n_layers, n_heads], "heat": [color for _, color in get_colorscale(HEAT)], "colours": list(COLORS[:3]),
+        "shape": [n_layers, n_heads], "heat": [color for _, color in get_colorscale(HEAT)], "colors": list(COLORS[:3]),
         "edited": {**known, **{name: heads for name, heads in (edited or {}).items() if stored_title(name) not in known}},
         "sets": [_set(e, n_heads) for e in entries], "readings": source.readings, "attention": source.attention, "chance": chance,
     }  # fmt: skip

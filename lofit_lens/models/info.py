@@ -281,17 +281,19 @@ def is_processed(model: Any) -> bool:
     if backend_of(model) == "bridge":
         # Compatibility mode by itself only renames hooks (no_processing=True leaves the weights).
         return bool(getattr(model, "_weights_processed", False))
-    return str(model.cfg.normalization_type).endswith("Pre") or _value_biases_gone(model) or _centred_or_factored(model)
+    return (
+        str(model.cfg.normalization_type).endswith("Pre") or _value_biases_gone(model) or _centered_or_factored(model)
+    )
 
 
 @torch.no_grad()
-def _centred_or_factored(model: Any) -> bool:
+def _centered_or_factored(model: Any) -> bool:
     """Look for embeddings of mean 0, or orthonormal rows of W_O: training gives neither to the last digit."""
     rows = model.embed.W_E[:256].detach().float()
     W_O = model.blocks[0].attn.W_O[0].detach().float()  # [d_head, d_model]
-    centred = rows.mean(dim=1).abs().max() < EXACT * rows.std()
+    centered = rows.mean(dim=1).abs().max() < EXACT * rows.std()
     factored = (W_O @ W_O.mT - torch.eye(len(W_O), device=W_O.device)).abs().max() < EXACT
-    return bool(centred or factored)
+    return bool(centered or factored)
 
 
 def value_biases_folded(model: Any) -> bool:

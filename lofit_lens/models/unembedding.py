@@ -34,18 +34,18 @@ class FinalNorm(NamedTuple):
 
     Attributes:
         weight: `[d_model]` float32, the factor of the normalized stream (1 + w in Gemma, 1 if it was folded).
-        centred: whether the mean over d_model is subtracted first.
+        centered: whether the mean over d_model is subtracted first.
         eps: added to the mean square.
     """
 
     weight: Float[Tensor, " d_model"]
-    centred: bool
+    centered: bool
     eps: float
 
     def scale(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch"]:
         """Return the number by which the norm divides a residual stream."""
         x = resid.float()
-        x = x - x.mean(dim=-1, keepdim=True) if self.centred else x
+        x = x - x.mean(dim=-1, keepdim=True) if self.centered else x
         return (x.square().mean(dim=-1) + self.eps).sqrt()
 
 
@@ -123,8 +123,8 @@ def final_norm(model: Any) -> FinalNorm:
 
     weight = (normed(s) - normed(-s)) / (2 * s) * s.square().mean().sqrt()
     shifted = normed(s + 64) - normed(64 - s)  # unchanged, if the mean is subtracted
-    centred = bool((shifted - (normed(s) - normed(-s))).abs().max() < 0.1 * weight.abs().max())
-    return FinalNorm(weight, centred, float(getattr(model.cfg, "eps", None) or 0.0))
+    centered = bool((shifted - (normed(s) - normed(-s))).abs().max() < 0.1 * weight.abs().max())
+    return FinalNorm(weight, centered, float(getattr(model.cfg, "eps", None) or 0.0))
 
 
 @torch.no_grad()
@@ -141,7 +141,7 @@ def to_logits(
     """
     norm = final_norm(model) if norm is None else norm
     x = vectors.float().to(norm.weight.device)
-    x = x - x.mean(dim=-1, keepdim=True) if norm.centred else x
+    x = x - x.mean(dim=-1, keepdim=True) if norm.centered else x
     x = x * norm.weight / scale
     W = model.W_U
     return torch.cat([x.to(W.device) @ part.float() for part in W.split(PART, dim=1)], dim=1)

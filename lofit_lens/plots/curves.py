@@ -11,7 +11,7 @@ from lofit_lens.checks import check_is
 from lofit_lens.errors import InputError
 from lofit_lens.plots.style import COLORS
 
-GREY = "#777777"
+GRAY = "#777777"
 MANY_TICKS = 12
 FEW_POINTS = 20  # a longer line has no dots
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star")

@@ -6,7 +6,7 @@ from plotly.subplots import make_subplots
 from lofit_lens.checks import check_whole, given
 from lofit_lens.errors import InputError
 from lofit_lens.heads import Sets, named_sets
-from lofit_lens.plots.curves import GREY
+from lofit_lens.plots.curves import GRAY
 from lofit_lens.plots.layout import finish, panel_title
 from lofit_lens.plots.style import COLORS
 
@@ -55,7 +55,7 @@ def layer_distribution(sets: Sets, *, n_layers: int | None = None, title: str = 
             ), row=row, col=1,
         )  # fmt: skip
         panel_title(fig, f"{name} (K={len(heads)}, mean layer {heads.mean_layer:.1f})", row, color=color)
-        fig.add_hline(y=100 / n, line={"color": GREY, "dash": "dot", "width": 1}, row=row, col=1)  # pyright: ignore[reportArgumentType]
+        fig.add_hline(y=100 / n, line={"color": GRAY, "dash": "dot", "width": 1}, row=row, col=1)  # pyright: ignore[reportArgumentType]
         fig.add_annotation(
             text="▼", x=heads.mean_layer, y=1, yref="y domain", yanchor="bottom", yshift=-11, showarrow=False,
             font={"size": 11, "color": color}, hovertext=f"mean layer {heads.mean_layer:.2f}", row=row, col=1,

@@ -9,7 +9,7 @@ from plotly.subplots import make_subplots
 from lofit_lens.checks import check_is
 from lofit_lens.evaluation.stats import p_in_words
 from lofit_lens.experiments.localisation import CHOSEN_SET, Localisation
-from lofit_lens.plots.curves import GREY, faded, metric_name
+from lofit_lens.plots.curves import GRAY, faded, metric_name
 from lofit_lens.plots.layout import finish, panel_title
 from lofit_lens.plots.style import COLORS
 
@@ -52,9 +52,9 @@ def localisation_figure(found: Localisation, *, title: str = "Chosen heads and r
             "<extra></extra>",
         ), **FIRST)  # fmt: skip
     # After the traces: an empty subplot takes no lines.
-    fig.add_hrect(y0=middle - margin, y1=middle + margin, fillcolor=faded(GREY), line_width=0, layer="below", **FIRST)
-    fig.add_hline(y=100 * found.unmodified, line={"color": GREY, "dash": "dot", "width": 1.5}, layer="below", **FIRST)
-    fig.add_hline(y=middle, line={"color": GREY, "dash": "dash", "width": 1.5}, layer="below", **FIRST)
+    fig.add_hrect(y0=middle - margin, y1=middle + margin, fillcolor=faded(GRAY), line_width=0, layer="below", **FIRST)
+    fig.add_hline(y=100 * found.unmodified, line={"color": GRAY, "dash": "dot", "width": 1.5}, layer="below", **FIRST)
+    fig.add_hline(y=middle, line={"color": GRAY, "dash": "dash", "width": 1.5}, layer="below", **FIRST)
     if len(listed):
         _controls(fig, listed, metric_name(found.metric))
     note = (
@@ -80,7 +80,7 @@ def _controls(fig: go.Figure, controls: pd.DataFrame, metric: str) -> None:
     for row in controls.to_dict("records"):
         ends = [100 * row["chosen"], 100 * row["random"]]
         fig.add_trace(
-            go.Scatter(x=ends, y=[row["control"]] * 2, mode="lines", line={"color": GREY}, hoverinfo="skip"), **SECOND
+            go.Scatter(x=ends, y=[row["control"]] * 2, mode="lines", line={"color": GRAY}, hoverinfo="skip"), **SECOND
         )
     texts = [
         [100 * r["difference"], p_in_words(r["p"]), r["n_sets"], r["n_items"]] for r in controls.to_dict("records")

@@ -12,7 +12,7 @@ from lofit_lens.checks import check_is, check_one_of
 from lofit_lens.errors import InputError
 from lofit_lens.evaluation.stats import mark
 from lofit_lens.heads import HeadScores, HeadSet, joint_grid
-from lofit_lens.plots.curves import GREY, MANY_TICKS, add_curve, faded, need, rows_where, ticks_at
+from lofit_lens.plots.curves import GRAY, MANY_TICKS, add_curve, faded, need, rows_where, ticks_at
 from lofit_lens.plots.layout import finish
 from lofit_lens.plots.style import COLORS, HEAT
 from lofit_lens.plots.ticks import STEPS
@@ -113,11 +113,11 @@ def agreement_curves(
     if len(x) > 1:
         fig.add_trace(go.Scatter(
             x=[*x, *x[::-1]], y=[*high, *low[::-1]], fill="toself", mode="lines", line={"width": 0},
-            fillcolor=faded(GREY, 0.2), hoverinfo="skip", name="chance range", showlegend=False,
+            fillcolor=faded(GRAY, 0.2), hoverinfo="skip", name="chance range", showlegend=False,
         ))  # fmt: skip
     fig.add_trace(go.Scatter(
-        x=x, y=middle.tolist(), mode="lines" if len(x) > 1 else "markers", line={"color": GREY, "dash": "dash", "width": 1.5},
-        name="by chance", hovertemplate="K=%{x}: %{y:.3g}<extra>by chance</extra>", marker={"color": GREY},
+        x=x, y=middle.tolist(), mode="lines" if len(x) > 1 else "markers", line={"color": GRAY, "dash": "dash", "width": 1.5},
+        name="by chance", hovertemplate="K=%{x}: %{y:.3g}<extra>by chance</extra>", marker={"color": GRAY},
     ))  # fmt: skip
     if len(x) == 1:
         fig.data[-1].error_y = {

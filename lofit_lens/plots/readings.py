@@ -21,7 +21,7 @@ from lofit_lens.plots.style import COLORS
 PANELS = 9  # heads in one figure of tokens
 LONGEST = 16  # letters of a token that are shown
 MANY_HEADS = 64  # in one figure of heads side by side
-BLUE, RED, GREY = COLORS[0], COLORS[1], "#777777"
+BLUE, RED, GRAY = COLORS[0], COLORS[1], "#777777"
 COSINES = {"cos_mass_mean": "ITI mass mean", "cos_probe": "ITI probe", "cos_reading": "RepE reading vector"}
 CHANCE = {"cos_mass_mean": "chance_sd_head", "cos_probe": "chance_sd_head", "cos_reading": "chance_sd_model"}
 
@@ -203,7 +203,7 @@ def removal_figure(found: Removal, *, title: str = "Does the task need the chose
     for i, side in enumerate(("chosen", "random")):
         band = (f"{side}_low", f"{side}_high")
         add_curve(fig, curve, "k", side, band, name=names[i], place=1 - i, hover="k = %{x}: %{y:.1%}")
-    fig.add_hline(y=float(curve["none"].iloc[0]), line={"color": GREY, "dash": "dash", "width": 1.5})
+    fig.add_hline(y=float(curve["none"].iloc[0]), line={"color": GRAY, "dash": "dash", "width": 1.5})
     last = curve.to_dict("records")[-1]
     note = (
         f"{found.task} {found.split}, n={int(last['n'])} items; dashed: nothing removed; "
@@ -242,7 +242,7 @@ def removal_bars(
     at = zip(found.items(), rows["n"].tolist(), rows["k"].tolist(), strict=True)
     names = [f"{name}<br>({metric_name(r.metric)}, n={n:g}, k={k:g})" for (name, r), n, k in at]
     sides = {
-        "nothing removed": (nothing["value"], _bars(nothing, "value", "low", "high"), GREY),
+        "nothing removed": (nothing["value"], _bars(nothing, "value", "low", "high"), GRAY),
         "chosen heads": (rows["chosen"], _bars(rows, "chosen", "chosen_low", "chosen_high"), RED),
         "random heads": (rows["random"], _bars(rows, "random", "random_low", "random_high"), BLUE),
     }

@@ -45,7 +45,12 @@ def save_figure(
         path: file name; without an ending, the common part of several names.
         data: the table that the figure was drawn from.
         formats: endings without the dot, of `FORMATS`; used where `path` has no ending.
-        paper, width, font_size, title, note, transpose: as in `for_paper`, which is applied if one of them is given.
+        paper: as in `for_paper`, which is applied if this or any of the following is given.
+        width: as in `for_paper`.
+        font_size: as in `for_paper`.
+        title: as in `for_paper`.
+        note: as in `for_paper`.
+        transpose: as in `for_paper`.
 
     Returns:
         The files, figures first.

@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 
 from lofit_lens.errors import InputError
 from lofit_lens.evaluation.result import how_many
-from lofit_lens.plots.curves import GREY, MANY_TICKS, add_curve, need, ticks_at
+from lofit_lens.plots.curves import GRAY, MANY_TICKS, add_curve, need, ticks_at
 from lofit_lens.plots.layout import finish
 
 
@@ -41,7 +41,7 @@ def stability_curves(
         label = "by chance" if len(chance) == 1 else f"by chance ({', '.join(names)})"
         fig.add_trace(go.Scatter(
             x=list(k), y=list(expected), mode="lines" if len(k) > 1 else "markers", name=label,
-            line={"color": GREY, "dash": "dash", "width": 1.5}, marker={"color": GREY, "symbol": "line-ew-open", "size": 16},
+            line={"color": GRAY, "dash": "dash", "width": 1.5}, marker={"color": GRAY, "symbol": "line-ew-open", "size": 16},
             hovertemplate="K=%{x}: %{y:.3f}<extra>" + label + "</extra>",
         ))  # fmt: skip
     fig.update_xaxes(title_text="K (heads)")

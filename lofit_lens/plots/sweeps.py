@@ -6,7 +6,7 @@ import plotly.graph_objects as go
 from lofit_lens.checks import check_whole, given
 from lofit_lens.errors import InputError
 from lofit_lens.evaluation.result import how_many
-from lofit_lens.plots.curves import GREY, add_curve, faded, need, percent, rows_where, ticks_at
+from lofit_lens.plots.curves import GRAY, add_curve, faded, need, percent, rows_where, ticks_at
 from lofit_lens.plots.layout import finish
 
 UNTUNED = ("zero-shot", "0-shot", "zero shot", "unmodified", "untuned")
@@ -88,11 +88,11 @@ def _curves(frame: pd.DataFrame, metric: str, x_title: str, letter: str) -> go.F
         point = frame[frame["series"] == name].iloc[0]
         for y, fill in (("low", None), ("high", "tonexty")):
             fig.add_trace(go.Scatter(
-                x=ends, y=[float(point[y])] * 2, mode="lines", line={"width": 0}, fill=fill, fillcolor=faded(GREY),
+                x=ends, y=[float(point[y])] * 2, mode="lines", line={"width": 0}, fill=fill, fillcolor=faded(GRAY),
                 hoverinfo="skip", showlegend=False, legendgroup=name, name=f"{name} {y}",
             ))  # fmt: skip
         fig.add_trace(go.Scatter(
-            x=ends, y=[float(point["mean"])] * 2, mode="lines", line={"color": GREY, "dash": "dash", "width": 2}, name=name,
+            x=ends, y=[float(point["mean"])] * 2, mode="lines", line={"color": GRAY, "dash": "dash", "width": 2}, name=name,
             legendgroup=name, hovertemplate="%{y:.1%}<extra>" + name + "</extra>",
         ))  # fmt: skip
     hover = (

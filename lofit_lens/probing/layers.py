@@ -15,7 +15,7 @@ from einops import rearrange
 from lofit_lens import io
 from lofit_lens.heads import HeadScores
 from lofit_lens.models import attached_to, model_info
-from lofit_lens.probing.probes import _each, _jobs, labelled
+from lofit_lens.probing.probes import _each, _jobs, labeled
 from lofit_lens.probing.record import record, statement_ids
 from lofit_lens.progress import tqdm
 from lofit_lens.tasks.base import Task
@@ -40,7 +40,7 @@ def probe_layers(
         that has heads.
     """
     info, task = model_info(model), task_of(task).asked_of(model)
-    listed, right, fitting, held_out = labelled(task, n_train, seed)
+    listed, right, fitting, held_out = labeled(task, n_train, seed)
     n, n_fitting = len(listed), int(fitting.sum())
     attached = attached_to(model, f"probe layers {task.name}")
     with record(model, statement_ids(model, listed), what="z", progress=progress, label="record z") as z:

@@ -232,7 +232,7 @@ def fit_probes(
     """
     info, task = model_info(model), task_of(task).asked_of(model)
     check_whole(1, max_iter=max_iter, **given(n_jobs=n_jobs))
-    listed, right, fitting, held_out = labelled(task, n_train, seed, full_stop)
+    listed, right, fitting, held_out = labeled(task, n_train, seed, full_stop)
     n_fitting, attached = int(fitting.sum()), attached_to(model, f"probe heads {task.name}")
     ids, unknown = statement_ids(model, listed), tokenizer_of(model).unk_token_id
     if (
@@ -324,7 +324,7 @@ def _known(kind: str) -> str:
     return kind
 
 
-def labelled(
+def labeled(
     task: Task, n_train: int | None, seed: int, full_stop: bool | None = None
 ) -> tuple[tuple[Statement, ...], Bool[np.ndarray, " n"], Bool[np.ndarray, " n"], int]:
     """A task's statements, their labels, a mask of those to fit on (which come first), and the number of held-out rows.

@@ -76,7 +76,7 @@ def open_nq(where: str, row: Any) -> GenerationExample:
     """One question with every accepted answer."""
     (question,) = fields(where, row, "question")
     answers = texts(where, row, "answer")
-    if not any(map(normalised, answers)):
+    if not any(map(normalized, answers)):
         raise DataError(f"{where}: field 'answer' is {list(answers)}; it must hold at least one non-empty answer")
     asked = question if question.endswith("?") else question + "?"
     return GenerationExample(f"Q: {asked}\nA:", answers, question=asked)
@@ -101,7 +101,7 @@ def letter_choice(where: str, row: Any) -> OptionExample:
     )  # fmt: skip
 
 
-def normalised(text: str) -> str:
+def normalized(text: str) -> str:
     """TriviaQA's public normalization: lower case, no punctuation, no articles, single spaces."""
     kept = "".join(" " if c in string.punctuation or c in "‘’´`" else c for c in text.lower())
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split())
@@ -109,8 +109,8 @@ def normalised(text: str) -> str:
 
 def grade(generated: str, example: GenerationExample) -> dict[str, float]:
     """Exact match of the first line, and whether it contains a reference."""
-    said = normalised(generated.strip().split("\n")[0])
-    references = {r for r in map(normalised, example.references) if r}
+    said = normalized(generated.strip().split("\n")[0])
+    references = {r for r in map(normalized, example.references) if r}
     return {
         "em": float(said in references),
         "contains": float(any(f" {r} " in f" {said} " for r in references)),
