@@ -1,7 +1,7 @@
 """Run the notebooks, and write what they show or compare it with what is there.
 
     python notebooks/execute.py                  # run all, put their outputs into the files
-    python notebooks/execute.py 01 05            # these alone, by the front of their names
+    python notebooks/execute.py 01 05            # only these, by the front of their names
     python notebooks/execute.py --check          # run, change nothing, tell every difference; exit code 1 if there is one
     python notebooks/execute.py --run            # run, change nothing, compare nothing: do they run here at all?
 
