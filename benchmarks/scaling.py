@@ -13,7 +13,7 @@ edited numbers  d_model a token and edited layer
 layer passes    layers run forward and layers run backward: what each costs whatever it holds
 
 Memory: bytes that a step keeps for the backward (float32), fitted alike on numbers of the residual stream's width, of the MLP's
-and of the vocabulary. The fit minimises relative errors. The prediction for another machine takes FLOP, peak and share alone. On
+and of the vocabulary. The fit minimizes relative errors. The prediction for another machine takes FLOP, peak and share alone. On
 the machine measured it goes far beyond what was measured, so take it for an order of magnitude.
 """
 

@@ -1,4 +1,4 @@
-"""Tiny GGUF files as llama.cpp lays them out: a random Llama with its tokenizer, its matrices plain or quantised."""
+"""Tiny GGUF files as llama.cpp lays them out: a random Llama with its tokenizer, its matrices plain or quantized."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def _turned(weight: np.ndarray, n_heads: int) -> np.ndarray:
     return rows.swapaxes(1, 2).reshape(weight.shape)
 
 
-def write(path: Path, *, quantised: str | None = None, architecture: str = "llama", seed: int = 0):
+def write(path: Path, *, quantized: str | None = None, architecture: str = "llama", seed: int = 0):
     """Write a GGUF file and return the Hugging Face model that was written."""
     import gguf
 
@@ -59,8 +59,8 @@ def write(path: Path, *, quantised: str | None = None, architecture: str = "llam
         data = p.float().numpy()
         for part, n in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
             data = _turned(data, n) if part in name else data
-        if quantised and data.ndim == 2 and data.shape[1] % 32 == 0:
-            kind = gguf.GGMLQuantizationType[quantised]
+        if quantized and data.ndim == 2 and data.shape[1] % 32 == 0:
+            kind = gguf.GGMLQuantizationType[quantized]
             writer.add_tensor(_renamed(name), gguf.quants.quantize(data, kind), raw_dtype=kind)
         else:
             writer.add_tensor(_renamed(name), np.ascontiguousarray(data))

@@ -105,7 +105,7 @@ def test_an_index_that_does_not_match_is_refused(broken):
 
 
 def test_damaged_and_foreign_checkpoints_are_refused(broken, checkpoint, tmp_path):
-    """A truncated shard, pickles alone, quantised weights, no configuration, no architecture, a layer too few."""
+    """A truncated shard, pickles alone, quantized weights, no configuration, no architecture, a layer too few."""
     file = sorted(broken.glob("*.safetensors"))[0]
     file.write_bytes(file.read_bytes()[:-7])
     with pytest.raises(ModelError, match=f"{file.name} is not a complete safetensors file"):

@@ -51,9 +51,9 @@ def test_a_file_and_its_folder_load_on_both_classes(backend, tmp_path, as_folder
     assert model.tokenizer("Ann asked her son", add_special_tokens=False).input_ids == plain
 
 
-def test_a_quantised_file_is_near_the_model(tmp_path):
+def test_a_quantized_file_is_near_the_model(tmp_path):
     """Eight bits a weight: logits within a few percent, and they are transformers' own."""
-    hf = gguf_file.write(tmp_path / "q.gguf", quantised="Q8_0")
+    hf = gguf_file.write(tmp_path / "q.gguf", quantized="Q8_0")
     model = load_model(tmp_path / "q.gguf", device="cpu")
     with torch.no_grad():
         expected = hf(TOKENS).logits
@@ -61,12 +61,12 @@ def test_a_quantised_file_is_near_the_model(tmp_path):
     assert model_info(model).dtype == "float32"
 
 
-def test_it_is_dequantised_once(tmp_path, cache, monkeypatch):
+def test_it_is_dequantized_once(tmp_path, cache, monkeypatch):
     """The second load reads the plain folder of the cache, under another path too."""
     gguf_file.write(tmp_path / "m.gguf")
     first = located(tmp_path / "m.gguf")[0]
     (tmp_path / "other").mkdir()
-    monkeypatch.setattr("lofit_lens.models.sources._dequantise", None)
+    monkeypatch.setattr("lofit_lens.models.sources._dequantize", None)
     assert located(shutil.copy(tmp_path / "m.gguf", tmp_path / "other" / "m.gguf"))[0] == first
     assert first.is_relative_to(cache)
     assert not list((cache / "gguf").glob(".making-*"))

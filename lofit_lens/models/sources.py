@@ -46,12 +46,12 @@ def located(name_or_path: str | Path) -> tuple[str | Path, str]:
         return ORGANISM, "organism"
     if text == "smollm2":
         file = _packaged_smollm2()
-        return (SMOLLM2, SMOLLM2) if file is None else (_dequantised(file), text)
+        return (SMOLLM2, SMOLLM2) if file is None else (_dequantized(file), text)
     path = Path(name_or_path)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"no file {path}; give a .gguf file, a Hugging Face folder, or a hub id")
-        return _dequantised(path), path.stem
+        return _dequantized(path), path.stem
     if not path.is_dir():
         return name_or_path, text
     name = path.resolve().name
@@ -62,7 +62,7 @@ def located(name_or_path: str | Path) -> tuple[str | Path, str]:
             raise ModelError(
                 f"{path} holds {len(found)} .gguf files; give one of them: {', '.join(f.name for f in found)}"
             )
-        return _dequantised(found[0]), name
+        return _dequantized(found[0]), name
     return path, name
 
 
@@ -108,7 +108,7 @@ def cache_folder() -> Path:
     return Path(chosen) if chosen else base / "lofit_lens"
 
 
-def _dequantised(file: Path) -> Path:
+def _dequantized(file: Path) -> Path:
     """Return a plain Hugging Face folder of a GGUF file's model in float32, made once by transformers' own reader.
 
     Raises:
@@ -128,11 +128,11 @@ def _dequantised(file: Path) -> Path:
                 f'reading {file} needs the package gguf: pip install "lofit-lens[gguf]" (or pip install gguf)'
             )
         logger.warning("%s is dequantized once, into %s (float32; about a minute)", file.name, folder)
-        _dequantise(file, folder)
+        _dequantize(file, folder)
     return folder
 
 
-def _dequantise(file: Path, folder: Path) -> None:
+def _dequantize(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = {"gguf_file": file.name, "local_files_only": True}
