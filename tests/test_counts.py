@@ -35,6 +35,8 @@ BY_HAND = {
         "LoRA": 4_194_304,  # 32 layers of 2 projections of 8 * (4096 + 4096)
         "RED": 262_144,  # 32 layers of 2 * 4096
         "LoReFT": 2_097_408,  # 32 layers of 2 * 8 * 4096 + 8
+        "post-block": 2_097_152,  # 32 layers of 2 * 8 * 4096
+        "JoLA": 262_144,  # 32 layers of 32 heads of 2 * 128
     },
     "Llama-2-13b": {
         "ITI": 6_144,  # 48 heads of 128
@@ -45,6 +47,8 @@ BY_HAND = {
         "LoRA": 6_553_600,  # 40 layers of 2 projections of 8 * (5120 + 5120)
         "RED": 409_600,  # 40 layers of 2 * 5120
         "LoReFT": 3_277_120,  # 40 layers of 2 * 8 * 5120 + 8 = 81,928
+        "post-block": 3_276_800,  # 40 layers of 2 * 8 * 5120
+        "JoLA": 409_600,  # 40 layers of 40 heads of 2 * 128
     },
     "gemma-7b": {
         "ITI": 4_096,  # 16 heads of 256
@@ -55,6 +59,8 @@ BY_HAND = {
         "LoRA": 3_211_264,  # 28 layers of 2 projections of 8 * (3072 + 4096)
         "RED": 172_032,  # 28 layers of 2 * 3072
         "LoReFT": 1_376_480,  # 28 layers of 2 * 8 * 3072 + 8 = 49,160
+        "post-block": 1_376_256,  # 28 layers of 2 * 8 * 3072
+        "JoLA": 229_376,  # 28 layers of 16 heads of 2 * 256
     },
 }
 

@@ -16,6 +16,7 @@ from lofit_lens.interventions.lofit import Lofit
 from lofit_lens.interventions.lora import RANK as LORA_RANK
 from lofit_lens.interventions.lora import TARGETS, Lora, parse_targets
 from lofit_lens.interventions.loreft import RANK, LoReft
+from lofit_lens.interventions.post_block import PostBlock
 from lofit_lens.interventions.red import Red
 from lofit_lens.models import ORGANISM, ModelInfo, planned_head_layers
 from lofit_lens.training.config import preset
@@ -24,7 +25,9 @@ from lofit_lens.training.config import preset
 def parameter_counts(
     config: Any, *, k: int | None = None, rank: int = RANK, lora_rank: int = LORA_RANK, targets: Iterable[str] = TARGETS
 ) -> dict[str, int]:
-    """Return method -> count of numbers that it learns (LoFiT, RED, LoReFT, LoRA) or estimates (ITI, RepE), all layers edited.
+    """Return method -> count of numbers that it learns, or estimates (ITI, RepE), where all layers are edited.
+
+    JoLA counts as if all gates stay open; the gates themselves end up in A and v.
 
     Args:
         config: a Hugging Face configuration, or the hub id or folder of one, or `"organism"`.
@@ -58,15 +61,19 @@ def parameter_counts(
 
     with torch.device("meta"):
         red, loreft = Red(n_layers, d_model), LoReft(n_layers, d_model, rank=rank)
+        post_block = PostBlock(n_layers, d_model)
+    every = Lofit(shape, HeadSet.all(grid)).train_only("A").n_parameters
     return {
         "ITI": k * d_head,
         "RepE": n_layers * d_model,
-        "LoFiT step 1": Lofit(shape, HeadSet.all(grid)).train_only("A").n_parameters,
+        "LoFiT step 1": every,
         "LoFiT 3 %": offsets(k),
         "LoFiT 10 %": offsets(3 * k),
         "LoRA": _lora(config, parse_targets(targets), lora_rank, shape),
         "RED": red.n_parameters,
         "LoReFT": loreft.n_parameters,
+        "post-block": post_block.n_parameters,
+        "JoLA": 2 * every,
     }
 
 
