@@ -176,6 +176,16 @@ CLAIMS: tuple[tuple[str, str, Answers], ...] = (
 )
 
 
+def tried(folder: Path) -> Iterator[str]:
+    """Rows of what each method tried on validation rows, the chosen settings in bold."""
+    table = pd.read_csv(folder / "trials.csv")
+    for (task, method), of in table.groupby(["task", "method"], sort=False):
+        points = of.groupby("settings", sort=False).agg(value=("value", "mean"), chosen=("chosen", "any"))
+        listed = [f"{name}: {number(value)}" for name, value in points["value"].items()]
+        listed = [f"**{text}**" if chosen else text for text, chosen in zip(listed, points["chosen"], strict=True)]
+        yield f"| {task} | {method} | {'; '.join(listed)} |"
+
+
 def minus(row: dict[str, Any], sign: int = -1) -> dict[str, float]:
     """Difference, interval and p of a row of a table; by default the reference minus the row."""
     low, high = sorted(sign * row[end] for end in ("low_of_difference", "high_of_difference"))
@@ -213,6 +223,12 @@ def page(root: Path = ROOT) -> str:
             rows = _rows(answers, root / folder)
             table = "\n".join(["| task | found | claim |", "|---|---|---|", *rows])
             parts.append(f"**{model}** ({where})" + (f":\n\n{table}\n" if rows else ": not computed yet.\n"))
+    parts.append("## Settings that were tried\n\nMean on the validation rows; the chosen settings in bold.\n")
+    for model, folder in STUDIES.items():
+        if (root / folder / "trials.csv").exists():
+            parts.append(
+                "\n".join([f"**{model}**:\n", "| task | method | tried |", "|---|---|---|", *tried(root / folder), ""])
+            )
     return "\n".join(parts)
 
 

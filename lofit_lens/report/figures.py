@@ -9,6 +9,7 @@
 | table1, table2, table3, table5 | methods, selectors, tasks not tuned on |
 | head_grid, overlap_tasks, overlap_selectors, agreement, stability | head sets |
 | methods | Tables 1 and 3 as a figure |
+| trials | settings that were tried on validation rows; a table only |
 | and what `experiments.readings` found about each adapter | |
 """
 
@@ -32,6 +33,7 @@ from lofit_lens.experiments.methods.base import OWN
 from lofit_lens.experiments.organism import planted
 from lofit_lens.experiments.tables.paper_tables import paper_tables
 from lofit_lens.experiments.tables.results import LOFIT, ZERO, Results
+from lofit_lens.experiments.tables.table import settings_text
 from lofit_lens.heads import HeadScores, HeadSet
 from lofit_lens.models import ORGANISM
 from lofit_lens.plots.curves import metric_name
@@ -86,7 +88,22 @@ def draw_all(
         log.warning("Table %s is left out: the study has no runs for it", name.removeprefix("table"))
     for table in tables:
         files += table.save(out)
+    if len(tried := trials(results)):
+        files.append(io.write_text(Path(out) / "trials.csv", tried.to_csv(index=False)))
     return files + save_all((*figures(results, more), *official), out, formats=formats, restyle=restyle)
+
+
+def trials(results: Results) -> pd.DataFrame:
+    """Return one row per method, setting and seed: what each method of Tables 1 and 3 tried on validation rows."""
+    rows = []
+    for task in results.tasks:
+        table = results.method_table(task)
+        for runs in table.methods if table else ():
+            for row in runs.tuned.trials.to_dict("records") if runs.tuned else ():
+                settings = settings_text({name: row[name] for name in runs.tuned.settings})
+                kept = {name: row[name] for name in ("seed", "value", "low", "high", "n_items", "chosen")}
+                rows.append({"task": task, "method": runs.method, "settings": settings, **kept})
+    return pd.DataFrame(rows)
 
 
 def save_all(
