@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -47,7 +48,7 @@ def kept(loaded, once):
 def test_every_set_chooses_on_its_own_heads(kept):
     """A random set has as many heads in each layer as the own of the seed; every fit takes the best of its own trials."""
     store = Store(kept)
-    cells = store.grids()["localisation kin"]["cells"]
+    cells = store.grids()["localisation k2 kin"]["cells"]
     fits = {n: r for n, r in cells.items() if r["kind"] == "fit" and r["method"] == "LoFiT"}
     assert len(fits) == (1 + 3) * 2
     assert sum(row["kind"] == "trial" for row in cells.values()) == (1 + 3) * 2 * 2
@@ -157,6 +158,15 @@ def test_rows_of_matched_heads_stand_apart(kept):
     assert {row.method for row in results.selector_table("kin").rows} == {"heads by A-norm", "heads by matched"}
 
 
+def test_another_number_of_heads_keeps_the_first(model, kept, tmp_path):
+    """The folder of two numbers of heads holds the record of both."""
+    shutil.copytree(kept, tmp_path / "both")
+    localise(model, k=1, points=POINTS[:1], draws=2, seeds=(0,), controls=False, out=tmp_path / "both")
+    grids = Store(tmp_path / "both").grids()
+    assert grids["localisation k2 kin"] == Store(kept).grids()["localisation k2 kin"]
+    assert "localisation k1 kin" in grids
+
+
 def test_the_same_again_elsewhere(model, tmp_path):
     """Deterministic; one point needs no trials and no validation rows."""
     blind = replace(KIN, test={k: v for k, v in KIN.test.items() if k != "val"})
@@ -165,7 +175,9 @@ def test_the_same_again_elsewhere(model, tmp_path):
     )  # fmt: skip
     assert first.to_dict() == second.to_dict()
     assert "with equal settings, with 1 seed" in str(first)
-    assert not [r for r in Store(tmp_path / "a").grids()["localisation kin"]["cells"].values() if r["kind"] == "trial"]
+    assert not [
+        r for r in Store(tmp_path / "a").grids()["localisation k2 kin"]["cells"].values() if r["kind"] == "trial"
+    ]
 
 
 def test_bad_arguments_are_refused_before_anything_runs(model, tmp_path):

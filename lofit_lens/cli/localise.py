@@ -71,7 +71,8 @@ def localise(
             controls=controls, limit=limit, tuning_limit=val_limit,
             n_train=n_train, workers=workers_for(workers, how.model, how.device), device=how.device, out=out, progress=not quiet,
         )  # fmt: skip
-    stem = out / f"{opened.name.replace('/', '-').replace(':', '-')}-localisation"
+    heads = "" if k is None else f"-k{found.k}"
+    stem = out / f"{opened.name.replace('/', '-').replace(':', '-')}{heads}-localisation"
     files = save_figure(localisation_figure(found), stem, data=found.table, formats=("html",))
     files += [io.write_json(f"{stem}.json", found.to_dict()), io.write_text(f"{stem}.md", found.to_markdown())]
     s.print_table(found.title(), found.columns(), found.rows(), ())

@@ -269,8 +269,9 @@ def localisation(
     read = {"readings": CONTROLS} if controls and split == "test" else {}
     halves = _halves(task if n_train is None else replace(task, n_train=n_train)) if read else []
     runs = [Run(heads=(OWN,), **read, **fields), Run(heads=(MATCHED,), draws=draws, **fields), Run(method=(ZERO,))]
+    kind = "localisation" if k is None else f"localisation k{k}"  # so that one folder may hold several numbers of heads
     grid = one_task_grid(
-        "localisation", model, task, runs, seeds=tuple(seeds), split=split, limit=limit, tuning_limit=tuning_limit,
+        kind, model, task, runs, seeds=tuple(seeds), split=split, limit=limit, tuning_limit=tuning_limit,
         batch_size=batch_size,
     )  # fmt: skip
     more = {"workers": workers, "device": device, "progress": progress}
