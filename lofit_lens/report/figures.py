@@ -98,11 +98,13 @@ def trials(results: Results) -> pd.DataFrame:
     rows = []
     for task in results.tasks:
         table = results.method_table(task)
-        for runs in table.methods if table else ():
-            for row in runs.tuned.trials.to_dict("records") if runs.tuned else ():
-                settings = settings_text({name: row[name] for name in runs.tuned.settings})
+        for method in table.methods if table else ():
+            if (tuned := method.tuned) is None:
+                continue
+            for row in tuned.trials.to_dict("records"):
+                settings = settings_text({name: row[name] for name in tuned.settings})
                 kept = {name: row[name] for name in ("seed", "value", "low", "high", "n_items", "chosen")}
-                rows.append({"task": task, "method": runs.method, "settings": settings, **kept})
+                rows.append({"task": task, "method": method.method, "settings": settings, **kept})
     return pd.DataFrame(rows)
 
 
